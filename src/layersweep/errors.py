@@ -1,0 +1,36 @@
+"""Every failure that layersweep raises on purpose. The exit code is part of the class.
+
+A message says what was found and what was needed; the hint says what to do about it.
+"""
+
+from __future__ import annotations
+
+
+class LayersweepError(Exception):
+    """Base class. `exit_code` is what the command line ends with."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class InputError(LayersweepError, ValueError):
+    """The user's argument, file or environment cannot be used as it is (exit 2)."""
+
+    exit_code = 2
+
+
+class CheckpointError(InputError):
+    """A checkpoint that cannot be read: names file, tensor, what was found and needed."""
+
+
+class BudgetError(InputError):
+    """The request does not fit the memory budget: names needed, available and what fits."""
+
+
+class GateError(LayersweepError):
+    """The gate refused the run (exit 3): a model that does not work must not be measured."""
+
+    exit_code = 3
