@@ -1,0 +1,112 @@
+"""The text that perplexity is measured on and needles are hidden in."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import re
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import cast
+
+from layersweep.errors import InputError
+
+WIKITEXT_REPOSITORY = "Salesforce/wikitext"
+WIKITEXT_FILE = "wikitext-2-raw-v1/test-00000-of-00001.parquet"
+WIKITEXT_HINT = "give a text with --text FILE, or download the file where there is a network"
+
+# " = Title = " of wikitext and "= path =" of the demo's text. Two signs or more on a side
+# ("= = Section = =") head a section of an article, not an article.
+_HEADING = re.compile(r"^[ \t]*= (?!=)(\S|\S.*?[^=\s]) =[ \t\r]*$", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class SourceText:
+    """`sha256` is over the UTF-8 bytes of `text`; `source` is what reports print."""
+
+    text: str
+    source: str
+    sha256: str
+
+
+def load_text(path: str | None, model_source: str) -> SourceText:
+    """The file given; else the demo's held-out text for the demo; else wikitext-2 raw test.
+
+    Raises InputError where it is absent, empty or no UTF-8, and where wikitext cannot be had.
+    """
+    if path is not None:
+        return _source(_read_file(Path(path)), str(path))
+    if model_source == "demo":
+        held_out = resources.files("layersweep.demo") / "text" / "heldout.txt"
+        return _source(held_out.read_bytes().decode("utf-8"), "demo held-out (celery 5.7.0)")
+    return _source(_read_wikitext(), "wikitext-2-raw-v1 test")
+
+
+def headings(text: str) -> list[tuple[int, str]]:
+    """(character offset, title) of the article headings of `text`, in order."""
+    return [(match.start(), match[1]) for match in _HEADING.finditer(text)]
+
+
+def _source(text: str, source: str) -> SourceText:
+    return SourceText(text, source, hashlib.sha256(text.encode()).hexdigest())
+
+
+def _read_file(path: Path) -> str:
+    hint = "give a UTF-8 text file with --text FILE"
+    if not path.is_file():
+        found = "a folder" if path.is_dir() else "no such file"
+        raise InputError(f"--text {path}: found {found}, needed a text file", hint=hint)
+    try:
+        # bytes, so that line ends stay as they are
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"--text {path}: found byte 0x{error.object[error.start]:02x} at {error.start}, "
+            "needed UTF-8 text",
+            hint=hint,
+        ) from error
+    if not text.strip():
+        raise InputError(f"--text {path}: found an empty file, needed text", hint=hint)
+    return text
+
+
+def _read_wikitext() -> str:
+    """The dataset's rows, joined with two newlines."""
+    try:
+        parquet = importlib.import_module("pyarrow.parquet")
+    except ImportError as error:
+        raise InputError(
+            "wikitext-2: found no pyarrow, needed it to read the data set's parquet file",
+            hint="pip install pyarrow, or give a text with --text FILE",
+        ) from error
+    rows: list[str] = parquet.read_table(_wikitext_path(), columns=["text"])["text"].to_pylist()
+    return "\n\n".join(rows)
+
+
+def _wikitext_path() -> str:
+    """The parquet file in the hub cache, downloaded first where it is not there."""
+    from huggingface_hub import (
+        get_hf_file_metadata,
+        hf_hub_download,
+        hf_hub_url,
+        try_to_load_from_cache,
+    )
+    from huggingface_hub.errors import HfHubHTTPError
+
+    cached = try_to_load_from_cache(WIKITEXT_REPOSITORY, WIKITEXT_FILE, repo_type="dataset")
+    if isinstance(cached, str):
+        return cached
+    # OSError and the HTTPError of the hub's HTTP client, httpx or another by release
+    failures = cast(tuple[type[Exception], ...], HfHubHTTPError.__bases__)
+    try:
+        # asked for once before the download, which would retry for 23 s without a network
+        url = hf_hub_url(WIKITEXT_REPOSITORY, WIKITEXT_FILE, repo_type="dataset")
+        get_hf_file_metadata(url, timeout=10)
+        return hf_hub_download(WIKITEXT_REPOSITORY, WIKITEXT_FILE, repo_type="dataset")
+    except failures as error:
+        raise InputError(
+            f"wikitext-2: found neither a cached copy nor a way to the hub ({error}), "
+            f"needed {WIKITEXT_FILE} of {WIKITEXT_REPOSITORY}",
+            hint=WIKITEXT_HINT,
+        ) from error
