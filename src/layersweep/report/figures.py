@@ -1,0 +1,226 @@
+"""The figures of the report, each a function from results to one SVG (or None: nothing to show)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from layersweep.report import rows, svg, text
+
+Json = dict[str, Any]
+
+WIDTH = 760
+COLOURS = 6
+ROW = 34
+
+
+def forest(results: Json) -> str | None:
+    """Delta and 95 % interval per arm against the noise band."""
+    arms = [arm for arm in results["perplexity"]["arms"] if arm["status"] == "ok"]
+    if not arms:
+        return None
+    left, right, top = 190, 590, 16
+    bottom = top + ROW * len(arms)
+    noise = 2 * abs(_identity_percent(results))
+    span = [bound for arm in arms for bound in _bounds(arm)]
+    low, high = svg.padded([*span, 0.0, noise, -noise])
+    x = svg.Scale(low, high, left, right)
+    marks = [svg.rect(x(-noise), top, x(noise) - x(-noise), bottom - top, "noise")]
+    marks += _x_axis(x, top, bottom, "perplexity against exact, %")
+    marks.append(svg.line(x(0), top, x(0), bottom, "zero"))
+    decimals = rows.percent_decimals(results)
+    colour = method_colours(results)
+    for index, arm in enumerate(arms):
+        y = top + ROW * (index + 0.5)
+        lower, upper = _bounds(arm)
+        style = _style(arm, colour)
+        label = f"{arm['arm']} (sim.)" if arm["simulated"] else arm["arm"]
+        marks += [
+            svg.text(left - 14, y + 4, _clip(label, 26), "name", anchor="end"),
+            svg.line(x(lower), y, x(upper), y, f"bar {style}"),
+            svg.line(x(lower), y - 4, x(lower), y + 4, f"bar {style}"),
+            svg.line(x(upper), y - 4, x(upper), y + 4, f"bar {style}"),
+            svg.dot(x(arm["delta_percent"]), y, 5, f"mark {style}"),
+            svg.text(right + 14, y + 4, _delta_words(arm, decimals), "number"),
+        ]
+    return svg.drawing(WIDTH, bottom + 46, "Perplexity difference per arm", marks)
+
+
+def loss_against_bits(results: Json) -> str | None:
+    """Delta against measured bits per element; arms whose bits are unknown cannot be placed."""
+    arms = [
+        arm
+        for arm in results["perplexity"]["arms"]
+        if arm["status"] == "ok" and arm["bits_per_element"] is not None
+    ]
+    if not arms:
+        return None
+    left, right, top, bottom = 64, WIDTH - 30, 16, 316
+    x = svg.Scale(*svg.padded([arm["bits_per_element"] for arm in arms], share=0.2), left, right)
+    low, high = svg.padded([0.0, *(bound for arm in arms for bound in _bounds(arm))])
+    y = svg.Scale(low, high, bottom, top)
+    marks = _x_axis(x, top, bottom, "measured bits per cached element")
+    marks += _y_axis(y, left, right, "perplexity against exact, %")
+    marks.append(svg.line(left, y(0), right, y(0), "zero"))
+    colour = method_colours(results)
+    for arm in arms:
+        px, py = x(arm["bits_per_element"]), y(arm["delta_percent"])
+        lower, upper = _bounds(arm)
+        style = _style(arm, colour)
+        near_edge = px > right - 110
+        marks += [
+            svg.line(px, y(lower), px, y(upper), f"bar {style}"),
+            svg.dot(px, py, 5, f"mark {style}", title=f"{arm['arm']} {_delta_words(arm, 3)}"),
+            svg.text(
+                px + (-11 if near_edge else 11),
+                py + 4,
+                arm["arm"],
+                "name halo",
+                anchor="end" if near_edge else "start",
+            ),
+        ]
+    return svg.drawing(WIDTH, bottom + 46, "Perplexity difference against bits", marks)
+
+
+def windows(results: Json, arm: Json) -> str | None:
+    """Every window's delta of one arm, with its mean; articles alternate in the background."""
+    segments = results["perplexity"]["segments"]
+    deltas = rows.window_deltas(segments, arm["arm"])
+    known = [100 * delta for delta in deltas if delta is not None]
+    if not known:
+        return None
+    left, right, top, bottom = 64, WIDTH - 30, 12, 152
+    x = svg.Scale(-0.5, len(segments) - 0.5, left, right)
+    y = svg.Scale(*svg.padded([0.0, *known]), bottom, top)
+    marks = _article_bands(segments, x, top, bottom)
+    marks += _y_axis(y, left, right, "", about=4)
+    marks += [
+        svg.line(left, y(0), right, y(0), "zero"),
+        svg.line(
+            left, y(100 * arm["mean_delta_nll"]), right, y(100 * arm["mean_delta_nll"]), "mean"
+        ),
+    ]
+    style = _style(arm, method_colours(results))
+    for index, delta in enumerate(deltas):
+        if delta is not None:
+            place = segments[index]["article"] or "no heading"
+            title = f"window {segments[index]['index']} ({place}): {100 * delta:+.3f} %"
+            marks.append(svg.dot(x(index), y(100 * delta), 3, f"mark small {style}", title=title))
+    last = len(segments) - 1
+    marks += [
+        svg.text(left, bottom + 18, "window 0", "tick"),
+        svg.text(right, bottom + 18, f"{last}", "tick", anchor="end"),
+    ]
+    return svg.drawing(WIDTH, bottom + 26, f"Difference per window, {arm['arm']}", marks)
+
+
+def heatmap(results: Json) -> str:
+    """Needles found by depth (columns), arm and context (rows); k/n in cells, totals at the right.
+
+    A cell's interval is its tooltip; the row's total prints its own.
+    """
+    section = results["needle"]
+    lines = [(arm, context) for arm in section["arms"] for context in section["contexts"]]
+    depths = sorted({cell["depth"] for arm in section["arms"] for cell in arm["by_depth"]})
+    left, right, top, height = 190, 620, 30, 28
+    step = (right - left) / max(len(depths), 1)
+    marks = [
+        svg.text(left + step * (i + 0.5), 20, f"{100 * depth:.0f} %", "tick", anchor="middle")
+        for i, depth in enumerate(depths)
+    ]
+    marks.append(svg.text(left - 14, 20, "depth", "tick", anchor="end"))
+    for row, (arm, context) in enumerate(lines):
+        y = top + height * row
+        label = arm["arm"] if len(section["contexts"]) == 1 else f"{arm['arm']} at {context}"
+        marks.append(svg.text(left - 14, y + 18, _clip(label, 26), "name", anchor="end"))
+        cells = {c["depth"]: c for c in arm["by_depth"] if c["context"] == context}
+        for column, depth in enumerate(depths):
+            if depth in cells:
+                marks.append(_cell(left + step * column, y, step, height, cells[depth]))
+        total = rows.context_counts(arm, [context])[0].partition(": ")[2]
+        marks.append(svg.text(right + 14, y + 18, total, "number"))
+    return svg.drawing(WIDTH, top + height * len(lines) + 8, "Needles by depth", marks)
+
+
+def method_colours(results: Json) -> dict[str, int]:
+    """Colour index per method, in order of appearance."""
+    methods = dict.fromkeys(arm["method"] for arm in results["perplexity"]["arms"])
+    return {method: index % COLOURS for index, method in enumerate(methods)}
+
+
+def _cell(x: float, y: float, width: float, height: float, cell: Json) -> str:
+    share = cell["correct"] / cell["n"]
+    bounds = rows.wilson_interval(cell["correct"], cell["n"])
+    tip = f"{100 * cell['depth']:.0f} %: {text.count_of(cell['correct'], cell['n'], bounds)}"
+    box = svg.rect(x + 1, y + 1, width - 2, height - 2, "found", opacity=0.08 + 0.55 * share)
+    miss = "" if share == 1 else " missed"
+    words = svg.text(
+        x + width / 2, y + 18, f"{cell['correct']}/{cell['n']}", f"cell{miss}", anchor="middle"
+    )
+    return f"<g><title>{tip}</title>{box}{words}</g>"
+
+
+def _article_bands(segments: list[Json], x: svg.Scale, top: float, bottom: float) -> list[str]:
+    """A grey band behind every second article; nothing where the text has no headings."""
+    bands, start, parity = [], 0, 0
+    for index in range(1, len(segments) + 1):
+        ended = (
+            index == len(segments) or segments[index]["article"] != segments[index - 1]["article"]
+        )
+        if ended:
+            if parity % 2 and segments[start]["article"] is not None:
+                x0, x1 = x(start - 0.5), x(index - 0.5)
+                bands.append(svg.rect(x0, top, x1 - x0, bottom - top, "band"))
+            start, parity = index, parity + 1
+    return bands
+
+
+def _x_axis(x: svg.Scale, top: float, bottom: float, title: str) -> list[str]:
+    steps = svg.ticks(x.low, x.high)
+    marks = [svg.line(x(value), top, x(value), bottom, "grid") for value in steps]
+    marks += [
+        svg.text(x(v), bottom + 18, svg.tick_label(v, steps), "tick", anchor="middle")
+        for v in steps
+    ]
+    marks.append(svg.text((x.start + x.end) / 2, bottom + 38, title, "axis", anchor="middle"))
+    return marks
+
+
+def _y_axis(y: svg.Scale, left: float, right: float, title: str, *, about: int = 5) -> list[str]:
+    steps = svg.ticks(y.low, y.high, about)
+    marks = [svg.line(left, y(value), right, y(value), "grid") for value in steps]
+    marks += [
+        svg.text(left - 8, y(v) + 4, svg.tick_label(v, steps), "tick", anchor="end") for v in steps
+    ]
+    if title:
+        middle = (y.start + y.end) / 2
+        marks.append(
+            f'<g transform="translate(14 {middle:.1f}) rotate(-90)">'
+            f"{svg.text(0, 0, title, 'axis', anchor='middle')}</g>"
+        )
+    return marks
+
+
+def _bounds(arm: Json) -> tuple[float, float]:
+    """The interval in percent; the point itself where there is none."""
+    if arm["ci95"] is None:
+        return arm["delta_percent"], arm["delta_percent"]
+    low, high = arm["ci95"]
+    return text.percent_of_nats(low), text.percent_of_nats(high)
+
+
+def _delta_words(arm: Json, decimals: int) -> str:
+    delta = text.signed(arm["delta_percent"], decimals)
+    return f"{delta} {text.interval_percent(arm['ci95'], decimals)}".replace("-", "\u2212")
+
+
+def _identity_percent(results: Json) -> float:
+    identity = results["perplexity"]["noise_floor"]["identity"]
+    return 0.0 if identity is None else text.percent_of_nats(identity["mean"])
+
+
+def _style(arm: Json, colour: dict[str, int]) -> str:
+    return f"c{colour[arm['method']]}{' hollow' if arm['simulated'] else ''}"
+
+
+def _clip(label: str, longest: int) -> str:
+    return label if len(label) <= longest else f"{label[: longest - 1]}\u2026"
