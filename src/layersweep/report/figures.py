@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from layersweep.evals.statistics import wilson_interval
 from layersweep.report import rows, svg, text
 
 Json = dict[str, Any]
@@ -149,7 +150,7 @@ def method_colours(results: Json) -> dict[str, int]:
 
 def _cell(x: float, y: float, width: float, height: float, cell: Json) -> str:
     share = cell["correct"] / cell["n"]
-    bounds = rows.wilson_interval(cell["correct"], cell["n"])
+    bounds = wilson_interval(cell["correct"], cell["n"])
     tip = f"{100 * cell['depth']:.0f} %: {text.count_of(cell['correct'], cell['n'], bounds)}"
     box = svg.rect(x + 1, y + 1, width - 2, height - 2, "found", opacity=0.08 + 0.55 * share)
     miss = "" if share == 1 else " missed"
