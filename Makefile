@@ -1,0 +1,56 @@
+# make demo    the study on the bundled model: table, demo-results/results.json, report.html
+# make test    lint, types, tests
+# Each works alone on a fresh machine: it finds a Python, makes .venv, installs, runs.
+#
+#   PYTHON=python3.12      use this interpreter
+#   TORCH_INDEX=URL        take torch, and torch alone, from another index, for example
+#                          https://download.pytorch.org/whl/cpu (no CUDA libraries)
+
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO_OUT := demo-results
+DEMO_ARMS := K3V2,K4V2,e8:K3V2,e8:K4V2
+# 10 depths x 2 = 20 needles: a spot check, not a claim.
+DEMO_NEEDLES_PER_DEPTH := 2
+
+# Packages of the dev group in pyproject.toml need pip >= 25.1 (--group).
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALL := $(PIP) install --constraint constraints.txt
+
+.PHONY: demo test lint clean
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.installed
+	rm -rf $(DEMO_OUT)
+	$(BIN)/layersweep eval demo --kv $(DEMO_ARMS) \
+		--niah-per-depth $(DEMO_NEEDLES_PER_DEPTH) --out $(DEMO_OUT)
+	@echo
+	@echo "numbers: $(CURDIR)/$(DEMO_OUT)/results.json"
+	@echo "report:  $(CURDIR)/$(DEMO_OUT)/report.html  (open it in a browser)"
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# torch comes first and alone: only it may come from TORCH_INDEX, and what follows finds it there.
+$(VENV)/.torch: constraints.txt tools/find-python.sh
+	PYTHON="$(PYTHON)" sh tools/find-python.sh $(VENV)
+	TORCH_INDEX="$(TORCH_INDEX)" sh tools/say-download.sh
+	$(PIP) install --quiet --upgrade "pip>=25.1"
+	$(INSTALL) $(if $(TORCH_INDEX),--index-url "$(TORCH_INDEX)") torch
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml
+	$(INSTALL) --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(INSTALL) --group dev
+	@touch $@
+
+clean:
+	rm -rf $(VENV) $(DEMO_OUT) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
