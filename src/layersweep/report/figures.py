@@ -152,10 +152,10 @@ def _cell(x: float, y: float, width: float, height: float, cell: Json) -> str:
     share = cell["correct"] / cell["n"]
     bounds = wilson_interval(cell["correct"], cell["n"])
     tip = f"{100 * cell['depth']:.0f} %: {text.count_of(cell['correct'], cell['n'], bounds)}"
-    box = svg.rect(x + 1, y + 1, width - 2, height - 2, "found", opacity=0.08 + 0.55 * share)
-    miss = "" if share == 1 else " missed"
+    style, opacity = ("found", 0.16) if share == 1 else ("lost", 0.12 + 0.6 * (1 - share))
+    box = svg.rect(x + 1, y + 1, width - 2, height - 2, style, opacity=opacity)
     words = svg.text(
-        x + width / 2, y + 18, f"{cell['correct']}/{cell['n']}", f"cell{miss}", anchor="middle"
+        x + width / 2, y + 18, f"{cell['correct']}/{cell['n']}", "cell", anchor="middle"
     )
     return f"<g><title>{tip}</title>{box}{words}</g>"
 

@@ -50,7 +50,7 @@ def _head(results: Json) -> str:
     notes = f'<div class="notice"><strong>Note</strong><ul>{notes}</ul></div>' if notes else ""
     return (
         '<p class="kicker">layersweep report</p>'
-        f"<h1>What a quantized KV cache costs {escape(model)}</h1>"
+        f'<h1>What a quantized KV cache costs<br><span class="whose">{escape(model)}</span></h1>'
         f'<p class="lead">{escape(weights[:1].upper() + weights[1:])}.</p>'
         f"{_verdict(results)}{notes}"
     )
@@ -80,9 +80,10 @@ def _cards(results: Json) -> str:
         found = f"<br>needles {escape(needles[row.arm].count)}" if row.arm in needles else ""
         cards.append(
             f'<div class="card c{colour[arm["method"]]}"><div class="arm{hollow}">'
-            f'{escape(row.label)}</div><div class="big">{_minus(row.delta)} %</div>'
-            f'<div class="small">perplexity, 95 % {_minus(row.interval)}<br>'
-            f"{row.bits} bits per element, {row.size} smaller{found}</div></div>"
+            f'{escape(row.label)}</div><div class="big">{_minus(row.delta)} % '
+            f"<span>perplexity</span></div>"
+            f'<div class="small">95 % CI {_minus(row.interval)}<br>'
+            f"{row.bits} bits, {row.size} smaller{found}</div></div>"
         )
     return f'<div class="cards">{"".join(cards)}</div>'
 
@@ -95,7 +96,7 @@ def _perplexity(results: Json) -> str:
             "depends on this protocol and is not comparable with other tools' protocols."
         ),
         figure(results, "Results per arm", scroll(_arm_table(results))),
-        f'<p class="how">{escape(rows.uncertainty_line(results))}.</p>',
+        how(f"{rows.uncertainty_line(results)}.".replace(" %", "\u00a0%")),
         figure(
             results,
             "Difference to the exact cache",
@@ -189,7 +190,10 @@ def _windows(results: Json) -> str:
 def _needle(results: Json) -> str:
     failure = rows.needle_failure(results)
     notice = f'<div class="notice bad"><strong>{escape(failure)}</strong></div>' if failure else ""
-    body = [[row.arm, row.count, row.against] for row in rows.needle_rows(results)]
+    body = [
+        [row.arm, row.count, row.against.replace("+-", "\u00b1 ")]
+        for row in rows.needle_rows(results)
+    ]
     title = rows.needle_title(results)
     parts = [
         how(
@@ -202,6 +206,7 @@ def _needle(results: Json) -> str:
             results,
             title[:1].upper() + title[1:],
             scroll(table(["arm", "found", "against exact"], body, words=True)),
+            needle=True,
         ),
         figure(
             results,
@@ -209,6 +214,7 @@ def _needle(results: Json) -> str:
             scroll(figures.heatmap(results)),
             "Depth runs from the start of the context to its end. A cell holds few trials: read "
             "the totals with their 95 % intervals, use the cells to see where misses gather.",
+            needle=True,
         ),
         _failures(results),
     ]

@@ -13,9 +13,11 @@ def section(title: str, body: str) -> str:
     return f"<section><h2>{escape(title)}</h2>{body}</section>"
 
 
-def figure(results: dict[str, Any], title: str, body: str, reading: str = "") -> str:
+def figure(
+    results: dict[str, Any], title: str, body: str, reading: str = "", *, needle: bool = False
+) -> str:
     """A figure or table under the run's caption, with a sentence on how to read it."""
-    caption = "<br>".join(escape(line) for line in rows.caption_lines(results))
+    caption = "<br>".join(escape(line) for line in rows.caption_lines(results, needle=needle))
     note = how(reading) if reading else ""
     return (
         f'<figure><figcaption><p class="caption">{caption}</p>'

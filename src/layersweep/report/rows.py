@@ -19,10 +19,11 @@ SHOWN_PAIRS = 6
 
 @dataclass(frozen=True)
 class Caption:
-    """`model`: whose weights; `protocol`: what was measured on them, or None without perplexity."""
+    """`model`: whose weights; the others: what was measured on them, None where it was not."""
 
     model: str
     protocol: str | None
+    needle: str | None
 
 
 @dataclass(frozen=True)
@@ -79,12 +80,14 @@ def caption(results: Json) -> Caption:
     return Caption(
         model=f"{name}  {weights}: deltas are KV-only ON THESE WEIGHTS",
         protocol=_protocol_line(results) if results["perplexity"] else None,
+        needle=_needle_line(results) if results["needle"] else None,
     )
 
 
-def caption_lines(results: Json) -> list[str]:
+def caption_lines(results: Json, *, needle: bool = False) -> list[str]:
+    """The model's line and that of the protocol under which the figure was measured."""
     lines = caption(results)
-    return [line for line in (lines.model, lines.protocol) if line]
+    return [line for line in (lines.model, lines.needle if needle else lines.protocol) if line]
 
 
 def perplexity_rows(results: Json) -> list[ArmRow]:
@@ -239,6 +242,20 @@ def _protocol_line(results: Json) -> str:
     return (
         f"{protocol['text_source']}, {len(results['perplexity']['segments'])} windows, {how} | "
         f"{protocol['continuation'] - 1} scored, BOS {bos}, {_short(protocol['dtype'])}"
+    )
+
+
+def _needle_line(results: Json) -> str:
+    section, protocol = results["needle"], results["protocol"]
+    how = (
+        "found: every answer token is the argmax"
+        if section["mode"] == "teacher"
+        else "found: the first number of a greedy answer"
+    )
+    return (
+        f"haystack from {protocol['text_source']}, "
+        f"context {'+'.join(map(str, section['contexts']))}, {len(section['trials'])} needles, "
+        f"question and answer read the quantized cache | {how}, {_short(protocol['dtype'])}"
     )
 
 

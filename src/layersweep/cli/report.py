@@ -1,0 +1,88 @@
+"""`layersweep report` and `layersweep compare`: finished runs, printed again or against another."""
+
+from __future__ import annotations
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from layersweep.report.compare import Comparison, compare_runs, comparison_cells
+from layersweep.report.export import arms_csv, latex, markdown, windows_csv
+from layersweep.report.html import write_html
+from layersweep.report.rows import caption_lines
+from layersweep.report.store import load_results
+from layersweep.report.table import FULL_WIDTH, print_report
+
+
+class ReportFormat(StrEnum):
+    """csv: one line per window; csv-arms: one line per arm."""
+
+    MD = "md"
+    CSV = "csv"
+    CSV_ARMS = "csv-arms"
+    LATEX = "latex"
+    HTML = "html"
+
+
+_TEXT = {
+    ReportFormat.MD: markdown,
+    ReportFormat.CSV: windows_csv,
+    ReportFormat.CSV_ARMS: arms_csv,
+    ReportFormat.LATEX: latex,
+}
+
+
+def report(
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A run's folder, or its results.json.")
+    ],
+    report_format: Annotated[
+        ReportFormat | None,
+        typer.Option("--format", help="Without it, the table that the run printed."),
+    ] = None,
+) -> None:
+    """Print a finished run again; html writes report.html beside the results."""
+    results = load_results(directory)
+    if report_format is None:
+        print_report(Console(), results)
+    elif report_format is ReportFormat.HTML:
+        folder = directory if directory.is_dir() else directory.parent
+        print(write_html(folder, results))
+    else:
+        sys.stdout.write(_TEXT[report_format](results))
+
+
+def compare(
+    first: Annotated[Path, typer.Argument(metavar="DIR1", help="The run to compare with.")],
+    second: Annotated[Path, typer.Argument(metavar="DIR2", help="The run that is compared.")],
+) -> None:
+    """Pair two runs window by window (by token hash) and print second minus first."""
+    first_results = load_results(first)
+    comparison = compare_runs(first_results, load_results(second))
+    console = Console()
+    if not console.is_terminal:
+        console.width = max(FULL_WIDTH, console.width)
+    for line in caption_lines(first_results):
+        console.print(Text(line))
+    _print_comparison(console, comparison)
+
+
+def _print_comparison(console: Console, comparison: Comparison) -> None:
+    head, lines = comparison_cells(comparison)
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold", pad_edge=False)
+    for title in head:
+        table.add_column(title, justify="left" if title == "arm" else "right")
+    for line in lines:
+        table.add_row(*(Text(cell) for cell in line))
+    console.print(table)
+    counts = f"{comparison.windows[0]} and {comparison.windows[1]}"
+    console.print(Text(f"{comparison.common} common windows of {counts}; differences in percent"))
+    for name, arms in (("first", comparison.only_first), ("second", comparison.only_second)):
+        if arms:
+            console.print(Text(f"only in the {name} run: {', '.join(arms)}"))
