@@ -1,0 +1,203 @@
+"""From raw measurements to the sections of results.json."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from results_builders import STUDY, build_results, simulate_needle, simulate_perplexity
+
+from layersweep.evals.summary import (
+    ControlMeasurement,
+    reasons_not_publishable,
+    summarize_needle,
+    summarize_perplexity,
+)
+from layersweep.report.store import validate
+
+
+@pytest.fixture(scope="module")
+def measured():
+    return simulate_perplexity()
+
+
+@pytest.fixture(scope="module")
+def section(measured):
+    return summarize_perplexity(measured)
+
+
+def arm_of(section, name):
+    return next(arm for arm in section["arms"] if arm["arm"] == name)
+
+
+def test_every_arm_figure_follows_from_its_windows(measured, section):
+    for arm in section["arms"]:
+        delta = measured.nll[arm["arm"]] - measured.nll["exact"]
+        assert arm["mean_delta_nll"] == pytest.approx(delta.mean())
+        assert arm["delta_percent"] == pytest.approx(100 * (math.exp(delta.mean()) - 1))
+        assert arm["percent_mean_of_windows"] == pytest.approx((100 * (np.exp(delta) - 1)).mean())
+        assert arm["ppl"] == pytest.approx(np.exp(measured.nll[arm["arm"]].mean()))
+        assert arm["z"] == pytest.approx(arm["mean_delta_nll"] / arm["sem_iid"])
+        assert arm["mde_percent"] == pytest.approx(280 * arm["sem"])
+        assert arm["ci95"][0] < arm["mean_delta_nll"] < arm["ci95"][1]
+        assert arm["sem"] > arm["sem_iid"]  # the simulation correlates neighbours
+        assert arm["n_negative"] == (delta < 0).sum()
+
+
+def test_compression_is_sixteen_over_the_measured_bits(section):
+    assert arm_of(section, "lloyd:K3V2")["compression"] == pytest.approx(16 / 2.69)
+
+
+def test_unknown_bits_stay_unknown(measured):
+    section = summarize_perplexity(
+        replace(measured, bits_per_element=measured.bits_per_element | {"e8:K3V2": None})
+    )
+    assert arm_of(section, "e8:K3V2")["bits_per_element"] is None
+    assert arm_of(section, "e8:K3V2")["compression"] is None
+
+
+def test_perplexity_ratio_equals_delta_percent(section):
+    arm = section["arms"][0]
+    ratio = arm["ppl"] / section["baseline"]["ppl"]
+    assert 100 * (ratio - 1) == pytest.approx(arm["delta_percent"])
+
+
+def test_holm_never_lowers_and_covers_all_arms(section):
+    for arm in section["arms"]:
+        assert arm["p_holm"] >= arm["p_wilcoxon"]
+    assert max(arm["p_holm"] for arm in section["arms"]) < 1e-6
+
+
+def test_pairs_are_differences_of_arms(section):
+    assert len(section["pairs"]) == 6
+    means = {arm["arm"]: arm["mean_delta_nll"] for arm in section["arms"]}
+    for pair in section["pairs"]:
+        assert pair["mean_delta_nll"] == pytest.approx(means[pair["a"]] - means[pair["b"]])
+
+
+def test_noise_floor_names_the_worst_identity(measured):
+    controls = {
+        "exact": ControlMeasurement(np.zeros(4), np.zeros((4, 5), np.float32)),
+        "identity:lloyd": ControlMeasurement(np.full(4, 0.001), np.zeros((4, 5), np.float32)),
+        "identity:e8": ControlMeasurement(
+            np.array([-0.004, -0.002, -0.003, -0.003]), np.full((4, 5), 0.5, np.float32)
+        ),
+    }
+    section = summarize_perplexity(replace(measured, controls=controls))
+    floor = section["noise_floor"]
+    assert floor["exact"] == {"n": 4, "mean": 0.0, "sd": 0.0, "max": 0.0, "kl": 0.0}
+    assert floor["identity"]["mean"] == pytest.approx(-0.003)
+    assert floor["identity"]["max"] == pytest.approx(0.004)
+    assert floor["identity"]["kl"] == pytest.approx(0.5)
+    assert floor["identity"]["by_method"]["lloyd"]["mean"] == pytest.approx(0.001)
+    # e8:K4V2 lies at about 0.0055 < 2 x 0.003; lloyd:K3V2 at 0.0045 > 2 x 0.001
+    assert arm_of(section, "e8:K4V2")["below_noise_floor"] is True
+    assert arm_of(section, "lloyd:K3V2")["below_noise_floor"] is False
+
+
+def test_without_controls_the_noise_floor_is_unknown(measured):
+    section = summarize_perplexity(replace(measured, controls={}))
+    assert section["noise_floor"] == {"exact": None, "identity": None}
+    assert section["arms"][0]["below_noise_floor"] is None
+
+
+def test_nonfinite_arm_is_dropped_from_every_comparison(measured):
+    broken = measured.nll["e8:K3V2"].copy()
+    broken[3] = np.nan
+    section = summarize_perplexity(
+        replace(
+            measured,
+            nll=measured.nll | {"e8:K3V2": broken},
+            status=measured.status | {"e8:K3V2": "nonfinite"},
+        )
+    )
+    arm = arm_of(section, "e8:K3V2")
+    assert arm["status"] == "nonfinite"
+    assert (arm["ppl"], arm["sem"], arm["kl_mean"], arm["p_holm"]) == (None, None, None, None)
+    assert len(section["pairs"]) == 3
+    assert section["segments"][3]["nll"]["e8:K3V2"] is None
+    assert section["segments"][4]["nll"]["e8:K3V2"] == broken[4]
+    json.dumps(section, allow_nan=False)
+    reasons = reasons_not_publishable(
+        status="complete", weights="nf4", perplexity=section, needle=None
+    )
+    assert reasons == ["e8:K3V2 gave non-finite values"]
+
+
+def test_one_window_of_one_arm_has_nulls_and_follows_the_schema():
+    results = build_results(windows=1, arms=STUDY[:1], tasks="ppl")
+    arm = results["perplexity"]["arms"][0]
+    assert (arm["sem"], arm["sem_iid"], arm["z"], arm["ci95"]) == (None, None, None, None)
+    assert arm["n"] == 1
+    assert results["perplexity"]["lag1"] is None
+    validate(results)
+
+
+def test_underpowered_below_sixty_windows():
+    short = summarize_perplexity(simulate_perplexity(windows=59))
+    enough = summarize_perplexity(simulate_perplexity(windows=60))
+    assert (short["underpowered"], enough["underpowered"]) == (True, False)
+
+
+def test_needle_counts_lost_and_gained():
+    measured = simulate_needle(per_depth=1, arms=STUDY[:1])
+    correct = {
+        "exact": [True] * 8 + [False] * 2,
+        "lloyd:K3V2": [False] * 3 + [True] * 5 + [True, False],
+    }
+    nll = {"exact": [0.1] * 10, "lloyd:K3V2": [0.2, 0.3] * 5}
+    section = summarize_needle(replace(measured, correct=correct, answer_nll=nll))
+    exact, arm = section["arms"]
+    assert (exact["correct"], exact["n"], exact["lost"]) == (8, 10, None)
+    assert (arm["correct"], arm["lost"], arm["gained"]) == (6, 3, 1)
+    assert arm["mcnemar_p"] == pytest.approx(0.625)
+    assert arm["answer_nll_delta"] == pytest.approx(0.15)
+    assert arm["answer_nll_sem"] == pytest.approx(0.05 / 3)
+    assert arm["wilson95"] == pytest.approx([0.3127, 0.8318], abs=1e-4)
+    assert section["baseline_gate"] == "passed"  # 8 of 10 is exactly 80 %
+    assert section["spot_check"] is True
+    assert [cell["correct"] for cell in arm["by_depth"]] == [0] * 3 + [1] * 6 + [0]
+
+
+def test_needle_gate_fails_below_eighty_percent():
+    measured = simulate_needle(per_depth=6, baseline=0.5, arms=STUDY[:1])
+    section = summarize_needle(measured)
+    assert section["baseline_gate"] == "failed"
+    assert section["spot_check"] is False
+    reasons = reasons_not_publishable(
+        status="complete", weights="nf4", perplexity=None, needle=section
+    )
+    assert reasons == ["the exact cache finds fewer than 80 % of the needles"]
+
+
+def test_generate_mode_without_answer_nll():
+    measured = replace(simulate_needle(per_depth=1, arms=STUDY[:1], mode="generate"), answer_nll={})
+    section = summarize_needle(measured)
+    assert section["arms"][1]["answer_nll_delta"] is None
+    assert section["trials"][0]["answer_nll"] == {}
+
+
+def test_by_depth_adds_up_over_contexts():
+    section = summarize_needle(simulate_needle(per_depth=3, contexts=(1024, 4096)))
+    for arm in section["arms"]:
+        assert len(arm["by_depth"]) == 20
+        assert sum(cell["correct"] for cell in arm["by_depth"]) == arm["correct"]
+        assert sum(cell["n"] for cell in arm["by_depth"]) == arm["n"] == 60
+
+
+def test_what_a_run_lacks_to_be_published():
+    results = build_results(windows=20, per_depth=2)
+    assert results["publishable"] is False
+    assert results["reasons"] == [
+        "20 perplexity windows, 60 are needed",
+        "20 needles are a spot check, 60 are needed",
+    ]
+    assert build_results()["publishable"] is True
+    synthetic = build_results(weights="synthetic", tasks="ppl")
+    assert synthetic["reasons"] == ["the weights are synthetic"]
+    assert reasons_not_publishable(
+        status="gate_failed", weights="nf4", perplexity=None, needle=None
+    ) == ["the run is not complete (status: gate_failed)", "nothing was measured"]
