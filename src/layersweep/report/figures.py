@@ -87,7 +87,7 @@ def windows(results: Json, arm: Json) -> str | None:
     segments = results["perplexity"]["segments"]
     deltas = rows.window_deltas(segments, arm["arm"])
     known = [100 * delta for delta in deltas if delta is not None]
-    if not known:
+    if not known or arm["status"] != "ok":
         return None
     left, right, top, bottom = 64, WIDTH - 30, 12, 152
     x = svg.Scale(-0.5, len(segments) - 0.5, left, right)
