@@ -19,6 +19,7 @@ SIZES = (
     ("weight_bytes_read", "weights read"),
     ("h2d_bytes", "copied to the device"),
 )
+HASH_LENGTH = 64  # sha256; results.json has all of it
 RATES = (
     ("achieved_tflops", "achieved, TFLOP/s"),
     ("gemm_ceiling_tflops", "GEMM ceiling, TFLOP/s"),
@@ -121,4 +122,6 @@ def _value(value: object) -> str:
         return f"{value:.4g}"
     if isinstance(value, list):
         return ", ".join(_value(item) for item in value)
-    return str(value)
+    words = str(value)
+    is_hash = len(words) == HASH_LENGTH and set(words) <= set("0123456789abcdef")
+    return f"{words[:16]}\u2026" if is_hash else words

@@ -12,6 +12,7 @@ Json = dict[str, Any]
 WIDTH = 760
 COLOURS = 6
 ROW = 34
+NAME = 26  # characters of an arm's name before it is cut
 
 
 def forest(results: Json) -> str | None:
@@ -19,7 +20,8 @@ def forest(results: Json) -> str | None:
     arms = [arm for arm in results["perplexity"]["arms"] if arm["status"] == "ok"]
     if not arms:
         return None
-    left, right, top = 190, 590, 16
+    names = [_clip(f"{arm['arm']} (sim.)" if arm["simulated"] else arm["arm"]) for arm in arms]
+    left, right, top = _name_width(names), 590, 16
     bottom = top + ROW * len(arms)
     noise = 2 * abs(_identity_percent(results))
     span = [bound for arm in arms for bound in _bounds(arm)]
@@ -34,9 +36,8 @@ def forest(results: Json) -> str | None:
         y = top + ROW * (index + 0.5)
         lower, upper = _bounds(arm)
         style = _style(arm, colour)
-        label = f"{arm['arm']} (sim.)" if arm["simulated"] else arm["arm"]
         marks += [
-            svg.text(left - 14, y + 4, _clip(label, 26), "name", anchor="end"),
+            svg.text(left - 14, y + 4, names[index], "name", anchor="end"),
             svg.line(x(lower), y, x(upper), y, f"bar {style}"),
             svg.line(x(lower), y - 4, x(lower), y + 4, f"bar {style}"),
             svg.line(x(upper), y - 4, x(upper), y + 4, f"bar {style}"),
@@ -83,12 +84,21 @@ def loss_against_bits(results: Json) -> str | None:
 
 
 def windows(results: Json, arm: Json) -> str | None:
-    """Every window's delta of one arm, with its mean; articles alternate in the background."""
+    """Every window's delta of one arm, with its mean; articles alternate in the background.
+
+    All arms share one vertical scale.
+    """
+    if arm["status"] != "ok":
+        return None
     segments = results["perplexity"]["segments"]
     deltas = rows.window_deltas(segments, arm["arm"])
-    known = [100 * delta for delta in deltas if delta is not None]
-    if not known or arm["status"] != "ok":
-        return None
+    known = [
+        100 * delta
+        for other in results["perplexity"]["arms"]
+        if other["status"] == "ok"
+        for delta in rows.window_deltas(segments, other["arm"])
+        if delta is not None
+    ]
     left, right, top, bottom = 64, WIDTH - 30, 12, 152
     x = svg.Scale(-0.5, len(segments) - 0.5, left, right)
     y = svg.Scale(*svg.padded([0.0, *known]), bottom, top)
@@ -122,7 +132,9 @@ def heatmap(results: Json) -> str:
     section = results["needle"]
     lines = [(arm, context) for arm in section["arms"] for context in section["contexts"]]
     depths = sorted({cell["depth"] for arm in section["arms"] for cell in arm["by_depth"]})
-    left, right, top, height = 190, 620, 30, 28
+    single = len(section["contexts"]) == 1
+    names = [_clip(arm["arm"] if single else f"{arm['arm']} at {c}") for arm, c in lines]
+    left, right, top, height = _name_width([*names, "depth"]), 620, 30, 28
     step = (right - left) / max(len(depths), 1)
     marks = [
         svg.text(left + step * (i + 0.5), 20, f"{100 * depth:.0f} %", "tick", anchor="middle")
@@ -131,8 +143,7 @@ def heatmap(results: Json) -> str:
     marks.append(svg.text(left - 14, 20, "depth", "tick", anchor="end"))
     for row, (arm, context) in enumerate(lines):
         y = top + height * row
-        label = arm["arm"] if len(section["contexts"]) == 1 else f"{arm['arm']} at {context}"
-        marks.append(svg.text(left - 14, y + 18, _clip(label, 26), "name", anchor="end"))
+        marks.append(svg.text(left - 14, y + 18, names[row], "name", anchor="end"))
         cells = {c["depth"]: c for c in arm["by_depth"] if c["context"] == context}
         for column, depth in enumerate(depths):
             if depth in cells:
@@ -223,5 +234,10 @@ def _style(arm: Json, colour: dict[str, int]) -> str:
     return f"c{colour[arm['method']]}{' hollow' if arm['simulated'] else ''}"
 
 
-def _clip(label: str, longest: int) -> str:
-    return label if len(label) <= longest else f"{label[: longest - 1]}\u2026"
+def _clip(label: str) -> str:
+    return label if len(label) <= NAME else f"{label[: NAME - 1]}\u2026"
+
+
+def _name_width(names: list[str]) -> int:
+    """Pixels for right-aligned labels: SVG cannot measure text, 7.6 px per character holds all."""
+    return 18 + round(7.6 * max(len(name) for name in names))

@@ -80,9 +80,8 @@ def _cards(results: Json) -> str:
         found = f"<br>needles {escape(needles[row.arm].count)}" if row.arm in needles else ""
         cards.append(
             f'<div class="card c{colour[arm["method"]]}"><div class="arm{hollow}">'
-            f'{escape(row.label)}</div><div class="big">{_minus(row.delta)} % '
-            f"<span>perplexity</span></div>"
-            f'<div class="small">95 % CI {_minus(row.interval)}<br>'
+            f'{escape(row.label)}</div><div class="big">{_minus(row.delta)} %</div>'
+            f'<div class="small">perplexity, 95 % CI<br>{_minus(row.interval)}<br>'
             f"{row.bits} bits, {row.size} smaller{found}</div></div>"
         )
     return f'<div class="cards">{"".join(cards)}</div>'
@@ -181,8 +180,8 @@ def _windows(results: Json) -> str:
             "Difference per window, 100 x nats (about percent)",
             "".join(drawn),
             "One dot per window in text order, the mean dashed. Grey bands separate articles: "
-            "neighbours in one article resemble each other, which is why the SEM is taken over "
-            "articles.",
+            "neighbours resemble each other, which is why the SEM is taken over "
+            f"{rows.grouping(results)}.",
         ),
     )
 

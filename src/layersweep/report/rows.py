@@ -181,7 +181,7 @@ def warnings(results: Json) -> list[str]:
 
 def verdict(results: Json) -> str:
     if results["publishable"]:
-        return "publishable: complete, at least 60 windows and needles, gate passed"
+        return "publishable: the run is complete and nothing that was asked for is missing"
     return f"NOT PUBLISHABLE because: {'; '.join(results['reasons'])}"
 
 
