@@ -38,8 +38,8 @@ lint: $(VENV)/.installed-dev
 
 # torch comes first and alone: only it may come from TORCH_INDEX, and what follows finds it there.
 $(VENV)/.torch: constraints.txt tools/find-python.sh
-	PYTHON="$(PYTHON)" sh tools/find-python.sh $(VENV)
-	TORCH_INDEX="$(TORCH_INDEX)" sh tools/say-download.sh
+	@PYTHON="$(PYTHON)" sh tools/find-python.sh $(VENV)
+	@TORCH_INDEX="$(TORCH_INDEX)" sh tools/say-download.sh
 	$(PIP) install --quiet --upgrade "pip>=25.1"
 	$(INSTALL) $(if $(TORCH_INDEX),--index-url "$(TORCH_INDEX)") torch
 	@touch $@
