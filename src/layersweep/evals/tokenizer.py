@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,8 @@ class TextTokenizer:
     tokenizer.json. `notes` are sentences that the run has to announce (fallbacks taken).
     """
 
-    tokenizer: Tokenizer
-    parser: Tokenizer | None
+    tokenizer: Tokenizer = field(repr=False)
+    parser: Tokenizer | None = field(repr=False)
     vocab_size: int
     sha256: str
     bos_id: int | None
