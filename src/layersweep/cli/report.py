@@ -5,19 +5,15 @@ from __future__ import annotations
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-from layersweep.report.compare import Comparison, compare_runs, comparison_cells
-from layersweep.report.export import arms_csv, latex, markdown, windows_csv
-from layersweep.report.html import write_html
-from layersweep.report.rows import caption_lines
-from layersweep.report.store import load_results
-from layersweep.report.table import FULL_WIDTH, print_report
+# scipy takes a second to import: the commands import what they need when they run
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from layersweep.report.compare import Comparison
 
 
 class ReportFormat(StrEnum):
@@ -30,14 +26,6 @@ class ReportFormat(StrEnum):
     HTML = "html"
 
 
-_TEXT = {
-    ReportFormat.MD: markdown,
-    ReportFormat.CSV: windows_csv,
-    ReportFormat.CSV_ARMS: arms_csv,
-    ReportFormat.LATEX: latex,
-}
-
-
 def report(
     directory: Annotated[
         Path, typer.Argument(metavar="DIR", help="A run's folder, or its results.json.")
@@ -48,6 +36,12 @@ def report(
     ] = None,
 ) -> None:
     """Print a finished run again; html writes report.html beside the results."""
+    from rich.console import Console
+
+    from layersweep.report.html import write_html
+    from layersweep.report.store import load_results
+    from layersweep.report.table import print_report
+
     results = load_results(directory)
     if report_format is None:
         print_report(Console(), results)
@@ -55,7 +49,7 @@ def report(
         folder = directory if directory.is_dir() else directory.parent
         print(write_html(folder, results))
     else:
-        sys.stdout.write(_TEXT[report_format](results))
+        sys.stdout.write(_as_text(results, report_format))
 
 
 def compare(
@@ -63,6 +57,14 @@ def compare(
     second: Annotated[Path, typer.Argument(metavar="DIR2", help="The run that is compared.")],
 ) -> None:
     """Pair two runs window by window (by token hash) and print second minus first."""
+    from rich.console import Console
+    from rich.text import Text
+
+    from layersweep.report.compare import compare_runs
+    from layersweep.report.rows import caption_lines
+    from layersweep.report.store import load_results
+    from layersweep.report.table import FULL_WIDTH
+
     first_results = load_results(first)
     comparison = compare_runs(first_results, load_results(second))
     console = Console()
@@ -73,7 +75,24 @@ def compare(
     _print_comparison(console, comparison)
 
 
+def _as_text(results: dict[str, Any], report_format: ReportFormat) -> str:
+    from layersweep.report import export
+
+    writers = {
+        ReportFormat.MD: export.markdown,
+        ReportFormat.CSV: export.windows_csv,
+        ReportFormat.CSV_ARMS: export.arms_csv,
+        ReportFormat.LATEX: export.latex,
+    }
+    return writers[report_format](results)
+
+
 def _print_comparison(console: Console, comparison: Comparison) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from layersweep.report.compare import comparison_cells
+
     head, lines = comparison_cells(comparison)
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold", pad_edge=False)
     for title in head:
