@@ -1,0 +1,135 @@
+"""One stream of one layer as an arm keeps it: exact tokens around a packed middle.
+
+tokens   0 ......... sink ................... T - window ......... T
+         |  exact     |  codec                 |  exact            |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from layersweep.kv.arms import EXACT_BITS, Arm
+from layersweep.kv.codec import Codec, Packed, role_bits
+from layersweep.kv.stream import Stream
+
+# Exact tokens are counted as fp16 storage, whatever dtype the computation runs in.
+_EXACT_ELEMENT_BITS = 16
+
+
+@dataclass
+class Encoded:
+    """A packed range of tokens, decoded at most once."""
+
+    codec: Codec
+    packed: Packed
+    positions: Tensor
+    _decoded: Tensor | None = field(default=None, repr=False)
+
+    def decoded(self, dtype: torch.dtype) -> Tensor:
+        if self._decoded is None:
+            self._decoded = self.codec.decode(self.packed, self.positions).to(dtype)
+        return self._decoded
+
+    def select(self, index: int) -> Encoded:
+        """Sequence `index` of the batch alone, packed bytes in memory of their own."""
+        one = self.packed.slice_batch(index, index + 1)
+        scale = None if one.scale is None else one.scale.clone()
+        packed = replace(one, codes=one.codes.clone(), scale=scale)
+        return Encoded(self.codec, packed, self.positions[index : index + 1].clone())
+
+
+Shared = dict[Hashable, Encoded]
+
+
+@dataclass(frozen=True)
+class CachedStream:
+    """What `store` kept. `head` and `tail` [B,H,*,D] are views of the exact tokens."""
+
+    dtype: torch.dtype
+    head: Tensor | None
+    middle: Encoded | None
+    tail: Tensor | None
+
+    def decoded(self) -> Tensor:
+        """What attention reads, [B,H,T,D] in the stored dtype; keys still before RoPE.
+
+        An exact stream returns the very tensor that was stored. Do not write into the result:
+        arms share it.
+        """
+        middle = None if self.middle is None else self.middle.decoded(self.dtype)
+        parts = [part for part in (self.head, middle, self.tail) if part is not None]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+    def select(self, index: int) -> CachedStream:
+        """Sequence `index` of the batch alone, in memory of its own."""
+        one = slice(index, index + 1)
+        middle = None if self.middle is None else self.middle.select(index)
+        head, tail = (
+            None if part is None else part[one].clone() for part in (self.head, self.tail)
+        )
+        return CachedStream(self.dtype, head, middle, tail)
+
+    @property
+    def nbits(self) -> int:
+        """Measured size: the codec's bytes of the middle, 16 bits per exact element."""
+        exact = sum(part.numel() for part in (self.head, self.tail) if part is not None)
+        packed = 0 if self.middle is None else self.middle.codec.nbytes(self.middle.packed)
+        return exact * _EXACT_ELEMENT_BITS + 8 * packed
+
+    @property
+    def nbytes(self) -> int:
+        return self.nbits // 8
+
+    @property
+    def elements(self) -> int:
+        """Numbers that the uncompressed stream has: batch x heads x tokens x dim."""
+        exact = sum(part.numel() for part in (self.head, self.tail) if part is not None)
+        if self.middle is None:
+            return exact
+        return exact + self.middle.packed.codes.shape[:3].numel() * self.middle.packed.dim
+
+
+def store(
+    arm: Arm,
+    x: Tensor,
+    stream: Stream,
+    positions: Tensor,
+    layer: int,
+    num_layers: int,
+    shared: Shared,
+) -> CachedStream:
+    """Keep x [B,H,T,D] (keys before RoPE) at `positions` [B,T] as `arm` keeps this layer.
+
+    `shared` starts empty for every (layer, sequences) and is handed on from arm to arm and from
+    stream to stream: what two arms encode alike (K3V2 and K4V2: the values) is encoded and
+    decoded once. Raises InputError for a stream that the codec cannot take.
+    """
+    tokens = x.shape[2]
+    start, stop = min(arm.sink, tokens), max(tokens - arm.window, 0)
+    codec = None if arm.is_exact_layer(layer, num_layers) else arm.codec
+    if codec is None or _kept_exact(arm, codec, stream) or start >= stop:
+        return CachedStream(x.dtype, head=x, middle=None, tail=None)
+    key = (codec.sharing_key(stream), stream.name, start, stop)
+    if key not in shared:
+        at = positions[:, start:stop]
+        shared[key] = Encoded(codec, codec.encode(x[:, :, start:stop], stream, at), at)
+    return CachedStream(
+        x.dtype,
+        head=x[:, :, :start] if start else None,
+        middle=shared[key],
+        tail=x[:, :, stop:] if stop < tokens else None,
+    )
+
+
+def _kept_exact(arm: Arm, codec: Codec, stream: Stream) -> bool:
+    """16 bits mean an exact stream, except where the transforms themselves are the arm."""
+    return arm.method != "identity" and role_bits(codec, stream) == EXACT_BITS
+
+
+def bits_per_element(nbits: int, elements: int) -> float:
+    """Average over whatever was summed: layers, keys and values, windows. 16 is uncompressed."""
+    return nbits / elements

@@ -1,0 +1,133 @@
+"""The contract of a KV codec, and the packed form that the codecs of this package share."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol
+
+from layersweep.errors import InputError
+from layersweep.kv.stream import Stream
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Encoded vectors of one stream. Every vector stands alone, so batch and tokens slice freely.
+
+    codes  [batch, heads, tokens, width]  what is stored per vector (uint8 where really packed)
+    scale  [batch, heads, tokens]         one number per vector, None where the codec has none
+    """
+
+    bits: int
+    dim: int
+    codes: Tensor
+    scale: Tensor | None
+
+    @property
+    def tokens(self) -> int:
+        return self.codes.shape[2]
+
+    def slice_tokens(self, start: int, stop: int) -> Packed:
+        """Tokens [start, stop) of every sequence, as views."""
+        scale = None if self.scale is None else self.scale[:, :, start:stop]
+        return replace(self, codes=self.codes[:, :, start:stop], scale=scale)
+
+    def slice_batch(self, start: int, stop: int) -> Packed:
+        """Sequences [start, stop), as views."""
+        scale = None if self.scale is None else self.scale[start:stop]
+        return replace(self, codes=self.codes[start:stop], scale=scale)
+
+
+def join_tokens(parts: Sequence[Packed]) -> Packed:
+    """The parts one after the other along the tokens; same bits, dim, batch and heads."""
+    import torch
+
+    scales = [part.scale for part in parts if part.scale is not None]
+    return replace(
+        parts[0],
+        codes=torch.cat([part.codes for part in parts], dim=2),
+        scale=torch.cat(scales, dim=2) if scales else None,
+    )
+
+
+class Codec(Protocol):
+    """Turns the keys or values of one layer into bytes and back.
+
+        layer's projection                                attention
+             |                                                ^
+             |  x [B,H,T,D], keys BEFORE RoPE                 |  RoPE(x^), float32
+             v                                                |
+          encode(x, stream, positions) --> Packed --> decode(packed, positions) --> x^ [B,H,T,D]
+                                            |   ^
+                        nbytes(packed) <----'   '---- append(packed, x, positions)
+
+    B sequences, H KV heads, T tokens, D head size; positions [B, T] are absolute token positions,
+    for codecs that need them. What every codec promises:
+
+    - decode sees the packed form alone; nothing is carried beside it.
+    - encoding a batch is encoding each sequence alone, and append is encoding at once, bit for
+      bit: results must not depend on who else was in the batch.
+    - a non-finite input decodes to something non-finite, without a device synchronisation:
+      whoever reads the cache finds it; nothing is clamped into plausible numbers.
+    - nbytes counts all that a reader needs except tables shipped with the package. A codec whose
+      packed form is larger than its method's (`simulated`) counts the method's fixed-rate size.
+    - `mean` [H, D] is subtracted and stored where a codec has use for it; others raise InputError.
+    """
+
+    @property
+    def method(self) -> str: ...
+    @property
+    def version(self) -> str: ...
+    @property
+    def simulated(self) -> bool: ...
+    @property
+    def encoder(self) -> str: ...
+    @property
+    def key_bits(self) -> int: ...
+    @property
+    def value_bits(self) -> int: ...
+
+    def encode(
+        self, x: Tensor, stream: Stream, positions: Tensor, mean: Tensor | None = None
+    ) -> Packed:
+        """x [B,H,T,D] floating -> Packed. Raises InputError for shapes that it cannot take."""
+
+    def decode(self, packed: Packed, positions: Tensor) -> Tensor:
+        """Packed -> [B,H,T,D] float32."""
+
+    def append(self, packed: Packed, x: Tensor, positions: Tensor) -> Packed:
+        """`packed` followed by x [B,H,T,D] at `positions`."""
+
+    def nbytes(self, packed: Packed) -> int:
+        """Bytes of the packed form, rounded up once per tensor."""
+
+    def sharing_key(self, stream: Stream) -> Hashable:
+        """Equal keys promise equal encodings of equal input: K3V2 and K4V2 share their values."""
+
+    def identity(self) -> Codec:
+        """This codec's transforms without the quantization: the noise that they bring alone."""
+
+
+def role_bits(codec: Codec, stream: Stream) -> int:
+    """Bits that `codec` spends on a stream. A latent serves as key and value: it gets key bits."""
+    return codec.value_bits if stream.role == "value" else codec.key_bits
+
+
+def check_input(codec: Codec, x: Tensor, stream: Stream, mean: Tensor | None) -> None:
+    """Raise InputError unless x is [B, stream.heads, T, stream.dim] with dim a multiple of 8."""
+    if x.ndim != 4 or x.shape[1] != stream.heads or x.shape[3] != stream.dim:
+        raise InputError(
+            f"{codec.method}: stream '{stream.name}' found shape {list(x.shape)}, needed "
+            f"[batch, {stream.heads}, tokens, {stream.dim}]"
+        )
+    if stream.dim % 8:
+        raise InputError(
+            f"{codec.method}: stream '{stream.name}' has head size {stream.dim}, needed a "
+            "multiple of 8",
+            hint="only the exact cache can serve this model",
+        )
+    if mean is not None:
+        raise InputError(f"{codec.method}: a channel mean was given, this method keeps none")

@@ -1,0 +1,144 @@
+"""`e8`: the published method (nexusquant-kv, mode quant_only) as arithmetic. Simulated.
+
+For a head vector, rotated by the plain Hadamard matrix to y of size D, with L = 2^bits:
+    u = y / s, s = max|y| / (L / 2); every 8 consecutive coordinates go to the nearer of
+    (a) integers, each the nearest; if their sum is odd, the coordinate with the largest rounding
+        gap goes to its second-nearest integer instead (v=0.5: the one with the smallest gap)
+    (b) half-integers, each the nearest, whatever their sum
+    and are then clamped to [-L/2, L/2].
+An equal distance takes (a); of equal gaps the first coordinate moves; a gap of 0 moves up.
+
+v=0.6 is the arithmetic of versions 0.6.x, v=0.5 that of 0.5.x, behind the published Mixtral rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from layersweep.kv.codec import Codec, Packed, check_input, join_tokens, role_bits
+from layersweep.kv.identity import Identity
+from layersweep.kv.rotate import add_rows, max_rows, rotate, rotate_back, row_chunks
+from layersweep.kv.stream import Stream
+
+_GROUP = 8
+_SCALE_BITS = 16
+
+
+def group_bits(bits: int) -> float:
+    """log2 of the number of points that a group of 8 can be given: its fixed-rate index.
+
+    Integers in [-m, m], m = L/2: (L + 1)^8 tuples. The alternating sum over one coordinate,
+    sum of (-1)^k for k in [-m, m], is +-1, so even-sum tuples outnumber odd ones by exactly one.
+    Half-integers in [-m, m]: L^8 tuples. Points that only a clamped tie reaches (the largest
+    coordinate of a vector lies exactly on m) are left out, in the method's favour: they would
+    need an index of 0.07 bit per element more at 2 bits.
+    """
+    levels = 2**bits
+    even_integers = ((levels + 1) ** _GROUP + 1) // 2
+    return math.log2(even_integers + levels**_GROUP)
+
+
+@dataclass(frozen=True)
+class E8:
+    """See the module's text. `v` is "0.6" or "0.5".
+
+    Packed holds doubled coordinates as integers and the scale in float32, as the published
+    program computes with it; `nbytes` counts the fixed-rate index and an fp16 scale per vector.
+    """
+
+    key_bits: int
+    value_bits: int
+    v: str = "0.6"
+
+    method = "e8"
+    version = "1"
+    simulated = True
+    encoder = "torch"
+
+    def encode(
+        self, x: Tensor, stream: Stream, positions: Tensor, mean: Tensor | None = None
+    ) -> Packed:
+        check_input(self, x, stream, mean)
+        return self._encode(x, role_bits(self, stream))
+
+    def append(self, packed: Packed, x: Tensor, positions: Tensor) -> Packed:
+        return join_tokens([packed, self._encode(x, packed.bits)])
+
+    def _encode(self, x: Tensor, bits: int) -> Packed:
+        flat = x.reshape(-1, x.shape[3])
+        # Doubled coordinates reach 2^bits: 128 and more do not fit int8.
+        dtype = torch.int8 if bits < 7 else torch.int16
+        codes = torch.empty(flat.shape, dtype=dtype, device=x.device)
+        scale = torch.empty(len(flat), dtype=torch.float32, device=x.device)
+        for rows in row_chunks(len(flat), x.shape[3], x.device):
+            y_DN = rotate(flat[rows], randomized=False)
+            scale[rows] = _scale(y_DN, bits)
+            doubled = _doubled_points(y_DN.div_(scale[rows]), bits, smallest=self.v == "0.5")
+            codes[rows] = doubled.to(dtype).t()
+        return Packed(bits, x.shape[3], codes.view(x.shape), scale.view(x.shape[:3]))
+
+    def decode(self, packed: Packed, positions: Tensor) -> Tensor:
+        assert packed.scale is not None
+        codes = packed.codes.reshape(-1, packed.dim)
+        scale = packed.scale.reshape(-1)
+        out = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
+        for rows in row_chunks(len(codes), packed.dim, codes.device):
+            y_DN = codes[rows].t().contiguous().float().mul_(0.5).mul_(scale[rows])
+            out[rows] = rotate_back(y_DN, randomized=False)
+        return out.view(packed.codes.shape)
+
+    def nbytes(self, packed: Packed) -> int:
+        vectors = packed.codes.shape[:3].numel()
+        groups = packed.dim // _GROUP
+        return math.ceil(vectors * (groups * group_bits(packed.bits) + _SCALE_BITS) / 8)
+
+    def sharing_key(self, stream: Stream) -> Hashable:
+        return (self.method, self.v, role_bits(self, stream))
+
+    def identity(self) -> Codec:
+        return Identity(of=self.method, randomized=False)
+
+
+def _scale(y_DN: Tensor, bits: int) -> Tensor:
+    """[N]: max|y| / (L / 2), the maximum floored at the smallest normal number."""
+    largest = max_rows(y_DN.abs())
+    return largest.clamp_(min=torch.finfo(torch.float32).tiny).div_(2 ** (bits - 1))
+
+
+def _doubled_points(u_DN: Tensor, bits: int, smallest: bool) -> Tensor:
+    """Twice the chosen point of every coordinate, [D, N] float32 integers.
+
+    With g the distance to the nearest integer, the half-integer lies 1/2 - g away and the
+    second-nearest integer 1 - g. So the squared distances of the two candidates differ by
+        (b) - (a) = sum(1/4 - g) - odd * (1 - 2 g_moved) = 2 - sum g - odd * (1 - 2 g_moved)
+    over a group: no squares are needed to see which is nearer.
+    """
+    u = u_DN.view(-1, _GROUP, u_DN.shape[1])
+    integer = torch.round(u)
+    offset = u - integer
+    gap = offset.abs()
+    half_sum = add_rows(integer, dim=1).mul_(0.5)
+    odd = half_sum != half_sum.floor()
+    moved = -max_rows(-gap, dim=1) if smallest else max_rows(gap, dim=1)
+    difference = 2 - add_rows(gap, dim=1) - odd * (1 - 2 * moved)
+    _move_first(integer, offset, gap == moved.unsqueeze(1), odd)
+    halves = torch.round(u - 0.5).add_(0.5)
+    points = torch.where((difference < 0).unsqueeze(1), halves, integer)
+    limit = 2.0 ** (bits - 1)
+    return points.clamp_(-limit, limit).mul_(2).view(u_DN.shape)
+
+
+def _move_first(integer: Tensor, offset: Tensor, candidates: Tensor, odd: Tensor) -> None:
+    """In groups [D/8, 8, N] whose `odd` [D/8, N] is set, the first candidate coordinate moves to
+    its second-nearest integer, in place."""
+    waiting = odd.clone()
+    for i in range(_GROUP):
+        move = candidates[:, i] & waiting
+        waiting &= ~move
+        up = offset[:, i] >= 0
+        integer[:, i] += move * (up * 2.0 - 1.0)
