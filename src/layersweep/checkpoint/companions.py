@@ -1,0 +1,263 @@
+"""Quantized or float: decided for each tensor by what is stored, never by names or flags.
+
+A weight is quantized iff its dtype and shape are packed AND its quant_state JSON is there; it is
+float iff it has a floating dtype, the config's shape and no companion. Anything else is a problem
+that names both facts. One exception is read and announced: packed with plain absmax and a
+quant_map equal to the NF4 table, but no JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from layersweep.checkpoint.header import StoredTensor
+from layersweep.checkpoint.problems import DOWNLOAD_AGAIN, Problem
+from layersweep.checkpoint.tables import CODES
+from layersweep.checkpoint.weights import Nested, Quant, Weight, packed_bytes
+
+Kind = Literal["nf4", "fp4"]
+KINDS: tuple[Kind, ...] = ("nf4", "fp4")
+STATE = "quant_state.bitsandbytes__"
+SCALES = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
+SUFFIXES = (*SCALES, *(STATE + kind for kind in KINDS))
+FLOATS = ("F16", "BF16", "F32")
+STORAGE = {"U8": 1, "I8": 1, "F16": 2, "BF16": 2, "F32": 4}
+BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+LONGEST_STATE = 1 << 16
+
+Tensors = Mapping[str, StoredTensor]
+ReadValues = Callable[[StoredTensor], bytes]
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """Turns stored tensors into weights; `problems` and `notes` are filled on the way.
+
+    `read` gives the bytes of a small tensor, or is None where only headers may be read.
+    """
+
+    tensors: Tensors
+    read: ReadValues | None
+    problems: list[Problem]
+    notes: dict[str, list[str]]
+
+    def weight(self, name: str, base: str, shape: tuple[int, ...]) -> Weight | None:
+        """Weight `name` of dense `shape`, stored as tensor `base`; None where it has a problem."""
+        data = self.tensors[base]
+        companions = self._companions(base)
+        state = next((kind for kind in KINDS if STATE + kind in companions), None)
+        float_shaped = data.dtype in FLOATS and data.shape == shape
+        if float_shaped and not companions:
+            return Weight(name, shape, data, None)
+        if not is_packed(data, shape):
+            self._not_packed(data, shape, companions, float_shaped)
+            return None
+        before = len(self.problems)
+        quant = (
+            self._quant_from_counts(data, shape, companions)
+            if state is None
+            else self._quant_from_state(data, shape, companions, state)
+        )
+        return Weight(name, shape, data, quant) if len(self.problems) == before else None
+
+    def _companions(self, base: str) -> dict[str, StoredTensor]:
+        named = ((suffix, self.tensors.get(f"{base}.{suffix}")) for suffix in SUFFIXES)
+        return {suffix: tensor for suffix, tensor in named if tensor is not None}
+
+    def _problem(self, tensor: StoredTensor, found: str, needed: str, hint: str = "") -> None:
+        file = str(tensor.file)
+        self.problems.append(Problem(file, tensor.name, found, needed, hint or DOWNLOAD_AGAIN))
+
+    def _not_packed(
+        self, data: StoredTensor, shape: tuple[int, ...], companions: Tensors, float_shaped: bool
+    ) -> None:
+        packed = f"packed U8 [{packed_bytes(shape)}, 1] with quant_state"
+        if float_shaped:
+            found = f"{data.describe()} and its 4-bit companions {', '.join(companions)}"
+            needed = f"float {list(shape)} without companions, or {packed}"
+            hint = "the file says float and quantized at once; quantize the model again"
+            self._problem(data, found, needed, hint)
+            return
+        found = data.describe() + (" and 4-bit companions" if companions else "")
+        hint = "config.json and the tensors disagree; take both from the same model"
+        self._problem(data, found, f"float {list(shape)} or {packed}", hint)
+
+    def _quant_from_state(
+        self, data: StoredTensor, shape: tuple[int, ...], companions: Tensors, kind: Kind
+    ) -> Quant | None:
+        missing = [suffix for suffix in ("absmax", "quant_map") if suffix not in companions]
+        other = next((item for item in KINDS if item != kind and STATE + item in companions), None)
+        if missing:
+            needed = f"{data.name}.{missing[0]} in one of the shards"
+            self._problem(data, f"4-bit data without {' and '.join(missing)}", needed)
+            return None
+        if other is not None:
+            self._problem(data, f"quant_state of both {kind} and {other}", "one of them")
+            return None
+        self._check_code(companions["quant_map"], kind)
+        state = self._read_state(companions[STATE + kind], kind, shape)
+        if state is None:
+            return None
+        blocksize = state.blocksize
+        if blocksize is None:  # headers alone: the count of scales must do
+            blocksize = self._blocksize_from_counts(companions["absmax"], shape)
+            if blocksize is None:
+                return None
+        blocks = -(-math.prod(shape) // blocksize)
+        nested = self._nested(data, companions, state, blocks)
+        scale_dtype = "U8" if state.nested(companions) else "F32"
+        self._expect(companions["absmax"], scale_dtype, blocks)
+        rest = companions[STATE + kind].nbytes + companions["quant_map"].nbytes
+        return Quant(kind, blocksize, companions["absmax"], nested, data.dtype, rest)
+
+    def _nested(
+        self, data: StoredTensor, companions: Tensors, state: _State, blocks: int
+    ) -> Nested | None:
+        present = [suffix for suffix in SCALES[2:] if suffix in companions]
+        if state.blocksize is not None and state.offset is None and present:
+            needed = "nested_blocksize and nested_offset in quant_state"
+            self._problem(data, f"{' and '.join(present)}", needed)
+            return None
+        if not state.nested(companions):
+            return None
+        missing = [suffix for suffix in SCALES[2:] if suffix not in companions]
+        if missing:
+            needed = f"{data.name}.{missing[0]} in one of the shards"
+            self._problem(data, f"nested scales without {' and '.join(missing)}", needed)
+            return None
+        size = state.nested_blocksize or 256
+        self._expect(companions["nested_absmax"], "F32", -(-blocks // size))
+        self._expect(companions["nested_quant_map"], "F32", 256)
+        absmax, quant_map = companions["nested_absmax"], companions["nested_quant_map"]
+        return Nested(absmax, quant_map, size, state.offset or 0.0)
+
+    def _quant_from_counts(
+        self, data: StoredTensor, shape: tuple[int, ...], companions: Tensors
+    ) -> Quant | None:
+        """Packed without quant_state: readable if absmax is plain and the table is NF4's."""
+        needed = f"{data.name}.{STATE}nf4 in one of the shards"
+        if not {"absmax", "quant_map"} <= set(companions):
+            found = f"{data.describe()} (packed) without quant_state"
+            self._problem(data, found, needed)
+            return None
+        if "nested_absmax" in companions or companions["absmax"].dtype != "F32":
+            found = "nested scales without quant_state, which holds their offset"
+            self._problem(data, found, needed)
+            return None
+        self._check_code(companions["quant_map"], "nf4")
+        blocksize = self._blocksize_from_counts(companions["absmax"], shape)
+        if blocksize is None:
+            return None
+        self._expect(companions["absmax"], "F32", -(-math.prod(shape) // blocksize))
+        self.notes.setdefault(
+            "packed without quant_state, read as NF4 because quant_map is the NF4 table", []
+        ).append(data.name)
+        rest = companions["quant_map"].nbytes
+        return Quant("nf4", blocksize, companions["absmax"], None, data.dtype, rest)
+
+    def _blocksize_from_counts(self, absmax: StoredTensor, shape: tuple[int, ...]) -> int | None:
+        count, scales = math.prod(shape), math.prod(absmax.shape)
+        fitting = [size for size in BLOCKSIZES if -(-count // size) == scales]
+        if not fitting:
+            needed = f"one scale per 32 to 4096 of the {count} elements"
+            self._problem(absmax, f"{scales} scales", needed)
+            return None
+        return max(fitting)  # several fit only where all make one block of everything
+
+    def _check_code(self, quant_map: StoredTensor, kind: Kind) -> None:
+        if not self._expect(quant_map, "F32", 16) or self.read is None:
+            return
+        values = struct.unpack("<16f", self.read(quant_map))
+        table = struct.unpack("<16f", struct.pack("<16f", *CODES[kind]))
+        if values != table:
+            differing = next(index for index in range(16) if values[index] != table[index])
+            found = f"{values[differing]} at index {differing}"
+            self._problem(quant_map, found, f"{table[differing]}, the {kind.upper()} table")
+
+    def _expect(self, tensor: StoredTensor, dtype: str, count: int) -> bool:
+        fits = tensor.dtype == dtype and math.prod(tensor.shape) == count
+        if not fits:
+            self._problem(tensor, tensor.describe(), f"{dtype} [{count}]")
+        return fits
+
+    def _read_state(
+        self, tensor: StoredTensor, kind: Kind, shape: tuple[int, ...]
+    ) -> _State | None:
+        if tensor.dtype != "U8" or tensor.nbytes > LONGEST_STATE:
+            self._problem(tensor, tensor.describe(), "a few hundred bytes of JSON as U8")
+            return None
+        if self.read is None:
+            return _State(None, None, None)
+        try:
+            fields = json.loads(self.read(tensor))
+        except (ValueError, RecursionError) as error:
+            self._problem(tensor, f"no JSON ({error})", "UTF-8 JSON of quant_state")
+            return None
+        if not isinstance(fields, dict):
+            self._problem(tensor, "JSON that is no object", "an object")
+            return None
+        return self._parse_state(tensor, fields, kind, shape)
+
+    def _parse_state(
+        self, tensor: StoredTensor, fields: Mapping[str, object], kind: Kind, shape: tuple[int, ...]
+    ) -> _State | None:
+        before = len(self.problems)
+        if fields.get("quant_type", kind) != kind:
+            self._problem(tensor, f"quant_type {fields['quant_type']!r}", repr(kind))
+        if fields.get("shape", list(shape)) != list(shape):
+            needed = f"{list(shape)}, the shape in config.json"
+            self._problem(tensor, f"shape {fields['shape']!r}", needed)
+        blocksize, inner = fields.get("blocksize"), fields.get("nested_blocksize")
+        for field, value in (("blocksize", blocksize), ("nested_blocksize", inner)):
+            if value is None and field == "nested_blocksize":
+                continue
+            if type(value) is not int or value <= 0 or value % 2 or value > 1 << 20:
+                self._problem(tensor, f"{field} {value!r}", "a positive even number")
+        offset = fields.get("nested_offset")
+        if (inner is None) != (offset is None):
+            found = "nested_blocksize" if offset is None else "nested_offset"
+            self._problem(tensor, f"{found} alone", "nested_blocksize and nested_offset")
+        elif offset is not None and not _is_finite(offset):
+            self._problem(tensor, f"nested_offset {offset!r}", "a finite number")
+        if len(self.problems) != before:
+            return None
+        assert isinstance(blocksize, int)
+        number = float(offset) if isinstance(offset, int | float) else None
+        return _State(blocksize, inner if isinstance(inner, int) else None, number)
+
+
+@dataclass(frozen=True)
+class _State:
+    """quant_state's numbers; blocksize is None where only headers were read."""
+
+    blocksize: int | None
+    nested_blocksize: int | None
+    offset: float | None
+
+    def nested(self, companions: Tensors) -> bool:
+        if self.blocksize is None:
+            return companions["absmax"].dtype == "U8" or "nested_absmax" in companions
+        return self.offset is not None
+
+
+def is_packed(data: StoredTensor, shape: tuple[int, ...]) -> bool:
+    """Two elements per byte, under any storage dtype, as a column, a row or flat."""
+    long = [size for size in data.shape if size != 1]
+    return (
+        data.dtype in STORAGE
+        and data.nbytes == packed_bytes(shape)
+        and len(long) <= 1
+        and 1 <= len(data.shape) <= 2
+        and data.shape != shape
+    )
+
+
+def _is_finite(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return -1e38 < value < 1e38  # also false for NaN

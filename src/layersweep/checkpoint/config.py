@@ -1,0 +1,200 @@
+"""config.json, every field that the maths depends on checked for type and range."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from layersweep.checkpoint.problems import Problem, problems_error
+from layersweep.errors import CheckpointError
+
+ARCHITECTURES = ("MixtralForCausalLM",)
+LARGEST_COUNT = 1 << 31
+HINT = "config.json must describe the tensors beside it; download both again"
+DEFAULT_ROPE_THETA = 1e6  # transformers' own default for Mixtral
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shapes and constants of a Mixtral. `synthetic`: the weights were never trained."""
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    num_local_experts: int
+    num_experts_per_tok: int
+    rms_norm_eps: float
+    rope_theta: float
+    max_position_embeddings: int
+    sliding_window: int | None
+    tie_word_embeddings: bool
+    bos_token_id: int | None
+    eos_token_id: int | None
+    synthetic: bool
+
+
+def read_config(folder_or_json: Path | str) -> ModelConfig:
+    """The configuration in a folder's config.json, or in that file. Raises CheckpointError."""
+    path = Path(folder_or_json)
+    path = path / "config.json" if path.is_dir() else path
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: found no readable file, needed the model's config.json", hint=HINT
+        ) from error
+    config, problems = parse_config(raw, str(path))
+    if config is None:
+        raise problems_error(problems)
+    return config
+
+
+def parse_config(raw: bytes, file: str) -> tuple[ModelConfig | None, list[Problem]]:
+    """The configuration in the bytes of config.json, or everything that is wrong with them."""
+    try:
+        fields = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        return None, [Problem(file, None, f"no JSON ({error})", "a JSON object", HINT)]
+    if not isinstance(fields, dict):
+        return None, [Problem(file, None, "JSON that is no object", "a JSON object", HINT)]
+    reader = _Fields(fields, file)
+    architecture = reader.architecture()
+    if architecture is None:
+        return None, reader.problems
+    config = reader.config(architecture)
+    return (None if reader.problems else config), reader.problems
+
+
+class _Fields:
+    """Reads fields one by one; owns the list of problems. A wrong field reads as 1."""
+
+    def __init__(self, fields: Mapping[str, object], file: str) -> None:
+        self.fields, self.file = fields, file
+        self.problems: list[Problem] = []
+
+    def problem(self, field: str, found: object, needed: str, hint: str = HINT) -> None:
+        self.problems.append(Problem(self.file, None, f"{field} = {_show(found)}", needed, hint))
+
+    def architecture(self) -> str | None:
+        names = self.fields.get("architectures")
+        if isinstance(names, list) and len(names) == 1 and names[0] in ARCHITECTURES:
+            return str(names[0])
+        if names is None and self.fields.get("model_type") == "mixtral":
+            return "MixtralForCausalLM"
+        found = names if names is not None else self.fields.get("model_type")
+        hint = "only Mixtral checkpoints can be run so far"
+        self.problem("architectures", found, f"one of {', '.join(ARCHITECTURES)}", hint)
+        return None
+
+    def config(self, architecture: str) -> ModelConfig:
+        hidden, heads = self.count("hidden_size"), self.count("num_attention_heads")
+        config = ModelConfig(
+            architecture=architecture,
+            vocab_size=self.count("vocab_size"),
+            hidden_size=hidden,
+            intermediate_size=self.count("intermediate_size"),
+            num_hidden_layers=self.count("num_hidden_layers"),
+            num_attention_heads=heads,
+            num_key_value_heads=self.count("num_key_value_heads"),
+            head_dim=self.head_dim(hidden, heads),
+            num_local_experts=self.count("num_local_experts"),
+            num_experts_per_tok=self.count("num_experts_per_tok"),
+            rms_norm_eps=self.number("rms_norm_eps", self.fields.get("rms_norm_eps")),
+            rope_theta=self.rope_theta(),
+            max_position_embeddings=self.count("max_position_embeddings"),
+            sliding_window=self.optional_count("sliding_window"),
+            tie_word_embeddings=self.flag("tie_word_embeddings"),
+            bos_token_id=self.token("bos_token_id"),
+            eos_token_id=self.token("eos_token_id"),
+            synthetic=self.flag("layersweep_synthetic"),
+        )
+        self.check_relations(config)
+        return config
+
+    def check_relations(self, config: ModelConfig) -> None:
+        heads, shared = config.num_attention_heads, config.num_key_value_heads
+        if heads % shared:
+            self.problem("num_key_value_heads", shared, f"a divisor of the {heads} heads")
+        if config.num_experts_per_tok > config.num_local_experts:
+            needed = f"at most num_local_experts = {config.num_local_experts}"
+            self.problem("num_experts_per_tok", config.num_experts_per_tok, needed)
+        if config.head_dim % 2 and not self.problems:
+            self.problem("head_dim", config.head_dim, "an even number (RoPE turns pairs)")
+        if self.fields.get("hidden_act", "silu") != "silu":
+            self.problem("hidden_act", self.fields["hidden_act"], '"silu"')
+        if self.fields.get("attention_bias") not in (None, False):
+            self.problem("attention_bias", self.fields["attention_bias"], "false")
+
+    def count(self, field: str) -> int:
+        value = self.fields.get(field)
+        if type(value) is int and 0 < value < LARGEST_COUNT:
+            return value
+        self.problem(field, value, "a positive integer")
+        return 1
+
+    def optional_count(self, field: str) -> int | None:
+        return None if self.fields.get(field) is None else self.count(field)
+
+    def number(self, field: str, value: object) -> float:
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            number = float(value) if abs(value) < 1e300 else math.inf
+            if 0 < number < math.inf:
+                return number
+        self.problem(field, value, "a positive number")
+        return 1.0
+
+    def flag(self, field: str) -> bool:
+        value = self.fields.get(field)
+        if value is None or isinstance(value, bool):
+            return bool(value)
+        self.problem(field, value, "true or false")
+        return False
+
+    def token(self, field: str) -> int | None:
+        """A token id; of several (a list is allowed for eos) the first."""
+        value = self.fields.get(field)
+        if isinstance(value, list) and value:
+            value = value[0]
+        if value is None:
+            return None
+        if type(value) is int and 0 <= value < LARGEST_COUNT:
+            return value
+        self.problem(field, value, "a token id or null")
+        return None
+
+    def head_dim(self, hidden: int, heads: int) -> int:
+        if self.fields.get("head_dim") is not None:
+            return self.count("head_dim")
+        if hidden % heads:
+            self.problem("hidden_size", hidden, f"a multiple of the {heads} attention heads")
+        return max(1, hidden // heads)
+
+    def rope_theta(self) -> float:
+        """`rope_parameters.rope_theta` (transformers 5) or `rope_theta` (4); both must agree."""
+        nested = self.fields.get("rope_parameters")
+        scaling = nested if nested is not None else self.fields.get("rope_scaling")
+        if scaling is not None and not isinstance(scaling, dict):
+            self.problem("rope_parameters", scaling, "an object or null")
+            return 1.0
+        parts = scaling or {}
+        kind = parts.get("rope_type", parts.get("type", "default"))
+        if kind != "default":
+            self.problem("rope_type", kind, '"default"', "scaled RoPE cannot be computed so far")
+        flat, inner = self.fields.get("rope_theta"), parts.get("rope_theta")
+        if flat is not None and inner is not None and flat != inner:
+            self.problem("rope_theta", flat, f"the rope_theta of rope_parameters, {_show(inner)}")
+        value = inner if inner is not None else flat
+        return DEFAULT_ROPE_THETA if value is None else self.number("rope_theta", value)
+
+
+def _show(value: object) -> str:
+    text = json.dumps(value, default=repr)
+    return "nothing" if value is None else text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,131 @@
+"""Where bytes come from: a file of a local folder, or ranges of a file behind HTTP.
+
+Headers are parsed the same way from both. Only `LocalFolder` decides which paths may be read.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from layersweep.checkpoint.problems import DOWNLOAD_AGAIN, FileProblem, Problem
+from layersweep.errors import CheckpointError
+
+
+class ByteSource(Protocol):
+    """A file of known size that can be read in ranges. `path` names it in messages."""
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def size(self) -> int: ...
+
+    def read(self, offset: int, count: int) -> bytes:
+        """Exactly `count` bytes at `offset`, fewer only where the file ends. Raises OSError."""
+        ...
+
+
+class Folder(Protocol):
+    """The files of one checkpoint."""
+
+    @property
+    def label(self) -> str:
+        """Names the folder in messages."""
+        ...
+
+    @property
+    def has_values(self) -> bool:
+        """Whether small values inside tensors may be read too, or headers alone."""
+        ...
+
+    def names(self) -> frozenset[str]: ...
+
+    def open(self, name: str) -> ByteSource:
+        """Raises FileProblem for a file that is absent or must not be read."""
+        ...
+
+
+@dataclass(frozen=True)
+class LocalFile:
+    """A file on this machine; opened for each read, so nothing is left open."""
+
+    path: Path
+    size: int
+
+    def read(self, offset: int, count: int) -> bytes:
+        descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            parts, wanted = [], count
+            while wanted and (part := os.pread(descriptor, wanted, offset + count - wanted)):
+                parts.append(part)
+                wanted -= len(part)
+            return b"".join(parts)
+        finally:
+            os.close(descriptor)
+
+
+@dataclass(frozen=True)
+class LocalFolder:
+    """A folder that the user named, or a hub snapshot. `root` is its resolved path."""
+
+    folder: Path
+    root: Path
+    has_values: bool = True
+
+    @staticmethod
+    def at(folder: Path) -> LocalFolder:
+        """Raises CheckpointError when there is no such folder."""
+        if not folder.exists():
+            raise CheckpointError(
+                f"{folder}: found nothing, needed a folder with a checkpoint",
+                hint="give a local folder, a hub id like org/name, or demo",
+            )
+        if not folder.is_dir():
+            raise CheckpointError(
+                f"{folder}: found a file, needed the folder that holds the checkpoint",
+                hint=f"give {folder.parent} instead",
+            )
+        return LocalFolder(folder, folder.resolve())
+
+    @property
+    def label(self) -> str:
+        return str(self.folder)
+
+    def names(self) -> frozenset[str]:
+        return frozenset(entry.name for entry in os.scandir(self.root))
+
+    def open(self, name: str) -> LocalFile:
+        path = str(self.folder / name)
+        if not is_plain_name(name):
+            hint = "shards must lie in the checkpoint's own folder"
+            raise FileProblem(Problem(path, None, f"file name {name!r}", "a plain name", hint))
+        try:
+            real = (self.root / name).resolve(strict=True)
+            status = real.stat()
+        except (OSError, RuntimeError) as error:  # RuntimeError: a link to itself
+            hint = "download the checkpoint completely"
+            raise FileProblem(Problem(path, None, "no such file", "this shard", hint)) from error
+        if not self._allowed(real):
+            needed = f"a file inside {self.root}"
+            hint = "copy the file there; links may only lead to blobs/ of the same hub cache"
+            raise FileProblem(Problem(path, None, f"a link to {real}", needed, hint))
+        if not stat.S_ISREG(status.st_mode) or not os.access(real, os.R_OK):
+            found = "something that is no readable regular file"
+            raise FileProblem(Problem(path, None, found, "a file", DOWNLOAD_AGAIN))
+        return LocalFile(Path(path), status.st_size)
+
+    def _allowed(self, real: Path) -> bool:
+        if real.is_relative_to(self.root):
+            return True
+        return self.root.parent.name == "snapshots" and (
+            real.parent == self.root.parent.parent / "blobs"
+        )
+
+
+def is_plain_name(name: str) -> bool:
+    """A file name without any folder: no separators, no drive, no dots alone, no NUL."""
+    return bool(name) and name not in (".", "..") and not set(name) & set("/\\:\0")

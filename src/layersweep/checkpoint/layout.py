@@ -1,0 +1,88 @@
+"""Opening a checkpoint: `demo`, a local folder or a hub id becomes a validated `Checkpoint`."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from layersweep.checkpoint.files import LocalFolder
+from layersweep.checkpoint.header import StoredTensor
+from layersweep.checkpoint.problems import Problem, printable, problems_error
+from layersweep.checkpoint.reading import scan_folder
+from layersweep.checkpoint.weights import Checkpoint, Nested, Quant, Weight
+from layersweep.errors import CheckpointError, InputError
+
+__all__ = [
+    "Checkpoint",
+    "Nested",
+    "Problem",
+    "Quant",
+    "StoredTensor",
+    "Weight",
+    "open_checkpoint",
+    "scan_checkpoint",
+]
+
+DEMO = "demo"
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def open_checkpoint(source: str, revision: str | None = None) -> Checkpoint:
+    """A checkpoint whose headers are valid. A hub id is downloaded if it is not in the cache.
+
+    `source`: "demo", a local folder, or a hub id "org/name" (`revision`: branch, tag or commit).
+    Its headers are checked before the download starts. Raises CheckpointError for what the
+    checkpoint is, InputError for arguments that do not go together.
+    """
+    if not _is_hub_id(source):
+        return _checked(scan_checkpoint(source, revision))
+    from layersweep.checkpoint import hub
+
+    repository = hub.find(source, revision)
+    local = repository.cached_folder()
+    if local is None:
+        _checked(repository.scan())
+        local = repository.download()
+    return _checked(scan_folder(LocalFolder.at(local), source, local.name, local))
+
+
+def scan_checkpoint(
+    source: str, revision: str | None = None
+) -> tuple[Checkpoint | None, list[Problem]]:
+    """The checkpoint, or every problem with it. Of a hub id only headers are read, by ranges.
+
+    Raises CheckpointError or InputError where there is nothing to scan at all.
+    """
+    if _is_hub_id(source):
+        from layersweep.checkpoint import hub
+
+        return hub.find(source, revision).scan()
+    if revision is not None:
+        raise InputError(
+            f"--revision: found '{revision}' for {printable(source)}, needed a hub id to apply to",
+            hint="a local folder and demo have one revision: leave --revision out",
+        )
+    folder = demo_folder() if source == DEMO else Path(source).expanduser()
+    opened = LocalFolder.at(folder)
+    snapshot = opened.root.name
+    in_cache = opened.root.parent.name == "snapshots" and _COMMIT.fullmatch(snapshot)
+    return scan_folder(opened, source, snapshot if in_cache else None, folder)
+
+
+def demo_folder() -> Path:
+    """The checkpoint that is shipped with the package."""
+    return Path(__file__).resolve().parent.parent / "demo" / "model"
+
+
+def _is_hub_id(source: str) -> bool:
+    return source != DEMO and not Path(source).exists() and bool(_HUB_ID.fullmatch(source))
+
+
+def _checked(scanned: tuple[Checkpoint | None, list[Problem]]) -> Checkpoint:
+    checkpoint, problems = scanned
+    if checkpoint is None:
+        if not problems:
+            raise CheckpointError("no checkpoint and no problem")
+        raise problems_error(problems)
+    return checkpoint

@@ -1,0 +1,219 @@
+"""From the headers of a folder to a validated Checkpoint: every weight found, nothing left over."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from layersweep.checkpoint.companions import SUFFIXES, Classifier
+from layersweep.checkpoint.config import ModelConfig, parse_config
+from layersweep.checkpoint.files import Folder
+from layersweep.checkpoint.header import StoredTensor
+from layersweep.checkpoint.names import (
+    IGNORED_SUFFIX,
+    Fused,
+    Wanted,
+    dense_weights,
+    expert_weights,
+    fused_experts,
+)
+from layersweep.checkpoint.problems import Problem
+from layersweep.checkpoint.shards import Shards, open_shards
+from layersweep.checkpoint.weights import Checkpoint, Weight
+from layersweep.errors import CheckpointError
+
+DISAGREE = "config.json and the tensors disagree; take both from the same model"
+LARGEST_JSON = 100_000_000
+
+
+def scan_folder(
+    folder: Folder, source: str, revision: str | None, path: Path
+) -> tuple[Checkpoint | None, list[Problem]]:
+    """The checkpoint in `folder` (a local one is at `path`), or everything that is wrong."""
+    problems: list[Problem] = []
+    notes: list[str] = []
+    config, raw_config = _open_config(folder, problems)
+    shards = open_shards(folder, problems, notes)
+    if config is None or problems:
+        return None, problems
+    weights = _Layout(folder, shards, config, problems, notes).weights()
+    if problems:
+        return None, problems
+    notes.extend(_tokenizer_note(folder, config))
+    if not folder.has_values:
+        notes.append("headers only: values of scales and quant_state were not checked")
+    checkpoint = Checkpoint(
+        source=source,
+        revision=revision,
+        folder=path,
+        config=config,
+        weights=weights,
+        files=tuple(source.path for source in shards.sources.values()),
+        fingerprint=_fingerprint(shards, raw_config),
+        nbytes=_total_bytes(weights),
+        notes=tuple(notes),
+    )
+    return checkpoint, []
+
+
+def _open_config(folder: Folder, problems: list[Problem]) -> tuple[ModelConfig | None, bytes]:
+    where = f"{folder.label}/config.json"
+    if "config.json" not in folder.names():
+        needed = "the model's config.json"
+        hint = "give the folder that holds config.json and the .safetensors files"
+        problems.append(Problem(where, None, "no such file", needed, hint))
+        return None, b""
+    file = folder.open("config.json")
+    raw = file.read(0, min(file.size, LARGEST_JSON))
+    config, wrong = parse_config(raw, where)
+    problems.extend(wrong)
+    return config, raw
+
+
+class _Layout:
+    """Finds the tensors of every weight; owns which tensors were used."""
+
+    def __init__(
+        self,
+        folder: Folder,
+        shards: Shards,
+        config: ModelConfig,
+        problems: list[Problem],
+        notes: list[str],
+    ) -> None:
+        self.folder, self.shards, self.config = folder, shards, config
+        self.tensors, self.problems, self.notes = shards.tensors, problems, notes
+        self.used: set[str] = set()
+        self.seen: dict[str, list[str]] = {}
+        read = self._read if folder.has_values else None
+        self.classifier = Classifier(shards.tensors, read, problems, self.seen)
+
+    def weights(self) -> dict[str, Weight]:
+        weights: dict[str, Weight] = {}
+        for wanted in dense_weights(self.config):
+            if wanted.name == "lm_head" and self._tied(wanted):
+                continue
+            self._add(weights, wanted)
+        for layer in range(self.config.num_hidden_layers):
+            fused = fused_experts(self.config, layer)
+            if any(base in self.tensors for part in fused for base in part.bases):
+                for part in fused:
+                    self._add_fused(weights, part)
+            else:
+                for wanted in expert_weights(self.config, layer):
+                    self._add(weights, wanted)
+        if "lm_head" not in weights and "embed" in weights and self.config.tie_word_embeddings:
+            embed = weights["embed"]
+            weights["lm_head"] = Weight("lm_head", embed.shape, embed.data, embed.quant)
+        self._check_leftovers()
+        self._note_what_was_seen(weights)
+        return weights
+
+    def _read(self, tensor: StoredTensor) -> bytes:
+        return self.shards.sources[tensor.file.name].read(tensor.offset, tensor.nbytes)
+
+    def _tied(self, head: Wanted) -> bool:
+        return self.config.tie_word_embeddings and head.bases[0] not in self.tensors
+
+    def _find(self, what: str, bases: tuple[str, ...]) -> str | None:
+        found = [base for base in bases if base in self.tensors]
+        for base in found:
+            self.used.add(base)
+            self.used.update(f"{base}.{suffix}" for suffix in SUFFIXES)
+        if len(found) == 1:
+            return found[0]
+        if found:
+            where, hint = str(self.tensors[found[0]].file), "two layouts are mixed in one folder"
+            self.problems.append(Problem(where, found[0], f"also {found[1]}", f"one {what}", hint))
+        else:
+            needed = " or ".join(bases[:2]) if len(bases) < 3 else f"{bases[0]} (or its newer name)"
+            self.problems.append(
+                Problem(self.folder.label, bases[0], "no such tensor", needed, DISAGREE)
+            )
+        return None
+
+    def _add(self, weights: dict[str, Weight], wanted: Wanted) -> None:
+        base = self._find(wanted.name, wanted.bases)
+        if base is None:
+            return
+        weight = self.classifier.weight(wanted.name, base, wanted.shape)
+        if weight is not None:
+            weights[wanted.name] = weight
+
+    def _add_fused(self, weights: dict[str, Weight], fused: Fused) -> None:
+        base = self._find(f"{fused.bases[0]}", fused.bases)
+        if base is None:
+            return
+        whole = self.classifier.weight(base, base, fused.shape)
+        if whole is None:
+            return
+        if whole.quant is not None:
+            found, needed = whole.data.describe(), "float fused experts, or NF4 per expert"
+            hint = "no published writer makes fused 4-bit experts; quantize per expert"
+            self.problems.append(Problem(str(whole.data.file), base, found, needed, hint))
+            return
+        for expert in range(fused.shape[0]):
+            one = whole.data.rows(expert, 1).reshaped(fused.shape[1:])
+            for part, start, count in fused.parts:
+                name = f"layers.{fused.layer}.experts.{expert}.{part}"
+                rows = one.rows(start, count)
+                weights[name] = Weight(name, rows.shape, rows, None)
+
+    def _check_leftovers(self) -> None:
+        for name, tensor in self.tensors.items():
+            if name in self.used or name.endswith(IGNORED_SUFFIX):
+                continue
+            if name == "lm_head.weight" and self.config.tie_word_embeddings:
+                continue
+            needed = "only tensors of the architecture in config.json"
+            self.problems.append(
+                Problem(str(tensor.file), name, f"unexpected {tensor.describe()}", needed, DISAGREE)
+            )
+
+    def _note_what_was_seen(self, weights: dict[str, Weight]) -> None:
+        for note, names in self.seen.items():
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            self.notes.append(f"{names[0]}{more}: {note}")
+        if any(name.endswith(".router") and weight.quant for name, weight in weights.items()):
+            self.notes.append("the router is stored in 4 bits")
+
+
+def _tokenizer_note(folder: Folder, config: ModelConfig) -> Iterable[str]:
+    """A warning when the tokenizer knows more ids than the embedding has rows."""
+    if "tokenizer.json" not in folder.names() or not folder.has_values:
+        return
+    try:
+        file = folder.open("tokenizer.json")
+        tokenizer = json.loads(file.read(0, min(file.size, LARGEST_JSON)))
+        vocabulary = tokenizer["model"]["vocab"]
+        ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
+        added = [token["id"] for token in tokenizer.get("added_tokens") or ()]
+        largest = max([*ids, *added], default=-1)
+    except (ValueError, KeyError, TypeError, AttributeError, CheckpointError, RecursionError):
+        yield "tokenizer.json could not be read: its size was not compared with the vocabulary"
+        return
+    if largest >= config.vocab_size:
+        yield (
+            f"tokenizer.json has ids up to {largest}, the vocabulary ends at "
+            f"{config.vocab_size - 1}: text that uses more is refused"
+        )
+
+
+def _fingerprint(shards: Shards, raw_config: bytes) -> str:
+    """sha256 over shard names, sizes and headers, and config.json; never the data."""
+    digest = hashlib.sha256()
+    for name, source in sorted(shards.sources.items()):
+        header = shards.headers[name].raw
+        digest.update(f"{name}\0{source.size}\0{len(header)}\0".encode())
+        digest.update(header)
+    digest.update(f"config.json\0{len(raw_config)}\0".encode())
+    digest.update(raw_config)
+    return digest.hexdigest()
+
+
+def _total_bytes(weights: dict[str, Weight]) -> int:
+    """Tied weights count once."""
+    distinct = {(weight.data.file, weight.data.offset): weight for weight in weights.values()}
+    return sum(weight.nbytes for weight in distinct.values())

@@ -1,0 +1,116 @@
+"""What an opened checkpoint is: named weights, each a stored tensor and perhaps its scales."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from layersweep.checkpoint.config import ModelConfig
+from layersweep.checkpoint.header import FLOAT_NAMES, StoredTensor
+
+SHORT_NAMES = {"bfloat16": "bf16"}
+
+
+@dataclass(frozen=True)
+class Nested:
+    """Scales of the scales: absmax F32 [ceil(blocks / blocksize)], quant_map F32 [256]."""
+
+    absmax: StoredTensor
+    quant_map: StoredTensor
+    blocksize: int
+    offset: float
+
+
+@dataclass(frozen=True)
+class Quant:
+    """4-bit storage. absmax: F32 [blocks], or U8 [blocks] where `nested`.
+
+    `stored_dtype` is the dtype under which the packed bytes lie in the file (usually "U8").
+    `other_nbytes` counts companions that are checked at opening and never read again.
+    """
+
+    kind: Literal["nf4", "fp4"]
+    blocksize: int
+    absmax: StoredTensor
+    nested: Nested | None
+    stored_dtype: str
+    other_nbytes: int
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One weight under its canonical name; `shape` is the dense one, `data` as stored."""
+
+    name: str
+    shape: tuple[int, ...]
+    data: StoredTensor
+    quant: Quant | None
+
+    @property
+    def kind(self) -> str:
+        """ "nf4", "fp4", "bfloat16", "float16" or "float32"."""
+        return self.quant.kind if self.quant else FLOAT_NAMES[self.data.dtype]
+
+    @property
+    def nbytes(self) -> int:
+        """All bytes in the file, companions included."""
+        total = self.data.nbytes
+        if self.quant:
+            total += self.quant.absmax.nbytes + self.quant.other_nbytes
+            if self.quant.nested:
+                total += self.quant.nested.absmax.nbytes + self.quant.nested.quant_map.nbytes
+        return total
+
+    def describe(self) -> str:
+        """ "nf4 1x16384" (packed bytes) or "float16 8x4096"."""
+        shape = (1, self.data.nbytes) if self.quant else self.shape
+        return f"{self.kind} {'x'.join(map(str, shape))}"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose headers were checked; no weight was read.
+
+    weights: canonical name -> Weight (`embed`, `norm`, `lm_head`, `layers.0.q_proj`,
+    `layers.0.experts.3.w1`, ...). fingerprint: sha256 over file names, sizes, headers and
+    config.json. nbytes: all weight bytes. notes: oddities that were read, for people.
+    """
+
+    source: str
+    revision: str | None
+    folder: Path
+    config: ModelConfig
+    weights: dict[str, Weight]
+    files: tuple[Path, ...]
+    fingerprint: str
+    nbytes: int
+    notes: tuple[str, ...]
+
+    @property
+    def router_kind(self) -> str:
+        """How the routers are stored: "nf4", "float16", ..., or "mixed"."""
+        layers = range(self.config.num_hidden_layers)
+        return _one(self.weights[f"layers.{layer}.router"].kind for layer in layers)
+
+    @property
+    def weights_kind(self) -> str:
+        """How attention and experts are stored: "nf4", "bf16", "float16", "float32", "mixed"."""
+        kind = _one(
+            weight.kind
+            for name, weight in self.weights.items()
+            if name.endswith(("_proj", ".w1", ".w2", ".w3"))
+        )
+        return SHORT_NAMES.get(kind, kind)
+
+
+def packed_bytes(shape: tuple[int, ...]) -> int:
+    """Bytes of a 4-bit weight: two elements each, the last one padded."""
+    return (math.prod(shape) + 1) // 2
+
+
+def _one(kinds: Iterable[str]) -> str:
+    distinct = set(kinds)
+    return distinct.pop() if len(distinct) == 1 else "mixed"
