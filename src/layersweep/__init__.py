@@ -1,3 +1,33 @@
-"""layersweep: run and evaluate language models whose weights do not fit the GPU."""
+"""layersweep: run and evaluate language models whose weights do not fit the GPU.
+
+model = layersweep.load("demo")          # headers only
+model.score([[1, 2, 3]])                 # log-probabilities, one sweep
+layersweep.evaluate(model, kv=["K3V2"])  # the results object of `layersweep eval`
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from layersweep.evals.api import evaluate
+    from layersweep.sweep.model import Model, load
+
+__all__ = ["Model", "__version__", "evaluate", "load"]
+
+_LAZY = {
+    "Model": "layersweep.sweep.model",
+    "load": "layersweep.sweep.model",
+    "evaluate": "layersweep.evals.api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Public names load torch only when they are used: importing the package takes no time."""
+    if name not in _LAZY:
+        raise AttributeError(f"module 'layersweep' has no attribute '{name}'")
+    import importlib
+
+    return getattr(importlib.import_module(_LAZY[name]), name)

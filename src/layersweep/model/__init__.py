@@ -1,0 +1,1 @@
+"""Decoder maths: blocks and hidden states in, hidden states out."""

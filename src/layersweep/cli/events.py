@@ -1,0 +1,110 @@
+"""The four lines that every run prints first, and diagnosis.json when it fails."""
+
+from __future__ import annotations
+
+import json
+import time
+import traceback
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from layersweep.checkpoint.layout import Checkpoint, Weight
+from layersweep.environment import host_memory, versions
+from layersweep.evals.meter import host_bytes
+from layersweep.evals.study import Study
+from layersweep.report.store import write_atomically
+from layersweep.units import format_bytes
+
+LAST_EVENTS = 50
+
+
+class Events:
+    """Says lines on stderr and remembers the last of them for diagnosis.json."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._last: deque[dict[str, Any]] = deque(maxlen=LAST_EVENTS)
+
+    def say(self, line: str) -> None:
+        self.note(line)
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def note(self, line: str) -> None:
+        self._last.append({"time": round(time.time(), 3), "event": line})
+
+    def write_diagnosis(self, folder: Path, failure: BaseException, study: Study | None) -> Path:
+        """OUT/diagnosis.json: what failed, where, with what layout, memory and versions."""
+        gate = study.gate if study else None
+        last = gate.checks[-1] if gate and gate.checks else None
+        layer = last.layer if last else None
+        content = {
+            "error": str(failure),
+            "kind": type(failure).__name__,
+            "hint": getattr(failure, "hint", ""),
+            "layer": layer,
+            "tensor": None if layer is None else f"layers.{layer}",
+            "value": last.value if last else None,
+            "layout": _layer_layout(study.model.checkpoint, layer or 0) if study else None,
+            "gate": gate.report() if gate else None,
+            "memory": {"process_bytes": host_bytes(), "available_bytes": host_memory().available},
+            "versions": versions(),
+            "events": list(self._last),
+            "traceback": traceback.format_exception(failure),
+        }
+        path = folder / "diagnosis.json"
+        write_atomically(path, json.dumps(content, indent=1, default=str))
+        return path
+
+
+def layout_line(checkpoint: Checkpoint) -> str:
+    """`[layout]`: one attention weight, one expert, the router as they lie in the file."""
+    first = "layers.0"
+    names = (f"{first}.q_proj", f"{first}.experts.0.w1", f"{first}.router")
+    return "[layout] " + "; ".join(_describe(checkpoint.weights[name]) for name in names)
+
+
+def paths_line(study: Study) -> str:
+    paths, numerics = study.model.paths, study.model.numerics
+    dtype = str(numerics.dtype).removeprefix("torch.")
+    return (
+        f"[paths] device {numerics.device}, {dtype}; dequant: {paths.dequant}; experts: "
+        f"{paths.experts}; attention: {paths.attention}; host: {study.plan.host}"
+    )
+
+
+def budget_line(study: Study) -> str:
+    plan, model = study.plan, study.model
+    tiles = len(study.tiles)
+    return (
+        f"[budget] vram {format_bytes(model.vram.bytes)} ({model.vram.source}), ram "
+        f"{format_bytes(model.ram.bytes)} ({model.ram.source}); planned working set "
+        f"{format_bytes(plan.device_bytes)}, {tiles} tiles in {len(plan.sweeps)} sweep(s), "
+        f"{format_bytes(plan.bytes_to_read)} to read"
+    )
+
+
+def versions_line() -> str:
+    found = versions()
+    return "[versions] " + " ".join(f"{name} {value}" for name, value in found.items() if value)
+
+
+def _describe(weight: Weight) -> str:
+    companions = 0
+    if weight.quant is not None:
+        companions = 2 if weight.quant.nested is None else 4
+    stored = weight.data
+    shape = "x".join(str(size) for size in weight.shape)
+    extra = f" + {companions} companions" if companions else ""
+    return f"{stored.name} {weight.describe()} ({shape}){extra}"
+
+
+def _layer_layout(checkpoint: Checkpoint, layer: int) -> dict[str, str]:
+    start = f"layers.{layer}."
+    return {
+        name: _describe(weight)
+        for name, weight in checkpoint.weights.items()
+        if name.startswith(start)
+    }

@@ -1,0 +1,166 @@
+"""`layersweep plan`: placement, bytes, predicted peaks and times, from headers alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from layersweep.errors import InputError
+from layersweep.units import format_bytes, format_seconds
+
+
+def plan(
+    model: Annotated[str, typer.Argument(help="Folder, hub id, or demo.")] = "demo",
+    machine: Annotated[
+        str | None,
+        typer.Option("--for", help="t4, t4x2, rtx4090, a100-40, a100-80, h200 or cpu."),
+    ] = None,
+    kv: Annotated[str, typer.Option(help="Arms besides `exact`.")] = "K3V2,K4V2",
+    tasks: Annotated[str, typer.Option(help="ppl, niah, or both.")] = "ppl,niah",
+    segments: Annotated[str, typer.Option(help="Perplexity windows.")] = "80",
+    prefix: Annotated[int, typer.Option(help="Tokens that pass through the codec.")] = 1024,
+    continuation: Annotated[int, typer.Option(help="Tokens scored after them.")] = 512,
+    cache_mode: Annotated[str, typer.Option(help="prefill or streaming.")] = "prefill",
+    niah_context: Annotated[str, typer.Option(help="Needle contexts in tokens.")] = "4096",
+    niah_per_depth: Annotated[int, typer.Option(help="Needles per context and depth.")] = 6,
+    vram: Annotated[
+        str | None, typer.Option(help="Device budget instead of the machine's.")
+    ] = None,
+    ram: Annotated[str | None, typer.Option(help="Host budget instead of the machine's.")] = None,
+    weights: Annotated[str, typer.Option(help="auto or native (as stored), or nf4.")] = "auto",
+    revision: Annotated[str | None, typer.Option(help="Commit of a hub model.")] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Predict memory and time of an evaluation; reads headers, computes nothing."""
+    from layersweep.evals.settings import EvalSettings, parse_counts, parse_segments
+    from layersweep.kv.arms import parse_arms
+
+    settings = EvalSettings(
+        kv=kv,
+        tasks=tuple(part.strip() for part in tasks.split(",") if part.strip()),
+        segments=parse_segments(segments),
+        prefix=prefix,
+        continuation=continuation,
+        cache_mode=cache_mode,  # type: ignore[arg-type]  # checked by EvalSettings
+        niah_contexts=parse_counts("--niah-context", niah_context),
+        niah_per_depth=niah_per_depth,
+    )
+    arms = parse_arms(kv)
+    rates = _rates(machine, vram, ram)
+    from layersweep.checkpoint.layout import open_checkpoint
+    from layersweep.evals.forecast import forecast
+    from layersweep.stream.blocks import block_specs
+
+    checkpoint = open_checkpoint(model, revision)
+    specs = block_specs(checkpoint, quantize=weights == "nf4")
+    found = forecast(checkpoint.config, specs, settings, arms, rates)
+    cheaper = _cheaper(checkpoint, specs, settings, arms, rates, found.total_s)
+    if json_output:
+        content = {
+            "machine": dataclasses.asdict(rates),
+            "forecast": dataclasses.asdict(found),
+            "cheaper": [{"settings": words, "total_s": seconds} for words, seconds in cheaper],
+        }
+        typer.echo(json.dumps(content))
+        return
+    _show(Console(), checkpoint, rates, found, cheaper)
+
+
+def _rates(name: str | None, vram: str | None, ram: str | None) -> Any:
+    """A shipped machine with "assumed" rates, or this one with its compute rate measured."""
+    from layersweep.environment import ram_budget, vram_budget
+    from layersweep.stream.rates import MACHINES
+    from layersweep.units import parse_size
+
+    if name is not None and name not in MACHINES:
+        close = difflib.get_close_matches(name, MACHINES, n=1)
+        raise InputError(
+            f"--for: found '{name}', needed one of {', '.join(MACHINES)}",
+            hint=f"did you mean {close[0]}?" if close else "--for t4",
+        )
+    if name is not None:
+        rates = MACHINES[name]
+    else:
+        from layersweep.sweep.model import resolve_device
+
+        place = resolve_device("auto")
+        host = ram_budget(ram or "auto")
+        device = vram_budget(vram or "auto", place, host=host)
+        rates = dataclasses.replace(
+            MACHINES["cpu" if place == "cpu" else "h200"],
+            name="this machine", vram=device.bytes, ram=host.bytes,
+            gemm_flops=_measured_gemm(place), source="compute measured, disk and bus assumed",
+        )  # fmt: skip
+    if vram is not None:
+        rates = dataclasses.replace(rates, vram=parse_size(vram, option="--vram"))
+    if ram is not None:
+        rates = dataclasses.replace(rates, ram=parse_size(ram, option="--ram"))
+    return rates
+
+
+def _measured_gemm(place: str) -> float:
+    from layersweep.probes import cpu_gemm_rate, cuda_gemm_rate
+
+    if place == "cpu":
+        return cpu_gemm_rate((2048, 2048, 2048))
+    return cuda_gemm_rate(place, (12800, 4096, 28672))
+
+
+def _cheaper(
+    checkpoint: Any, specs: Any, settings: Any, arms: Any, rates: Any, total_s: float
+) -> list[tuple[str, float]]:
+    """Settings that take less time, still publishable first."""
+    from layersweep.evals.forecast import forecast
+
+    options = {
+        "--segments 60 --niah-per-depth 6": {"segments": 60, "niah_per_depth": 6},
+        "--niah-per-depth 2 (spot check)": {"niah_per_depth": 2},
+        "--tasks ppl": {"tasks": ("ppl",)},
+    }
+    found = []
+    for words, change in options.items():
+        less = dataclasses.replace(settings, **change)
+        seconds = forecast(checkpoint.config, specs, less, arms, rates).total_s
+        if seconds < total_s:
+            found.append((words, seconds))
+    return found
+
+
+def _show(
+    console: Console, checkpoint: Any, rates: Any, found: Any, cheaper: list[tuple[str, float]]
+) -> None:
+    plan = found.plan
+    console.print(
+        f"{checkpoint.source}: {format_bytes(checkpoint.nbytes)} {checkpoint.weights_kind}, "
+        f"router {checkpoint.router_kind}",
+        highlight=False,
+    )
+    console.print(
+        f"on {rates.name}: {rates.devices} x {format_bytes(rates.vram)}, host "
+        f"{format_bytes(rates.ram)}; compute {rates.gemm_flops / 1e12:.3g} TFLOP/s, bus "
+        f"{rates.h2d / 1e9:.3g} GB/s, disk {rates.disk / 1e9:.3g} GB/s ({rates.source})",
+        highlight=False,
+    )
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name, size in plan.peaks.items():
+        table.add_row(name, format_bytes(size))
+    table.add_row(
+        "peak, predicted", f"{format_bytes(plan.device_bytes)} of {format_bytes(plan.vram)}"
+    )
+    table.add_row("weights kept in host memory", format_bytes(plan.resident_bytes))
+    table.add_row("block ring", format_bytes(plan.ring_bytes))
+    table.add_row("sweeps", f"{len(plan.sweeps)}, {format_bytes(plan.bytes_to_read)} to read")
+    table.add_row("download, at 100 MB/s", format_seconds(found.download_s))
+    table.add_row("first read", format_seconds(found.first_read_s))
+    table.add_row("perplexity", format_seconds(found.perplexity_s))
+    table.add_row("needles", format_seconds(found.needle_s))
+    table.add_row("total, transfers overlapped", format_seconds(found.total_s))
+    console.print(table)
+    for words, seconds in cheaper:
+        console.print(f"cheaper: {words}: {format_seconds(seconds)}", highlight=False)

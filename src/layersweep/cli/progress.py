@@ -1,0 +1,72 @@
+"""Progress: a bar with ETA on a terminal, a plain line every 30 s otherwise. Never on stdout."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from layersweep.units import format_seconds
+
+PLAIN_EVERY_S = 30.0
+
+
+class SweepProgress:
+    """Call it as `progress(phase, done, total)`; use it as a context manager."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._bars = Progress(
+            TextColumn("{task.description:<8}"),
+            BarColumn(bar_width=32),
+            MofNCompleteColumn(),
+            TextColumn("elapsed"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(elapsed_when_finished=False),
+            console=console,
+        )
+        self._tasks: dict[str, TaskID] = {}
+        self._started: dict[str, float] = {}
+        self._said = time.monotonic()
+
+    def __enter__(self) -> SweepProgress:
+        if self.console.is_terminal:
+            self._bars.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        failure: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self.console.is_terminal:
+            self._bars.stop()
+
+    def __call__(self, phase: str, done: int, total: int) -> None:
+        if self.console.is_terminal:
+            if phase not in self._tasks or done == 0:
+                self._tasks[phase] = self._bars.add_task(phase, total=total)
+            self._bars.update(self._tasks[phase], completed=done)
+            return
+        now = time.monotonic()
+        self._started.setdefault(phase, now)
+        if done == 0:
+            self._started[phase] = now
+        if now - self._said < PLAIN_EVERY_S:
+            return
+        self._said = now
+        spent = now - self._started[phase]
+        left = f", about {format_seconds(spent / done * (total - done))} left" if done else ""
+        self.console.print(f"{phase} {done}/{total}{left}", highlight=False)

@@ -1,0 +1,129 @@
+"""The gate: a model that does not work must not be measured.
+
+512 tokens, 256 of the text and the same 256 again, ride on the first sweep as its lead tile.
+Every layer is checked as the tile leaves it, and the two copies are compared at the end: a
+model whose attention works predicts the second copy far better than the first.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from layersweep.checkpoint.config import ModelConfig
+from layersweep.errors import GateError
+from layersweep.kv.arms import EXACT
+from layersweep.sweep.loop import LayerHealth
+from layersweep.sweep.sequences import Branch, Sequence, Tile
+
+HALF = 256
+COPY_GAIN = 0.5
+CARD_TOLERANCE = 0.02
+NAME = "gate"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check: `value` must lie on the right side of `limit`; `layer` where it has one."""
+
+    name: str
+    passed: bool
+    value: float | None
+    limit: float | None
+    layer: int | None = None
+
+
+class Gate:
+    """Collects checks while the sweep runs; raises GateError at the first that fails.
+
+    `card_nll`: the first copy's NLL that the model card promises (demo only).
+    """
+
+    def __init__(
+        self, config: ModelConfig, ids: list[int], bos: int | None, card_nll: float | None
+    ) -> None:
+        lead = [] if bos is None else [bos]
+        once = [*lead, *ids][:HALF]
+        self.config, self.card_nll = config, card_nll
+        self.ids = tuple(once + once)
+        self.checks: list[Check] = []
+        self.experts_used: list[int] = []
+        self.first_copy_nll: float | None = None
+
+    def tile(self) -> Tile:
+        branch = Branch(EXACT, self.ids, (0, len(self.ids) - 1))
+        return Tile(NAME, (Sequence((), (branch,)),))
+
+    def check_layer(self, health: LayerHealth) -> None:
+        """Finite everywhere, and a router that sends tokens to different places."""
+        layer, limit = health.layer, float(self.config.num_experts_per_tok)
+        self.experts_used.append(health.experts_used)
+        self._require(
+            Check("finite", health.finite, _number(health.largest), None, layer),
+            f"layer {layer}: hidden states are not finite",
+            "try --dtype bfloat16 or float32; if that fails too, the layer's weights are damaged",
+        )
+        self._require(
+            Check("experts used", health.experts_used > limit, health.experts_used, limit, layer),
+            f"layer {layer}: {health.experts_used} distinct experts for {len(self.ids)} tokens, "
+            f"needed more than {limit:.0f}",
+            f"the router of layer {layer} looks dead: see `layersweep inspect`",
+        )
+        self._require(
+            Check("router spread", health.router_spread > 0, health.router_spread, 0.0, layer),
+            f"layer {layer}: router logits are equal for all tokens",
+            f"the router of layer {layer} looks dead: see `layersweep inspect`",
+        )
+
+    def check_logits(self, logits: Tensor) -> None:
+        """Compare the two copies. Synthetic weights cannot pass this and are not asked to."""
+        if self.config.synthetic:
+            return
+        target = torch.tensor(self.ids[1:], device=logits.device)
+        nll = torch.nn.functional.cross_entropy(logits, target, reduction="none")
+        half = len(self.ids) // 2
+        first, second = nll[: half - 1].mean().item(), nll[half:].mean().item()
+        self.first_copy_nll = first
+        limit = math.log(self.config.vocab_size) - 1
+        self._require(
+            Check("first copy", first < limit, first, limit),
+            f"the text's NLL is {first:.3f} nats, needed below {limit:.3f} = ln(vocabulary) - 1",
+            "the model predicts no better than chance: wrong tokenizer, or damaged weights",
+        )
+        self._require(
+            Check("copy gain", first - second >= COPY_GAIN, first - second, COPY_GAIN),
+            f"a repeated text is only {first - second:.3f} nats easier, needed {COPY_GAIN}",
+            "attention does not find the first copy: check rope_theta and the w1/w3 order",
+        )
+        if self.card_nll is not None:
+            apart = abs(first - self.card_nll)
+            self._require(
+                Check("model card", apart <= CARD_TOLERANCE, apart, CARD_TOLERANCE),
+                f"NLL {first:.4f} is {apart:.4f} away from the model card's {self.card_nll:.4f}",
+                "this build computes something else than the one that made the card",
+            )
+
+    def check_peak(self, peak_bytes: int, planned_bytes: int) -> None:
+        """The measured peak must lie within the plan; noted, not fatal: the run is over."""
+        passed = peak_bytes <= planned_bytes
+        self.checks.append(Check("peak within plan", passed, peak_bytes, planned_bytes))
+
+    def report(self) -> dict[str, object]:
+        """The `gate` section of results.json."""
+        return {
+            "passed": all(check.passed for check in self.checks),
+            "checks": [asdict(check) for check in self.checks],
+            "experts_used_per_layer": self.experts_used,
+        }
+
+    def _require(self, check: Check, message: str, hint: str) -> None:
+        self.checks.append(check)
+        if not check.passed:
+            raise GateError(f"gate: {message}", hint=hint)
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None

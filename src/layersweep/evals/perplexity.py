@@ -1,0 +1,140 @@
+"""Paired perplexity: every window is scored with the exact cache and with each arm's cache.
+
+`prefill`: the prefix is computed once, exactly; each arm's branch scores the continuation
+with the prefix read through its codec. `streaming`: every arm is a sequence of its own, in
+which every read goes through the codec.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Many
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from layersweep.evals.summary import (
+    ArmInfo,
+    ControlMeasurement,
+    PerplexityMeasurements,
+    WindowInfo,
+)
+from layersweep.evals.windows import Window
+from layersweep.kv.arms import EXACT, Arm, identity_arm
+from layersweep.sweep.sequences import Branch, Sequence, Tile, tiles_of
+
+TILE_SEGMENTS = 20
+CONTROL_WINDOWS = 4
+NAME = "perplexity"
+
+
+def arm_info(arm: Arm) -> ArmInfo:
+    return ArmInfo(
+        arm.name, arm.requested, arm.method, arm.key_bits, arm.value_bits,
+        arm.codec_version or "", arm.simulated, arm.encoder,
+    )  # fmt: skip
+
+
+def control_arms(arms: Many[Arm]) -> list[tuple[str, Arm]]:
+    """(name in the noise floor, arm): each method's identity, and the exact cache last."""
+    methods = dict.fromkeys(arm.method for arm in arms if arm.method != "identity")
+    identities = [(f"identity:{method}", identity_arm(method)) for method in methods]
+    return [*identities, ("exact", EXACT)]
+
+
+@dataclass
+class PerplexityJob:
+    """The tiles of a perplexity study, and what is measured on them.
+
+    `arms` leaves out the baseline, which is always branch 0.
+    """
+
+    windows: list[Window]
+    arms: list[Arm]
+    streaming: bool
+    controls: list[tuple[str, Arm]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.controls = control_arms(self.arms)
+        count = len(self.windows)
+        scored = len(self.windows[0].ids) - self.windows[0].prefix - 1
+        self.nll = {name: np.full(count, np.nan) for name in ("exact", *self._arm_names)}
+        self.kl = {n: np.full((count, scored), np.nan, np.float32) for n in self._arm_names}
+        self.agree = {name: np.zeros(count) for name in self._arm_names}
+        held = min(CONTROL_WINDOWS, count)
+        self.control_delta = {name: np.full(held, np.nan) for name, _ in self.controls}
+        self.control_kl = {
+            name: np.full((held, scored), np.nan, np.float32) for name, _ in self.controls
+        }
+
+    @property
+    def _arm_names(self) -> list[str]:
+        return [arm.name for arm in self.arms]
+
+    def tiles(self) -> list[Tile]:
+        return tiles_of(NAME, [self._sequence(w) for w in self.windows], TILE_SEGMENTS)
+
+    def _sequence(self, window: Window) -> Sequence:
+        arms = [EXACT, *self.arms]
+        if window.index < CONTROL_WINDOWS:
+            arms += [arm for _, arm in self.controls]
+        if self.streaming:
+            read = (window.prefix, len(window.ids) - 1)
+            branches = [Branch(arm, window.ids, read, streaming=True) for arm in arms]
+            return Sequence((), tuple(branches))
+        continuation = window.ids[window.prefix :]
+        read = (0, len(continuation) - 1)
+        branches = [Branch(arm, continuation, read) for arm in arms]
+        return Sequence(window.ids[: window.prefix], tuple(branches))
+
+    def read(self, tile: Tile, number: int, sequence: Sequence, logits: list[Tensor]) -> None:
+        """Score one window: `logits` [scored, V] per branch, the exact baseline first."""
+        index = tile.first + number
+        window = self.windows[index]
+        target = torch.tensor(window.ids[window.prefix + 1 :], device=logits[0].device)
+        exact = logits[0].log_softmax(-1)
+        chance, best = exact.exp(), exact.argmax(-1)
+        baseline = mean_nll(exact, target)
+        self.nll["exact"][index] = baseline
+        for name, branch in zip(self._arm_names, logits[1:], strict=False):
+            scores = branch.log_softmax(-1)
+            self.nll[name][index] = mean_nll(scores, target)
+            self.kl[name][index] = divergence(chance, exact, scores)
+            self.agree[name][index] = (scores.argmax(-1) == best).float().mean().item()
+        for (name, _), branch in zip(self.controls, logits[1 + len(self.arms) :], strict=False):
+            scores = branch.log_softmax(-1)
+            self.control_delta[name][index] = mean_nll(scores, target) - baseline
+            self.control_kl[name][index] = divergence(chance, exact, scores)
+
+    def measurements(
+        self, bits: dict[str, float | None], nonfinite: set[str], seed: int
+    ) -> PerplexityMeasurements:
+        """Everything measured, for `summarize_perplexity`. `nonfinite` names dropped arms."""
+        infos = [WindowInfo(w.index, w.article, w.tokens_sha) for w in self.windows]
+        return PerplexityMeasurements(
+            windows=infos,
+            arms=[arm_info(arm) for arm in self.arms],
+            nll=self.nll,
+            kl=self.kl,
+            top1={name: float(share.mean()) for name, share in self.agree.items()},
+            bits_per_element=bits,
+            controls={
+                name: ControlMeasurement(self.control_delta[name], self.control_kl[name])
+                for name, _ in self.controls
+            },
+            status={n: "nonfinite" if n in nonfinite else "ok" for n in self._arm_names},
+            seed=seed,
+        )
+
+
+def mean_nll(log_probabilities: Tensor, target: Tensor) -> float:
+    """Mean negative log-likelihood of `target` [T] under [T, V], summed in float64."""
+    return -log_probabilities.gather(1, target[:, None]).double().mean().item()
+
+
+def divergence(
+    chance: Tensor, exact: Tensor, arm: Tensor
+) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
+    """KL(exact || arm) per token, nats; `chance` = exp(exact), both log-probabilities [T, V]."""
+    return (chance * (exact - arm)).sum(-1).float().cpu().numpy()

@@ -1,0 +1,217 @@
+"""From a finished study to results.json (`layersweep.results/1`)."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+
+from layersweep.environment import device_facts, versions
+from layersweep.evals.perplexity import NAME as PERPLEXITY
+from layersweep.evals.perplexity import TILE_SEGMENTS
+from layersweep.evals.study import Outcome, Study
+from layersweep.evals.summary import (
+    reasons_not_publishable,
+    summarize_needle,
+    summarize_perplexity,
+)
+
+Json = dict[str, Any]
+
+SCHEMA = "layersweep.results/1"
+METRICS_VERSION = 1
+
+
+def build_results(study: Study, outcome: Outcome, *, status: str, command: str) -> Json:
+    """The whole object. `status`: "complete" or "gate_failed" (then nothing was measured)."""
+    perplexity = needle = None
+    measured = status == "complete"
+    with study.meter.phase("statistics"):
+        if measured and study.perplexity:
+            perplexity = summarize_perplexity(
+                study.perplexity.measurements(
+                    _bits(study, outcome), _nonfinite(study, outcome), study.settings.seed
+                )
+            )
+        if measured and study.needle:
+            needle = summarize_needle(study.needle.measurements())
+    checkpoint = study.model.checkpoint
+    reasons = reasons_not_publishable(
+        status=status,
+        weights="synthetic" if checkpoint.config.synthetic else checkpoint.weights_kind,
+        perplexity=perplexity,
+        needle=needle,
+    )
+    return {
+        "schema": SCHEMA,
+        "metrics_version": METRICS_VERSION,
+        "status": status,
+        "publishable": not reasons,
+        "reasons": reasons,
+        "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "command": command,
+        "versions": versions(),
+        "device": device_facts(str(study.model.numerics.device)),
+        "paths": asdict(study.model.paths) | {"host": study.plan.host},
+        "fallbacks": [],
+        "model": model_section(study),
+        "protocol": _protocol(study),
+        "gate": study.gate.report() if study.gate else None,
+        "perplexity": perplexity,
+        "needle": needle,
+        "performance": _performance(study, outcome),
+    }
+
+
+def model_section(study: Study) -> Json:
+    checkpoint = study.model.checkpoint
+    config = checkpoint.config
+    kind = checkpoint.weights_kind
+    if study.model.weights == "nf4" and kind != "nf4":
+        kind = f"nf4 made from {kind} while reading"
+    return {
+        "source": checkpoint.source,
+        "revision": checkpoint.revision,
+        "fingerprint": checkpoint.fingerprint,
+        "architecture": config.architecture,
+        "layers": config.num_hidden_layers,
+        "experts": config.num_local_experts,
+        "experts_per_token": config.num_experts_per_tok,
+        "weights": "synthetic" if config.synthetic else kind,
+        "router": checkpoint.router_kind,
+        "bytes": checkpoint.nbytes,
+    }
+
+
+def _bits(study: Study, outcome: Outcome) -> dict[str, float | None]:
+    """Measured bits per element of each arm's caches on the perplexity windows."""
+    found: dict[str, float | None] = {}
+    for arm in study.arms:
+        bits, elements = outcome.cache_bits.get((PERPLEXITY, arm.name), [0.0, 0.0])
+        found[arm.name] = bits / elements if elements else None
+    return found
+
+
+def _nonfinite(study: Study, outcome: Outcome) -> set[str]:
+    """Arms with a non-finite hidden state or score anywhere."""
+    assert study.perplexity is not None
+    scores = study.perplexity.nll.items()
+    return set(outcome.nonfinite) | {name for name, nll in scores if not np.isfinite(nll).all()}
+
+
+def _protocol(study: Study) -> Json:
+    settings, model = study.settings, study.model
+    job = study.perplexity
+    length = settings.prefix + settings.continuation - (study.bos_id is not None)
+    dtype = str(model.numerics.dtype).removeprefix("torch.")
+    needle = None
+    if study.needle:
+        needle = {
+            "contexts": list(settings.niah_contexts),
+            "depths": list(settings.niah_depths),
+            "per_depth": settings.niah_per_depth,
+            "keys": settings.niah_keys,
+            "mode": settings.niah_mode,
+        }
+    return {
+        "text_source": study.text.source,
+        "text_sha256": study.text.sha256,
+        "tokenizer_sha256": study.tokenizer.sha256,
+        "bos": settings.bos,
+        "bos_id": study.bos_id,
+        "segments": len(job.windows) if job else None,
+        "prefix": settings.prefix if job else None,
+        "continuation": settings.continuation if job else None,
+        "scored_tokens": len(job.windows) * (settings.continuation - 1) if job else None,
+        "cache_mode": settings.cache_mode,
+        "windows": len(study.tokenizer.encode(study.text.text)) // length if job else None,
+        "exact_pair_fraction": exact_pair_fraction(settings.prefix, settings.continuation)
+        if job and not settings.streaming
+        else (0.0 if job else None),
+        "seed": settings.seed,
+        "dtype": dtype,
+        "kv_dtype": dtype,
+        "router_dtype": dtype if model.router_dtype == "hidden" else "float32",
+        "tile_segments": TILE_SEGMENTS if job else None,
+        "weights": model.weights,
+        "niah": needle,
+    }
+
+
+def exact_pair_fraction(prefix: int, continuation: int) -> float:
+    """Share of the (query, key) pairs of a scored continuation whose key is not quantized."""
+    queries = continuation - 1
+    own = queries * (queries + 1) // 2
+    return own / (own + queries * prefix)
+
+
+def _performance(study: Study, outcome: Outcome) -> Json:
+    plan, model = study.plan, study.model
+    on_cpu = model.cpu
+    grown = study.meter.peak_bytes - study.meter.start_bytes
+    sweep_s = study.meter.phases.get("sweeps", outcome.wall_s)
+    tokens = sum(tile.rows for tile in study.tiles)
+    return {
+        "wall_s": outcome.wall_s,
+        "phases": dict(study.meter.phases),
+        "sweeps": outcome.sweeps,
+        "gate_sweeps": outcome.gate_sweeps,
+        "weight_bytes_read": outcome.bytes_read,
+        "h2d_bytes": 0 if on_cpu else outcome.bytes_read,
+        "tokens": tokens,
+        "flops": plan.flops,
+        "achieved_tflops": plan.flops / sweep_s / 1e12 if sweep_s else None,
+        "gemm_ceiling_tflops": None,
+        "mfu": None,
+        "h2d_gbps": None,
+        "compute_stall_fraction": min(1.0, outcome.wait_s / sweep_s) if sweep_s else None,
+        "peak_device_bytes": max(0, grown - plan.ring_bytes - plan.resident_bytes)
+        if on_cpu
+        else _peak_device_bytes(),
+        "peak_host_bytes": study.meter.peak_bytes,
+        "planned_device_bytes": plan.device_bytes,
+        "planned_s": None,
+        "vram_budget": model.vram.bytes,
+        "ram_budget": model.ram.bytes,
+    }
+
+
+def _peak_device_bytes() -> int:
+    import torch
+
+    return int(torch.cuda.max_memory_reserved())
+
+
+def segment_lines(study: Study, first: int, count: int) -> list[Json]:
+    """Lines of segments.jsonl for `count` finished windows from `first` on."""
+    job = study.perplexity
+    assert job is not None
+    return [
+        {
+            "index": window.index,
+            "tokens_sha": window.tokens_sha,
+            "nll": {arm: _number(nll[window.index]) for arm, nll in job.nll.items()},
+        }
+        for window in job.windows[first : first + count]
+    ]
+
+
+def needle_lines(study: Study, first: int, count: int) -> list[Json]:
+    """Lines of needle.jsonl for `count` finished trials from `first` on."""
+    job = study.needle
+    assert job is not None
+    return [
+        {
+            "id": trial.id,
+            "answer": trial.answer,
+            "correct": {arm: hits[trial.id] for arm, hits in job.correct.items()},
+            "outputs": {arm: texts[trial.id] for arm, texts in job.outputs.items()},
+        }
+        for trial in job.trials[first : first + count]
+    ]
+
+
+def _number(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None

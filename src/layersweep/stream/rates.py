@@ -1,0 +1,49 @@
+"""Rates of machines, as assumed for plans. Nothing here was measured by this project unless a
+line says so; `layersweep doctor` measures the machine at hand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from layersweep.units import parse_size
+
+
+@dataclass(frozen=True)
+class MachineRates:
+    """What a plan needs to know of a machine. Rates in bytes/s and FLOP/s, sizes in bytes."""
+
+    name: str
+    device: str
+    devices: int
+    vram: int
+    ram: int
+    gemm_flops: float
+    h2d: float
+    disk: float
+    download: float = 100e6
+    source: str = "assumed"
+
+
+def _machine(
+    name: str, devices: int, vram: str, ram: str, tflops: float, h2d: float, disk: float
+) -> MachineRates:
+    device = "cpu" if name == "cpu" else "cuda"
+    return MachineRates(
+        name, device, devices, parse_size(vram), parse_size(ram), tflops * 1e12, h2d * 1e9,
+        disk * 1e9,
+    )  # fmt: skip
+
+
+# vram is what a program may take: the card's memory less the CUDA context and 0.7 GiB.
+MACHINES = {
+    machine.name: machine
+    for machine in (
+        _machine("t4", 1, "13.9GiB", "27GiB", 30, 10, 0.5),
+        _machine("t4x2", 2, "13.9GiB", "27GiB", 30, 10, 0.5),
+        _machine("rtx4090", 1, "22.8GiB", "60GiB", 150, 25, 3),
+        _machine("a100-40", 1, "38.5GiB", "80GiB", 230, 24, 2),
+        _machine("a100-80", 1, "78GiB", "160GiB", 230, 24, 2),
+        _machine("h200", 1, "138GiB", "128GiB", 700, 55, 3),
+        _machine("cpu", 1, "8GiB", "13GiB", 0.08, 10, 1),
+    )
+}

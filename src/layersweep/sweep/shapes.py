@@ -1,0 +1,36 @@
+"""Tiles as the planner sees them: sizes alone."""
+
+from __future__ import annotations
+
+from layersweep.stream.plan import TileShape
+from layersweep.sweep.sequences import Sequence, Tile
+from layersweep.sweep.state import attention_batch
+
+
+def tile_shape(tile: Tile, heads_times_dim: int) -> TileShape:
+    """What `make_plan` must know of a tile. `heads_times_dim`: query heads x head_dim."""
+    longest = max(sequence.longest for sequence in tile.sequences)
+    at_once = min(len(tile.sequences), attention_batch(longest, heads_times_dim))
+    return TileShape(
+        name=tile.name,
+        rows=tile.rows,
+        longest=longest,
+        attention_keys=sum(_attended(sequence) for sequence in tile.sequences),
+        read_rows=sum(_read(sequence) for sequence in tile.sequences),
+        read_at_once=max(_read(sequence) for sequence in tile.sequences),
+        attended_at_once=at_once * longest * heads_times_dim,
+    )
+
+
+def _attended(sequence: Sequence) -> int:
+    """Keys that all rows of a sequence attend to, together."""
+    prefix = len(sequence.prefix)
+    total = prefix * (prefix + 1) // 2
+    for branch in sequence.branches:
+        own = len(branch.ids)
+        total += own * (prefix + sequence.past) + own * (own + 1) // 2
+    return total
+
+
+def _read(sequence: Sequence) -> int:
+    return sum(branch.read[1] - branch.read[0] for branch in sequence.branches)

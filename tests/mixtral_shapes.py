@@ -1,0 +1,72 @@
+"""Mixtral-8x7B as published in NF4 (double quant, packed router): shapes and bytes, no data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from layersweep.checkpoint.config import ModelConfig
+from layersweep.checkpoint.header import StoredTensor
+from layersweep.checkpoint.layout import Nested, Quant, Weight
+
+from layersweep.stream.blocks import BlockSpec, specs_of
+
+MIXTRAL = ModelConfig(
+    architecture="MixtralForCausalLM", vocab_size=32_000, hidden_size=4096,
+    intermediate_size=14_336, num_hidden_layers=32, num_attention_heads=32,
+    num_key_value_heads=8, head_dim=128, num_local_experts=8, num_experts_per_tok=2,
+    rms_norm_eps=1e-5, rope_theta=1e6, max_position_embeddings=32_768, sliding_window=None,
+    tie_word_embeddings=False, bos_token_id=1, eos_token_id=2, synthetic=True,
+)  # fmt: skip
+
+
+def stored(name: str, dtype: str, shape: tuple[int, ...], nbytes: int) -> StoredTensor:
+    return StoredTensor(name, Path("absent.safetensors"), dtype, shape, 0, nbytes)
+
+
+def json_of(rows: int, columns: int) -> str:
+    return json.dumps({"quant_type": "nf4", "blocksize": 64, "dtype": "float16",
+                       "shape": [rows, columns], "nested_blocksize": 256,
+                       "nested_dtype": "float32", "nested_offset": 0.0})  # fmt: skip
+
+
+def nf4(name: str, rows: int, columns: int) -> Weight:
+    elements = rows * columns
+    blocks = -(-elements // 64)
+    groups = -(-blocks // 256)
+    nested = Nested(
+        stored(f"{name}.nested_absmax", "F32", (groups,), 4 * groups),
+        stored(f"{name}.nested_quant_map", "F32", (256,), 1024),
+        256,
+        0.0,
+    )
+    absmax = stored(f"{name}.absmax", "U8", (blocks,), blocks)
+    # quant_map 64 bytes; the JSON differs by the digits of its shape
+    quant = Quant("nf4", 64, absmax, nested, "U8", 64 + len(json_of(rows, columns)))
+    return Weight(
+        name, (rows, columns), stored(name, "U8", (elements // 2, 1), elements // 2), quant
+    )
+
+
+def half(name: str, *shape: int) -> Weight:
+    elements = 1
+    for size in shape:
+        elements *= size
+    return Weight(name, shape, stored(name, "F16", shape, 2 * elements), None)
+
+
+def mixtral_specs() -> list[BlockSpec]:
+    h, i = MIXTRAL.hidden_size, MIXTRAL.intermediate_size
+    weights = {"embed": half("embed", 32_000, h), "lm_head": half("lm_head", 32_000, h)}
+    weights["norm"] = half("norm", h)
+    for layer in range(32):
+        at = f"layers.{layer}"
+        for name in ("input_norm", "post_attention_norm"):
+            weights[f"{at}.{name}"] = half(name, h)
+        for name, rows in (("q_proj", h), ("k_proj", 1024), ("v_proj", 1024), ("o_proj", h)):
+            weights[f"{at}.{name}"] = nf4(name, rows, h)
+        weights[f"{at}.router"] = nf4("router", 8, h)
+        for expert in range(8):
+            for name, rows, columns in (("w1", i, h), ("w3", i, h), ("w2", h, i)):
+                weights[f"{at}.experts.{expert}.{name}"] = nf4(name, rows, columns)
+    return specs_of(MIXTRAL, weights)

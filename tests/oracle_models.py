@@ -1,0 +1,65 @@
+"""transformers as the oracle: MixtralForCausalLM on dequantized weights, float32, CPU."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from checkpoint_builders import dequantized_state_dict
+from torch import Tensor
+from transformers import DynamicCache, MixtralConfig, MixtralForCausalLM
+
+
+def oracle_model(folder: Path) -> MixtralForCausalLM:
+    """The checkpoint in `folder`, dequantized by the tests' own code, in transformers."""
+    fields = json.loads((folder / "config.json").read_text())
+    fields.pop("quantization_config", None)
+    fields.pop("dtype", None)
+    config = MixtralConfig(**{k: v for k, v in fields.items() if k != "architectures"})
+    config._attn_implementation = "sdpa"
+    model = MixtralForCausalLM(config).float().eval()
+    model.set_experts_implementation("eager")
+    missing, unexpected = model.load_state_dict(dequantized_state_dict(folder), strict=False)
+    assert not unexpected
+    assert all("inv_freq" in name for name in missing)
+    return model
+
+
+def rotate_half(x: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    return torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+
+
+def rope_tables(theta: float, dim: int, tokens: int) -> tuple[Tensor, Tensor]:
+    inverse = theta ** (-torch.arange(0, dim, 2).double() / dim)
+    angle = torch.outer(torch.arange(tokens).double(), inverse)
+    angle = torch.cat((angle, angle), dim=-1)
+    return angle.cos().float(), angle.sin().float()
+
+
+Through = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
+
+
+def scored_with_cache(
+    model: MixtralForCausalLM, prefix: list[int], branch: list[int], through: Through | None
+) -> Tensor:
+    """Log-probabilities [len(branch) - 1] of branch[1:], after the prefix's cache was replaced.
+
+    `through(keys before RoPE, values, layer)` is what a codec makes of a layer's prefix.
+    """
+    with torch.inference_mode():
+        cache = DynamicCache(config=model.config)
+        model(torch.tensor([prefix]), past_key_values=cache)
+        if through is not None:
+            theta = model.config.rope_parameters["rope_theta"]
+            cos, sin = rope_tables(theta, model.config.head_dim, len(prefix))
+            for index, layer in enumerate(cache.layers):
+                plain = layer.keys * cos - rotate_half(layer.keys) * sin
+                keys, values = through(plain, layer.values, index)
+                layer.keys = keys * cos + rotate_half(keys) * sin
+                layer.values = values
+        logits = model(torch.tensor([branch]), past_key_values=cache).logits[0, :-1]
+        target = torch.tensor(branch[1:])
+        return logits.log_softmax(-1).gather(1, target[:, None])[:, 0]

@@ -1,0 +1,178 @@
+"""The command line: exit codes, one `error:` and one `hint:` line, nothing read in vain."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from checkpoint_builders import tiny_checkpoint
+
+from layersweep.cli.app import run
+from layersweep.report.store import validate
+
+SMALL = ["--segments", "2", "--prefix", "64", "--continuation", "16", "--niah-context", "512"]
+SMALL += ["--niah-depths", "0.5", "--niah-per-depth", "1"]
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "layersweep", *arguments]
+    return subprocess.run(line, capture_output=True, text=True, timeout=120)
+
+
+BAD = {
+    "unknown arm": (["--kv", "K3W2"], "K3W2", "did you mean"),
+    "unknown method": (["--kv", "loyd:K3V2"], "loyd", "did you mean 'lloyd'"),
+    "odd bits": (["--kv", "K7V2"], "7 bits", "16"),
+    "no arm": (["--kv", "exact"], "needed an arm", "--kv"),
+    "negative segments": (["--segments", "-3"], "--segments: found -3", "--segments"),
+    "segments no number": (["--segments", "many"], "'many'", "--segments"),
+    "too little text": (["--segments", "100000"], "100000", "--segments"),
+    "no prefix": (["--prefix", "0"], "--prefix: found 0", "--prefix"),
+    "short continuation": (["--continuation", "1"], "--continuation: found 1", "--continuation"),
+    "context of the model": (["--niah-context", "9000"], "8192", "--niah-context"),
+    "windows of the model": (["--prefix", "8000"], "8192", "--prefix"),
+    "depth": (["--niah-depths", "1.5"], "1.5", "--niah-depths"),
+    "depth no number": (["--niah-depths", "deep"], "'deep'", "--niah-depths"),
+    "needles": (["--niah-per-depth", "0"], "0", "1 or more"),
+    "keys": (["--niah-keys", "0"], "--niah-keys", "--niah-keys"),
+    "task": (["--tasks", "mmlu"], "'mmlu'", "--tasks"),
+    "cache mode": (["--cache-mode", "lazy"], "'lazy'", "--cache-mode"),
+    "gate": (["--gate", "maybe"], "'maybe'", "--gate"),
+    "bos": (["--bos", "perhaps"], "'perhaps'", "--bos"),
+    "size": (["--vram", "14 bananas"], "14 bananas", "GiB"),
+    "small vram": (["--vram", "64MiB"], "needed", "--vram"),
+    "small ram": (["--ram", "1MiB"], "needed", "--ram"),
+    "device": (["--device", "tpu"], "'tpu'", "--device"),
+    "no such gpu": (["--device", "cuda:99"], "cuda:99", "--device cpu"),
+    "two devices": (["--device", "cuda:0,cuda:1"], "several devices", "--device"),
+    "dtype": (["--dtype", "float8"], "'float8'", "--dtype"),
+    "dtype on the cpu": (["--device", "cpu", "--dtype", "float16"], "float32", "--dtype"),
+    "weights": (["--weights", "int3"], "'int3'", "--weights"),
+    "seed": (["--seed", "-1"], "--seed", "--seed"),
+    "text is no file": (["--text", "/nowhere/text.txt"], "text.txt", ""),
+    "no such option": (["--sgements", "80"], "--sgements", "--help"),
+    "no number": (["--prefix", "long"], "long", "--help"),
+    "streamed generation": (
+        ["--niah-mode", "generate", "--cache-mode", "streaming"], "generate", "--niah-mode"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD, ids=str)
+def test_bad_arguments_of_eval(case: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments, found, hint = BAD[case]
+    started = time.monotonic()
+    assert run(["eval", "demo", *arguments]) == 2
+    assert time.monotonic() - started < 10
+    said = capsys.readouterr()
+    errors = [line for line in said.err.splitlines() if line.startswith("error: ")]
+    hints = [line for line in said.err.splitlines() if line.startswith("hint: ")]
+    assert len(errors) == 1
+    assert len(hints) == 1
+    assert found in errors[0]
+    assert hint in hints[0]
+    assert said.out == ""
+    assert "Traceback" not in said.err
+
+
+def test_a_file_where_a_folder_is_meant(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "file"
+    file.write_text("x")
+    for arguments in (["eval", "demo", "--out", str(file)], ["eval", str(file)],
+                      ["inspect", str(file)], ["plan", str(file)]):  # fmt: skip
+        assert run(arguments) == 2
+        said = capsys.readouterr().err
+        assert said.count("error: ") == 1
+        assert str(file) in said
+
+
+def test_a_folder_that_holds_a_run_is_not_overwritten(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "manifest.json").write_text("{}")
+    assert run(["eval", "demo", "--out", str(tmp_path)]) == 2
+    assert "manifest of an earlier run" in capsys.readouterr().err
+
+
+def test_unknown_commands_and_machines(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["evaluate"]) == 2
+    assert "error: No such command 'evaluate'" in capsys.readouterr().err
+    assert run(["plan", "demo", "--for", "t44"]) == 2
+    assert "did you mean t4" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("run") / "out"
+    done = command("eval", "demo", *SMALL, "--kv", "K3V2,e8:K3V2", "--out", str(folder))
+    assert done.returncode == 0, done.stderr
+    for line in ("[layout]", "[paths]", "[budget]", "[versions]"):
+        assert sum(text.startswith(line) for text in done.stderr.splitlines()) == 1
+    return folder, done.stdout
+
+
+def test_eval_writes_a_valid_result_and_prints_the_arms(small_run: tuple[Path, str]) -> None:
+    folder, out = small_run
+    results = json.loads((folder / "results.json").read_text())
+    validate(results)
+    assert results["status"] == "complete"
+    assert results["performance"]["sweeps"] == 1
+    assert results["performance"]["gate_sweeps"] == 0
+    assert results["perplexity"]["noise_floor"]["exact"]["max"] == 0.0
+    assert results["perplexity"]["underpowered"] is True
+    assert [arm["arm"] for arm in results["perplexity"]["arms"]] == ["lloyd:K3V2", "e8:K3V2"]
+    assert results["perplexity"]["arms"][0]["bits_per_element"] == pytest.approx(2.75)
+    assert "lloyd:K3V2" in out
+    assert "NOT PUBLISHABLE" in out
+    for name in ("report.html", "windows.csv", "manifest.json"):
+        assert (folder / name).stat().st_size > 0
+    lines = (folder / "segments.jsonl").read_text().splitlines()
+    assert [json.loads(line)["index"] for line in lines] == [0, 1]
+
+
+def test_report_and_compare_read_what_eval_wrote(
+    small_run: tuple[Path, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, _ = small_run
+    for form in ("md", "csv", "latex", "html"):
+        assert run(["report", str(folder), "--format", form]) == 0
+        assert capsys.readouterr().out
+    assert run(["compare", str(folder), str(folder)]) == 0
+    assert "lloyd:K3V2" in capsys.readouterr().out
+
+
+def test_json_is_all_that_stdout_holds() -> None:
+    done = command("eval", "demo", *SMALL, "--tasks", "ppl", "--json")
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout)
+    validate(results)
+    assert results["needle"] is None
+
+
+def test_plan_and_inspect_read_headers_only(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["plan", "demo", "--for", "t4"]) == 0
+    out = capsys.readouterr().out
+    assert "assumed" in out
+    assert "peak, predicted" in out
+    assert run(["inspect", "demo"]) == 0
+    assert "router: nf4" in capsys.readouterr().out
+
+
+def test_a_refused_gate_ends_with_3_and_a_diagnosis(tmp_path: Path) -> None:
+    model = tiny_checkpoint(tmp_path / "random")  # random weights predict nothing
+    demo = Path(__file__).parents[1] / "src/layersweep/demo/model"
+    text = tmp_path / "text.txt"
+    text.write_text("only a few words, and again only a few words. " * 400)
+    if not (model / "tokenizer.json").exists():
+        pytest.skip(f"no tokenizer beside the tiny model; the demo's is {demo}")
+    out = tmp_path / "out"
+    done = command("eval", str(model), "--text", str(text), "--gate", "only", "--out", str(out))
+    assert done.returncode == 3, done.stderr
+    assert done.stderr.count("error: gate: ") == 1
+    diagnosis = json.loads((out / "diagnosis.json").read_text())
+    assert diagnosis["kind"] == "GateError"
+    assert diagnosis["versions"]["torch"]
+    assert diagnosis["events"]

@@ -1,0 +1,109 @@
+"""The bundled model: our NLL per window and per-arm deltas against transformers, whose cache is
+overwritten by decode(encode) before the continuation is scored."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from oracle_models import oracle_model, scored_with_cache
+from torch import Tensor
+
+from layersweep.evals.settings import EvalSettings
+from layersweep.evals.study import Study, prepare_study, run_study
+from layersweep.kv import parse
+from layersweep.kv.cache import store
+from layersweep.kv.stream import Stream
+from layersweep.sweep.model import load
+
+DEMO = Path(__file__).parents[1] / "src/layersweep/demo/model"
+ARMS = "lloyd:K3V2,lloyd:K4V2,e8:K3V2,e8:K4V2,e8:K3V2@v=0.5,lloyd:K2V2@pb=1"
+WINDOWS = 8
+
+
+@pytest.fixture(scope="module")
+def study() -> Study:
+    settings = EvalSettings(
+        kv=ARMS, segments=WINDOWS, niah_contexts=(4096,), niah_depths=(0.5,), niah_per_depth=1
+    )
+    prepared = prepare_study(load("demo", device="cpu"), settings)
+    run_study(prepared)
+    return prepared
+
+
+@pytest.fixture(scope="module")
+def oracle() -> torch.nn.Module:
+    return oracle_model(DEMO)
+
+
+def codec_of(name: str, layers: int) -> object:
+    """decode(encode) of a layer's keys (before RoPE) and values, without the sweep."""
+    arm = parse(name)
+
+    def through(keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        positions = torch.arange(keys.shape[2])[None]
+        pair = []
+        for x, role in ((keys, "key"), (values, "value")):
+            stream = Stream(role[0], x.shape[1], x.shape[3], role=role, rope=role == "key")
+            pair.append(store(arm, x, stream, positions, layer, layers, {}).decoded())
+        return pair[0], pair[1]
+
+    return through
+
+
+def test_baseline_nll_of_every_window_equals_transformers(study: Study, oracle: object) -> None:
+    for window, ours in zip(study.perplexity.windows, study.perplexity.nll["exact"], strict=True):
+        ids = torch.tensor([window.ids])
+        with torch.inference_mode():
+            logits = oracle(ids).logits[0, window.prefix : -1]
+        target = ids[0, window.prefix + 1 :]
+        theirs = torch.nn.functional.cross_entropy(logits, target).item()
+        assert abs(ours - theirs) < 1e-4
+
+
+@pytest.mark.parametrize("name", ARMS.split(","))
+def test_delta_of_every_window_equals_transformers(
+    name: str, study: Study, oracle: object
+) -> None:
+    job = study.perplexity
+    for window in job.windows[: WINDOWS if name.count("@") == 0 else 2]:
+        prefix, branch = list(window.ids[: window.prefix]), list(window.ids[window.prefix :])
+        exact = -scored_with_cache(oracle, prefix, branch, None).double().mean().item()
+        arm = -scored_with_cache(oracle, prefix, branch, codec_of(name, 6)).double().mean().item()
+        ours = job.nll[name][window.index] - job.nll["exact"][window.index]
+        assert abs(ours - (arm - exact)) < 1e-4
+        assert abs(ours) > 1e-5
+
+
+@pytest.mark.parametrize("name", ARMS.split(",")[:4])
+def test_needle_answer_nll_equals_transformers(name: str, study: Study, oracle: object) -> None:
+    trial = study.needle.trials[0]
+    branch = list(trial.branch_ids)
+    prefix = list(trial.prefix_ids)
+    for arm, through in (("exact", None), (name, codec_of(name, 6))):
+        scores = scored_with_cache(oracle, prefix, branch, through)[-trial.answer_length :]
+        ours = study.needle.answer_nll[arm][0]
+        assert abs(ours - -scores.double().mean().item()) < 1e-4
+
+
+def test_exact_control_is_zero_and_deltas_are_not(study: Study) -> None:
+    job = study.perplexity
+    assert np.array_equal(job.control_delta["exact"], np.zeros(4))
+    assert np.array_equal(job.control_kl["exact"], np.zeros((4, 511), np.float32))
+    for method in ("lloyd", "e8"):
+        assert 0 < np.abs(job.control_delta[f"identity:{method}"]).max() < 1e-5
+
+
+def test_e8_equals_the_published_package(study: Study, oracle: object) -> None:
+    """nexusquant-kv 0.6.3 itself, where it is installed (pip install --no-deps nexusquant-kv)."""
+    published = pytest.importorskip("nexusquant_reference", reason="nexusquant-kv not installed")
+    job = study.perplexity
+    for window in job.windows:
+        prefix, branch = list(window.ids[: window.prefix]), list(window.ids[window.prefix :])
+        exact = -scored_with_cache(oracle, prefix, branch, None).double().mean().item()
+        through = published.quantize_before_rope(3, 2)
+        arm = -scored_with_cache(oracle, prefix, branch, through).double().mean().item()
+        ours = job.nll["e8:K3V2"][window.index] - job.nll["exact"][window.index]
+        assert abs(ours - (arm - exact)) < 1e-4

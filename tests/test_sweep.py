@@ -1,0 +1,211 @@
+"""The sweep against transformers, and against itself under every placement."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoint_builders import tiny_checkpoint
+from oracle_models import oracle_model, scored_with_cache
+from torch import Tensor
+
+from layersweep.errors import BudgetError
+from layersweep.kv import parse
+from layersweep.kv.arms import EXACT, Arm
+from layersweep.stream.store import BlockStore, minimum_ring
+from layersweep.sweep.loop import run_sweep
+from layersweep.sweep.model import Model, load
+from layersweep.sweep.sequences import Branch, Sequence, Tile, tiles_of
+
+LAYOUTS = [
+    {"layout": "per_expert", "weights": "nf4", "nested": True, "router": "nf4", "shards": 3},
+    {"layout": "per_expert", "weights": "nf4", "nested": False, "router": "float"},
+    {"layout": "gate_proj", "weights": "nf4", "nested": True, "router": "float"},
+    {"layout": "per_expert", "weights": "mixed"},
+    {"layout": "per_expert", "weights": "bf16"},
+    {"layout": "fused", "weights": "bf16"},
+    {"layout": "fused", "weights": "f32"},
+]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+def random_ids(count: int, vocab: int, seed: int) -> tuple[int, ...]:
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(torch.randint(0, vocab, (count,), generator=generator).tolist())
+
+
+def windows(model: Model, count: int, arms: list[Arm], prefix: int = 40) -> list[Sequence]:
+    vocab = model.checkpoint.config.vocab_size
+    rides = []
+    for index in range(count):
+        ids = random_ids(prefix + 24, vocab, index)
+        branches = tuple(Branch(arm, ids[prefix:], (0, 23)) for arm in arms)
+        rides.append(Sequence(ids[:prefix], branches))
+    return rides
+
+
+def sweep_logits(
+    model: Model,
+    tiles: list[Tile],
+    *,
+    resident: int = 0,
+    sweeps: int = 1,
+    ring: int | None = None,
+) -> tuple[dict[int, list[Tensor]], BlockStore]:
+    """{sequence index: logits per branch}, and the store after `sweeps` equal sweeps' tiles."""
+    found: dict[int, list[Tensor]] = {}
+
+    def read(tile: Tile, number: int, sequence: Sequence, logits: list[Tensor]) -> None:
+        found[tile.first + number] = [part.clone() for part in logits]
+
+    store = BlockStore(
+        model.specs,
+        resident_bytes=resident,
+        ring_bytes=minimum_ring(model.specs) if ring is None else ring,
+        device=torch.device("cpu"),
+    )
+    share = -(-len(tiles) // sweeps)
+    for at in range(0, len(tiles), share):
+        some = tiles[at : at + share]
+        run_sweep(model.checkpoint.config, store, model.numerics, some, read)
+    store.close()
+    return found, store
+
+
+@pytest.mark.parametrize("kind", LAYOUTS, ids=lambda kind: "-".join(map(str, kind.values())))
+def test_log_probabilities_equal_transformers_for_every_layout(
+    kind: dict[str, object], tmp_path: Path
+) -> None:
+    folder = tiny_checkpoint(tmp_path, **kind)
+    sequences = [random_ids(count, 128, count) for count in (2, 33, 90)]
+    scores = load(str(folder), device="cpu").score(sequences)
+    oracle = oracle_model(folder)
+    for ids, score in zip(sequences, scores, strict=True):
+        with torch.inference_mode():
+            logits = oracle(torch.tensor([ids])).logits[0, :-1]
+        expected = logits.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+        assert score.dtype == torch.float32
+        assert (score - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("name", ["lloyd:K3V2", "lloyd:K1V16", "e8:K4V2", "e8:K3V2@v=0.5",
+                                  "lloyd:K2V2@pb=1", "lloyd:K2V2@window=7@sink=3",
+                                  "identity:lloyd"])  # fmt: skip
+def test_branch_equals_transformers_with_an_overwritten_cache(name: str, tiny: Path) -> None:
+    model = load(str(tiny), device="cpu")
+    arm = parse(name)
+    ride = windows(model, 1, [EXACT, arm])[0]
+    logits, _ = sweep_logits(model, [Tile("t", (ride,))])
+    branch = list(ride.branches[0].ids)
+    oracle = oracle_model(tiny)
+    layers = model.checkpoint.config.num_hidden_layers
+
+    def through(keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        from layersweep.kv.cache import store
+        from layersweep.kv.stream import Stream
+
+        positions = torch.arange(keys.shape[2])[None]
+        heads, dim = keys.shape[1], keys.shape[3]
+        pair = []
+        for x, role in ((keys, "key"), (values, "value")):
+            stream = Stream(role[0], heads, dim, role=role, rope=role == "key")
+            pair.append(store(arm, x, stream, positions, layer, layers, {}).decoded())
+        return pair[0], pair[1]
+
+    target = torch.tensor(branch[1:])[:, None]
+    for index, transform in ((0, None), (1, through)):
+        ours = logits[0][index].log_softmax(-1).gather(1, target)[:, 0]
+        theirs = scored_with_cache(oracle, list(ride.prefix), branch, transform)
+        assert (ours - theirs).abs().max() < 1e-4, (name, index)
+
+
+def test_numbers_do_not_depend_on_placement_or_number_of_sweeps(tiny: Path) -> None:
+    model = load(str(tiny), device="cpu")
+    tiles = tiles_of("t", windows(model, 7, [EXACT, parse("K3V2")]), 2)
+    everything = sum(spec.nbytes for spec in model.specs)
+    streamed, store = sweep_logits(model, tiles)
+    assert store.bytes_read == sum(spec.stored_bytes for spec in model.specs)
+    for resident, sweeps in ((everything, 1), (everything, 4), (everything // 2, 2), (0, 3)):
+        other, again = sweep_logits(model, tiles, resident=resident, sweeps=sweeps)
+        assert streamed.keys() == other.keys()
+        for index, parts in streamed.items():
+            assert all(torch.equal(a, b) for a, b in zip(parts, other[index], strict=True))
+        if resident == everything:
+            assert again.bytes_read == store.bytes_read  # once, however many sweeps
+        elif not resident:
+            assert again.bytes_read == sweeps * store.bytes_read
+
+
+def test_one_read_of_the_weights_whatever_the_number_of_arms(tiny: Path) -> None:
+    model = load(str(tiny), device="cpu")
+    reads = []
+    for arms in ([EXACT], [EXACT, *(parse(f"K{k}V{v}") for k in (2, 3, 4) for v in (2, 4))]):
+        _, store = sweep_logits(model, tiles_of("t", windows(model, 3, arms), 20))
+        reads.append(store.bytes_read)
+    assert reads == [model.checkpoint.nbytes] * 2
+
+
+def test_exact_against_exact_is_zero_with_one_arm_or_five(tiny: Path) -> None:
+    model = load(str(tiny), device="cpu")
+    five = [parse(name) for name in ("K3V2", "K4V2", "e8:K3V2", "K1V1", "K8V8")]
+    baseline = None
+    for arms in ([EXACT, EXACT], [EXACT, *five, EXACT]):
+        logits, _ = sweep_logits(model, tiles_of("t", windows(model, 5, arms), 2))
+        for parts in logits.values():
+            assert torch.equal(parts[0], parts[-1])
+        exact = [parts[0] for _, parts in sorted(logits.items())]
+        if baseline is not None:
+            assert all(torch.equal(a, b) for a, b in zip(exact, baseline, strict=True))
+        baseline = exact
+
+
+def test_streaming_reads_every_token_through_the_codec(tiny: Path) -> None:
+    """Oracle: the same layer with keys and values replaced, computed by transformers' own code
+    through a cache that codes all that enters it, one token at a time."""
+    model = load(str(tiny), device="cpu")
+    ids = random_ids(30, 128, 5)
+    arm = parse("K3V2")
+    rides = [
+        Sequence((), (Branch(a, ids, (0, 29), streaming=True),))
+        for a in (
+            EXACT,
+            arm,
+            replace(arm, window=30, name="w30"),
+            replace(arm, window=6, name="w6"),
+        )
+    ]
+    logits, _ = sweep_logits(model, [Tile("t", tuple(rides))])
+    exact, coded, all_exact, windowed = (logits[index][0] for index in range(4))
+    assert (exact - all_exact).abs().max() < 1e-4
+    assert (exact - coded).abs().max() > 1e-3
+    # the first 6 tokens of a window of 6 see exact keys and values alone
+    assert (exact[:6] - windowed[:6]).abs().max() < 1e-4
+    assert (exact[6:] - windowed[6:]).abs().max() > 1e-3
+    # token 0 reads only its own decoded value: a one-token streaming run gives the same
+    alone, _ = sweep_logits(
+        model, [Tile("t", (Sequence((), (Branch(arm, ids[:1], (0, 1), True),)),))]
+    )
+    assert (alone[0][0] - coded[:1]).abs().max() < 1e-4
+
+
+def test_a_ring_below_one_layer_and_two_blocks_is_refused(tiny: Path) -> None:
+    model = load(str(tiny), device="cpu")
+    needed = minimum_ring(model.specs)
+    with pytest.raises(BudgetError, match="one layer and two blocks"):
+        sweep_logits(model, [Tile("t", (windows(model, 1, [EXACT])[0],))], ring=needed - 1)
+
+
+def test_weights_nf4_quantizes_a_float_checkpoint_while_it_is_read(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path, weights="bf16")
+    plain, small = (load(str(folder), device="cpu", weights=w) for w in ("native", "nf4"))
+    expert = next(i for i, s in enumerate(plain.specs) if s.name == "layers.0.experts.0")
+    assert small.specs[expert].nbytes < 0.35 * plain.specs[expert].nbytes
+    ids = random_ids(40, 128, 1)
+    exact, coarse = plain.score([ids])[0], small.score([ids])[0]
+    assert 1e-4 < (exact - coarse).abs().max() < 2.0
