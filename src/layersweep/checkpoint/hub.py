@@ -1,0 +1,191 @@
+"""Hub ids: headers by HTTP ranges, and downloads, with huggingface_hub's failures in plain words.
+
+Only safetensors shards, *.json and tokenizer files of the repository's top folder are fetched.
+"""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+from huggingface_hub import HfApi, get_session, hf_hub_url, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import (  # type: ignore[attr-defined]
+    build_hf_headers,
+    hf_raise_for_status,
+)
+
+from layersweep.checkpoint.files import LocalFolder, is_plain_name
+from layersweep.checkpoint.problems import DOWNLOAD_AGAIN, FileProblem, Problem
+from layersweep.checkpoint.reading import scan_folder
+from layersweep.checkpoint.weights import Checkpoint
+from layersweep.errors import CheckpointError
+
+SMALL_FILES = ("*.json", "tokenizer*", "*.jinja")
+TIMEOUT = 30.0  # seconds without an answer
+# The base class of the HTTP library that this release of huggingface_hub is built on.
+TRANSPORT_ERROR: type[Exception] = HfHubHTTPError.__mro__[1]
+
+Scanned = tuple[Checkpoint | None, list[Problem]]
+
+
+@dataclass(frozen=True)
+class RangedFile:
+    """A file of a repository behind HTTP, read by ranges."""
+
+    path: Path
+    url: str
+    size: int
+
+    def read(self, offset: int, count: int) -> bytes:
+        stop = min(offset + count, self.size)
+        if stop <= offset:
+            return b""
+        headers = build_hf_headers(headers={"Range": f"bytes={offset}-{stop - 1}"})
+        client = get_session()
+        with client.stream(
+            "GET", self.url, headers=headers, follow_redirects=True, timeout=TIMEOUT
+        ) as answer:
+            hf_raise_for_status(answer)
+            if answer.status_code != 206 and stop - offset != self.size:
+                raise OSError(f"the server sent all {self.size} bytes instead of a range")
+            return bytes(answer.read())
+
+
+@dataclass(frozen=True)
+class HubFolder:
+    """The files of one commit as the hub lists them: name -> size."""
+
+    repository: str
+    commit: str
+    sizes: dict[str, int]
+    has_values: bool = False
+
+    @property
+    def label(self) -> str:
+        return self.repository
+
+    def names(self) -> frozenset[str]:
+        return frozenset(self.sizes)
+
+    def open(self, name: str) -> RangedFile:
+        path = Path(self.repository) / name
+        if name not in self.sizes or not is_plain_name(name):
+            raise FileProblem(
+                Problem(str(path), None, "no such file", "this shard", DOWNLOAD_AGAIN)
+            )
+        url = hf_hub_url(self.repository, name, revision=self.commit)
+        return RangedFile(path, url, self.sizes[name])
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A hub id. `files` is None where the hub cannot be reached: only the cache is left."""
+
+    name: str
+    revision: str | None
+    files: HubFolder | None
+
+    def scan(self) -> Scanned:
+        """From headers alone, or from the cache where the hub cannot be reached."""
+        if self.files is None:
+            return self.scan_cached()
+        with plain_errors(self.name, self.revision):
+            return scan_folder(self.files, self.name, self.files.commit, Path(self.name))
+
+    def scan_cached(self) -> Scanned:
+        """What the local cache holds of this commit; (None, []) if that is nothing or not all."""
+        commit = self.files.commit if self.files else self.revision
+        try:
+            folder = Path(snapshot_download(self.name, revision=commit, local_files_only=True))
+        except LocalEntryNotFoundError as error:
+            if self.files is None:
+                raise CheckpointError(
+                    f"{self.name}: found neither the hub nor a copy in the cache, needed one",
+                    hint="connect to the network (unset HF_HUB_OFFLINE), or give a local folder",
+                ) from error
+            return None, []
+        local = LocalFolder.at(folder)
+        if self.files and not self._small_files() <= local.names():
+            return None, []
+        return scan_folder(local, self.name, folder.name, folder)
+
+    def download(self, checkpoint: Checkpoint) -> Scanned:
+        """Fetch the shards of a scanned checkpoint and the small files, and scan them again."""
+        assert self.files is not None
+        names = self._small_files() | {file.name for file in checkpoint.files}
+        with plain_errors(self.name, self.revision):
+            folder = snapshot_download(
+                self.name,
+                revision=self.files.commit,
+                allow_patterns=[glob.escape(name) for name in sorted(names)],
+            )
+        return scan_folder(LocalFolder.at(Path(folder)), self.name, self.files.commit, Path(folder))
+
+    def _small_files(self) -> frozenset[str]:
+        names = self.files.names() if self.files else frozenset()
+        kept = (name for name in names if any(fnmatch(name, kind) for kind in SMALL_FILES))
+        return frozenset(name for name in kept if is_plain_name(name))
+
+
+def find(name: str, revision: str | None) -> Repository:
+    """Ask the hub what the repository holds. Raises CheckpointError if it has none such."""
+    try:
+        with plain_errors(name, revision):
+            info = HfApi().model_info(name, revision=revision, files_metadata=True, timeout=TIMEOUT)
+    except _Unreachable:
+        return Repository(name, revision, None)
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+    return Repository(name, revision, HubFolder(name, info.sha or revision or "main", sizes))
+
+
+class _Unreachable(CheckpointError):
+    """No answer from the hub; the cache may still do."""
+
+
+@contextmanager
+def plain_errors(name: str, revision: str | None) -> Iterator[None]:
+    """huggingface_hub's and its HTTP library's failures as CheckpointErrors."""
+    try:
+        yield
+    except GatedRepoError as error:
+        raise CheckpointError(
+            f"{name}: found a gated model, needed access to it",
+            hint="accept its terms on its page, then log in with `hf auth login` or set HF_TOKEN",
+        ) from error
+    except RevisionNotFoundError as error:
+        raise CheckpointError(
+            f"{name}: found no revision '{revision}', needed a branch, tag or commit",
+            hint="look at the model's files page for its revisions, or leave --revision out",
+        ) from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise CheckpointError(
+            f"{name}: found neither a local folder nor such a model on the hub, needed one",
+            hint="check the spelling; for a private model log in with `hf auth login`",
+        ) from error
+    except HfHubHTTPError as error:
+        raise CheckpointError(
+            f"{name}: found an error from the hub ({_first_line(error)}), needed an answer",
+            hint="try again later, or give a local folder",
+        ) from error
+    except (TRANSPORT_ERROR, OfflineModeIsEnabled, ConnectionError, TimeoutError) as error:
+        raise _Unreachable(
+            f"{name}: found no connection to the hub ({_first_line(error)}), needed one",
+            hint="connect to the network (unset HF_HUB_OFFLINE), or give a local folder",
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -1,0 +1,186 @@
+"""`layersweep inspect`: what a checkpoint holds, layer by layer, and every problem at once."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import asdict
+from itertools import groupby
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from layersweep.checkpoint import Checkpoint, Problem, Weight, scan_checkpoint
+from layersweep.checkpoint.problems import printable
+from layersweep.errors import CheckpointError
+from layersweep.units import format_bytes
+
+PLAIN_WIDTH = 120  # where stdout is no terminal, rows must not be folded at 80
+_EXPERT = re.compile(r"experts\.(\d+)\.(w[123])")
+
+
+def inspect(
+    model: Annotated[str, typer.Argument(help="Folder, hub id, or demo.")] = "demo",
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Show how every layer is stored, and everything that is wrong; reads headers only."""
+    checkpoint, problems = scan_checkpoint(model, revision)
+    if json_output:
+        typer.echo(json.dumps(_as_json(model, checkpoint, problems), allow_nan=False))
+    else:
+        console = Console(highlight=False, markup=False, emoji=False)
+        if not console.is_terminal:
+            console.width = max(console.width, PLAIN_WIDTH)
+        if checkpoint is not None:
+            _show(console, checkpoint)
+        _show_problems(console, problems)
+    if problems:
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise CheckpointError(
+            f"{printable(model)}: found {count}, needed none", hint=problems[0].hint
+        )
+
+
+def _show(console: Console, checkpoint: Checkpoint) -> None:
+    config = checkpoint.config
+    revision = f"@{checkpoint.revision}" if checkpoint.revision else ""
+    console.print(
+        f"{printable(checkpoint.source)}{revision}  {config.architecture}, "
+        f"{config.num_hidden_layers} layers, {config.num_local_experts} experts "
+        f"({config.num_experts_per_tok} per token), hidden {config.hidden_size}, "
+        f"vocabulary {config.vocab_size}",
+        soft_wrap=True,
+    )
+    files = "1 file" if len(checkpoint.files) == 1 else f"{len(checkpoint.files)} files"
+    console.print(
+        f"weights {checkpoint.weights_kind}, router {checkpoint.router_kind}, "
+        f"{format_bytes(checkpoint.nbytes)} in {files}",
+        soft_wrap=True,
+    )
+    console.print(f"fingerprint {checkpoint.fingerprint}\n", soft_wrap=True)
+    console.print(_table(checkpoint))
+    for note in checkpoint.notes:
+        console.print(f"note: {printable(note)}", soft_wrap=True)
+
+
+def _table(checkpoint: Checkpoint) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("layers", no_wrap=True)
+    table.add_column("stored", no_wrap=True)
+    table.add_column("shape", no_wrap=True)
+    table.add_column("scales", no_wrap=True)
+    table.add_column("bytes", justify="right", no_wrap=True)
+    for label, rows, nbytes in _sections(checkpoint):
+        for position, (part, weight, count) in enumerate(rows):
+            shape = "x".join(map(str, weight.shape))
+            size = format_bytes(weight.nbytes * count)
+            cells = [label if not position else "", f"{part}: {weight.describe()}", shape]
+            table.add_row(*(Text(cell) for cell in [*cells, _scales(weight), size]))
+        if len(rows) > 1:
+            table.add_row("", "", "", Text("together, per layer"), Text(format_bytes(nbytes)))
+    return table
+
+
+Rows = list[tuple[str, Weight, int]]
+
+
+def _sections(checkpoint: Checkpoint) -> Iterable[tuple[str, Rows, int]]:
+    """(label, rows, bytes of one layer): embedding, runs of identical layers, norm and head."""
+    weights = checkpoint.weights
+    yield "", [("embed", weights["embed"], 1)], weights["embed"].nbytes
+    layers = [
+        _layer_rows(checkpoint, layer) for layer in range(checkpoint.config.num_hidden_layers)
+    ]
+    for _, group in groupby(enumerate(layers), key=lambda item: _signature(item[1])):
+        members = list(group)
+        first, last = members[0][0], members[-1][0]
+        label = str(first) if first == last else f"{first}-{last}"
+        rows = members[0][1]
+        yield label, rows, sum(weight.nbytes * count for _, weight, count in rows)
+    for name in ("norm", "lm_head"):
+        yield "", [(name, weights[name], 1)], weights[name].nbytes
+
+
+def _layer_rows(checkpoint: Checkpoint, layer: int) -> Rows:
+    """Weights of a layer; experts that are stored alike share one row."""
+    prefix = f"layers.{layer}."
+    own = {
+        name.removeprefix(prefix): weight
+        for name, weight in checkpoint.weights.items()
+        if name.startswith(prefix)
+    }
+    rows: Rows = [(part, weight, 1) for part, weight in own.items() if not _EXPERT.match(part)]
+    alike: dict[tuple[str, object], list[tuple[int, Weight]]] = {}
+    for part, weight in own.items():
+        if match := _EXPERT.match(part):
+            key = (match[2], _storage(weight))
+            alike.setdefault(key, []).append((int(match[1]), weight))
+    for (which, _), found in sorted(alike.items(), key=lambda item: (item[1][0][0], item[0][0])):
+        numbers = [number for number, _ in found]
+        rows.append((f"experts {_ranges(numbers)} {which}", found[0][1], len(found)))
+    return rows
+
+
+def _signature(rows: Rows) -> list[object]:
+    return [(part, _storage(weight), count) for part, weight, count in rows]
+
+
+def _storage(weight: Weight) -> tuple[object, ...]:
+    """Two weights of one storage differ in name and place only."""
+    return weight.describe(), weight.shape, _scales(weight), weight.nbytes
+
+
+def _scales(weight: Weight) -> str:
+    quant = weight.quant
+    if quant is None:
+        return ""
+    kind = "nested" if quant.nested else "plain"
+    stored = "" if quant.stored_dtype == "U8" else f", packed in {quant.stored_dtype}"
+    return f"{kind}, blocks of {quant.blocksize}{stored}"
+
+
+def _ranges(numbers: list[int]) -> str:
+    """[0, 1, 2, 5] -> "0-2,5"."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def _show_problems(console: Console, problems: list[Problem]) -> None:
+    for problem in problems:
+        console.print(f"problem: {problem.sentence()}", soft_wrap=True)
+
+
+def _as_json(model: str, checkpoint: Checkpoint | None, problems: list[Problem]) -> dict[str, Any]:
+    content: dict[str, Any] = {"model": model, "problems": [asdict(item) for item in problems]}
+    if checkpoint is None:
+        return content
+    return content | {
+        "revision": checkpoint.revision,
+        "config": asdict(checkpoint.config),
+        "weights_kind": checkpoint.weights_kind,
+        "router_kind": checkpoint.router_kind,
+        "bytes": checkpoint.nbytes,
+        "files": [str(file) for file in checkpoint.files],
+        "fingerprint": checkpoint.fingerprint,
+        "notes": list(checkpoint.notes),
+        "weights": {
+            name: {
+                "stored": weight.describe(),
+                "shape": list(weight.shape),
+                "scales": _scales(weight) or None,
+                "bytes": weight.nbytes,
+                "file": weight.data.file.name,
+            }
+            for name, weight in checkpoint.weights.items()
+        },
+    }
