@@ -75,35 +75,34 @@ def _table(checkpoint: Checkpoint) -> Table:
     table.add_column("shape", no_wrap=True)
     table.add_column("scales", no_wrap=True)
     table.add_column("bytes", justify="right", no_wrap=True)
-    for label, rows, nbytes in _sections(checkpoint):
-        for position, (part, weight, count) in enumerate(rows):
+    for label, rows, total in _sections(checkpoint):
+        for position, (part, weight, nbytes) in enumerate(rows):
             shape = "x".join(map(str, weight.shape))
-            size = format_bytes(weight.nbytes * count)
             cells = [label if not position else "", f"{part}: {weight.describe()}", shape]
-            table.add_row(*(Text(cell) for cell in [*cells, _scales(weight), size]))
-        if len(rows) > 1:
-            table.add_row("", "", "", Text("together, per layer"), Text(format_bytes(nbytes)))
+            cells += [_scales(weight), format_bytes(nbytes)]
+            table.add_row(*(Text(cell) for cell in cells))
+        if total:
+            table.add_row("", "", "", Text(f"layers {label} together"), Text(format_bytes(total)))
     return table
 
 
-Rows = list[tuple[str, Weight, int]]
+Rows = list[tuple[str, Weight, int]]  # part of a layer, one weight of that kind, bytes of all
 
 
 def _sections(checkpoint: Checkpoint) -> Iterable[tuple[str, Rows, int]]:
-    """(label, rows, bytes of one layer): embedding, runs of identical layers, norm and head."""
+    """(layers, rows of the first, bytes of all): runs of layers that are stored alike."""
     weights = checkpoint.weights
-    yield "", [("embed", weights["embed"], 1)], weights["embed"].nbytes
+    yield "", [("embed", weights["embed"], weights["embed"].nbytes)], 0
     layers = [
-        _layer_rows(checkpoint, layer) for layer in range(checkpoint.config.num_hidden_layers)
+        (layer, _layer_rows(checkpoint, layer))
+        for layer in range(checkpoint.config.num_hidden_layers)
     ]
-    for _, group in groupby(enumerate(layers), key=lambda item: _signature(item[1])):
+    for _, group in groupby(layers, key=lambda item: _signature(item[1])):
         members = list(group)
-        first, last = members[0][0], members[-1][0]
-        label = str(first) if first == last else f"{first}-{last}"
-        rows = members[0][1]
-        yield label, rows, sum(weight.nbytes * count for _, weight, count in rows)
+        total = sum(nbytes for _, rows in members for _, _, nbytes in rows)
+        yield _ranges([layer for layer, _ in members]), members[0][1], total
     for name in ("norm", "lm_head"):
-        yield "", [(name, weights[name], 1)], weights[name].nbytes
+        yield "", [(name, weights[name], weights[name].nbytes)], 0
 
 
 def _layer_rows(checkpoint: Checkpoint, layer: int) -> Rows:
@@ -114,7 +113,9 @@ def _layer_rows(checkpoint: Checkpoint, layer: int) -> Rows:
         for name, weight in checkpoint.weights.items()
         if name.startswith(prefix)
     }
-    rows: Rows = [(part, weight, 1) for part, weight in own.items() if not _EXPERT.match(part)]
+    rows: Rows = [
+        (part, weight, weight.nbytes) for part, weight in own.items() if not _EXPERT.match(part)
+    ]
     alike: dict[tuple[str, object], list[tuple[int, Weight]]] = {}
     for part, weight in own.items():
         if match := _EXPERT.match(part):
@@ -122,17 +123,18 @@ def _layer_rows(checkpoint: Checkpoint, layer: int) -> Rows:
             alike.setdefault(key, []).append((int(match[1]), weight))
     for (which, _), found in sorted(alike.items(), key=lambda item: (item[1][0][0], item[0][0])):
         numbers = [number for number, _ in found]
-        rows.append((f"experts {_ranges(numbers)} {which}", found[0][1], len(found)))
+        total = sum(weight.nbytes for _, weight in found)
+        rows.append((f"experts {_ranges(numbers)} {which}", found[0][1], total))
     return rows
 
 
 def _signature(rows: Rows) -> list[object]:
-    return [(part, _storage(weight), count) for part, weight, count in rows]
+    return [(part, _storage(weight)) for part, weight, _ in rows]
 
 
 def _storage(weight: Weight) -> tuple[object, ...]:
-    """Two weights of one storage differ in name and place only."""
-    return weight.describe(), weight.shape, _scales(weight), weight.nbytes
+    """Equal for weights that are stored alike (their quant_state JSON may differ in length)."""
+    return weight.describe(), weight.shape, _scales(weight)
 
 
 def _scales(weight: Weight) -> str:
