@@ -14,6 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
+
+from layersweep.cli.app import app
 
 PROJECT = Path(__file__).resolve().parents[1]
 SOURCE = PROJECT / "src/layersweep"
@@ -297,11 +300,6 @@ def test_the_two_commands_are_in_the_readme_and_in_the_makefile() -> None:
 
 @pytest.mark.parametrize("page", ["README.md", "docs/reproduce.md"])
 def test_documented_commands_and_options_exist(page: str) -> None:
-    pytest.importorskip("layersweep.cli.app", reason="the command line is not assembled yet")
-    from typer.main import get_command
-
-    from layersweep.cli.app import app
-
     registered = get_command(app).commands  # type: ignore[attr-defined]
     lines = readme_command_lines((PROJECT / page).read_text("utf-8"))
     assert len(lines) >= 1
