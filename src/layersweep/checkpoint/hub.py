@@ -109,7 +109,16 @@ class Repository:
         """What the local cache holds of this commit; (None, []) if that is nothing or not all."""
         commit = self.files.commit if self.files else self.revision
         try:
-            folder = Path(snapshot_download(self.name, revision=commit, local_files_only=True))
+            # Asked for config.json alone: a snapshot without files that are never fetched
+            # (pickles) would count as incomplete. `scan_folder` sees what is missing.
+            folder = Path(
+                snapshot_download(
+                    self.name,
+                    revision=commit,
+                    local_files_only=True,
+                    allow_patterns=["config.json"],
+                )
+            )
         except LocalEntryNotFoundError as error:
             if self.files is None:
                 raise CheckpointError(
