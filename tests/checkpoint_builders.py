@@ -127,7 +127,7 @@ def pack(name: str, weight: Tensor, nested: bool, blocksize: int = 64) -> dict[s
     blocks = torch.nn.functional.pad(flat, (0, -len(flat) % blocksize)).view(-1, blocksize)
     scales = blocks.abs().amax(1)
     levels = torch.tensor(LEVELS)
-    nearest = (blocks / scales.clamp(min=1e-30)[:, None])[..., None].sub(levels).abs().argmin(-1)
+    nearest = _nearest(blocks / scales.clamp(min=1e-30)[:, None], levels)
     nibbles = nearest.reshape(-1)[: len(flat) + len(flat) % 2].to(torch.uint8)
     state = {"quant_type": "nf4", "blocksize": blocksize, "dtype": "bfloat16"}
     state["shape"] = list(weight.shape)
@@ -138,7 +138,7 @@ def pack(name: str, weight: Tensor, nested: bool, blocksize: int = 64) -> dict[s
         rest = torch.nn.functional.pad(scales - offset, (0, -len(scales) % 256)).view(-1, 256)
         outer = rest.abs().amax(1).clamp(min=1e-30)
         table = torch.linspace(-1, 1, 256)
-        codes = (rest / outer[:, None])[..., None].sub(table).abs().argmin(-1).reshape(-1)
+        codes = _nearest(rest / outer[:, None], table).reshape(-1)
         tensors[f"{name}.absmax"] = codes[: len(scales)].to(torch.uint8)
         tensors[f"{name}.nested_absmax"] = outer
         tensors[f"{name}.nested_quant_map"] = table
@@ -147,6 +147,10 @@ def pack(name: str, weight: Tensor, nested: bool, blocksize: int = 64) -> dict[s
         tensors[f"{name}.absmax"] = scales
     tensors[name + STATE] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
     return tensors
+
+
+def _nearest(values: Tensor, ascending: Tensor) -> Tensor:
+    return torch.bucketize(values, (ascending[1:] + ascending[:-1]) / 2)
 
 
 def unpack(name: str, tensors: dict[str, Tensor]) -> Tensor:
