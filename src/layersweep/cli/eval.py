@@ -126,6 +126,8 @@ def _prepare(source: str, settings: Any, machine: dict[str, Any], events: Any) -
     events.say(paths_line(study))
     events.say(budget_line(study))
     events.say(versions_line())
+    for what, wanted, used, why in study.fallbacks:
+        events.say(f"fallback: {what}: wanted {wanted}, used {used}: {why}")
     return study
 
 

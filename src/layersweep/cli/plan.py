@@ -53,11 +53,14 @@ def plan(
     )
     arms = parse_arms(kv)
     rates = _rates(machine, vram, ram)
-    from layersweep.checkpoint.layout import open_checkpoint
+    from layersweep.checkpoint.layout import scan_checkpoint
+    from layersweep.checkpoint.problems import problems_error
     from layersweep.evals.forecast import forecast
     from layersweep.stream.blocks import block_specs
 
-    checkpoint = open_checkpoint(model, revision)
+    checkpoint, problems = scan_checkpoint(model, revision)  # of a hub id, headers alone
+    if checkpoint is None:
+        raise problems_error(problems)
     specs = block_specs(checkpoint, quantize=weights == "nf4")
     found = forecast(checkpoint.config, specs, settings, arms, rates)
     cheaper = _cheaper(checkpoint, specs, settings, arms, rates, found.total_s)

@@ -3,27 +3,58 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from layersweep.evals.results import build_results
-from layersweep.evals.settings import EvalSettings
+from layersweep.evals.settings import DEPTHS, TASKS, EvalSettings
 from layersweep.evals.study import prepare_study, run_study
+from layersweep.evals.windows import BosMode
 from layersweep.sweep.model import Model
 
 Results = dict[str, Any]
 
 
 def evaluate(
-    model: Model, kv: Sequence[str] = ("K3V2", "K4V2"), settings: EvalSettings | None = None
+    model: Model,
+    kv: Sequence[str] = ("K3V2", "K4V2"),
+    *,
+    tasks: Sequence[str] = TASKS,
+    text: str | None = None,
+    segments: int | None = 80,
+    prefix: int = 1024,
+    continuation: int = 512,
+    bos: BosMode = "auto",
+    cache_mode: Literal["prefill", "streaming"] = "prefill",
+    niah_contexts: Sequence[int] = (4096,),
+    niah_depths: Sequence[float] = DEPTHS,
+    niah_per_depth: int = 6,
+    niah_keys: int = 1,
+    niah_mode: Literal["teacher", "generate"] = "teacher",
+    gate: Literal["first", "only", "off"] = "first",
+    seed: int = 0,
 ) -> Results:
-    """Run `settings` (the defaults of `layersweep eval` if None) with the arms `kv`.
+    """The evaluation of `layersweep eval`, with its options as arguments.
 
-    Returns the object that results.json holds. Raises InputError before weights are read,
-    GateError when the model does not work.
+    `segments` None takes all windows of the text. Returns the object that results.json holds.
+    Raises InputError before weights are read, GateError when the model does not work.
     """
-    from dataclasses import replace
-
-    asked = replace(settings or EvalSettings(), kv=",".join(kv))
-    study = prepare_study(model, asked)
+    settings = EvalSettings(
+        kv=",".join(kv),
+        tasks=tuple(tasks),
+        text=text,
+        segments=segments,
+        prefix=prefix,
+        continuation=continuation,
+        bos=bos,
+        cache_mode=cache_mode,
+        niah_contexts=tuple(niah_contexts),
+        niah_depths=tuple(niah_depths),
+        niah_per_depth=niah_per_depth,
+        niah_keys=niah_keys,
+        niah_mode=niah_mode,
+        gate=gate,
+        seed=seed,
+    )
+    study = prepare_study(model, settings)
     outcome = run_study(study)
     return build_results(study, outcome, status="complete", command="layersweep.evaluate")

@@ -55,7 +55,7 @@ def build_results(study: Study, outcome: Outcome, *, status: str, command: str) 
         "versions": versions(),
         "device": device_facts(str(study.model.numerics.device)),
         "paths": asdict(study.model.paths) | {"host": study.plan.host},
-        "fallbacks": [],
+        "fallbacks": _fallbacks(study),
         "model": model_section(study),
         "protocol": _protocol(study),
         "gate": study.gate.report() if study.gate else None,
@@ -83,6 +83,14 @@ def model_section(study: Study) -> Json:
         "router": checkpoint.router_kind,
         "bytes": checkpoint.nbytes,
     }
+
+
+def _fallbacks(study: Study) -> list[Json]:
+    """What was done in a simpler way than wanted; printed at the start as well."""
+    return [
+        {"what": what, "wanted": wanted, "used": used, "why": why}
+        for what, wanted, used, why in study.fallbacks
+    ]
 
 
 def _bits(study: Study, outcome: Outcome) -> dict[str, float | None]:
@@ -153,6 +161,7 @@ def _performance(study: Study, outcome: Outcome) -> Json:
     grown = study.meter.peak_bytes - study.meter.start_bytes
     sweep_s = study.meter.phases.get("sweeps", outcome.wall_s)
     tokens = sum(tile.rows for tile in study.tiles)
+    ceiling = outcome.gemm_flops
     return {
         "wall_s": outcome.wall_s,
         "phases": dict(study.meter.phases),
@@ -163,8 +172,8 @@ def _performance(study: Study, outcome: Outcome) -> Json:
         "tokens": tokens,
         "flops": plan.flops,
         "achieved_tflops": plan.flops / sweep_s / 1e12 if sweep_s else None,
-        "gemm_ceiling_tflops": None,
-        "mfu": None,
+        "gemm_ceiling_tflops": ceiling / 1e12 if ceiling else None,
+        "mfu": plan.flops / sweep_s / ceiling if ceiling and sweep_s else None,
         "h2d_gbps": None,
         "compute_stall_fraction": min(1.0, outcome.wait_s / sweep_s) if sweep_s else None,
         "peak_device_bytes": max(0, grown - plan.ring_bytes - plan.resident_bytes)
@@ -172,7 +181,7 @@ def _performance(study: Study, outcome: Outcome) -> Json:
         else _peak_device_bytes(),
         "peak_host_bytes": study.meter.peak_bytes,
         "planned_device_bytes": plan.device_bytes,
-        "planned_s": None,
+        "planned_s": plan.flops / ceiling if ceiling else None,
         "vram_budget": model.vram.bytes,
         "ram_budget": model.ram.bytes,
     }

@@ -27,9 +27,11 @@ from layersweep.evals.text import SourceText, load_text
 from layersweep.evals.tokenizer import TextTokenizer, check_ids
 from layersweep.evals.windows import cut_windows, resolve_bos
 from layersweep.kv.arms import Arm, parse_arms
+from layersweep.probes import cpu_gemm_rate
 from layersweep.stream.plan import Plan
 from layersweep.stream.store import BlockStore
 from layersweep.sweep.attention import BranchCache
+from layersweep.sweep.experts import CPU_ROWS
 from layersweep.sweep.loop import Progress, SweepRecord, run_sweep
 from layersweep.sweep.model import Model
 from layersweep.sweep.sequences import Sequence, Tile
@@ -54,6 +56,15 @@ class Study:
     plan: Plan
     meter: Meter = field(default_factory=Meter)
 
+    @property
+    def fallbacks(self) -> list[tuple[str, str, str, str]]:
+        """(what, wanted, used, why) of everything done in a simpler way than wanted."""
+        found = [("tokenizer", "tokenizer.json", "see why", note) for note in self.tokenizer.notes]
+        if not self.model.cpu:
+            why = "this version copies each block when it has been read"
+            found.append(("host", "pinned", "pageable", why))
+        return found
+
 
 @dataclass
 class Outcome:
@@ -66,6 +77,7 @@ class Outcome:
     bytes_read: int = 0
     wait_s: float = 0.0
     wall_s: float = 0.0
+    gemm_flops: float | None = None
 
 
 def prepare_study(model: Model, settings: EvalSettings) -> Study:
@@ -96,10 +108,22 @@ def prepare_study(model: Model, settings: EvalSettings) -> Study:
     if needle and not settings.generates:
         tiles += needle.tiles()
     lead = [gate.tile()] if gate else []
+    _check_sliding_window(config.sliding_window, [*lead, *tiles])
     plan = model.plan([*lead, *tiles], max_tiles_per_sweep=settings.max_tiles_per_sweep)
     return Study(
         model, settings, text, tokenizer, arms, bos_id, perplexity, needle, gate, tiles, plan
     )
+
+
+def _check_sliding_window(window: int | None, tiles: list[Tile]) -> None:
+    """Attention here sees the whole past: a sliding window may not be shorter than that."""
+    longest = max((s.longest for tile in tiles for s in tile.sequences), default=0)
+    if window is not None and longest > window:
+        raise InputError(
+            f"config.json: found sliding_window {window}, needed at least {longest}, the longest "
+            "sequence, or none",
+            hint=f"smaller --prefix and --niah-context: up to {window} tokens",
+        )
 
 
 def run_study(
@@ -112,7 +136,7 @@ def run_study(
 
     `finished_sweep(tiles)` is called as each sweep's results are complete.
     """
-    outcome = Outcome()
+    outcome = Outcome(gemm_flops=_gemm_rate(study.model))
     started = time.perf_counter()
     store = study.model.open_store(study.plan)
     try:
@@ -129,6 +153,14 @@ def run_study(
         grown = study.meter.peak_bytes - study.meter.start_bytes
         study.gate.check_peak(grown, _planned_growth(study))
     return outcome
+
+
+def _gemm_rate(model: Model) -> float | None:
+    """FLOP/s of this machine on the expert's own product, the ceiling that a run is held to."""
+    config = model.checkpoint.config
+    if not model.cpu:
+        return None
+    return cpu_gemm_rate((CPU_ROWS, config.hidden_size, 2 * config.intermediate_size))
 
 
 def _planned_growth(study: Study) -> int:

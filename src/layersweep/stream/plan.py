@@ -142,25 +142,22 @@ def make_plan(
             hint=f"--ram {format_bytes(ring).replace(' ', '')} or more",
         )
     # one sweep reads every block once whatever stays: a store is filled only for a second
-    resident = 0 if len(sweeps) < 2 else _resident_bytes(specs, ram - ring)
-    repeated = sum(spec.stored_bytes for spec in specs) - resident
+    kept = choose_resident(specs, ram - ring) if len(sweeps) > 1 else frozenset()
+    stored = sum(spec.stored_bytes for spec in specs)
+    repeated = sum(spec.stored_bytes for index, spec in enumerate(specs) if index not in kept)
     held = max(sum(sizes[index] for index in sweep) for sweep in sweeps)
     return Plan(
         sweeps=sweeps,
         peaks={"hidden states": held, **scratch, "fixed": FIXED_BYTES}
         | ({} if cpu else {"weights in flight": ring}),
-        resident_bytes=resident,
+        resident_bytes=sum(specs[index].nbytes for index in kept),
         ring_bytes=ring,
         weight_bytes=weight_bytes,
-        bytes_to_read=sum(spec.stored_bytes for spec in specs) + (len(sweeps) - 1) * repeated,
+        bytes_to_read=stored + (len(sweeps) - 1) * repeated,
         flops=sum(tile_flops(config, tile) for tile in tiles),
         vram=vram,
         ram=ram,
     )
-
-
-def _resident_bytes(specs: Sequence[BlockSpec], budget: int) -> int:
-    return sum(specs[index].nbytes for index in choose_resident(specs, budget))
 
 
 def _cut(sizes: Sequence[int], room: int, most: int | None) -> tuple[tuple[int, ...], ...]:
