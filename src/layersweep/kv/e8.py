@@ -22,7 +22,7 @@ from torch import Tensor
 
 from layersweep.kv.codec import Codec, Packed, check_input, join_tokens, role_bits
 from layersweep.kv.identity import Identity
-from layersweep.kv.rotate import add_rows, max_rows, rotate, rotate_back, row_chunks
+from layersweep.kv.rotate import add_rows, for_row_chunks, max_rows, rotate, rotate_back
 from layersweep.kv.stream import Stream
 
 _GROUP = 8
@@ -75,11 +75,14 @@ class E8:
         dtype = torch.int8 if bits < 7 else torch.int16
         codes = torch.empty(flat.shape, dtype=dtype, device=x.device)
         scale = torch.empty(len(flat), dtype=torch.float32, device=x.device)
-        for rows in row_chunks(len(flat), x.shape[3], x.device):
+
+        def encode_rows(rows: slice) -> None:
             y_DN = rotate(flat[rows], randomized=False)
             scale[rows] = _scale(y_DN, bits)
             doubled = _doubled_points(y_DN.div_(scale[rows]), bits, smallest=self.v == "0.5")
-            codes[rows] = doubled.to(dtype).t()
+            codes[rows] = doubled.t()
+
+        for_row_chunks(encode_rows, len(flat), x.shape[3], x.device)
         return Packed(bits, x.shape[3], codes.view(x.shape), scale.view(x.shape[:3]))
 
     def decode(self, packed: Packed, positions: Tensor) -> Tensor:
@@ -87,9 +90,13 @@ class E8:
         codes = packed.codes.reshape(-1, packed.dim)
         scale = packed.scale.reshape(-1)
         out = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
-        for rows in row_chunks(len(codes), packed.dim, codes.device):
-            y_DN = codes[rows].t().contiguous().float().mul_(0.5).mul_(scale[rows])
+
+        def decode_rows(rows: slice) -> None:
+            y_DN = torch.empty(codes.shape[1], rows.stop - rows.start, device=codes.device)
+            y_DN.copy_(codes[rows].float().t()).mul_(0.5).mul_(scale[rows])
             out[rows] = rotate_back(y_DN, randomized=False)
+
+        for_row_chunks(decode_rows, len(codes), packed.dim, codes.device)
         return out.view(packed.codes.shape)
 
     def nbytes(self, packed: Packed) -> int:
@@ -123,22 +130,22 @@ def _doubled_points(u_DN: Tensor, bits: int, smallest: bool) -> Tensor:
     offset = u - integer
     gap = offset.abs()
     half_sum = add_rows(integer, dim=1).mul_(0.5)
-    odd = half_sum != half_sum.floor()
+    odd = (half_sum != half_sum.floor()).float()
     moved = -max_rows(-gap, dim=1) if smallest else max_rows(gap, dim=1)
     difference = 2 - add_rows(gap, dim=1) - odd * (1 - 2 * moved)
-    _move_first(integer, offset, gap == moved.unsqueeze(1), odd)
-    halves = torch.round(u - 0.5).add_(0.5)
-    points = torch.where((difference < 0).unsqueeze(1), halves, integer)
+    torch.eq(gap, moved.unsqueeze(1), out=gap)
+    integer.add_(_first_of_group(gap, odd).mul_(offset.ge_(0).mul_(2).sub_(1)))
+    step = torch.round(u - 0.5).add_(0.5).sub_(integer)
+    points = integer.add_(step.mul_((difference < 0).float().unsqueeze(1)))
     limit = 2.0 ** (bits - 1)
     return points.clamp_(-limit, limit).mul_(2).view(u_DN.shape)
 
 
-def _move_first(integer: Tensor, offset: Tensor, candidates: Tensor, odd: Tensor) -> None:
-    """In groups [D/8, 8, N] whose `odd` [D/8, N] is set, the first candidate coordinate moves to
-    its second-nearest integer, in place."""
-    waiting = odd.clone()
-    for i in range(_GROUP):
-        move = candidates[:, i] & waiting
-        waiting &= ~move
-        up = offset[:, i] >= 0
-        integer[:, i] += move * (up * 2.0 - 1.0)
+def _first_of_group(marked: Tensor, wanted: Tensor) -> Tensor:
+    """Of the 1.0s in `marked` [D/8, 8, N] keep the first of each group whose `wanted` [D/8, N] is
+    1.0, in place. Floats, because torch's bool operations are several times as slow."""
+    waiting = wanted.clone()
+    for coordinate in marked.unbind(1):
+        coordinate.mul_(waiting)
+        waiting.sub_(coordinate)
+    return marked

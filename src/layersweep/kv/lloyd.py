@@ -28,11 +28,11 @@ from layersweep.kv.codec import Codec, Packed, check_input, join_tokens, role_bi
 from layersweep.kv.identity import Identity
 from layersweep.kv.lloyd_tables import POSITIVE_LEVELS
 from layersweep.kv.packing import pack_bits, unpack_bits
-from layersweep.kv.rotate import add_rows, rotate, rotate_back, row_chunks
+from layersweep.kv.rotate import add_rows, for_row_chunks, rotate, rotate_back
 from layersweep.kv.stream import Stream
 
-# Below this many boundaries, comparing with each beats a binary search (measured: 4x at 7).
-_FEW = 15
+# Up to this many levels, comparing with every boundary beats a binary search (at 8: 4x, measured).
+_FEW = 16
 _SMALLEST_RMS = 1e-30
 _SMALLEST_DOT = 1e-3  # <u, c> of a vector with rms 1 is above 0.01 at every number of bits
 
@@ -58,17 +58,21 @@ def look_up(levels: Tensor, codes: Tensor) -> Tensor:
     return torch.index_select(levels, 0, codes.view(-1)).view(codes.shape)
 
 
-def nearest_magnitudes(magnitude: Tensor, bits: int) -> Tensor:
-    """Index of the nearest positive level, uint8 of the same shape. NaN may give any index."""
-    if 2 ** (bits - 1) - 1 > _FEW:
+def nearest_levels(magnitude: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Index (int32) and value of the nearest positive level. NaN may give any of them."""
+    levels = POSITIVE_LEVELS[bits]
+    if len(levels) > _FEW:
         edges = boundaries(bits, magnitude.device)
-        return torch.bucketize(magnitude, edges, out_int32=True).to(torch.uint8)
-    index = torch.zeros_like(magnitude, dtype=torch.uint8)
-    levels, beyond = POSITIVE_LEVELS[bits], torch.empty_like(index, dtype=torch.bool)
+        index = torch.bucketize(magnitude, edges, out_int32=True)
+        return index, look_up(signed_levels(bits, magnitude.device), index)
+    count = torch.zeros_like(magnitude)
+    nearest = torch.full_like(magnitude, levels[0])
+    beyond = torch.empty_like(magnitude)  # 0.0 or 1.0: comparing into bool is 4 times as slow
     for low, high in pairwise(levels):
         torch.gt(magnitude, (low + high) / 2, out=beyond)
-        index += beyond.view(torch.uint8)
-    return index
+        count += beyond
+        nearest.add_(beyond, alpha=high - low)
+    return count.int(), nearest
 
 
 @dataclass(frozen=True)
@@ -99,9 +103,12 @@ class Lloyd:
         scale = packed.scale.reshape(-1)
         levels = signed_levels(packed.bits, codes.device)
         out = torch.empty(len(codes), packed.dim, dtype=torch.float32, device=codes.device)
-        for rows in row_chunks(len(codes), packed.dim, codes.device):
+
+        def decode_rows(rows: slice) -> None:
             y_DN = look_up(levels, unpack_bits(codes[rows], packed.bits))
             out[rows] = rotate_back(y_DN.mul_(scale[rows].float()), randomized=True)
+
+        for_row_chunks(decode_rows, len(codes), packed.dim, codes.device)
         return out.view(batch, heads, tokens, packed.dim)
 
     def nbytes(self, packed: Packed) -> int:
@@ -118,11 +125,16 @@ class Lloyd:
 def _encode(x: Tensor, bits: int) -> Packed:
     batch, heads, tokens, dim = x.shape
     flat = x.reshape(-1, dim)
-    codes = torch.empty(len(flat), dim * bits // 8, dtype=torch.uint8, device=x.device)
+    width = dim * bits // 8
+    codes = torch.empty(len(flat), width, dtype=torch.uint8, device=x.device)
     scale = torch.empty(len(flat), dtype=torch.float16, device=x.device)
-    for rows in row_chunks(len(flat), dim, x.device):
+
+    def encode_rows(rows: slice) -> None:
         codes[rows], scale[rows] = _encode_rows(flat[rows], bits)
-    return Packed(bits, dim, codes.view(batch, heads, tokens, -1), scale.view(batch, heads, tokens))
+
+    for_row_chunks(encode_rows, len(flat), dim, x.device)
+    codes, scale = codes.view(batch, heads, tokens, width), scale.view(batch, heads, tokens)
+    return Packed(bits, dim, codes, scale)
 
 
 def _encode_rows(x_ND: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -131,11 +143,10 @@ def _encode_rows(x_ND: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     u_DN = rotate(x_ND, randomized=True)
     rms = add_rows(u_DN * u_DN).div_(dim).sqrt_()
     u_DN.div_(rms.clamp(min=_SMALLEST_RMS))
-    negative = torch.signbit(u_DN)
-    magnitude = u_DN.abs_()
-    index = nearest_magnitudes(magnitude, bits)
-    levels = signed_levels(bits, x_ND.device)
-    dot = add_rows(look_up(levels, index.int()).mul_(magnitude))
-    index += negative.view(torch.uint8) << (bits - 1)
+    magnitude = u_DN.abs()
+    index, nearest = nearest_levels(magnitude, bits)
+    dot = add_rows(nearest.mul_(magnitude))
+    # The sign bit of the float, spread over the word, becomes the top bit of the code.
+    index |= (u_DN.view(torch.int32) >> 31) & (1 << (bits - 1))
     scale = rms * (dim / dot.clamp_(min=_SMALLEST_DOT))
     return pack_bits(index, bits), scale.to(torch.float16)

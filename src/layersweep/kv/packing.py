@@ -5,15 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# Codes are joined in pairs, pairs in fours, fours in eights, in integers too wide to turn negative.
+_WIDER = (torch.int32, torch.int64, torch.int64)
+
 
 def pack_bits(codes_DN: Tensor, bits: int) -> Tensor:
-    """codes [D, N] uint8 below 2^bits, D a multiple of 8 -> [N, D bits / 8] uint8."""
+    """codes [D, N] integers below 2^bits, D a multiple of 8 -> [N, D bits / 8] uint8."""
     count = codes_DN.shape[1]
-    groups = codes_DN.view(-1, 8, count)
-    word = groups[:, 0].to(torch.int64)
-    for i in range(1, 8):
-        word |= groups[:, i].to(torch.int64) << (bits * i)
-    bytes_of_word = word.t().contiguous().view(torch.uint8).view(count, -1, 8)
+    for step, dtype in enumerate(_WIDER):
+        pairs = codes_DN.to(dtype).view(-1, 2, count)
+        codes_DN = (pairs[:, 1] << (bits << step)).bitwise_or_(pairs[:, 0])
+    bytes_of_word = codes_DN.t().reshape(-1).view(torch.uint8).view(count, -1, 8)
     return bytes_of_word[:, :, :bits].reshape(count, -1)
 
 
@@ -22,8 +24,11 @@ def unpack_bits(packed: Tensor, bits: int) -> Tensor:
     count = packed.shape[0]
     bytes_of_word = packed.new_zeros(count, packed.shape[1] // bits, 8)
     bytes_of_word[:, :, :bits] = packed.view(count, -1, bits)
-    word = bytes_of_word.view(torch.int64).squeeze(2).t().contiguous()
-    codes = torch.empty(len(word), 8, count, dtype=torch.int32, device=packed.device)
-    for i in range(8):
-        codes[:, i] = (word >> (bits * i)) & (2**bits - 1)
-    return codes.view(-1, count)
+    word = bytes_of_word.view(torch.int64).squeeze(2).t()
+    for step in (2, 1, 0):
+        width = bits << step
+        halves = word.new_empty(len(word), 2, count, dtype=torch.int32 if step < 2 else None)
+        torch.bitwise_and(word, (1 << width) - 1, out=halves[:, 0])
+        halves[:, 1] = (word >> width) & ((1 << width) - 1)
+        word = halves.view(-1, count)
+    return word
