@@ -64,9 +64,7 @@ def test_baseline_nll_of_every_window_equals_transformers(study: Study, oracle: 
 
 
 @pytest.mark.parametrize("name", ARMS.split(","))
-def test_delta_of_every_window_equals_transformers(
-    name: str, study: Study, oracle: object
-) -> None:
+def test_delta_of_every_window_equals_transformers(name: str, study: Study, oracle: object) -> None:
     job = study.perplexity
     for window in job.windows[: WINDOWS if name.count("@") == 0 else 2]:
         prefix, branch = list(window.ids[: window.prefix]), list(window.ids[window.prefix :])

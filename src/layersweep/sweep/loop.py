@@ -211,7 +211,7 @@ class _Sweep:
                 ranges = read_rows(sequence, start)
                 rows = torch.cat([state.hidden[a:b] for a, b in ranges])
                 logits = _logits(maths.rms_norm(rows, norm, self.config.rms_norm_eps), head)
-                parts = logits.split([b - a for a, b in ranges])
+                parts = torch.split(logits, [b - a for a, b in ranges])
                 read_logits(state.tile, number, sequence, list(parts))
                 start += sequence.rows
                 done += 1

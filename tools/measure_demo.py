@@ -1,0 +1,72 @@
+"""Measure the bundled model as it is shipped and write the numbers of its card.
+
+    python tools/measure_demo.py            # writes src/layersweep/demo/model/card.json
+
+Held-out perplexity on the first 80 windows of 1024 + 512 tokens (the 511 last tokens of each
+are scored), 60 needles at 4096 tokens in one-needle and 8-needle haystacks with the exact
+cache, and the NLL that the gate must find again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+
+import layersweep
+from layersweep.checkpoint.layout import demo_folder
+from layersweep.evals.gate import Gate
+from layersweep.evals.needle import make_trials
+from layersweep.evals.needle_job import NeedleJob
+from layersweep.evals.perplexity import PerplexityJob
+from layersweep.evals.settings import DEPTHS
+from layersweep.evals.statistics import wilson_interval
+from layersweep.evals.text import load_text
+from layersweep.evals.tokenizer import TextTokenizer
+from layersweep.evals.windows import cut_windows
+
+
+def needles(model: layersweep.Model, tokenizer: TextTokenizer, text: str, keys: int) -> dict:
+    """60 teacher-forced trials with the exact cache alone."""
+    trials = make_trials(
+        text, tokenizer, contexts=(4096,), depths=DEPTHS, per_depth=6, keys=keys, bos="auto",
+        seed=0, max_context=model.checkpoint.config.max_position_embeddings,
+    )  # fmt: skip
+    job = NeedleJob(trials, [], tokenizer, False, (4096,), keys, "teacher")
+    model.run(job.tiles(), job.read)
+    found = sum(job.correct["exact"])
+    return {
+        "context": 4096,
+        "keys": keys,
+        "correct": found,
+        "n": len(trials),
+        "wilson95": wilson_interval(found, len(trials)),
+        "answer_nll": float(np.mean(job.answer_nll["exact"])),
+    }
+
+
+def main() -> None:
+    model = layersweep.load("demo", device="cpu")
+    folder = demo_folder()
+    tokenizer, text = TextTokenizer.load(folder), load_text(None, "demo").text
+    windows = cut_windows(
+        text, tokenizer, segments=80, prefix=1024, continuation=512, bos="auto"
+    )  # fmt: skip
+    job = PerplexityJob(windows, [], False)
+    model.run(job.tiles(), job.read)
+    nll = float(job.nll["exact"].mean())
+    gate = Gate(model.checkpoint.config, tokenizer.encode(text[:8192]), None, None)
+    model.run([gate.tile()], lambda tile, number, sequence, logits: gate.check_logits(logits[0]))
+    card = {
+        "fingerprint": model.checkpoint.fingerprint,
+        "gate_nll": round(gate.first_copy_nll or math.nan, 5),
+        "held_out": {"windows": 80, "nll": round(nll, 5), "perplexity": round(math.exp(nll), 4)},
+        "needle": [needles(model, tokenizer, text, keys) for keys in (1, 8)],
+    }
+    (folder / "card.json").write_text(json.dumps(card, indent=1) + "\n")
+    print(json.dumps(card, indent=1))
+
+
+if __name__ == "__main__":
+    main()
