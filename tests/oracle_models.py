@@ -43,15 +43,24 @@ Through = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
 
 def scored_with_cache(
-    model: MixtralForCausalLM, prefix: list[int], branch: list[int], through: Through | None
+    model: MixtralForCausalLM,
+    prefix: list[int],
+    branch: list[int],
+    through: Through | None,
+    compress: Callable[[DynamicCache], object] | None = None,
 ) -> Tensor:
     """Log-probabilities [len(branch) - 1] of branch[1:], after the prefix's cache was replaced.
 
-    `through(keys before RoPE, values, layer)` is what a codec makes of a layer's prefix.
+    `through(keys before RoPE, values, layer)` is what a codec makes of a layer's prefix;
+    `compress` is somebody else's program that overwrites the whole cache itself.
     """
     with torch.inference_mode():
         cache = DynamicCache(config=model.config)
         model(torch.tensor([prefix]), past_key_values=cache)
+        if compress is not None:
+            compress(cache)
+            for layer in cache.layers:
+                layer.keys, layer.values = layer.keys.float(), layer.values.float()
         if through is not None:
             theta = model.config.rope_parameters["rope_theta"]
             cos, sin = rope_tables(theta, model.config.head_dim, len(prefix))

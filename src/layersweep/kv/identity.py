@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from layersweep.kv.codec import Codec, Packed, check_input, join_tokens
-from layersweep.kv.rotate import for_row_chunks, rotate, rotate_back
+from layersweep.kv.rotate import rotate, rotate_back, row_chunks
 from layersweep.kv.stream import Stream
 
 
@@ -39,23 +39,17 @@ class Identity:
     def _encode(self, x: Tensor) -> Packed:
         flat = x.reshape(-1, x.shape[3])
         out = torch.empty(flat.shape, dtype=torch.float32, device=x.device)
-
-        def encode_rows(rows: slice) -> None:
+        for rows in row_chunks(len(flat), x.shape[3], x.device):
             out[rows] = rotate(flat[rows], self.randomized).t()
-
-        for_row_chunks(encode_rows, len(flat), x.shape[3], x.device)
         return Packed(bits=16, dim=x.shape[3], codes=out.view(x.shape), scale=None)
 
     def decode(self, packed: Packed, positions: Tensor) -> Tensor:
         flat = packed.codes.reshape(-1, packed.dim)
         out = torch.empty_like(flat)
-
-        def decode_rows(rows: slice) -> None:
+        for rows in row_chunks(len(flat), packed.dim, flat.device):
             # A transposed copy of its own: rotate_back overwrites what it is given.
             y_DN = flat[rows].t().clone(memory_format=torch.contiguous_format)
             out[rows] = rotate_back(y_DN, self.randomized)
-
-        for_row_chunks(decode_rows, len(flat), packed.dim, flat.device)
         return out.view(packed.codes.shape)
 
     def nbytes(self, packed: Packed) -> int:

@@ -28,12 +28,12 @@ from layersweep.kv.codec import Codec, Packed, check_input, join_tokens, role_bi
 from layersweep.kv.identity import Identity
 from layersweep.kv.lloyd_tables import POSITIVE_LEVELS
 from layersweep.kv.packing import pack_bits, unpack_bits
-from layersweep.kv.rotate import add_rows, for_row_chunks, rotate, rotate_back
+from layersweep.kv.rotate import add_rows, rotate, rotate_back, row_chunks
 from layersweep.kv.stream import Stream
 
 # Up to this many levels, comparing with every boundary beats a binary search (at 8: 4x, measured).
 _FEW = 16
-_SMALLEST_RMS = 1e-30
+_SMALLEST_MEAN_SQUARE = 1e-36
 _SMALLEST_DOT = 1e-3  # <u, c> of a vector with rms 1 is above 0.01 at every number of bits
 
 
@@ -103,12 +103,9 @@ class Lloyd:
         scale = packed.scale.reshape(-1)
         levels = signed_levels(packed.bits, codes.device)
         out = torch.empty(len(codes), packed.dim, dtype=torch.float32, device=codes.device)
-
-        def decode_rows(rows: slice) -> None:
+        for rows in row_chunks(len(codes), packed.dim, codes.device):
             y_DN = look_up(levels, unpack_bits(codes[rows], packed.bits))
             out[rows] = rotate_back(y_DN.mul_(scale[rows].float()), randomized=True)
-
-        for_row_chunks(decode_rows, len(codes), packed.dim, codes.device)
         return out.view(batch, heads, tokens, packed.dim)
 
     def nbytes(self, packed: Packed) -> int:
@@ -128,11 +125,8 @@ def _encode(x: Tensor, bits: int) -> Packed:
     width = dim * bits // 8
     codes = torch.empty(len(flat), width, dtype=torch.uint8, device=x.device)
     scale = torch.empty(len(flat), dtype=torch.float16, device=x.device)
-
-    def encode_rows(rows: slice) -> None:
+    for rows in row_chunks(len(flat), dim, x.device):
         codes[rows], scale[rows] = _encode_rows(flat[rows], bits)
-
-    for_row_chunks(encode_rows, len(flat), dim, x.device)
     codes, scale = codes.view(batch, heads, tokens, width), scale.view(batch, heads, tokens)
     return Packed(bits, dim, codes, scale)
 
@@ -141,12 +135,14 @@ def _encode_rows(x_ND: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """x [N, D] -> codes [N, D bits / 8] uint8, scale [N] float16."""
     dim = x_ND.shape[1]
     u_DN = rotate(x_ND, randomized=True)
-    rms = add_rows(u_DN * u_DN).div_(dim).sqrt_()
-    u_DN.div_(rms.clamp(min=_SMALLEST_RMS))
+    mean_square = add_rows(u_DN * u_DN).div_(dim)
+    # Not sqrt: torch's wakes all its threads for any size, 7 ms on a busy machine for 10 us of work.
+    inverse_rms = mean_square.clamp(min=_SMALLEST_MEAN_SQUARE).rsqrt_()
+    u_DN.mul_(inverse_rms)
     magnitude = u_DN.abs()
     index, nearest = nearest_levels(magnitude, bits)
     dot = add_rows(nearest.mul_(magnitude))
     # The sign bit of the float, spread over the word, becomes the top bit of the code.
     index |= (u_DN.view(torch.int32) >> 31) & (1 << (bits - 1))
-    scale = rms * (dim / dot.clamp_(min=_SMALLEST_DOT))
+    scale = mean_square * inverse_rms * (dim / dot.clamp_(min=_SMALLEST_DOT))
     return pack_bits(index, bits), scale.to(torch.float16)

@@ -9,16 +9,16 @@ Sums and differences round the same everywhere, on every device.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from functools import cache
 
 import torch
 from torch import Tensor
 
 # 128 KiB of floats: a codec's few buffers stay in a core's own cache, and torch runs an operation
-# on that many elements in the calling thread. Its own threads meet at a barrier after each of the
-# hundred short operations; with another job on the machine that was seen to cost a factor of 20.
+# on so few elements in the calling thread. Its threads would meet at a barrier after each of a
+# hundred short operations: with another job on the machine, a factor of 20 was lost that way. Two
+# Python threads gained nothing either.
 _CPU_ELEMENTS = 2**15
 _GPU_ELEMENTS = 2**24
 
@@ -47,30 +47,11 @@ def rotation_weights(dim: int, randomized: bool, device: torch.device) -> Tensor
     return torch.tensor(weights, dtype=torch.float32, device=device).unsqueeze(1)
 
 
-def for_row_chunks(
-    work: Callable[[slice], None], count: int, dim: int, device: torch.device
-) -> None:
-    """Call `work` with slices that cover `count` vectors of `dim`, on a CPU from several threads.
-
-    Slices are disjoint, and `work` writes only into its own: neither threads nor chunk sizes can
-    change a result.
-    """
+def row_chunks(count: int, dim: int, device: torch.device) -> Iterator[slice]:
+    """Slices that cover `count` vectors of `dim`. Chunk sizes change no result, only the speed."""
     step = max(1, (_CPU_ELEMENTS if device.type == "cpu" else _GPU_ELEMENTS) // dim)
-    chunks = [slice(start, min(start + step, count)) for start in range(0, count, step)]
-    inference = torch.is_inference_mode_enabled()
-
-    def work_without_gradients(chunk: slice) -> None:
-        with torch.inference_mode(inference), torch.no_grad():  # both belong to a thread
-            work(chunk)
-
-    threads = min(torch.get_num_threads(), len(chunks) // 4) if device.type == "cpu" else 1
-    if threads < 2:
-        for chunk in chunks:
-            work_without_gradients(chunk)
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        for _ in pool.map(work_without_gradients, chunks):
-            pass
+    for start in range(0, count, step):
+        yield slice(start, min(start + step, count))
 
 
 def _hadamard(y_DN: Tensor) -> Tensor:
