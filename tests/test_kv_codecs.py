@@ -186,7 +186,7 @@ def test_packing_is_reversible(bits: int, groups: int, count: int, seed: int) ->
     cut=st.integers(0, 40),
     seed=st.integers(0, 99),
 )
-@example(arm=ARMS[0], bits=3, shape=(2, 2, 1500, 64), cut=1001, seed=0)  # several threads
+@example(arm=ARMS[0], bits=3, shape=(2, 2, 1500, 64), cut=1001, seed=0)  # several chunks
 @example(arm=ARMS[1], bits=3, shape=(2, 2, 1500, 64), cut=1001, seed=0)
 def test_batch_order_and_append_change_no_bit(
     arm: str, bits: int, shape: tuple[int, int, int, int], cut: int, seed: int

@@ -136,7 +136,7 @@ def _encode_rows(x_ND: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     dim = x_ND.shape[1]
     u_DN = rotate(x_ND, randomized=True)
     mean_square = add_rows(u_DN * u_DN).div_(dim)
-    # Not sqrt: torch's wakes all its threads for any size, 7 ms on a busy machine for 10 us of work.
+    # Not sqrt: torch's wakes all threads for any size, 7 ms on a busy machine for 10 us of work.
     inverse_rms = mean_square.clamp(min=_SMALLEST_MEAN_SQUARE).rsqrt_()
     u_DN.mul_(inverse_rms)
     magnitude = u_DN.abs()
