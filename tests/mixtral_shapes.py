@@ -8,7 +8,6 @@ from pathlib import Path
 from layersweep.checkpoint.config import ModelConfig
 from layersweep.checkpoint.header import StoredTensor
 from layersweep.checkpoint.layout import Nested, Quant, Weight
-
 from layersweep.stream.blocks import BlockSpec, specs_of
 
 MIXTRAL = ModelConfig(

@@ -56,7 +56,14 @@ def scored_with_cache(
     """
     with torch.inference_mode():
         cache = DynamicCache(config=model.config)
+        projected: list[Tensor] = []
+        hooks = [
+            layer.self_attn.k_proj.register_forward_hook(lambda m, i, out: projected.append(out))
+            for layer in model.model.layers
+        ]
         model(torch.tensor([prefix]), past_key_values=cache)
+        for hook in hooks:
+            hook.remove()
         if compress is not None:
             compress(cache)
             for layer in cache.layers:
@@ -65,8 +72,9 @@ def scored_with_cache(
             theta = model.config.rope_parameters["rope_theta"]
             cos, sin = rope_tables(theta, model.config.head_dim, len(prefix))
             for index, layer in enumerate(cache.layers):
-                plain = layer.keys * cos - rotate_half(layer.keys) * sin
-                keys, values = through(plain, layer.values, index)
+                # keys before RoPE, as the projection gave them: undoing RoPE would round
+                plain = projected[index].view(1, len(prefix), -1, model.config.head_dim)
+                keys, values = through(plain.transpose(1, 2), layer.values, index)
                 layer.keys = keys * cos + rotate_half(keys) * sin
                 layer.values = values
         logits = model(torch.tensor([branch]), past_key_values=cache).logits[0, :-1]

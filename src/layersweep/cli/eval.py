@@ -5,15 +5,35 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from layersweep.errors import GateError, LayersweepError
 
+if TYPE_CHECKING:  # torch and scipy load only once the arguments are known to be good
+    from layersweep.cli.events import Events
+    from layersweep.cli.output import RunFolder
+    from layersweep.evals.settings import EvalSettings
+    from layersweep.evals.study import Study
+
 DEFAULT_DEPTHS = "0.05,0.15,0.25,0.35,0.45,0.55,0.65,0.75,0.85,0.95"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where and how to compute; field names are the command's options."""
+
+    revision: str | None
+    vram: str
+    ram: str
+    device: str
+    dtype: str
+    weights: str
+    router_dtype: str
 
 
 def evaluate(
@@ -68,16 +88,8 @@ def evaluate(
         gate=gate,  # type: ignore[arg-type]
         seed=seed,
     )
-    machine = {
-        "revision": revision,
-        "vram": vram,
-        "ram": ram,
-        "device": device,
-        "dtype": dtype,
-        "weights": weights,
-        "router_dtype": router_dtype,
-    }
-    results = _run(model, settings, machine, out, json_output)
+    machine = Machine(revision, vram, ram, device, dtype, weights, router_dtype)
+    results = _run(model, settings, machine, out)
     if json_output:
         sys.stdout.write(json.dumps(results, allow_nan=False) + "\n")
     else:
@@ -86,9 +98,7 @@ def evaluate(
         print_report(Console(), results)
 
 
-def _run(
-    source: str, settings: Any, machine: dict[str, Any], out: Path | None, quiet: bool
-) -> dict[str, Any]:
+def _run(source: str, settings: EvalSettings, machine: Machine, out: Path | None) -> dict[str, Any]:
     """Prepare, run and write; any failure leaves diagnosis.json in `out`."""
     from layersweep.cli.events import Events
     from layersweep.cli.output import RunFolder
@@ -110,7 +120,7 @@ def _run(
         raise
 
 
-def _prepare(source: str, settings: Any, machine: dict[str, Any], events: Any) -> Any:
+def _prepare(source: str, settings: EvalSettings, machine: Machine, events: Events) -> Study:
     from layersweep.cli.events import budget_line, layout_line, paths_line, versions_line
     from layersweep.evals.study import prepare_study
     from layersweep.kv.arms import parse_arms
@@ -118,7 +128,7 @@ def _prepare(source: str, settings: Any, machine: dict[str, Any], events: Any) -
     parse_arms(settings.kv)  # the cheapest refusal first: no torch yet
     from layersweep.sweep.model import load
 
-    loaded = load(source, **machine)
+    loaded = load(source, **asdict(machine))
     events.say(layout_line(loaded.checkpoint))
     for note in loaded.checkpoint.notes:
         events.say(f"note: {note}")
@@ -131,7 +141,7 @@ def _prepare(source: str, settings: Any, machine: dict[str, Any], events: Any) -
     return study
 
 
-def _measure(study: Any, folder: Any, events: Any) -> dict[str, Any]:
+def _measure(study: Study, folder: RunFolder, events: Events) -> dict[str, Any]:
     from layersweep.cli.progress import SweepProgress
     from layersweep.evals.results import build_results
     from layersweep.evals.study import Outcome, run_study

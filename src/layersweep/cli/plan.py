@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -13,6 +13,16 @@ from rich.table import Table
 
 from layersweep.errors import InputError
 from layersweep.units import format_bytes, format_seconds
+
+if TYPE_CHECKING:
+    from layersweep.checkpoint.weights import Checkpoint
+    from layersweep.evals.forecast import Forecast
+    from layersweep.evals.settings import EvalSettings
+    from layersweep.kv.arms import Arm
+    from layersweep.stream.blocks import BlockSpec
+    from layersweep.stream.rates import MachineRates
+
+Cheaper = list[tuple[str, float]]
 
 
 def plan(
@@ -75,7 +85,7 @@ def plan(
     _show(Console(), checkpoint, rates, found, cheaper)
 
 
-def _rates(name: str | None, vram: str | None, ram: str | None) -> Any:
+def _rates(name: str | None, vram: str | None, ram: str | None) -> MachineRates:
     """A shipped machine with "assumed" rates, or this one with its compute rate measured."""
     from layersweep.environment import ram_budget, vram_budget
     from layersweep.stream.rates import MACHINES
@@ -116,8 +126,13 @@ def _measured_gemm(place: str) -> float:
 
 
 def _cheaper(
-    checkpoint: Any, specs: Any, settings: Any, arms: Any, rates: Any, total_s: float
-) -> list[tuple[str, float]]:
+    checkpoint: Checkpoint,
+    specs: list[BlockSpec],
+    settings: EvalSettings,
+    arms: list[Arm],
+    rates: MachineRates,
+    total_s: float,
+) -> Cheaper:
     """Settings that take less time, still publishable first."""
     from layersweep.evals.forecast import forecast
 
@@ -136,19 +151,21 @@ def _cheaper(
 
 
 def _show(
-    console: Console, checkpoint: Any, rates: Any, found: Any, cheaper: list[tuple[str, float]]
+    console: Console, checkpoint: Checkpoint, rates: MachineRates, found: Forecast, cheaper: Cheaper
 ) -> None:
     plan = found.plan
     console.print(
         f"{checkpoint.source}: {format_bytes(checkpoint.nbytes)} {checkpoint.weights_kind}, "
         f"router {checkpoint.router_kind}",
         highlight=False,
+        soft_wrap=True,
     )
     console.print(
         f"on {rates.name}: {rates.devices} x {format_bytes(rates.vram)}, host "
         f"{format_bytes(rates.ram)}; compute {rates.gemm_flops / 1e12:.3g} TFLOP/s, bus "
         f"{rates.h2d / 1e9:.3g} GB/s, disk {rates.disk / 1e9:.3g} GB/s ({rates.source})",
         highlight=False,
+        soft_wrap=True,
     )
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, size in plan.peaks.items():
