@@ -7,17 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from layersweep.evals.summary import (
+from layersweep.evals.measured import (
     ArmInfo,
     ControlMeasurement,
     NeedleMeasurements,
     PerplexityMeasurements,
     TrialInfo,
     WindowInfo,
-    reasons_not_publishable,
-    summarize_needle,
-    summarize_perplexity,
 )
+from layersweep.evals.summary import reasons_not_publishable, summarize_needle, summarize_perplexity
 
 SCORED = 511
 

@@ -10,12 +10,8 @@ import numpy as np
 import pytest
 from results_builders import STUDY, build_results, simulate_needle, simulate_perplexity
 
-from layersweep.evals.summary import (
-    ControlMeasurement,
-    reasons_not_publishable,
-    summarize_needle,
-    summarize_perplexity,
-)
+from layersweep.evals.measured import ControlMeasurement
+from layersweep.evals.summary import reasons_not_publishable, summarize_needle, summarize_perplexity
 from layersweep.report.store import validate
 
 

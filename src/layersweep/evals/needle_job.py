@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from layersweep.evals.measured import NeedleMeasurements, TrialInfo
 from layersweep.evals.needle import Trial, generated_correctly
 from layersweep.evals.perplexity import mean_nll
-from layersweep.evals.summary import NeedleMeasurements, TrialInfo
 from layersweep.evals.tokenizer import TextTokenizer
 from layersweep.kv.arms import EXACT, Arm
 from layersweep.sweep.attention import BranchCache

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from layersweep.evals.summary import (
+from layersweep.evals.measured import (
     ArmInfo,
     ControlMeasurement,
     PerplexityMeasurements,

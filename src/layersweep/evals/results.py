@@ -12,11 +12,7 @@ from layersweep.environment import device_facts, versions
 from layersweep.evals.perplexity import NAME as PERPLEXITY
 from layersweep.evals.perplexity import TILE_SEGMENTS
 from layersweep.evals.study import Outcome, Study
-from layersweep.evals.summary import (
-    reasons_not_publishable,
-    summarize_needle,
-    summarize_perplexity,
-)
+from layersweep.evals.summary import reasons_not_publishable, summarize_needle, summarize_perplexity
 
 Json = dict[str, Any]
 
