@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from checkpoint_builders import tiny_checkpoint
-
 from layersweep.cli.app import run
 from layersweep.report.store import validate
 
@@ -162,17 +161,23 @@ def test_plan_and_inspect_read_headers_only(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_a_refused_gate_ends_with_3_and_a_diagnosis(tmp_path: Path) -> None:
-    model = tiny_checkpoint(tmp_path / "random")  # random weights predict nothing
-    demo = Path(__file__).parents[1] / "src/layersweep/demo/model"
-    text = tmp_path / "text.txt"
-    text.write_text("only a few words, and again only a few words. " * 400)
-    if not (model / "tokenizer.json").exists():
-        pytest.skip(f"no tokenizer beside the tiny model; the demo's is {demo}")
-    out = tmp_path / "out"
+    demo = Path(__file__).parents[1] / "src/layersweep/demo"
+    model, out, text = tmp_path / "model", tmp_path / "out", tmp_path / "text.txt"
+    shutil.copytree(demo / "model", model)
+    config = json.loads((model / "config.json").read_text())
+    config["rope_parameters"]["rope_theta"] = 100.0
+    (model / "config.json").write_text(json.dumps(config))
+    text.write_text((demo / "text/heldout.txt").read_text()[:20_000])
     done = command("eval", str(model), "--text", str(text), "--gate", "only", "--out", str(out))
     assert done.returncode == 3, done.stderr
     assert done.stderr.count("error: gate: ") == 1
+    assert f"details in {out}/diagnosis.json" in done.stderr
     diagnosis = json.loads((out / "diagnosis.json").read_text())
     assert diagnosis["kind"] == "GateError"
+    assert "repeated text" in diagnosis["error"]
+    assert diagnosis["layout"]["layers.0.router"].startswith("model.layers.0")
     assert diagnosis["versions"]["torch"]
-    assert diagnosis["events"]
+    assert diagnosis["memory"]["process_bytes"] > 0
+    assert len(diagnosis["events"]) >= 4
+    results = json.loads((out / "results.json").read_text())
+    assert (results["status"], results["publishable"]) == ("gate_failed", False)

@@ -21,9 +21,8 @@ ONLY_GATE = EvalSettings(gate="only")
 
 
 def broken_demo(folder: Path) -> Path:
-    """A copy of the bundled model without its card, to be damaged."""
+    """A copy of the bundled model, to be damaged."""
     shutil.copytree(DEMO, folder, dirs_exist_ok=True)
-    (folder / "card.json").unlink()
     return folder
 
 
@@ -126,8 +125,17 @@ def wrong_norm(folder: Path) -> None:
 
 @pytest.mark.parametrize("fault", [swap_experts, wrong_rope, wrong_norm])
 def test_a_model_that_computes_something_else_is_refused(fault: object, tmp_path: Path) -> None:
+    """The first tokens of the text are those of the card: it must find its NLL again."""
     folder = broken_demo(tmp_path / "model")
     run_gate(folder, tmp_path)
     fault(folder)  # type: ignore[operator]
-    with pytest.raises(GateError, match=r"first copy|repeated text|NLL"):
+    with pytest.raises(GateError, match=r"model card's 3\.1936|repeated text"):
+        run_gate(folder, tmp_path)
+
+
+def test_a_wrong_rope_theta_is_refused_without_a_card(tmp_path: Path) -> None:
+    folder = broken_demo(tmp_path / "model")
+    (folder / "card.json").unlink()
+    wrong_rope(folder)
+    with pytest.raises(GateError, match=r"a repeated text is only 0\.0.. nats easier, needed 0\.5"):
         run_gate(folder, tmp_path)

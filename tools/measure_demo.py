@@ -60,7 +60,7 @@ def main() -> None:
     model.run([gate.tile()], lambda tile, number, sequence, logits: gate.check_logits(logits[0]))
     card = {
         "fingerprint": model.checkpoint.fingerprint,
-        "gate_nll": round(gate.first_copy_nll or math.nan, 5),
+        "gate": {"tokens_sha": gate.tokens_sha, "nll": round(gate.first_copy_nll or math.nan, 5)},
         "held_out": {"windows": 80, "nll": round(nll, 5), "perplexity": round(math.exp(nll), 4)},
         "needle": [needles(model, tokenizer, text, keys) for keys in (1, 8)],
     }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-import click
 import typer
 
 from layersweep.cli.doctor import doctor
@@ -14,6 +13,9 @@ from layersweep.cli.inspect import inspect
 from layersweep.cli.plan import plan
 from layersweep.cli.report import compare, report
 from layersweep.errors import LayersweepError
+
+# typer carries a click of its own and exports this one of its exceptions: its base is "usage"
+UsageError: type[typer.BadParameter] = typer.BadParameter.__bases__[0]
 
 app = typer.Typer(
     name="layersweep",
@@ -44,9 +46,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return code if isinstance(code, int) else 0
     except LayersweepError as failure:
         return fail(str(failure), failure.hint, failure.exit_code)
-    except click.ClickException as failure:
-        return fail(_usage(failure), _usage_hint(failure), 2)
-    except (KeyboardInterrupt, click.Abort):
+    except UsageError as failure:
+        return fail(_usage(failure, arguments or sys.argv[1:]), _usage_hint(failure), 2)
+    except (KeyboardInterrupt, typer.Abort):
         return fail("interrupted", "", 130)
 
 
@@ -58,11 +60,15 @@ def fail(message: str, hint: str, code: int) -> int:
     return code
 
 
-def _usage(failure: click.ClickException) -> str:
-    return failure.format_message()
+def _usage(failure: typer.BadParameter, words: Sequence[str]) -> str:
+    """typer's message, with the value that was found where it leaves that out."""
+    message = failure.format_message()
+    for option in getattr(getattr(failure, "param", None), "opts", ()):
+        if option in words[:-1]:
+            return f"{option}: found '{words[list(words).index(option) + 1]}': {message}"
+    return message
 
 
-def _usage_hint(failure: click.ClickException) -> str:
+def _usage_hint(failure: Exception) -> str:
     context = getattr(failure, "ctx", None)
-    command = context.command_path if context else "layersweep"
-    return f"see `{command} --help`"
+    return f"see `{context.command_path if context else 'layersweep'} --help`"

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from layersweep.checkpoint.config import ModelConfig
 from layersweep.errors import GateError
+from layersweep.evals.windows import hash_ids
 from layersweep.kv.arms import EXACT
 from layersweep.sweep.loop import LayerHealth
 from layersweep.sweep.sequences import Branch, Sequence, Tile
@@ -36,19 +37,30 @@ class Check:
     layer: int | None = None
 
 
+@dataclass(frozen=True)
+class Card:
+    """The NLL of the first copy, and the hash of all 512 tokens that it was measured on."""
+
+    tokens_sha: str
+    nll: float
+
+
 class Gate:
     """Collects checks while the sweep runs; raises GateError at the first that fails.
 
-    `card_nll`: the first copy's NLL that the model card promises (demo only).
+    `card`: what the model's card promises; it counts where its tokens are the gate's.
     """
 
     def __init__(
-        self, config: ModelConfig, ids: list[int], bos: int | None, card_nll: float | None
+        self, config: ModelConfig, ids: list[int], bos: int | None, card: Card | None
     ) -> None:
         lead = [] if bos is None else [bos]
         once = [*lead, *ids][:HALF]
-        self.config, self.card_nll = config, card_nll
+        self.config = config
         self.ids = tuple(once + once)
+        self.tokens_sha = hash_ids(self.ids)
+        known = card is not None and card.tokens_sha == self.tokens_sha
+        self.card_nll = card.nll if card and known else None
         self.checks: list[Check] = []
         self.experts_used: list[int] = []
         self.first_copy_nll: float | None = None

@@ -15,7 +15,7 @@ from pathlib import Path
 from torch import Tensor
 
 from layersweep.errors import GateError, InputError
-from layersweep.evals.gate import Gate
+from layersweep.evals.gate import Card, Gate
 from layersweep.evals.meter import Meter
 from layersweep.evals.needle import make_trials
 from layersweep.evals.needle_job import NAME as NEEDLE
@@ -103,7 +103,7 @@ def prepare_study(model: Model, settings: EvalSettings) -> Study:
     if settings.gate != "off":
         ids = tokenizer.encode(text.text[:8192])
         check_ids(ids, config.vocab_size)
-        gate = Gate(config, ids, bos_id, _card_nll(model.checkpoint.folder, settings.text))
+        gate = Gate(config, ids, bos_id, _card(model.checkpoint.folder))
     tiles = perplexity.tiles() if perplexity else []
     if needle and not settings.generates:
         tiles += needle.tiles()
@@ -283,9 +283,10 @@ def _needle(
     )  # fmt: skip
 
 
-def _card_nll(folder: Path, text: str | None) -> float | None:
-    """The gate NLL that a bundled model's card promises on its own text."""
-    card = folder / "card.json"
-    if text is not None or not card.is_file():
+def _card(folder: Path) -> Card | None:
+    """What a bundled model's card promises of the gate's tokens."""
+    path = folder / "card.json"
+    if not path.is_file():
         return None
-    return float(json.loads(card.read_text("utf-8"))["gate_nll"])
+    gate = json.loads(path.read_text("utf-8"))["gate"]
+    return Card(gate["tokens_sha"], float(gate["nll"]))

@@ -123,6 +123,12 @@ def make_plan(
     """
     scratch = scratch_bytes(config, tiles, element, cpu=cpu)
     ring = minimum_ring(specs)
+    if ram < ring:
+        raise BudgetError(
+            f"--ram: available {format_bytes(ram)}, needed {format_bytes(ring)} "
+            "for one layer and two blocks ahead",
+            hint=f"--ram {format_bytes(ring).replace(' ', '')} or more",
+        )
     fixed = FIXED_BYTES + sum(scratch.values()) + (0 if cpu else ring)
     sizes = [tile_bytes(config, tile, element) for tile in tiles]
     biggest = max(sizes, default=0)
@@ -135,12 +141,6 @@ def make_plan(
         )
     sweeps = _cut(sizes, vram - fixed, max_tiles_per_sweep)
     weight_bytes = sum(spec.nbytes for spec in specs)
-    if ram < ring:
-        raise BudgetError(
-            f"--ram: available {format_bytes(ram)}, needed {format_bytes(ring)} "
-            "for one layer and two blocks ahead",
-            hint=f"--ram {format_bytes(ring).replace(' ', '')} or more",
-        )
     # one sweep reads every block once whatever stays: a store is filled only for a second
     kept = choose_resident(specs, ram - ring) if len(sweeps) > 1 else frozenset()
     stored = sum(spec.stored_bytes for spec in specs)
