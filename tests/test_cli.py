@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from layersweep.cli.app import run
 from layersweep.report.store import validate
 
