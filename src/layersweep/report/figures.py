@@ -68,17 +68,13 @@ def loss_against_bits(results: Json) -> str | None:
         px, py = x(arm["bits_per_element"]), y(arm["delta_percent"])
         lower, upper = _bounds(arm)
         style = _style(arm, colour)
-        near_edge = px > right - 110
+        # names of one method above their bars, of the next below: neighbours at like bits differ
+        above = colour[arm["method"]] % 2 == 0
+        name_y = y(upper) - 9 if above else y(lower) + 18
         marks += [
             svg.line(px, y(lower), px, y(upper), f"bar {style}"),
             svg.dot(px, py, 5, f"mark {style}", title=f"{arm['arm']} {_delta_words(arm, 3)}"),
-            svg.text(
-                px + (-11 if near_edge else 11),
-                py + 4,
-                arm["arm"],
-                "name halo",
-                anchor="end" if near_edge else "start",
-            ),
+            svg.text(px, name_y, arm["arm"], "name halo", anchor="middle"),
         ]
     return svg.drawing(WIDTH, bottom + 46, "Perplexity difference against bits", marks)
 
