@@ -31,7 +31,6 @@ class EvalSettings:
     niah_mode: Literal["teacher", "generate"] = "teacher"
     gate: Literal["first", "only", "off"] = "first"
     seed: int = 0
-    max_tiles_per_sweep: int | None = None
 
     def __post_init__(self) -> None:
         for task in self.tasks:

@@ -109,7 +109,7 @@ def prepare_study(model: Model, settings: EvalSettings) -> Study:
         tiles += needle.tiles()
     lead = [gate.tile()] if gate else []
     _check_sliding_window(config.sliding_window, [*lead, *tiles])
-    plan = model.plan([*lead, *tiles], max_tiles_per_sweep=settings.max_tiles_per_sweep)
+    plan = model.plan([*lead, *tiles])
     return Study(
         model, settings, text, tokenizer, arms, bos_id, perplexity, needle, gate, tiles, plan
     )

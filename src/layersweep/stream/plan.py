@@ -114,7 +114,6 @@ def make_plan(
     vram: int,
     ram: int,
     cpu: bool,
-    max_tiles_per_sweep: int | None = None,
 ) -> Plan:
     """Cut `tiles` into sweeps that fit `vram`, and place the weights within `ram`.
 
@@ -139,7 +138,7 @@ def make_plan(
             hint=f"--vram {format_bytes(fixed + biggest).replace(' ', '')}, or fewer arms in "
             "--kv, or a smaller --niah-context",
         )
-    sweeps = _cut(sizes, vram - fixed, max_tiles_per_sweep)
+    sweeps = _cut(sizes, vram - fixed)
     weight_bytes = sum(spec.nbytes for spec in specs)
     # one sweep reads every block once whatever stays: a store is filled only for a second
     kept = choose_resident(specs, ram - ring) if len(sweeps) > 1 else frozenset()
@@ -160,13 +159,12 @@ def make_plan(
     )
 
 
-def _cut(sizes: Sequence[int], room: int, most: int | None) -> tuple[tuple[int, ...], ...]:
+def _cut(sizes: Sequence[int], room: int) -> tuple[tuple[int, ...], ...]:
     """Consecutive tiles per sweep, as many as fit `room`."""
     sweeps: list[list[int]] = [[]]
     used = 0
     for index, size in enumerate(sizes):
-        full = most is not None and len(sweeps[-1]) >= most
-        if sweeps[-1] and (used + size > room or full):
+        if sweeps[-1] and used + size > room:
             sweeps.append([])
             used = 0
         sweeps[-1].append(index)

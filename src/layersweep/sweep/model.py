@@ -55,7 +55,7 @@ class Model:
     def cpu(self) -> bool:
         return self.numerics.device.type == "cpu"
 
-    def plan(self, tiles: Many[Tile], *, max_tiles_per_sweep: int | None = None) -> Plan:
+    def plan(self, tiles: Many[Tile]) -> Plan:
         """Where `tiles` and weights go. Raises BudgetError for what cannot fit."""
         config = self.checkpoint.config
         width = config.num_attention_heads * config.head_dim
@@ -67,7 +67,6 @@ class Model:
             vram=self.vram.bytes,
             ram=self.ram.bytes,
             cpu=self.cpu,
-            max_tiles_per_sweep=max_tiles_per_sweep,
         )
 
     def open_store(self, plan: Plan) -> BlockStore:

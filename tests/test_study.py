@@ -1,0 +1,119 @@
+"""Whole evaluations of the bundled model: small, but every part real."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import layersweep
+from layersweep.environment import Budget
+from layersweep.evals.results import exact_pair_fraction
+from layersweep.evals.settings import EvalSettings
+from layersweep.evals.study import Outcome, Study, prepare_study, run_study
+from layersweep.report.store import validate
+from layersweep.sweep.model import Model
+
+SMALL = EvalSettings(
+    kv="K3V2,e8:K3V2", segments=45, prefix=64, continuation=32, niah_contexts=(512,),
+    niah_depths=(0.2, 0.8), niah_per_depth=1,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return layersweep.load("demo", device="cpu")
+
+
+def measured(model: Model, settings: EvalSettings) -> tuple[Study, Outcome]:
+    study = prepare_study(model, settings)
+    return study, run_study(study)
+
+
+@pytest.fixture(scope="module")
+def one_sweep(model: Model) -> tuple[Study, Outcome]:
+    return measured(model, SMALL)
+
+
+def same_numbers(a: Study, b: Study) -> bool:
+    arms = a.perplexity.nll.keys() & b.perplexity.nll.keys()
+    return all(np.array_equal(a.perplexity.nll[arm], b.perplexity.nll[arm]) for arm in arms)
+
+
+def test_several_sweeps_within_a_smaller_budget_give_the_same_bits(
+    model: Model, one_sweep: tuple[Study, Outcome]
+) -> None:
+    study, outcome = one_sweep
+    assert (outcome.sweeps, outcome.gate_sweeps, outcome.nonfinite) == (1, 0, {})
+    assert outcome.bytes_read == sum(spec.stored_bytes for spec in model.specs)
+    less = study.plan.device_bytes - study.plan.peaks["hidden states"] // 2
+    for ram in (study.plan.ring_bytes + 4 * 2**20, 2**30):
+        small = replace(model, vram=Budget(less, "test"), ram=Budget(ram, "test"))
+        again, several = measured(small, SMALL)
+        assert several.sweeps >= 2
+        assert same_numbers(study, again)
+        assert again.needle.answer_nll == study.needle.answer_nll
+        assert several.bytes_read == again.plan.bytes_to_read
+
+
+def test_the_baseline_does_not_depend_on_the_arms(
+    model: Model, one_sweep: tuple[Study, Outcome]
+) -> None:
+    arms = "K3V2,K4V2,e8:K3V2,K1V1,e8:K2V2@pb=1"
+    five, _ = measured(model, replace(SMALL, kv=arms, tasks=("ppl",), gate="off"))
+    assert same_numbers(one_sweep[0], five)
+    for study in (one_sweep[0], five):
+        assert np.array_equal(study.perplexity.control_delta["exact"], np.zeros(4))
+        assert not study.perplexity.control_kl["exact"].any()
+
+
+def test_one_bit_keys_are_worse_than_three(model: Model) -> None:
+    study, _ = measured(model, replace(SMALL, kv="K1V16,K3V16,K8V8", tasks=("ppl",), gate="off"))
+    loss = {a: (n - study.perplexity.nll["exact"]).mean() for a, n in study.perplexity.nll.items()}
+    assert loss["lloyd:K1V16"] > 3 * loss["lloyd:K3V16"] > 0
+    assert abs(loss["lloyd:K8V8"]) < 1e-3
+
+
+def test_streaming_costs_more_than_prefill_and_its_control_is_zero(
+    model: Model, one_sweep: tuple[Study, Outcome]
+) -> None:
+    study, outcome = measured(model, replace(SMALL, cache_mode="streaming"))
+    exact = study.perplexity.nll["exact"]
+    assert np.abs(exact - one_sweep[0].perplexity.nll["exact"]).max() < 1e-5
+    assert np.array_equal(study.perplexity.control_delta["exact"], np.zeros(4))
+    for arm in ("lloyd:K3V2", "e8:K3V2"):
+        cost = (study.perplexity.nll[arm] - exact).mean()
+        prefill = (one_sweep[0].perplexity.nll[arm] - one_sweep[0].perplexity.nll["exact"]).mean()
+        assert cost > prefill > 0
+    assert outcome.cache_bits["perplexity", "lloyd:K3V2"][1] == 2 * 6 * 45 * 96 * 2 * 64
+
+
+def test_generation_agrees_with_teacher_forcing(
+    model: Model, one_sweep: tuple[Study, Outcome]
+) -> None:
+    study, outcome = measured(model, replace(SMALL, niah_mode="generate", tasks=("niah",)))
+    assert outcome.sweeps == 16
+    for arm, hits in study.needle.correct.items():
+        assert len(study.needle.outputs[arm]) == 2
+        for text, trial, hit in zip(
+            study.needle.outputs[arm], study.needle.trials, hits, strict=True
+        ):
+            assert hit == text.strip().startswith(trial.answer)
+        # an arm whose every answer token is the argmax generates the answer
+        for teacher, generated in zip(one_sweep[0].needle.correct[arm], hits, strict=True):
+            assert generated or not teacher
+    assert sum(study.needle.correct["exact"]) >= 1
+
+
+def test_python_interface_returns_the_schema(model: Model) -> None:
+    results = layersweep.evaluate(
+        model, kv=["K3V2@window=16@sink=4"], tasks=["ppl"], segments=2, prefix=64, continuation=16
+    )
+    validate(results)
+    arm = results["perplexity"]["arms"][0]
+    assert arm["arm"] == "lloyd:K3V2@window=16@sink=4"
+    # 20 of 64 tokens exact at 16 bits, 44 at (3 + 2) / 2 and a 16-bit scale per 64
+    assert arm["bits_per_element"] == pytest.approx((20 * 16 + 44 * 2.75) / 64)
+    assert results["protocol"]["exact_pair_fraction"] == pytest.approx(120 / (120 + 15 * 64))
+    assert exact_pair_fraction(1024, 512) == pytest.approx(0.2, abs=1e-3)
