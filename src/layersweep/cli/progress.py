@@ -56,17 +56,16 @@ class SweepProgress:
 
     def __call__(self, phase: str, done: int, total: int) -> None:
         if self.console.is_terminal:
-            if phase not in self._tasks or done == 0:
+            if phase not in self._tasks:
                 self._tasks[phase] = self._bars.add_task(phase, total=total)
             self._bars.update(self._tasks[phase], completed=done)
             return
         now = time.monotonic()
-        self._started.setdefault(phase, now)
-        if done == 0:
+        if done == 1 or phase not in self._started:
             self._started[phase] = now
         if now - self._said < PLAIN_EVERY_S:
             return
         self._said = now
         spent = now - self._started[phase]
-        left = f", about {format_seconds(spent / done * (total - done))} left" if done else ""
-        self.console.print(f"{phase} {done}/{total}{left}", highlight=False)
+        left = format_seconds(spent / max(1, done) * (total - done))
+        self.console.print(f"{phase} {done}/{total}, about {left} left", highlight=False)

@@ -85,15 +85,13 @@ def run_sweep(
     """
     record = SweepRecord()
     with torch.inference_mode(), store.sweep():
-        sweep = _Sweep(config, store, numerics, record, caches)
+        sweep = _Sweep(config, store, numerics, record, caches, progress)
         groups = [([lead] if lead else []), tiles]
         states = [[sweep.state_of(tile) for tile in group] for group in groups]
         sweep.embed([state for group in states for state in group])
         for layer in range(config.num_hidden_layers):
-            progress("layers", layer, config.num_hidden_layers)
             sweep.visit_layer(layer, states[0], states[1], check)
-        progress("layers", config.num_hidden_layers, config.num_hidden_layers)
-        sweep.read_head([*states[0], *states[1]], read_logits, progress)
+        sweep.read_head([*states[0], *states[1]], read_logits)
         for index, state in enumerate(states[1]):
             bad = state.nonfinite().items()
             record.nonfinite |= {(index, *where): layer for where, layer in bad}
@@ -110,7 +108,9 @@ class _Sweep:
         numerics: Numerics,
         record: SweepRecord,
         caches: dict[tuple[int, int, int], BranchCache] | None,
+        progress: Progress,
     ) -> None:
+        self.progress, self.visits = progress, 0
         self.config, self.store, self.numerics = config, store, numerics
         self.record, self.caches = record, caches
         self.per_layer = 1 + config.num_local_experts
@@ -140,6 +140,12 @@ class _Sweep:
             self.config.rope_theta, self.config.head_dim, positions
         )
 
+    def visited(self, states: int) -> None:
+        """Report progress: a visit is a tile's attention, or an expert with all tiles."""
+        total = self.config.num_hidden_layers * (states + self.config.num_local_experts)
+        self.visits += 1
+        self.progress("sweep", self.visits, total)
+
     def visit_layer(
         self, layer: int, lead: list[TileState], rest: list[TileState], check: LayerCheck | None
     ) -> None:
@@ -167,6 +173,8 @@ class _Sweep:
         )  # fmt: skip
         for state in states:
             visit_attention(state, weights, context)
+            if not keep:
+                self.visited(len(states))
         if not keep:
             self.store.release(first)
         for expert in range(self.config.num_local_experts):
@@ -180,6 +188,7 @@ class _Sweep:
             if not keep:
                 self.store.get(first + 1 + expert)
                 self.store.release(first + 1 + expert)
+                self.visited(len(states))
         for state in states:
             health = self._health(layer, state) if check else None
             state.leave_layer(layer)
@@ -195,9 +204,7 @@ class _Sweep:
         spread = state.router_logits.std(0).max().item()
         return LayerHealth(layer, largest < float("inf"), largest, used, spread)
 
-    def read_head(
-        self, states: list[TileState], read_logits: LogitsReader, progress: Progress
-    ) -> None:
+    def read_head(self, states: list[TileState], read_logits: LogitsReader) -> None:
         index = len(self.store.specs) - 1
         block = self.store.get(index)
         norm = block.dense("norm", self.numerics.dtype)
@@ -215,7 +222,7 @@ class _Sweep:
                 read_logits(state.tile, number, sequence, list(parts))
                 start += sequence.rows
                 done += 1
-                progress("logits", done, total)
+                self.progress("logits", done, total)
 
 
 def _logits(x: Tensor, head: Tensor) -> Tensor:
