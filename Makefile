@@ -3,8 +3,8 @@
 # Each works alone on a fresh machine: it finds a Python, makes .venv, installs, runs.
 #
 #   PYTHON=python3.12      use this interpreter
-#   TORCH_INDEX=URL        take torch, and torch alone, from another index, for example
-#                          https://download.pytorch.org/whl/cpu (no CUDA libraries)
+#   TORCH_INDEX=URL        take torch, and torch alone, from another index, for example the CPU
+#                          index that PyTorch's install page names (no CUDA libraries)
 
 VENV := .venv
 BIN := $(VENV)/bin

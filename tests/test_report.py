@@ -108,6 +108,7 @@ def test_every_top_level_field_is_required(full, key):
 def test_sections_that_were_not_asked_for_are_null(full, section):
     full[section] = None
     validate(full)
+    assert full.keys() == set(results_schema()["required"])
 
 
 def test_a_broken_field_is_named_with_its_place(full):

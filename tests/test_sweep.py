@@ -14,7 +14,9 @@ from torch import Tensor
 from layersweep.errors import BudgetError
 from layersweep.kv import parse
 from layersweep.kv.arms import EXACT, Arm
+from layersweep.stream.blocks import Block
 from layersweep.stream.store import BlockStore, minimum_ring
+from layersweep.sweep.experts import ExpertScratch
 from layersweep.sweep.loop import run_sweep
 from layersweep.sweep.model import Model, load
 from layersweep.sweep.sequences import Branch, Sequence, Tile, tiles_of
@@ -208,3 +210,20 @@ def test_weights_nf4_quantizes_a_float_checkpoint_while_it_is_read(tmp_path: Pat
     ids = random_ids(40, 128, 1)
     exact, coarse = plain.score([ids])[0], small.score([ids])[0]
     assert 1e-4 < (exact - coarse).abs().max() < 2.0
+
+
+def test_one_dense_expert_at_a_time(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every expert of every layer is dequantized into the same memory, once per sweep."""
+    model = load(str(tiny), device="cpu")
+    filled: list[tuple[int, str]] = []
+    fill = ExpertScratch.fill
+
+    def spy(scratch: ExpertScratch, block: Block) -> None:
+        filled.append((scratch.w13.data_ptr(), block.spec.name))
+        fill(scratch, block)
+
+    monkeypatch.setattr(ExpertScratch, "fill", spy)
+    sweep_logits(model, tiles_of("t", windows(model, 5, [EXACT, parse("K3V2")]), 2))
+    assert len({memory for memory, _ in filled}) == 1
+    names = [f"layers.{layer}.experts.{expert}" for layer in range(2) for expert in range(4)]
+    assert [name for _, name in filled] == names

@@ -20,6 +20,6 @@ elif [ "$driver" = yes ]; then
 else
     echo "torch: unless pip is set up otherwise, the default Linux build will be downloaded, with"
     echo "       CUDA libraries of several GB that this machine cannot use. For the CPU build alone,"
-    echo "       stop here (Ctrl-C) and add to the same command:"
-    echo "       TORCH_INDEX=https://download.pytorch.org/whl/cpu"
+    echo "       stop here (Ctrl-C) and add TORCH_INDEX=URL to the same command, with the URL of"
+    echo "       the CPU index that PyTorch's install page names."
 fi
