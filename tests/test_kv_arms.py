@@ -109,3 +109,23 @@ def test_the_grammar_needs_no_torch() -> None:
     modules = done.stdout.split()
     assert "layersweep.kv.arms" in modules
     assert "torch" not in modules
+
+
+def test_an_arm_is_used_like_its_codec() -> None:
+    import torch
+
+    import layersweep
+    from layersweep.kv import Stream
+
+    arm = layersweep.kv.parse("K3V2")
+    x = torch.randn(2, 2, 10, 64, generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(10).expand(2, 10)
+    keys = Stream("k", 2, 64, role="key", rope=True)
+    packed = arm.encode(x, keys, positions)
+    assert arm.nbytes(packed) == 2 * 2 * 10 * (64 * 3 // 8 + 2)
+    assert arm.decode(packed, positions).shape == x.shape
+    start = arm.encode(x[:, :, :4], keys, positions[:, :4])
+    joined = arm.append(start, x[:, :, 4:], positions[:, 4:])
+    assert torch.equal(arm.decode(joined, positions), arm.decode(packed, positions))
+    with pytest.raises(InputError, match="found the exact cache"):
+        layersweep.kv.parse("exact").encode(x, keys, positions)

@@ -3,22 +3,26 @@
 model = layersweep.load("demo")          # headers only
 model.score([[1, 2, 3]])                 # log-probabilities, one sweep
 layersweep.evaluate(model, kv=["K3V2"])  # the results object of `layersweep eval`
+layersweep.kv.parse("K3V2")              # a KV arm: encode, decode, append, nbytes
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from layersweep import kv
     from layersweep.evals.api import evaluate
     from layersweep.sweep.model import Model, load
 
-__all__ = ["Model", "__version__", "evaluate", "load"]
+__all__ = ["Model", "__version__", "evaluate", "kv", "load"]
 
 _LAZY = {
     "Model": "layersweep.sweep.model",
+    "kv": "layersweep.kv",
     "load": "layersweep.sweep.model",
     "evaluate": "layersweep.evals.api",
 }
@@ -28,6 +32,5 @@ def __getattr__(name: str) -> Any:
     """Public names load torch only when they are used: importing the package takes no time."""
     if name not in _LAZY:
         raise AttributeError(f"module 'layersweep' has no attribute '{name}'")
-    import importlib
-
-    return getattr(importlib.import_module(_LAZY[name]), name)
+    module = importlib.import_module(_LAZY[name])
+    return module if name == "kv" else getattr(module, name)

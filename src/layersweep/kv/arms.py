@@ -21,7 +21,10 @@ from typing import TYPE_CHECKING, NoReturn
 from layersweep.errors import InputError
 
 if TYPE_CHECKING:
-    from layersweep.kv.codec import Codec
+    from torch import Tensor
+
+    from layersweep.kv.codec import Codec, Packed
+    from layersweep.kv.stream import Stream
 
 BITS = (1, 2, 3, 4, 5, 6, 8, 16)
 EXACT_BITS = 16
@@ -93,6 +96,29 @@ class Arm:
     @property
     def encoder(self) -> str | None:
         return None if self.codec is None else self.codec.encoder
+
+    def encode(
+        self, x: Tensor, stream: Stream, positions: Tensor, mean: Tensor | None = None
+    ) -> Packed:
+        """`codec.encode`: an arm is used like its codec. InputError for the exact cache."""
+        return self._need_codec().encode(x, stream, positions, mean)
+
+    def decode(self, packed: Packed, positions: Tensor) -> Tensor:
+        return self._need_codec().decode(packed, positions)
+
+    def append(self, packed: Packed, x: Tensor, positions: Tensor) -> Packed:
+        return self._need_codec().append(packed, x, positions)
+
+    def nbytes(self, packed: Packed) -> int:
+        return self._need_codec().nbytes(packed)
+
+    def _need_codec(self) -> Codec:
+        if self.codec is None:
+            raise InputError(
+                f"KV arm '{self.name}': found the exact cache, needed an arm with a codec",
+                hint="the exact cache stores tensors as they are: there is nothing to encode",
+            )
+        return self.codec
 
     def is_exact_layer(self, layer: int, num_layers: int) -> bool:
         """Whether layer 0 <= `layer` < `num_layers` keeps its keys and values as they are."""

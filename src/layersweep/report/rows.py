@@ -107,7 +107,9 @@ def perplexity_rows(results: Json) -> list[ArmRow]:
 
 
 def percent_decimals(results: Json) -> int:
-    return text.decimals_for([arm["sem"] for arm in results["perplexity"]["arms"]])
+    # transforms without quantization cost a millionth of a percent: not the scale of the others
+    arms = [arm for arm in results["perplexity"]["arms"] if arm["method"] != "identity"]
+    return text.decimals_for([arm["sem"] for arm in arms or results["perplexity"]["arms"]])
 
 
 def pair_rows(results: Json, *, every: bool) -> list[PairRow]:
