@@ -12,6 +12,7 @@ from layersweep.cli.eval import evaluate
 from layersweep.cli.inspect import inspect
 from layersweep.cli.plan import plan
 from layersweep.cli.report import compare, report
+from layersweep.cli.synth import synth
 from layersweep.errors import LayersweepError
 
 # typer carries a click of its own and exports this one of its exceptions: its base is "usage"
@@ -31,6 +32,7 @@ app.command("plan")(plan)
 app.command("doctor")(doctor)
 app.command("report")(report)
 app.command("compare")(compare)
+app.command("synth")(synth)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

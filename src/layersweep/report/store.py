@@ -86,7 +86,7 @@ def load_results(location: Path) -> Json:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(
             f"{path}: found text that is not JSON ({error}), needed {SCHEMA_NAME}",
-            hint="run the evaluation again with --resume to have it written anew",
+            hint="run the evaluation again to have it written anew",
         ) from error
     found = results.get("schema") if isinstance(results, dict) else type(results).__name__
     if found != SCHEMA_NAME:

@@ -1,0 +1,80 @@
+"""Synthetic checkpoints: the published layout, finite activations, spread routing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from layersweep.checkpoint import open_checkpoint
+from layersweep.checkpoint.synth import MIXTRAL_8X7B, synthetic_bytes, write_synthetic
+from layersweep.cli.app import run
+from layersweep.evals.settings import EvalSettings
+from layersweep.evals.study import prepare_study, run_study
+from layersweep.sweep.model import load
+
+SMALL = replace(
+    MIXTRAL_8X7B, vocab_size=4096, hidden_size=128, intermediate_size=192, num_hidden_layers=32,
+    num_attention_heads=4, num_key_value_heads=2, head_dim=32,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("synth") / "model"
+    write_synthetic(target, SMALL, shard_bytes=4_000_000)
+    return target
+
+
+def test_it_is_read_as_published_nested_nf4_with_a_packed_router(folder: Path) -> None:
+    checkpoint = open_checkpoint(str(folder))
+    assert (checkpoint.weights_kind, checkpoint.router_kind) == ("nf4", "nf4")
+    assert checkpoint.config == replace(SMALL)
+    assert checkpoint.config.synthetic
+    assert checkpoint.weights["layers.31.experts.7.w2"].quant.nested is not None
+    assert len(checkpoint.files) >= 2
+
+
+def test_activations_stay_small_and_routing_spread_through_32_layers(
+    folder: Path, tmp_path: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("One sentence after another, and then some more of them. " * 300)
+    settings = EvalSettings(gate="only", text=str(text))
+    study = prepare_study(load(str(folder), device="cpu"), settings)
+    run_study(study)
+    largest = [check.value for check in study.gate.checks if check.name == "finite"]
+    assert len(largest) == 32
+    assert max(largest) < 100  # fp16 ends at 65504
+    assert min(study.gate.experts_used) >= 7
+    # synthetic weights predict nothing and are not asked to
+    assert {check.name for check in study.gate.checks} == {
+        "finite", "experts used", "router spread", "peak within plan"}  # fmt: skip
+
+
+def test_the_same_seed_writes_the_same_bytes(folder: Path, tmp_path: Path) -> None:
+    again = tmp_path / "again"
+    write_synthetic(again, SMALL, shard_bytes=4_000_000)
+    first = sorted(folder.glob("*.safetensors"))
+    assert [file.read_bytes() for file in first] == [
+        (again / file.name).read_bytes() for file in first
+    ]
+
+
+def test_full_size_is_announced_within_one_percent() -> None:
+    assert synthetic_bytes(MIXTRAL_8X7B) == pytest.approx(24_483_151_552, rel=0.01)
+
+
+def test_bad_arguments(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "file"
+    file.write_text("x")
+    for arguments, found in (
+        ([str(folder)], "needed an empty folder"),
+        ([str(file)], "found a file"),
+        ([str(tmp_path / "a"), "--shape", "mixtral-8x7"], "mixtral-8x7b"),
+        ([str(tmp_path / "a"), "--layers", "33"], "1 to 32"),
+    ):
+        assert run(["synth", *arguments]) == 2
+        assert found in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
