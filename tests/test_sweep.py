@@ -14,7 +14,7 @@ from torch import Tensor
 from layersweep.errors import BudgetError
 from layersweep.kv import parse
 from layersweep.kv.arms import EXACT, Arm
-from layersweep.stream.blocks import Block
+from layersweep.stream.blocks import Block, BlockSpec
 from layersweep.stream.store import BlockStore, minimum_ring
 from layersweep.sweep.experts import ExpertScratch
 from layersweep.sweep.loop import run_sweep
@@ -227,3 +227,26 @@ def test_one_dense_expert_at_a_time(tiny: Path, monkeypatch: pytest.MonkeyPatch)
     assert len({memory for memory, _ in filled}) == 1
     names = [f"layers.{layer}.experts.{expert}" for layer in range(2) for expert in range(4)]
     assert [name for _, name in filled] == names
+
+
+def test_the_ring_and_its_spare_arenas_stay_within_their_bytes(tiny: Path) -> None:
+    class Spy(BlockStore):
+        most = 0
+
+        def _take_arena(self, index: int, spec: BlockSpec) -> Tensor | None:
+            arena = super()._take_arena(index, spec)
+            with self._changed:
+                spares = sum(size * len(arenas) for size, arenas in self._spare.items())
+                self.most = max(self.most, self._in_ring + spares)
+            return arena
+
+    model = load(str(tiny), device="cpu")
+    ring = minimum_ring(model.specs)
+    store = Spy(model.specs, resident_bytes=0, ring_bytes=ring, device=torch.device("cpu"))
+    tiles = tiles_of("t", windows(model, 4, [EXACT, parse("K3V2")]), 2)
+    for _ in range(3):
+        run_sweep(
+            model.checkpoint.config, store, model.numerics, tiles, lambda *read: None
+        )  # fmt: skip
+    store.close()
+    assert 0.5 * ring < store.most <= ring

@@ -117,7 +117,8 @@ class BlockStore:
             block = self._ready.pop(index)
             if index not in self.resident:
                 self._in_ring -= block.spec.nbytes
-                self._spare.setdefault(block.spec.nbytes, []).append(block.arena)
+                if self.device.type == "cpu":  # elsewhere the arena lies on the device
+                    self._spare.setdefault(block.spec.nbytes, []).append(block.arena)
                 self._changed.notify_all()
 
     def close(self) -> None:
@@ -156,6 +157,15 @@ class BlockStore:
                 return None
             self._in_ring += spec.nbytes
             spare = self._spare.get(spec.nbytes)
-            if spare and self.device.type == "cpu":
+            if spare:
                 return spare.pop()
+            self._drop_spares(self.ring_bytes - self._in_ring)
         return torch.empty(spec.nbytes, dtype=torch.uint8)
+
+    def _drop_spares(self, room: int) -> None:
+        """Give back released arenas of other sizes until those left fit `room`."""
+        held = sum(size * len(arenas) for size, arenas in self._spare.items())
+        for size, arenas in self._spare.items():
+            while arenas and held > room:
+                arenas.pop()
+                held -= size
