@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,7 +23,9 @@ READ_BYTES = 24_482_930_944
 
 
 def tile(rows: int = 51_200) -> TileShape:
-    return TileShape("t", rows, 1536, rows * 1000, 20 * 3 * 511, 3 * 511, 10 * 1536 * 4096)
+    return TileShape(
+        "t", rows, 1536, rows * 1000, 20 * 3 * 511, 3 * 511, rows // 2, 10 * 1536 * 4096
+    )
 
 
 def test_mixtral_blocks_hold_the_published_bytes() -> None:
@@ -33,16 +37,19 @@ def test_mixtral_blocks_hold_the_published_bytes() -> None:
     assert 0 <= sum(s.nbytes for s in layer) - sum(s.stored_bytes for s in layer) < 176 * 256
 
 
-def test_study_of_three_arms_is_one_sweep_in_14_gib() -> None:
+def test_study_of_three_arms_is_one_sweep_in_14_gib_and_512_segments_are_two() -> None:
     arms = [parse("K3V2"), parse("K4V2")]
-    settings = EvalSettings(tasks=("ppl",), segments=80)
-    found = forecast(MIXTRAL, SPECS, settings, arms, MACHINES["t4"])
-    assert len(found.plan.sweeps) == 1
-    assert 4 * 2**30 < found.plan.device_bytes <= MACHINES["t4"].vram
+    # 14 GiB by torch's own cap, which leaves the context out
+    machine = replace(MACHINES["t4"], vram=14 * 2**30)
+    for segments, sweeps in ((80, 1), (512, 2)):
+        settings = EvalSettings(tasks=("ppl",), segments=segments)
+        found = forecast(MIXTRAL, SPECS, settings, arms, machine)
+        assert len(found.plan.sweeps) == sweeps
+        assert 4 * 2**30 < found.plan.device_bytes <= machine.vram
 
 
 def test_flops_of_a_token_are_25_gflop_and_attention() -> None:
-    plain = TileShape("t", 1, 1, 0, 0, 0, 0)
+    plain = TileShape("t", 1, 1, 0, 0, 0, 0, 0)
     assert tile_flops(MIXTRAL, plain) == pytest.approx(25.5e9, rel=0.02)
     assert tile_flops(MIXTRAL, tile(1)) - tile_flops(MIXTRAL, plain) > 32 * 4 * 4096 * 1000
 

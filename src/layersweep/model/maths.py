@@ -82,6 +82,9 @@ def route(x_NH: Tensor, router_EH: Tensor, k: int, *, keep_float: bool) -> tuple
 
 
 def swiglu(x_NH: Tensor, w13: Tensor, w2: Tensor) -> Tensor:
-    """w2 (silu(w1 x) * w3 x), with w1 and w3 stacked as w13 [2I, H] and w2 [H, I]."""
+    """w2 (silu(w1 x) * w3 x), with w1 and w3 stacked as w13 [2I, H] and w2 [H, I].
+
+    The product is made in place: a full-size expert's rows would take 1.6 times the memory.
+    """
     gate, up = linear(x_NH, w13).chunk(2, dim=-1)
-    return linear(F.silu(gate) * up, w2)
+    return linear(F.silu(gate, inplace=True).mul_(up), w2)

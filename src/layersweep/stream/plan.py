@@ -27,7 +27,8 @@ class TileShape:
 
     `rows`: tokens; `longest`: keys of its longest sequence; `attention_keys`: sum over its rows
     of the keys that a row attends to; `read_rows`: rows whose logits are read, `read_at_once`:
-    of one sequence; `attended_at_once`: elements of keys of one attention call.
+    of one sequence; `rows_at_once` and `attended_at_once`: rows, and elements of repeated keys,
+    of one attention call.
     """
 
     name: str
@@ -36,6 +37,7 @@ class TileShape:
     attention_keys: int
     read_rows: int
     read_at_once: int
+    rows_at_once: int
     attended_at_once: int
 
 
@@ -90,11 +92,11 @@ def scratch_bytes(
     kv = config.num_key_value_heads * config.head_dim
     attention = experts = head = 0
     for tile in tiles:
-        projected = tile.rows * (hidden + 2 * heads + 2 * kv) * element
+        projected = tile.rows_at_once * (2 * hidden + 2 * heads + 2 * kv) * element
         attention = max(attention, projected + 6 * tile.attended_at_once * element)
         share = tile.rows * config.num_experts_per_tok / config.num_local_experts
         rows = CPU_EXPERT_ROWS if cpu else math.ceil(EXPERT_SPREAD * share)
-        experts = max(experts, rows * (3 * hidden + 4 * inner) * element)
+        experts = max(experts, rows * (4 * hidden + 2 * inner) * element)
         head = max(head, tile.read_at_once * (hidden * element + 5 * 4 * config.vocab_size))
     dense_expert = 3 * hidden * inner * element
     dense_attention = hidden * (2 * heads + 2 * kv + config.num_local_experts) * element

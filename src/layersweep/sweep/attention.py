@@ -81,21 +81,28 @@ class LayerContext:
 
 
 def visit_attention(state: TileState, weights: AttentionWeights, context: LayerContext) -> None:
-    """Attention and routing of one tile; the tile's hidden states are updated in place."""
+    """Attention and routing of one tile; the tile's hidden states are updated in place.
+
+    It goes group by group, so that projections are held for a few sequences at a time.
+    """
     config = context.config
-    x = maths.rms_norm(state.hidden, weights.input_norm, config.rms_norm_eps)
-    q, k, v = (maths.linear(x, w) for w in (weights.q_proj, weights.k_proj, weights.v_proj))
-    del x
-    out = torch.empty_like(q)
+    routed = []
     for group in state.groups:
         rows = slice(group.start, group.stop)
-        attend_group(state.tile, group, q[rows], k[rows], v[rows], out[rows], context)
-    del q, k, v
-    state.hidden += maths.linear(out, weights.o_proj)
-    x = maths.rms_norm(state.hidden, weights.post_attention_norm, config.rms_norm_eps)
-    logits, share, experts = maths.route(
-        x, weights.router, config.num_experts_per_tok, keep_float=context.router_float
-    )
+        x = maths.rms_norm(state.hidden[rows], weights.input_norm, config.rms_norm_eps)
+        q, k, v = (maths.linear(x, w) for w in (weights.q_proj, weights.k_proj, weights.v_proj))
+        del x
+        out = torch.empty_like(q)
+        attend_group(state.tile, group, q, k, v, out, context)
+        del q, k, v
+        state.hidden[rows] += maths.linear(out, weights.o_proj)
+        x = maths.rms_norm(state.hidden[rows], weights.post_attention_norm, config.rms_norm_eps)
+        routed.append(
+            maths.route(
+                x, weights.router, config.num_experts_per_tok, keep_float=context.router_float
+            )
+        )
+    logits, share, experts = (torch.cat(parts) for parts in zip(*routed, strict=True))
     state.router_logits = logits
     state.routing = Routing.of(experts, share, config.num_local_experts)
 

@@ -18,6 +18,7 @@ def tile_shape(tile: Tile, heads_times_dim: int) -> TileShape:
         attention_keys=sum(_attended(sequence) for sequence in tile.sequences),
         read_rows=sum(_read(sequence) for sequence in tile.sequences),
         read_at_once=max(_read(sequence) for sequence in tile.sequences),
+        rows_at_once=at_once * max(sequence.rows for sequence in tile.sequences),
         attended_at_once=at_once * longest * heads_times_dim,
     )
 

@@ -11,7 +11,7 @@ from layersweep.sweep.sequences import Group, Sequence, Tile
 
 # Sequences attended in one call. Bounded by shape alone, never by a budget, so that numbers
 # do not depend on the machine: keys and values of a call stay below this many elements.
-ATTENTION_ELEMENTS = 64 * 2**20
+ATTENTION_ELEMENTS = 48 * 2**20
 
 
 def attention_batch(longest: int, heads_times_dim: int) -> int:
