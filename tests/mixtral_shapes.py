@@ -5,18 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from layersweep.checkpoint.config import ModelConfig
 from layersweep.checkpoint.header import StoredTensor
 from layersweep.checkpoint.layout import Nested, Quant, Weight
+from layersweep.checkpoint.synth import MIXTRAL_8X7B
 from layersweep.stream.blocks import BlockSpec, specs_of
 
-MIXTRAL = ModelConfig(
-    architecture="MixtralForCausalLM", vocab_size=32_000, hidden_size=4096,
-    intermediate_size=14_336, num_hidden_layers=32, num_attention_heads=32,
-    num_key_value_heads=8, head_dim=128, num_local_experts=8, num_experts_per_tok=2,
-    rms_norm_eps=1e-5, rope_theta=1e6, max_position_embeddings=32_768, sliding_window=None,
-    tie_word_embeddings=False, bos_token_id=1, eos_token_id=2, synthetic=True,
-)  # fmt: skip
+MIXTRAL = MIXTRAL_8X7B
 
 
 def stored(name: str, dtype: str, shape: tuple[int, ...], nbytes: int) -> StoredTensor:
