@@ -102,6 +102,10 @@ def test_unknown_commands_and_machines(capsys: pytest.CaptureFixture[str]) -> No
     assert "error: No such command 'evaluate'" in capsys.readouterr().err
     assert run(["plan", "demo", "--for", "t44"]) == 2
     assert "did you mean t4" in capsys.readouterr().err
+    assert run(["plan", "demo", "--segments", "all"]) == 2
+    assert "needed a number" in capsys.readouterr().err
+    assert run(["plan", "demo", "--weights", "int3"]) == 2
+    assert "'int3'" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

@@ -139,3 +139,21 @@ def test_a_wrong_rope_theta_is_refused_without_a_card(tmp_path: Path) -> None:
     wrong_rope(folder)
     with pytest.raises(GateError, match=r"a repeated text is only 0\.0.. nats easier, needed 0\.5"):
         run_gate(folder, tmp_path)
+
+
+def test_a_baseline_whose_logits_overflow_is_refused(tmp_path: Path) -> None:
+    folder = broken_demo(tmp_path / "model")
+    edit_tensors(folder, "lm_head.weight", lambda name, t: torch.full_like(t, 3e38))
+    settings = EvalSettings(
+        tasks=("ppl",), text=text_file(tmp_path), segments=1, prefix=64, continuation=16, gate="off"
+    )
+    study = prepare_study(load(str(folder), device="cpu"), settings)
+    with pytest.raises(GateError, match="perplexity 0: the exact baseline's loss is nan"):
+        run_study(study)
+
+
+def test_somebody_elses_card_is_not_ours(tmp_path: Path) -> None:
+    folder = broken_demo(tmp_path / "model")
+    for content in ("not json", "[]", '{"gate": {}}'):
+        (folder / "card.json").write_text(content)
+        run_gate(folder, tmp_path)

@@ -1,4 +1,4 @@
-"""Sizes and durations as people type and read them."""
+"""Sizes as people type them, sizes and durations as they read them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import re
 from layersweep.errors import InputError
 
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?i?b?)", re.IGNORECASE)
-_DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([smh]?)", re.IGNORECASE)
 _POWER = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 
@@ -25,16 +24,6 @@ def parse_size(text: str, *, option: str = "size") -> int:
     number, unit = float(match[1]), match[2].lower().removesuffix("b")
     base = 1024 if unit.endswith("i") else 1000
     return int(number * base ** _POWER[unit.removesuffix("i")])
-
-
-def parse_duration(text: str, *, option: str = "duration") -> float:
-    """Seconds of "11h", "90m" or "30" (seconds). Raises InputError when `text` is none."""
-    match = _DURATION.fullmatch(text.strip())
-    if not match:
-        raise InputError(
-            f"{option}: found '{text}', needed a duration", hint="for example 11h, 90m or 30s"
-        )
-    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2].lower()]
 
 
 def format_bytes(count: float) -> str:

@@ -61,6 +61,15 @@ def plan(
         niah_contexts=parse_counts("--niah-context", niah_context),
         niah_per_depth=niah_per_depth,
     )
+    if settings.segments is None:
+        raise InputError(
+            "--segments all: found no text to count windows in, needed a number",
+            hint="--segments 80: plan reads headers, not texts",
+        )
+    if weights not in ("auto", "native", "nf4"):
+        raise InputError(
+            f"--weights: found '{weights}', needed auto, native or nf4", hint="--weights auto"
+        )
     arms = parse_arms(kv)
     rates = _rates(machine, vram, ram)
     from layersweep.checkpoint.layout import scan_checkpoint
@@ -167,6 +176,13 @@ def _show(
         highlight=False,
         soft_wrap=True,
     )
+    if rates.devices > 1:
+        console.print(
+            f"note: times are for {rates.devices} devices that share the tiles evenly; `eval` "
+            "computes on one",
+            highlight=False,
+            soft_wrap=True,
+        )
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, size in plan.peaks.items():
         table.add_row(name, format_bytes(size))

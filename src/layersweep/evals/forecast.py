@@ -69,7 +69,10 @@ def forecast(
     arms: Many[Arm],
     machine: MachineRates,
 ) -> Forecast:
-    """Plan `settings` on `machine`. Raises InputError or BudgetError for what cannot run there."""
+    """Plan `settings`, whose segments are a number, on `machine`.
+
+    Raises InputError or BudgetError for what cannot run there.
+    """
     longest = max(
         settings.prefix + settings.continuation if "ppl" in settings.tasks else 0,
         max(settings.niah_contexts) if "niah" in settings.tasks else 0,
@@ -80,7 +83,7 @@ def forecast(
             "the model's limit",
             hint="smaller --niah-context or --prefix",
         )
-    tiles = placeholder_tiles(settings, arms, settings.segments or 80)
+    tiles = placeholder_tiles(settings, arms, settings.segments or 0)
     width = config.num_attention_heads * config.head_dim
     shapes = [tile_shape(tile, width) for tile in tiles]
     cpu = machine.device == "cpu"

@@ -13,6 +13,7 @@ from layersweep.evals.perplexity import NAME as PERPLEXITY
 from layersweep.evals.perplexity import TILE_SEGMENTS
 from layersweep.evals.study import Outcome, Study
 from layersweep.evals.summary import reasons_not_publishable, summarize_needle, summarize_perplexity
+from layersweep.kv.cache import bits_per_element
 
 Json = dict[str, Any]
 
@@ -94,7 +95,7 @@ def _bits(study: Study, outcome: Outcome) -> dict[str, float | None]:
     found: dict[str, float | None] = {}
     for arm in study.arms:
         bits, elements = outcome.cache_bits.get((PERPLEXITY, arm.name), [0.0, 0.0])
-        found[arm.name] = bits / elements if elements else None
+        found[arm.name] = bits_per_element(bits, elements) if elements else None
     return found
 
 

@@ -7,6 +7,7 @@ text alone. `run_study` then reads the weights.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from layersweep.checkpoint.config import ModelConfig
 from layersweep.errors import GateError, InputError
 from layersweep.evals.gate import Card, Gate
 from layersweep.evals.meter import Meter
@@ -26,12 +28,11 @@ from layersweep.evals.settings import EvalSettings
 from layersweep.evals.text import SourceText, load_text
 from layersweep.evals.tokenizer import TextTokenizer, check_ids
 from layersweep.evals.windows import cut_windows, resolve_bos
-from layersweep.kv.arms import Arm, parse_arms
+from layersweep.kv.arms import EXACT, Arm, parse_arms
 from layersweep.probes import cpu_gemm_rate
-from layersweep.stream.plan import Plan
+from layersweep.stream.plan import CPU_EXPERT_ROWS, Plan
 from layersweep.stream.store import BlockStore
 from layersweep.sweep.attention import BranchCache
-from layersweep.sweep.experts import CPU_ROWS
 from layersweep.sweep.loop import Progress, SweepRecord, run_sweep
 from layersweep.sweep.model import Model
 from layersweep.sweep.sequences import Sequence, Tile
@@ -92,13 +93,12 @@ def prepare_study(model: Model, settings: EvalSettings) -> Study:
     tokenizer = TextTokenizer.load(model.checkpoint.folder)
     text = load_text(settings.text, model.checkpoint.source)
     bos_id = resolve_bos(tokenizer, settings.bos)
-    limits = (config.vocab_size, config.max_position_embeddings)
     tasks = () if settings.gate == "only" else settings.tasks
     perplexity = needle = None
     if "ppl" in tasks:
-        perplexity = _perplexity(settings, tokenizer, text.text, arms, *limits)
+        perplexity = _perplexity(settings, tokenizer, text.text, arms, config)
     if "niah" in tasks:
-        needle = _needle(settings, tokenizer, text.text, arms, *limits)
+        needle = _needle(settings, tokenizer, text.text, arms, config)
     gate = None
     if settings.gate != "off":
         ids = tokenizer.encode(text.text[:8192])
@@ -160,7 +160,7 @@ def _gemm_rate(model: Model) -> float | None:
     config = model.checkpoint.config
     if not model.cpu:
         return None
-    return cpu_gemm_rate((CPU_ROWS, config.hidden_size, 2 * config.intermediate_size))
+    return cpu_gemm_rate((CPU_EXPERT_ROWS, config.hidden_size, 2 * config.intermediate_size))
 
 
 def _planned_growth(study: Study) -> int:
@@ -194,6 +194,7 @@ def _sweep_tiles(
         outcome.sweeps += bool(some)
         outcome.gate_sweeps += not some
         _take(study, outcome, some, record)
+        _check_baseline(study, some)
         finished_sweep(some)
 
 
@@ -237,14 +238,29 @@ def _take(study: Study, outcome: Outcome, tiles: list[Tile], record: SweepRecord
             outcome.nonfinite[name] = min(layer, outcome.nonfinite.get(name, layer))
 
 
+def _check_baseline(study: Study, tiles: list[Tile]) -> None:
+    """Hidden states can be finite and the head's logits not: the baseline's losses say so."""
+    for tile in tiles:
+        if tile.name != PERPLEXITY or study.perplexity is None:
+            continue
+        losses = study.perplexity.nll[EXACT.name][tile.first : tile.first + len(tile.sequences)]
+        for offset, loss in enumerate(losses):
+            if not math.isfinite(loss):
+                raise GateError(
+                    f"perplexity {tile.first + offset}: the exact baseline's loss is {loss}, "
+                    "needed a finite number (its hidden states are finite, the head's logits not)",
+                    hint="try --dtype bfloat16 or float32",
+                )
+
+
 def _perplexity(
     settings: EvalSettings,
     tokenizer: TextTokenizer,
     text: str,
     arms: list[Arm],
-    vocab_size: int,
-    limit: int,
+    config: ModelConfig,
 ) -> PerplexityJob:
+    limit = config.max_position_embeddings
     length = settings.prefix + settings.continuation
     if length > limit:
         raise InputError(
@@ -257,7 +273,7 @@ def _perplexity(
         continuation=settings.continuation, bos=settings.bos,
     )  # fmt: skip
     for window in windows:
-        check_ids(window.ids, vocab_size)
+        check_ids(window.ids, config.vocab_size)
     return PerplexityJob(windows, arms, settings.streaming)
 
 
@@ -266,17 +282,16 @@ def _needle(
     tokenizer: TextTokenizer,
     text: str,
     arms: list[Arm],
-    vocab_size: int,
-    limit: int,
+    config: ModelConfig,
 ) -> NeedleJob:
     trials = make_trials(
         text, tokenizer, contexts=settings.niah_contexts, depths=settings.niah_depths,
         per_depth=settings.niah_per_depth, keys=settings.niah_keys, bos=settings.bos,
-        seed=settings.seed, max_context=limit,
+        seed=settings.seed, max_context=config.max_position_embeddings,
     )  # fmt: skip
     for trial in trials:
-        check_ids(trial.prefix_ids, vocab_size)
-        check_ids(trial.branch_ids, vocab_size)
+        check_ids(trial.prefix_ids, config.vocab_size)
+        check_ids(trial.branch_ids, config.vocab_size)
     return NeedleJob(
         trials, arms, tokenizer, settings.streaming, settings.niah_contexts, settings.niah_keys,
         settings.niah_mode,
@@ -284,9 +299,10 @@ def _needle(
 
 
 def _card(folder: Path) -> Card | None:
-    """What a bundled model's card promises of the gate's tokens."""
+    """What a bundled model's card promises; a file of that name may be somebody else's."""
     path = folder / "card.json"
-    if not path.is_file():
+    try:
+        gate = json.loads(path.read_text("utf-8"))["gate"]
+        return Card(str(gate["tokens_sha"]), float(gate["nll"]))
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    gate = json.loads(path.read_text("utf-8"))["gate"]
-    return Card(gate["tokens_sha"], float(gate["nll"]))

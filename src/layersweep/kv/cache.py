@@ -130,6 +130,6 @@ def _kept_exact(arm: Arm, codec: Codec, stream: Stream) -> bool:
     return arm.method != "identity" and role_bits(codec, stream) == EXACT_BITS
 
 
-def bits_per_element(nbits: int, elements: int) -> float:
+def bits_per_element(nbits: float, elements: float) -> float:
     """Average over whatever was summed: layers, keys and values, windows. 16 is uncompressed."""
     return nbits / elements

@@ -76,9 +76,6 @@ class BlockSpec:
     nbytes: int
     stored_bytes: int
 
-    def dense_elements(self, *keys: str) -> int:
-        return sum(torch.Size(self.weights[key].weight.shape).numel() for key in keys)
-
 
 def block_specs(checkpoint: Checkpoint, *, quantize: bool = False) -> list[BlockSpec]:
     """All blocks of a checkpoint in sweep order; `quantize` turns float matrices into NF4."""

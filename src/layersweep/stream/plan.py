@@ -18,6 +18,7 @@ from layersweep.units import format_bytes
 
 FIXED_BYTES = 256 * 2**20  # libraries' workspaces, masks, tables, the allocator's slack
 EXPERT_SPREAD = 1.5  # an expert may get this much more than its share of a tile's rows
+# On the CPU an expert's rows go through in pieces whose activations stay in the cache.
 CPU_EXPERT_ROWS = 2048
 
 
