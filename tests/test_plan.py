@@ -14,18 +14,36 @@ from layersweep.evals.forecast import forecast, placeholder_tiles
 from layersweep.evals.settings import EvalSettings
 from layersweep.kv import parse
 from layersweep.stream.blocks import BlockSpec
-from layersweep.stream.plan import TileShape, make_plan, scratch_bytes, tile_bytes, tile_flops
+from layersweep.stream.plan import Plan, cut, make_plan
 from layersweep.stream.rates import MACHINES
-from layersweep.stream.store import choose_resident, minimum_ring
+from layersweep.stream.runs import choose_spread, compute_ring, runs_of, staging_ring
+from layersweep.stream.shapes import (
+    Machine,
+    TileShape,
+    dense_bytes,
+    expert_piece,
+    scratch_bytes,
+    temporary_bytes,
+    tile_bytes,
+    tile_flops,
+)
 
 SPECS = mixtral_specs()
+RUNS = runs_of(SPECS)
 READ_BYTES = 24_482_930_944
+GIB = 2**30
+T4 = Machine(vram=14 * GIB, ram=8 * GIB, element=2, cpu=False, repeats_kv=True)
 
 
 def tile(rows: int = 51_200) -> TileShape:
     return TileShape(
-        "t", rows, 1536, rows * 1000, 20 * 3 * 511, 3 * 511, rows // 2, 10 * 1536 * 4096
-    )
+        name="t", rows=rows, longest=1536, attention_keys=rows * 1000, read_rows=20 * 3 * 511,
+        read_at_once=3 * 511, branches=3, sequences_at_once=8, rows_at_once=rows * 8 // 20,
+    )  # fmt: skip
+
+
+def planned(tiles: list[TileShape], **budgets: int) -> Plan:
+    return make_plan(MIXTRAL, SPECS, tiles, replace(T4, **budgets))
 
 
 def test_mixtral_blocks_hold_the_published_bytes() -> None:
@@ -49,7 +67,7 @@ def test_study_of_three_arms_is_one_sweep_in_14_gib_and_512_segments_are_two() -
 
 
 def test_flops_of_a_token_are_25_gflop_and_attention() -> None:
-    plain = TileShape("t", 1, 1, 0, 0, 0, 0, 0)
+    plain = TileShape("t", 1, 1, 0, 0, 0, 0, 0, 0)
     assert tile_flops(MIXTRAL, plain) == pytest.approx(25.5e9, rel=0.02)
     assert tile_flops(MIXTRAL, tile(1)) - tile_flops(MIXTRAL, plain) > 32 * 4 * 4096 * 1000
 
@@ -57,54 +75,125 @@ def test_flops_of_a_token_are_25_gflop_and_attention() -> None:
 @given(st.lists(st.integers(1, 60_000), min_size=1, max_size=30), st.integers(0, 40))
 def test_every_tile_rides_exactly_once_and_in_order(rows: list[int], room: int) -> None:
     tiles = [tile(count) for count in rows]
-    ram = 8 * 2**30
     try:
-        plan = make_plan(MIXTRAL, SPECS, tiles, element=2, vram=room * 2**30, ram=ram, cpu=False)
+        plan = planned(tiles, vram=room * GIB)
     except BudgetError as refusal:
-        scratch = sum(scratch_bytes(MIXTRAL, tiles, 2, cpu=False).values())
-        biggest = max(tile_bytes(MIXTRAL, t, 2) for t in tiles)
-        assert scratch + biggest + minimum_ring(SPECS) > (room - 1) * 2**30
+        needed = dense_bytes(MIXTRAL, 2) + scratch_bytes(MIXTRAL, tiles, T4)
+        needed += temporary_bytes(MIXTRAL, tiles, T4) + compute_ring(RUNS)
+        needed += max(tile_bytes(MIXTRAL, t, 2) for t in tiles)
+        assert needed > (room - 1) * GIB
         assert "needed" in str(refusal)
         return
     assert [index for sweep in plan.sweeps for index in sweep] == list(range(len(rows)))
-    assert plan.device_bytes <= room * 2**30
-    assert plan.resident_bytes + plan.ring_bytes <= ram
-    assert (plan.resident_bytes == 0) == (len(plan.sweeps) == 1)
+    assert plan.device_bytes <= room * GIB
+    assert plan.host_bytes <= T4.ram
+    several = len(plan.sweeps) > 1
+    assert (plan.host_kept_bytes + plan.device_kept_bytes > 0) == several
+
+
+@given(st.lists(st.integers(1, 10**9), min_size=1, max_size=60), st.integers(1, 10**10))
+def test_sweeps_are_as_few_as_can_be_and_even(sizes: list[int], room: int) -> None:
+    room = max(room, max(sizes))
+    sweeps = cut(sizes, room)
+    assert [index for sweep in sweeps for index in sweep] == list(range(len(sizes)))
+    loads = [sum(sizes[index] for index in sweep) for sweep in sweeps]
+    assert max(loads) <= room
+    # first-fit of consecutive items is the fewest there can be
+    fewest, used = 1, 0
+    for size in sizes:
+        fewest, used = (fewest + 1, size) if used + size > room else (fewest, used + size)
+    assert len(sweeps) == fewest
+    assert max(loads) <= sum(sizes) / fewest + max(sizes)
+
+
+def test_twenty_six_tiles_in_room_for_twenty_are_two_sweeps_of_thirteen() -> None:
+    assert [len(sweep) for sweep in cut([10] * 26, 205)] == [13, 13]
 
 
 @given(st.lists(st.integers(1, 10**9), min_size=1, max_size=50), st.integers(0, 10**10))
-def test_resident_blocks_fit_their_budget(sizes: list[int], budget: int) -> None:
-    specs = [BlockSpec(str(i), 0, {}, size, size) for i, size in enumerate(sizes)]
-    chosen = choose_resident(specs, budget)
+def test_kept_runs_fit_their_budget_and_are_spread(sizes: list[int], budget: int) -> None:
+    chosen = choose_spread(sizes, budget)
     assert sum(sizes[index] for index in chosen) <= budget
-    assert len(chosen) == len(sizes) or budget < sum(sizes)
+    assert (len(chosen) == len(sizes)) == (budget >= sum(sizes))
+
+
+def test_half_of_equal_runs_is_every_other_one() -> None:
+    assert sorted(choose_spread([10] * 8, 40)) == [1, 3, 5, 7]
+
+
+def test_runs_of_mixtral_are_attention_with_an_expert_then_experts() -> None:
+    assert len(RUNS) == 2 + 32 * 8
+    layer = [run for run in RUNS if run.layer == 3]
+    assert [len(run.offsets) for run in layer] == [2, *[1] * 7]
+    assert min(run.nbytes for run in RUNS) >= 64 * 2**20
+    assert [block for run in RUNS for block in run.blocks] == list(range(len(SPECS)))
+    # one layer of 0.75 GB, two runs ahead, one that may be lost at the ring's end
+    assert compute_ring(RUNS) == pytest.approx(748.9e6 + 3 * 112.6e6, rel=0.01)
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 200)), min_size=1, max_size=40))
+def test_runs_cover_every_block_once_and_stay_in_their_layer(blocks: list[tuple[int, int]]) -> None:
+    blocks.sort(key=lambda block: block[0])
+    specs = [BlockSpec(str(i), layer, {}, size, size) for i, (layer, size) in enumerate(blocks)]
+    runs = runs_of(specs, least=100)
+    assert [block for run in runs for block in run.blocks] == list(range(len(specs)))
+    for run in runs:
+        assert {specs[block].layer for block in run.blocks} == {run.layer}
+        sizes = [specs[block].nbytes for block in run.blocks]
+        assert run.nbytes == sum(sizes)
+        assert sum(sizes[:-1]) < 100  # it ended as soon as it was large enough
+        assert list(run.offsets) == [sum(sizes[:i]) for i in range(len(sizes))]
 
 
 def test_one_sweep_reads_every_byte_once_and_keeps_nothing() -> None:
-    plan = make_plan(MIXTRAL, SPECS, [tile()], element=2, vram=14 * 2**30, ram=4 * 2**30, cpu=False)
+    plan = planned([tile()], ram=4 * GIB)
     assert plan.bytes_to_read == READ_BYTES
-    assert plan.resident_bytes == 0
-    assert plan.host == "disk"
+    assert plan.host_kept_bytes == plan.device_kept_bytes == 0
+    assert plan.host == "ring"
+    assert plan.placement.host_ring == GIB
+    assert plan.placement.drop_cache  # 4 GiB do not hold the files
 
 
-def test_a_second_sweep_reads_only_what_is_not_resident() -> None:
+def test_a_second_sweep_reads_only_what_is_not_kept() -> None:
     tiles = [tile() for _ in range(20)]
-    plan = make_plan(MIXTRAL, SPECS, tiles, element=2, vram=14 * 2**30, ram=16 * 2**30, cpu=False)
+    plan = planned(tiles, ram=16 * GIB)
     assert len(plan.sweeps) == 2
-    kept = choose_resident(SPECS, plan.resident_bytes)
-    again = sum(spec.stored_bytes for i, spec in enumerate(SPECS) if i not in kept)
+    kept = plan.placement.device | plan.placement.host
+    again = sum(run.stored_bytes for run in RUNS if run.index not in kept)
     assert plan.bytes_to_read == READ_BYTES + again
-    assert 14 * 2**30 < plan.resident_bytes < 16 * 2**30
+    assert 14 * GIB < plan.host_kept_bytes <= 15 * GIB
+    on_device = sum(RUNS[index].nbytes for index in plan.placement.device)
+    whole = sum(run.nbytes for run in RUNS)
+    assert plan.bytes_to_copy == 2 * whole - on_device
+    assert plan.device_bytes <= T4.vram
+
+
+def test_a_large_card_keeps_everything_for_the_second_sweep() -> None:
+    plan = planned([tile() for _ in range(80)], vram=64 * GIB)
+    assert len(plan.sweeps) == 2
+    assert (plan.host, plan.placement.host) == ("resident", frozenset())
+    assert plan.bytes_to_read == READ_BYTES
 
 
 @pytest.mark.parametrize(
-    ("budget", "flag"), [({"vram": 2**30}, "--vram"), ({"ram": 2**29}, "--ram")]
+    ("budget", "flag"), [({"vram": GIB}, "--vram"), ({"ram": GIB // 4}, "--ram")]
 )
 def test_what_cannot_fit_is_refused_with_what_would(budget: dict[str, int], flag: str) -> None:
-    sizes = {"vram": 14 * 2**30, "ram": 4 * 2**30} | budget
     with pytest.raises(BudgetError, match=flag) as refusal:
-        make_plan(MIXTRAL, SPECS, [tile()], element=2, cpu=False, **sizes)
+        planned([tile()], **budget)
     assert flag in refusal.value.hint
+
+
+def test_the_least_host_memory_is_two_of_the_largest_runs() -> None:
+    least = staging_ring(RUNS)
+    assert planned([tile()], ram=least).placement.host_ring == least
+    with pytest.raises(BudgetError):
+        planned([tile()], ram=least - 1)
+
+
+def test_an_expert_of_a_tile_is_one_product_unless_routing_is_very_uneven() -> None:
+    # 51,200 rows x 2 / 8 = 12,800 on average
+    assert expert_piece(MIXTRAL, 51_200, cpu=False) == 19_200
 
 
 def test_a_context_beyond_the_model_is_refused() -> None:

@@ -23,8 +23,8 @@ SOURCE = PROJECT / "src/layersweep"
 
 # Data flows from left to right; nothing imports from its right.
 ORDER = (
-    *("errors", "units", "environment", "probes", "demo"),
-    *("checkpoint", "stream", "model", "kv", "sweep", "evals", "report", "cli", "__main__"),
+    *("errors", "units", "environment", "probes", "demo", "kernels", "checkpoint", "stream"),
+    *("model", "kv", "sweep", "evals", "report", "bench", "cli", "__main__"),
 )
 
 

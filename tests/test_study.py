@@ -48,7 +48,7 @@ def test_several_sweeps_within_a_smaller_budget_give_the_same_bits(
     assert (outcome.sweeps, outcome.gate_sweeps, outcome.nonfinite) == (1, 0, {})
     assert outcome.bytes_read == sum(spec.stored_bytes for spec in model.specs)
     less = study.plan.device_bytes - study.plan.peaks["hidden states"] // 2
-    for ram in (study.plan.ring_bytes + 4 * 2**20, 2**30):
+    for ram in (study.plan.placement.host_ring + 4 * 2**20, 2**30):
         small = replace(model, vram=Budget(less, "test"), ram=Budget(ram, "test"))
         again, several = measured(small, SMALL)
         assert several.sweeps >= 2

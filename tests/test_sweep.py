@@ -14,10 +14,11 @@ from torch import Tensor
 from layersweep.errors import BudgetError
 from layersweep.kv import parse
 from layersweep.kv.arms import EXACT, Arm
-from layersweep.stream.blocks import Block, BlockSpec
-from layersweep.stream.store import BlockStore, minimum_ring
-from layersweep.sweep.experts import ExpertScratch
-from layersweep.sweep.loop import run_sweep
+from layersweep.stream.blocks import Block
+from layersweep.stream.runs import Placement, choose_spread, compute_ring, runs_of
+from layersweep.stream.store import BlockStore
+from layersweep.sweep.dense import DenseWeights
+from layersweep.sweep.loop import Engine, run_sweep
 from layersweep.sweep.model import Model, load
 from layersweep.sweep.sequences import Branch, Sequence, Tile, tiles_of
 
@@ -66,15 +67,18 @@ def sweep_logits(
     def read(tile: Tile, number: int, sequence: Sequence, logits: list[Tensor]) -> None:
         found[tile.first + number] = [part.clone() for part in logits]
 
-    store = BlockStore(
-        model.specs,
-        resident_bytes=resident,
-        ring_bytes=minimum_ring(model.specs) if ring is None else ring,
-        device=torch.device("cpu"),
+    runs = runs_of(model.specs)
+    placement = Placement(
+        device=frozenset(),
+        host=choose_spread([run.nbytes for run in runs], resident),
+        device_ring=0,
+        host_ring=compute_ring(runs) if ring is None else ring,
     )
+    store = BlockStore(model.specs, placement, torch.device("cpu"))
+    engine = Engine(model.checkpoint.config, store, model.compute, 0)
     for number in range(sweeps):
-        run_sweep(model.checkpoint.config, store, model.numerics, tiles[number::sweeps], read)
-    store.close()
+        run_sweep(engine, tiles[number::sweeps], read)
+    engine.close()
     return found, store
 
 
@@ -195,10 +199,11 @@ def test_streaming_reads_every_token_through_the_codec(tiny: Path) -> None:
     assert (alone[0][0] - coded[:1]).abs().max() < 1e-4
 
 
-def test_a_ring_below_one_layer_and_two_blocks_is_refused(tiny: Path) -> None:
+def test_a_ring_below_one_layer_and_two_runs_is_refused(tiny: Path) -> None:
     model = load(str(tiny), device="cpu")
-    needed = minimum_ring(model.specs)
-    with pytest.raises(BudgetError, match="one layer and two blocks"):
+    runs = runs_of(model.specs)
+    needed = min(compute_ring(runs), sum(run.nbytes for run in runs))
+    with pytest.raises(BudgetError, match="one layer and two runs"):
         sweep_logits(model, [Tile("t", (windows(model, 1, [EXACT])[0],))], ring=needed - 1)
 
 
@@ -216,37 +221,14 @@ def test_one_dense_expert_at_a_time(tiny: Path, monkeypatch: pytest.MonkeyPatch)
     """Every expert of every layer is dequantized into the same memory, once per sweep."""
     model = load(str(tiny), device="cpu")
     filled: list[tuple[int, str]] = []
-    fill = ExpertScratch.fill
+    fill = DenseWeights.fill_expert
 
-    def spy(scratch: ExpertScratch, block: Block) -> None:
-        filled.append((scratch.w13.data_ptr(), block.spec.name))
-        fill(scratch, block)
+    def spy(weights: DenseWeights, block: Block) -> None:
+        filled.append((weights.w13.data_ptr(), block.spec.name))
+        fill(weights, block)
 
-    monkeypatch.setattr(ExpertScratch, "fill", spy)
+    monkeypatch.setattr(DenseWeights, "fill_expert", spy)
     sweep_logits(model, tiles_of("t", windows(model, 5, [EXACT, parse("K3V2")]), 2))
     assert len({memory for memory, _ in filled}) == 1
     names = [f"layers.{layer}.experts.{expert}" for layer in range(2) for expert in range(4)]
     assert [name for _, name in filled] == names
-
-
-def test_the_ring_and_its_spare_arenas_stay_within_their_bytes(tiny: Path) -> None:
-    class Spy(BlockStore):
-        most = 0
-
-        def _take_arena(self, index: int, spec: BlockSpec) -> Tensor | None:
-            arena = super()._take_arena(index, spec)
-            with self._changed:
-                spares = sum(size * len(arenas) for size, arenas in self._spare.items())
-                self.most = max(self.most, self._in_ring + spares)
-            return arena
-
-    model = load(str(tiny), device="cpu")
-    ring = minimum_ring(model.specs)
-    store = Spy(model.specs, resident_bytes=0, ring_bytes=ring, device=torch.device("cpu"))
-    tiles = tiles_of("t", windows(model, 4, [EXACT, parse("K3V2")]), 2)
-    for _ in range(3):
-        run_sweep(
-            model.checkpoint.config, store, model.numerics, tiles, lambda *read: None
-        )  # fmt: skip
-    store.close()
-    assert 0.5 * ring < store.most <= ring

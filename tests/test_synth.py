@@ -6,10 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from layersweep.checkpoint import open_checkpoint
 from layersweep.checkpoint.synth import MIXTRAL_8X7B, synthetic_bytes, write_synthetic
 from layersweep.cli.app import run
+from layersweep.errors import InputError
 from layersweep.evals.settings import EvalSettings
 from layersweep.evals.study import prepare_study, run_study
 from layersweep.sweep.model import load
@@ -25,6 +28,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("synth") / "model"
     write_synthetic(target, SMALL, shard_bytes=4_000_000)
     return target
+
+
+def tensors_in(folder: Path) -> dict[str, torch.Tensor]:
+    files = sorted(folder.glob("*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
 def test_it_is_read_as_published_nested_nf4_with_a_packed_router(folder: Path) -> None:
@@ -53,13 +61,59 @@ def test_activations_stay_small_and_routing_spread_through_32_layers(
         "finite", "experts used", "router spread", "peak within plan"}  # fmt: skip
 
 
-def test_the_same_seed_writes_the_same_bytes(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("threads", [1, 5])
+def test_the_same_seed_writes_the_same_bytes(folder: Path, tmp_path: Path, threads: int) -> None:
     again = tmp_path / "again"
-    write_synthetic(again, SMALL, shard_bytes=4_000_000)
-    first = sorted(folder.glob("*.safetensors"))
+    write_synthetic(again, SMALL, shard_bytes=4_000_000, threads=threads)
+    first = sorted(folder.iterdir())
+    assert len(first) == 8
     assert [file.read_bytes() for file in first] == [
         (again / file.name).read_bytes() for file in first
     ]
+
+
+def test_another_seed_writes_other_bytes(folder: Path, tmp_path: Path) -> None:
+    write_synthetic(tmp_path / "other", SMALL, shard_bytes=4_000_000, seed=1)
+    mine, other = tensors_in(folder), tensors_in(tmp_path / "other")
+    for key in ("lm_head.weight", "model.layers.31.block_sparse_moe.experts.7.w2.weight"):
+        assert not torch.equal(mine[key], other[key])
+
+
+def test_files_are_what_safetensors_would_write(folder: Path, tmp_path: Path) -> None:
+    for file in folder.glob("*.safetensors"):
+        save_file(load_file(file), tmp_path / file.name, metadata={"format": "pt"})
+        assert (tmp_path / file.name).read_bytes() == file.read_bytes()
+
+
+def test_bytes_are_spread_as_meant(folder: Path) -> None:
+    tensors = tensors_in(folder)
+    embed, head = tensors["model.embed_tokens.weight"], tensors["lm_head.weight"]
+    assert embed.float().std().item() == pytest.approx(1.0, rel=0.01)
+    assert head.float().std().item() == pytest.approx(128**-0.5, rel=0.01)
+    assert len(embed.unique(dim=0)) == len(embed)
+    packed = tensors["model.layers.31.block_sparse_moe.experts.7.w2.weight"]
+    assert packed.float().mean().item() == pytest.approx(127.5, rel=0.03)
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, OSError(28, "No space left on device")])
+def test_a_run_that_ends_early_leaves_nothing(
+    tmp_path: Path, failure: BaseException | type[BaseException]
+) -> None:
+    def fail(phase: str, done: int, total: int) -> None:
+        raise failure
+
+    expected = InputError if isinstance(failure, OSError) else KeyboardInterrupt
+    with pytest.raises(expected):
+        write_synthetic(tmp_path / "model", SMALL, shard_bytes=4_000_000, progress=fail)
+    assert list((tmp_path / "model").iterdir()) == []
+
+
+def test_progress_ends_at_the_layers_and_the_ends(tmp_path: Path) -> None:
+    seen: list[tuple[str, int, int]] = []
+    small = replace(SMALL, num_hidden_layers=2)
+    size = write_synthetic(tmp_path / "model", small, progress=lambda *step: seen.append(step))
+    assert seen[-1] == ("writing", 3, 3)
+    assert size == open_checkpoint(str(tmp_path / "model")).nbytes
 
 
 def test_full_size_is_announced_within_one_percent() -> None:

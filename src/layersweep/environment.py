@@ -6,15 +6,17 @@ by the functions that ask a CUDA device, so that reading versions costs nothing.
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import importlib.util
 import os
 import platform
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 from typing import Any
 
 import psutil
@@ -61,8 +63,10 @@ class Budget:
     source: str
 
 
-def versions() -> dict[str, str | None]:
-    """Versions of everything that can change a number; None where it is not installed."""
+@functools.cache
+def versions() -> Mapping[str, str | None]:
+    """Versions of everything that can change a number; None where it is not installed. Asked
+    for once: it starts processes."""
     found: dict[str, str | None] = {
         "layersweep": layersweep.__version__,
         "git": git_commit(),
@@ -72,7 +76,7 @@ def versions() -> dict[str, str | None]:
     }
     found.update({package: package_version(package) for package in _PACKAGES})
     order = ("layersweep", "git", "python", "torch", "cuda", "driver", *_PACKAGES[1:])
-    return {name: found[name] for name in order}
+    return MappingProxyType({name: found[name] for name in order})
 
 
 def package_version(package: str) -> str | None:
@@ -184,6 +188,17 @@ def device_memory(device: str) -> DeviceMemory:
 
     free, total = torch.cuda.mem_get_info(index)
     return DeviceMemory(total=total, free=free + torch.cuda.memory_reserved(index))
+
+
+def context_bytes(device: str) -> int:
+    """What CUDA holds of a device besides tensors, at most 0.7 GiB: other processes' memory
+    looks the same from here, and is not part of anybody's budget."""
+    index = _cuda_index(device)
+    import torch
+
+    torch.zeros(1, device=device)  # the context may not exist yet
+    free, total = torch.cuda.mem_get_info(index)
+    return min(total - free - torch.cuda.memory_reserved(index), DEVICE_RESERVE)
 
 
 def _cuda_index(device: str) -> int:

@@ -5,6 +5,17 @@ A message says what was found and what was needed; the hint says what to do abou
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+
+class Fallback(NamedTuple):
+    """Something done in a simpler way than wanted: printed when it happens, and recorded."""
+
+    what: str
+    wanted: str
+    used: str
+    why: str
+
 
 class LayersweepError(Exception):
     """Base class. `exit_code` is what the command line ends with."""

@@ -31,6 +31,7 @@ __all__ = [
     "NestedScales",
     "QuantizedTensor",
     "check_scales",
+    "decode",
     "dequantize",
     "dynamic_map",
     "expand_absmax",
@@ -91,6 +92,14 @@ def expand_absmax(
     levels = nested_quant_map.index_select(0, absmax_u8.reshape(-1).int())
     outer = nested_absmax.repeat_interleave(nested_blocksize)[:blocks]
     return levels.mul_(outer).add_(offset)
+
+
+def decode(quantized: QuantizedTensor, kind: str, out: Tensor) -> None:
+    """Fill `out` (dense shape and dtype) from a quantized weight; `kind`: "nf4" or "fp4"."""
+    dequantize(
+        quantized.packed, quantized.scales(), quantized.blocksize, out.shape, out.dtype, out=out,
+        code=CODES[kind],
+    )  # fmt: skip
 
 
 def dequantize(

@@ -7,14 +7,20 @@ Scales: a matrix with n inputs has standard deviation 1 / sqrt(n), those that wr
 residual stream 1 / sqrt(2 L n) for L layers, so hidden states stay near 1 in fp16 whatever the
 depth; router logits get a standard deviation of about 1, so that tokens go to all experts.
 Packed bytes are uniform: the 16 levels of NF4 are equally likely.
+
+Every tensor is planned first, shape and place in the pool, and then written from where its bytes
+lie: 24 GB pass through no memory but the page cache.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +34,9 @@ from layersweep.errors import InputError
 from layersweep.units import format_bytes
 
 POOL_BYTES = 64 * 2**20
+NORMAL_PIECE = 2**20  # values drawn at once
+REPORT_EVERY_S = 0.2
+WRITE_BUFFER = 2**20  # small tensors are gathered; larger pieces go past it uncopied
 SHARD_BYTES = 4_900_000_000
 NESTED_SPREAD = 0.1  # scales of a weight vary by up to this share
 LEVELS_STD = float(torch.tensor(nf4.NF4_CODE).square().mean().sqrt())
@@ -40,13 +49,33 @@ MIXTRAL_8X7B = ModelConfig(
     tie_word_embeddings=False, bos_token_id=1, eos_token_id=2, synthetic=True,
 )  # fmt: skip
 SHAPES = {"mixtral-8x7b": MIXTRAL_8X7B}
+BESIDE = (
+    *("tokenizer.json", "tokenizer_config.json"),
+    *("model.safetensors.index.json", "config.json"),
+)
+DTYPE_NAMES = {torch.uint8: "U8", torch.float16: "F16", torch.float32: "F32"}
+
+Pieces = Callable[[], Iterator[memoryview]]
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """A tensor to write. `like` has its dtype and shape, `pieces` makes its bytes when called."""
+
+    name: str
+    like: Tensor
+    pieces: Pieces
+
+    @classmethod
+    def of(cls, name: str, tensor: Tensor) -> PlannedTensor:
+        return cls(name, tensor, lambda: iter((bytes_of(tensor),)))
 
 
 @dataclass(frozen=True)
 class Pool:
     """Random bytes, cut at random places: drawing 24 GB afresh would take longer than writing."""
 
-    data: Tensor
+    data: memoryview
     generator: torch.Generator
 
     @classmethod
@@ -56,60 +85,139 @@ class Pool:
             torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max, (POOL_BYTES // 8,),
             generator=generator,
         )  # fmt: skip
-        return cls(words.view(torch.uint8), generator)
+        return cls(bytes_of(words), generator)
 
-    def take(self, count: int) -> Tensor:
-        """`count` bytes: the pool from a random place on, around as often as it takes."""
-        start = int(torch.randint(POOL_BYTES, (1,), generator=self.generator))
-        out = torch.empty(count, dtype=torch.uint8)
-        filled = 0
-        while filled < count:
-            piece = self.data[start : start + count - filled]
-            out[filled : filled + piece.numel()] = piece
-            filled, start = filled + piece.numel(), 0
-        return out
+    def seed(self) -> int:
+        """For a generator of its own, of what is drawn while it is written."""
+        return int(torch.randint(2**62, (1,), generator=self.generator))
+
+    def take(self, count: int) -> Pieces:
+        """`count` bytes: the pool from a random place on, around as often as it takes.
+
+        The place is drawn now, so that it does not depend on who writes when; nothing is copied.
+        """
+        first = int(torch.randint(POOL_BYTES, (1,), generator=self.generator))
+
+        def pieces() -> Iterator[memoryview]:
+            start, left = first, count
+            while left:
+                piece = self.data[start : start + left]
+                yield piece
+                start, left = 0, left - len(piece)
+
+        return pieces
 
 
 def write_synthetic(
     folder: Path, config: ModelConfig, *, seed: int = 0, shard_bytes: int = SHARD_BYTES,
+    threads: int | None = None,
     progress: Callable[[str, int, int], None] = lambda phase, done, total: None,
 ) -> int:  # fmt: skip
     """Write the checkpoint; returns its weight bytes. `folder` is made; it must hold no model.
 
+    The bytes depend on `config`, `seed` and `shard_bytes` alone. config.json comes last, so a
+    folder that was left early opens nowhere; what was written is taken away again if it fails.
     Raises InputError for a folder in use, one that cannot be made, or a disk that is too small.
     """
     _check_folder(folder, config)
-    from safetensors.torch import save_file
-
-    pool = Pool.draw(seed)
-    weight_map: dict[str, str] = {}
-    shard: dict[str, Tensor] = {}
-    total = held = number = 0
+    shards = _shards(_tensors(config, Pool.draw(seed)), shard_bytes)
+    files = {f"model-{number:05d}.safetensors": shard for number, shard in enumerate(shards, 1)}
+    total = sum(tensor.like.nbytes for shard in shards for tensor in shard)
     parts = config.num_hidden_layers + 1
 
-    def flush() -> None:
-        nonlocal shard, held, number
-        number += 1
-        name = f"model-{number:05d}.safetensors"
-        save_file(shard, folder / name, metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(shard, name))
-        shard, held = {}, 0
+    def report(written: int) -> None:
+        progress("writing", written * parts // total, parts)
 
-    for done, tensors in enumerate(_parts(config, pool)):
-        for name, tensor in tensors:
-            if held and held + tensor.nbytes > shard_bytes:
-                flush()
-            shard[name] = tensor
-            held += tensor.nbytes
-            total += tensor.nbytes
-        progress("writing", done + 1, parts)
-    flush()
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
-    (folder / "config.json").write_text(json.dumps(_config_json(config), indent=1) + "\n")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(demo_folder() / name, folder / name)
+    try:
+        _write_shards(folder, files, threads or os.cpu_count() or 1, report)
+        _write_beside(folder, config, total, files)
+    except BaseException as failure:
+        for name in (*files, *BESIDE):
+            (folder / name).unlink(missing_ok=True)
+        if isinstance(failure, OSError):
+            raise InputError(f"{folder}: cannot be written ({failure.strerror})",
+                             hint="name a folder on a larger disk") from failure  # fmt: skip
+        raise
     return total
+
+
+def _shards(tensors: Iterable[PlannedTensor], shard_bytes: int) -> list[list[PlannedTensor]]:
+    shards: list[list[PlannedTensor]] = [[]]
+    held = 0
+    for tensor in tensors:
+        if held and held + tensor.like.nbytes > shard_bytes:
+            shards.append([])
+            held = 0
+        shards[-1].append(tensor)
+        held += tensor.like.nbytes
+    return shards
+
+
+def _write_shards(
+    folder: Path, files: Mapping[str, list[PlannedTensor]], threads: int,
+    report: Callable[[int], None],
+) -> None:  # fmt: skip
+    """All files, several at once; one writer each, since the kernel locks a file to write it."""
+    stop = threading.Event()
+    written = dict.fromkeys(files, 0)
+
+    def write(name: str) -> None:
+        if stop.is_set():
+            return
+        # "x": nobody else's file; the head first and no gaps, so a part of it reads as truncated
+        with (folder / name).open("xb", buffering=WRITE_BUFFER) as file:
+            # the order of safetensors' own writer: by alignment, then by name
+            shard = sorted(files[name], key=lambda item: (-item.like.itemsize, item.name))
+            file.write(_header(shard))
+            for piece in (piece for tensor in shard for piece in tensor.pieces()):
+                if stop.is_set():
+                    return
+                written[name] += file.write(piece)
+
+    with ThreadPoolExecutor(min(threads, len(files))) as pool:
+        running = {pool.submit(write, name) for name in files}
+        try:
+            while running:
+                done, running = wait(running, REPORT_EVERY_S, return_when=FIRST_EXCEPTION)
+                for future in done:
+                    future.result()
+                report(sum(written.values()))
+        finally:
+            stop.set()
+
+
+def _header(tensors: Iterable[PlannedTensor]) -> bytes:
+    """Length and JSON, padded to 8 bytes, of a safetensors file with `tensors` in this order."""
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for tensor in tensors:
+        end = position + tensor.like.nbytes
+        entries[tensor.name] = {
+            "dtype": DTYPE_NAMES[tensor.like.dtype],
+            "shape": list(tensor.like.shape),
+            "data_offsets": [position, end],
+        }
+        position = end
+    head = json.dumps(entries, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    return len(head).to_bytes(8, "little") + head
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the CPU, where they lie."""
+    return tensor.view(-1).view(torch.uint8).numpy().data
+
+
+def _write_beside(
+    folder: Path, config: ModelConfig, total: int, files: Mapping[str, list[PlannedTensor]]
+) -> None:
+    """Tokenizer, index and, last, the file without which nothing opens the folder."""
+    for name in BESIDE[:2]:
+        shutil.copyfile(demo_folder() / name, folder / name)
+    weight_map = {tensor.name: name for name, shard in files.items() for tensor in shard}
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    for name, fields in zip(BESIDE[2:], (index, _config_json(config)), strict=True):
+        (folder / name).write_text(json.dumps(fields, indent=1) + "\n")
 
 
 def _check_folder(folder: Path, config: ModelConfig) -> None:
@@ -143,20 +251,24 @@ def synthetic_bytes(config: ModelConfig) -> int:
     return int(0.516 * layer * config.num_hidden_layers) + dense
 
 
-def _parts(config: ModelConfig, pool: Pool) -> Iterator[Iterator[tuple[str, Tensor]]]:
-    """Named tensors of each layer, then of embedding, norm and head."""
+def _tensors(config: ModelConfig, pool: Pool) -> Iterator[PlannedTensor]:
+    """Every tensor in the order of layers, then embedding, head and norm."""
     for layer in range(config.num_hidden_layers):
-        yield _layer(config, pool, f"model.layers.{layer}")
-    yield _ends(config, pool)
+        yield from _layer(config, pool, f"model.layers.{layer}")
+    columns = config.hidden_size
+    for name, std in (("model.embed_tokens", 1.0), ("lm_head", 1.0 / math.sqrt(columns))):
+        like = torch.empty(config.vocab_size, columns, dtype=torch.float16, device="meta")
+        yield PlannedTensor(f"{name}.weight", like, _normal(like.numel(), std, pool.seed()))
+    yield PlannedTensor.of("model.norm.weight", torch.ones(columns, dtype=torch.float16))
 
 
-def _layer(config: ModelConfig, pool: Pool, at: str) -> Iterator[tuple[str, Tensor]]:
+def _layer(config: ModelConfig, pool: Pool, at: str) -> Iterator[PlannedTensor]:
     hidden, inner = config.hidden_size, config.intermediate_size
     heads = config.num_attention_heads * config.head_dim
     kv = config.num_key_value_heads * config.head_dim
     into_residual = 1.0 / math.sqrt(2 * config.num_hidden_layers)
     for name in ("input_layernorm", "post_attention_layernorm"):
-        yield f"{at}.{name}.weight", torch.ones(hidden, dtype=torch.float16)
+        yield PlannedTensor.of(f"{at}.{name}.weight", torch.ones(hidden, dtype=torch.float16))
     for name, rows, columns, gain in (
         ("q_proj", heads, hidden, 1.0), ("k_proj", kv, hidden, 1.0), ("v_proj", kv, hidden, 1.0),
         ("o_proj", hidden, heads, into_residual),
@@ -172,17 +284,19 @@ def _layer(config: ModelConfig, pool: Pool, at: str) -> Iterator[tuple[str, Tens
             yield from _packed(f"{moe}.experts.{expert}.{name}.weight", rows, columns, gain, pool)
 
 
-def _ends(config: ModelConfig, pool: Pool) -> Iterator[tuple[str, Tensor]]:
-    shape = (config.vocab_size, config.hidden_size)
-    for name, std in (("model.embed_tokens", 1.0), ("lm_head", 1.0 / math.sqrt(shape[1]))):
-        weight = torch.randn(shape, generator=pool.generator).mul_(std)
-        yield f"{name}.weight", weight.to(torch.float16)
-    yield "model.norm.weight", torch.ones(shape[1], dtype=torch.float16)
+def _normal(count: int, std: float, seed: int) -> Pieces:
+    """Normal values in float16, drawn a piece at a time by a generator of this tensor's own."""
+
+    def pieces() -> Iterator[memoryview]:
+        generator = torch.Generator().manual_seed(seed)
+        for start in range(0, count, NORMAL_PIECE):
+            size = min(NORMAL_PIECE, count - start)
+            yield bytes_of(torch.randn(size, generator=generator).mul_(std).to(torch.float16))
+
+    return pieces
 
 
-def _packed(
-    name: str, rows: int, columns: int, gain: float, pool: Pool
-) -> Iterator[tuple[str, Tensor]]:
+def _packed(name: str, rows: int, columns: int, gain: float, pool: Pool) -> Iterator[PlannedTensor]:
     """The published tensors of a random matrix with standard deviation gain / sqrt(columns)."""
     elements = rows * columns
     blocks = -(-elements // 64)
@@ -191,9 +305,14 @@ def _packed(
     nested = nf4.NestedScales(
         torch.full((groups,), NESTED_SPREAD * scale), nf4.dynamic_map(), nf4.NESTED_BLOCKSIZE, scale
     )
-    quantized = nf4.QuantizedTensor(pool.take((elements + 1) // 2), pool.take(blocks), 64, nested)
-    tensors = nf4.to_tensors(name, quantized, torch.float16, (rows, columns))
-    return iter(tensors.items())
+    sizes = ((elements + 1) // 2, blocks)
+    packed, absmax = (torch.empty(size, dtype=torch.uint8, device="meta") for size in sizes)
+    quantized = nf4.QuantizedTensor(packed, absmax, 64, nested)
+    for part, tensor in nf4.to_tensors(name, quantized, torch.float16, (rows, columns)).items():
+        if tensor.is_meta:
+            yield PlannedTensor(part, tensor, pool.take(tensor.nbytes))
+        else:
+            yield PlannedTensor.of(part, tensor)
 
 
 def _config_json(config: ModelConfig) -> dict[str, object]:

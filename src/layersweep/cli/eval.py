@@ -34,6 +34,7 @@ class Machine:
     dtype: str
     weights: str
     router_dtype: str
+    assume_capability: str | None
 
 
 def evaluate(
@@ -58,6 +59,9 @@ def evaluate(
     dtype: Annotated[str, typer.Option(help="auto, float16, bfloat16 or float32.")] = "auto",
     weights: Annotated[str, typer.Option(help="auto or native (as stored), or nf4.")] = "auto",
     router_dtype: Annotated[str, typer.Option(help="float32 or hidden.")] = "float32",
+    assume_capability: Annotated[
+        str | None, typer.Option(help="Take the paths of an older GPU, for example 7.5.")
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Commit of a hub model.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for results; none: no files.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of needles and resampling.")] = 0,
@@ -88,7 +92,9 @@ def evaluate(
         gate=gate,  # type: ignore[arg-type]
         seed=seed,
     )
-    machine = Machine(revision, vram, ram, device, dtype, weights, router_dtype)
+    machine = Machine(
+        revision, vram, ram, device, dtype, weights, router_dtype, assume_capability
+    )  # fmt: skip
     results = _run(model, settings, machine, out)
     if json_output:
         sys.stdout.write(json.dumps(results, allow_nan=False) + "\n")
@@ -136,8 +142,8 @@ def _prepare(source: str, settings: EvalSettings, machine: Machine, events: Even
     events.say(paths_line(study))
     events.say(budget_line(study))
     events.say(versions_line())
-    for what, wanted, used, why in study.fallbacks:
-        events.say(f"fallback: {what}: wanted {wanted}, used {used}: {why}")
+    for fallback in study.fallbacks:
+        events.say_fallback(fallback)
     return study
 
 
@@ -153,6 +159,7 @@ def _measure(study: Study, folder: RunFolder, events: Events) -> dict[str, Any]:
                 study,
                 progress=progress,
                 finished_sweep=lambda tiles: folder.append(study, tiles),
+                say=events.say_fallback,
             )
     except GateError:
         results = build_results(study, Outcome(), status="gate_failed", command=command)

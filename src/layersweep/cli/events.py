@@ -13,6 +13,7 @@ from rich.console import Console
 
 from layersweep.checkpoint.layout import Checkpoint, Weight
 from layersweep.environment import host_memory, versions
+from layersweep.errors import Fallback
 from layersweep.evals.meter import host_bytes
 from layersweep.evals.study import Study
 from layersweep.report.store import write_atomically
@@ -31,6 +32,10 @@ class Events:
     def say(self, line: str) -> None:
         self.note(line)
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def say_fallback(self, fallback: Fallback) -> None:
+        what, wanted, used, why = fallback
+        self.say(f"fallback: {what}: wanted {wanted}, used {used}: {why}")
 
     def note(self, line: str) -> None:
         self._last.append({"time": round(time.time(), 3), "event": line})
@@ -67,11 +72,13 @@ def layout_line(checkpoint: Checkpoint) -> str:
 
 
 def paths_line(study: Study) -> str:
-    paths, numerics = study.model.paths, study.model.numerics
-    dtype = str(numerics.dtype).removeprefix("torch.")
+    paths, compute = study.model.paths, study.model.compute
+    dtype = str(compute.dtype).removeprefix("torch.")
+    capability = f" sm_{compute.capability[0]}{compute.capability[1]}" if compute.capability else ""
     return (
-        f"[paths] device {numerics.device}, {dtype}; dequant: {paths.dequant}; experts: "
-        f"{paths.experts}; attention: {paths.attention}; host: {study.plan.host}"
+        f"[paths] device {compute.device}{capability}, {dtype}; kernels: {paths.kernels}; dequant: "
+        f"{paths.dequant}; experts: {paths.experts}; attention: {paths.attention}; host: "
+        f"{study.plan.host}"
     )
 
 

@@ -189,8 +189,8 @@ def _show(
     table.add_row(
         "peak, predicted", f"{format_bytes(plan.device_bytes)} of {format_bytes(plan.vram)}"
     )
-    table.add_row("weights kept in host memory", format_bytes(plan.resident_bytes))
-    table.add_row("block ring", format_bytes(plan.ring_bytes))
+    table.add_row("weights kept in host memory", format_bytes(plan.host_kept_bytes))
+    table.add_row("host ring", format_bytes(plan.placement.host_ring))
     table.add_row("sweeps", f"{len(plan.sweeps)}, {format_bytes(plan.bytes_to_read)} to read")
     table.add_row("download, at 100 MB/s", format_seconds(found.download_s))
     table.add_row("first read", format_seconds(found.first_read_s))

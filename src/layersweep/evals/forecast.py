@@ -11,8 +11,9 @@ from layersweep.evals import needle_job, perplexity
 from layersweep.evals.settings import EvalSettings
 from layersweep.kv.arms import EXACT, Arm
 from layersweep.stream.blocks import BlockSpec
-from layersweep.stream.plan import Plan, make_plan, tile_flops
-from layersweep.stream.rates import MachineRates
+from layersweep.stream.plan import Plan, make_plan
+from layersweep.stream.rates import SWEEP_EFFICIENCY, MachineRates
+from layersweep.stream.shapes import Machine, tile_flops
 from layersweep.sweep.sequences import Branch, Sequence, Tile, tiles_of
 from layersweep.sweep.shapes import tile_shape
 
@@ -87,11 +88,12 @@ def forecast(
     width = config.num_attention_heads * config.head_dim
     shapes = [tile_shape(tile, width) for tile in tiles]
     cpu = machine.device == "cpu"
-    plan = make_plan(
-        config, specs, shapes[:: machine.devices], element=4 if cpu else 2, vram=machine.vram,
-        ram=machine.ram, cpu=cpu,
+    place = Machine(
+        machine.vram, machine.ram, element=4 if cpu else 2, cpu=cpu,
+        repeats_kv=machine.repeats_kv,
     )  # fmt: skip
-    rate = machine.gemm_flops * machine.devices
+    plan = make_plan(config, specs, shapes[:: machine.devices], place)
+    rate = machine.gemm_flops * SWEEP_EFFICIENCY[machine.device] * machine.devices
     seconds = {
         name: sum(tile_flops(config, shape) for shape in shapes if shape.name == name) / rate
         for name in (perplexity.NAME, needle_job.NAME)

@@ -23,6 +23,7 @@ from layersweep.sweep.sequences import Branch, Sequence, Tile
 HALF = 256
 COPY_GAIN = 0.5
 CARD_TOLERANCE = 0.02
+LARGEST_HALF = 3e4  # of a hidden state in float16: the next layer may double it
 NAME = "gate"
 
 
@@ -48,15 +49,22 @@ class Card:
 class Gate:
     """Collects checks while the sweep runs; raises GateError at the first that fails.
 
-    `card`: what the model's card promises; it counts where its tokens are the gate's.
+    `card`: what the model's card promises; it counts where its tokens are the gate's. `half`:
+    the run computes in float16, which overflows.
     """
 
     def __init__(
-        self, config: ModelConfig, ids: list[int], bos: int | None, card: Card | None
+        self,
+        config: ModelConfig,
+        ids: list[int],
+        bos: int | None,
+        card: Card | None,
+        *,
+        half: bool = False,
     ) -> None:
         lead = [] if bos is None else [bos]
         once = [*lead, *ids][:HALF]
-        self.config = config
+        self.config, self.half = config, half
         self.ids = tuple(once + once)
         self.tokens_sha = hash_ids(self.ids)
         known = card is not None and card.tokens_sha == self.tokens_sha
@@ -73,11 +81,18 @@ class Gate:
         """Finite everywhere, and a router that sends tokens to different places."""
         layer, limit = health.layer, float(self.config.num_experts_per_tok)
         self.experts_used.append(health.experts_used)
+        largest = health.largest
         self._require(
-            Check("finite", health.finite, _number(health.largest), None, layer),
+            Check("finite", math.isfinite(largest), _number(largest), None, layer),
             f"layer {layer}: hidden states are not finite",
             "try --dtype bfloat16 or float32; if that fails too, the layer's weights are damaged",
         )
+        if self.half:
+            self._require(
+                Check("below overflow", largest <= LARGEST_HALF, largest, LARGEST_HALF, layer),
+                f"layer {layer}: hidden states reach {largest:.0f}, float16 ends at 65504",
+                "--dtype bfloat16 or float32",
+            )
         self._require(
             Check("experts used", health.experts_used > limit, health.experts_used, limit, layer),
             f"layer {layer}: {health.experts_used} distinct experts for {len(self.ids)} tokens, "

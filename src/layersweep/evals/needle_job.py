@@ -11,7 +11,6 @@ from torch import Tensor
 
 from layersweep.evals.measured import NeedleMeasurements, TrialInfo
 from layersweep.evals.needle import Trial, generated_correctly
-from layersweep.evals.perplexity import mean_nll
 from layersweep.evals.tokenizer import TextTokenizer
 from layersweep.kv.arms import EXACT, Arm
 from layersweep.sweep.attention import BranchCache
@@ -43,6 +42,8 @@ class NeedleJob:
     outputs: dict[str, list[str]] = field(init=False)
     correct: dict[str, list[bool]] = field(init=False)
     answer_nll: dict[str, list[float | None]] = field(init=False)
+    # trial -> [2, arms, answer tokens] float64: first guesses, NLL of the answer
+    _judged: list[tuple[int, Tensor]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         names, count = [arm.name for arm in self._all], len(self.trials)
@@ -69,15 +70,25 @@ class NeedleJob:
         return Sequence(trial.prefix_ids, tuple(branches))
 
     def read(self, tile: Tile, number: int, sequence: Sequence, logits: list[Tensor]) -> None:
-        """Judge one trial from the logits [answer tokens, V] of each branch."""
+        """Judge one trial from the logits [answer tokens, V] of each branch; `settle` brings
+        the verdicts to the host."""
         index = tile.first + number
         trial = self.trials[index]
         answer = torch.tensor(trial.branch_ids[-trial.answer_length :], device=logits[0].device)
-        for arm, branch in zip(self._all, logits, strict=True):
-            best = branch.argmax(-1)
-            self.outputs[arm.name][index] = self.tokenizer.decode(best.tolist())
-            self.correct[arm.name][index] = bool((best == answer).all())
-            self.answer_nll[arm.name][index] = mean_nll(branch.log_softmax(-1), answer)
+        best = torch.stack([branch.argmax(-1) for branch in logits])
+        scores = [branch.log_softmax(-1).gather(1, answer[:, None])[:, 0] for branch in logits]
+        self._judged.append((index, torch.stack((best.double(), -torch.stack(scores).double()))))
+
+    def settle(self) -> None:
+        """Take over the trials read so far."""
+        for index, judged in self._judged:
+            trial, (best, nll) = self.trials[index], judged.cpu()
+            answer = list(trial.branch_ids[-trial.answer_length :])
+            for arm, guess, losses in zip(self._all, best.long().tolist(), nll, strict=True):
+                self.outputs[arm.name][index] = self.tokenizer.decode(guess)
+                self.correct[arm.name][index] = guess == answer
+                self.answer_nll[arm.name][index] = losses.mean().item()
+        self._judged.clear()
 
     def generate(self, run: RunTiles) -> None:
         """Greedy generation of NEW_TOKENS tokens for all trials and arms: a sweep per token.

@@ -7,6 +7,7 @@ which every read goes through the codec.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
 
@@ -43,17 +44,33 @@ def control_arms(arms: Many[Arm]) -> list[tuple[str, Arm]]:
     return [*identities, ("exact", EXACT)]
 
 
+def score_branches(logits: list[Tensor], target: Tensor) -> Tensor:
+    """[branches, T, 3] float32: NLL of the target, KL(exact || branch) in nats, and 1 where the
+    first guess is that of the exact branch, which comes first. `logits` [T, V] each."""
+    scores = torch.zeros(len(logits), len(target), 3, device=target.device)
+    exact = logits[0].log_softmax(-1)
+    chance, best = exact.exp(), exact.argmax(-1)
+    for row, branch in zip(scores, logits, strict=True):
+        found = exact if branch is logits[0] else branch.log_softmax(-1)
+        row[:, 0] = -found.gather(1, target[:, None])[:, 0]
+        row[:, 1] = (chance * (exact - found)).sum(-1)
+        row[:, 2] = found.argmax(-1) == best
+    return scores
+
+
 @dataclass
 class PerplexityJob:
     """The tiles of a perplexity study, and what is measured on them.
 
-    `arms` leaves out the baseline, which is always branch 0.
+    `arms` leaves out the baseline, which is always branch 0. `score` as `score_branches`.
     """
 
     windows: list[Window]
     arms: list[Arm]
     streaming: bool
-    controls: list[tuple[str, Arm]] = field(default_factory=list)
+    score: Callable[[list[Tensor], Tensor], Tensor] = score_branches
+    controls: list[tuple[str, Arm]] = field(init=False)
+    _scored: list[tuple[int, Tensor]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.controls = control_arms(self.arms)
@@ -89,23 +106,32 @@ class PerplexityJob:
         return Sequence(window.ids[: window.prefix], tuple(branches))
 
     def read(self, tile: Tile, number: int, sequence: Sequence, logits: list[Tensor]) -> None:
-        """Score one window: `logits` [scored, V] per branch, the exact baseline first."""
+        """Score one window: `logits` [scored, V] per branch, the exact baseline first.
+
+        The numbers stay on the device until `settle`: a copy per window would hold it up.
+        """
         index = tile.first + number
         window = self.windows[index]
         target = torch.tensor(window.ids[window.prefix + 1 :], device=logits[0].device)
-        exact = logits[0].log_softmax(-1)
-        chance, best = exact.exp(), exact.argmax(-1)
-        baseline = mean_nll(exact, target)
-        self.nll["exact"][index] = baseline
-        for name, branch in zip(self._arm_names, logits[1:], strict=False):
-            scores = branch.log_softmax(-1)
-            self.nll[name][index] = mean_nll(scores, target)
-            self.kl[name][index] = divergence(chance, exact, scores)
-            self.agree[name][index] = (scores.argmax(-1) == best).float().mean().item()
-        for (name, _), branch in zip(self.controls, logits[1 + len(self.arms) :], strict=False):
-            scores = branch.log_softmax(-1)
-            self.control_delta[name][index] = mean_nll(scores, target) - baseline
-            self.control_kl[name][index] = divergence(chance, exact, scores)
+        self._scored.append((index, self.score(logits, target)))
+
+    def settle(self) -> None:
+        """Bring the numbers of all windows read so far to the host, in one copy."""
+        if not self._scored:
+            return
+        table = torch.cat([scores for _, scores in self._scored]).cpu().double().numpy()
+        first = 0
+        for index, scores in self._scored:
+            rows, first = table[first : first + len(scores)], first + len(scores)
+            baseline = self.nll["exact"][index] = rows[0, :, 0].mean()
+            for name, row in zip(self._arm_names, rows[1:], strict=False):
+                self.nll[name][index] = row[:, 0].mean()
+                self.kl[name][index] = row[:, 1]
+                self.agree[name][index] = row[:, 2].mean()
+            for (name, _), row in zip(self.controls, rows[1 + len(self.arms) :], strict=False):
+                self.control_delta[name][index] = row[:, 0].mean() - baseline
+                self.control_kl[name][index] = row[:, 1]
+        self._scored.clear()
 
     def measurements(
         self, bits: dict[str, float | None], nonfinite: set[str], seed: int
@@ -126,15 +152,3 @@ class PerplexityJob:
             status={n: "nonfinite" if n in nonfinite else "ok" for n in self._arm_names},
             seed=seed,
         )
-
-
-def mean_nll(log_probabilities: Tensor, target: Tensor) -> float:
-    """Mean negative log-likelihood of `target` [T] under [T, V], summed in float64."""
-    return -log_probabilities.gather(1, target[:, None]).double().mean().item()
-
-
-def divergence(
-    chance: Tensor, exact: Tensor, arm: Tensor
-) -> np.ndarray[tuple[int], np.dtype[np.float32]]:
-    """KL(exact || arm) per token, nats; `chance` = exp(exact), both log-probabilities [T, V]."""
-    return (chance * (exact - arm)).sum(-1).float().cpu().numpy()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
@@ -14,6 +15,7 @@ from layersweep.evals.perplexity import TILE_SEGMENTS
 from layersweep.evals.study import Outcome, Study
 from layersweep.evals.summary import reasons_not_publishable, summarize_needle, summarize_perplexity
 from layersweep.kv.cache import bits_per_element
+from layersweep.stream.rates import planned_seconds
 
 Json = dict[str, Any]
 
@@ -50,9 +52,9 @@ def build_results(study: Study, outcome: Outcome, *, status: str, command: str) 
         "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "command": command,
         "versions": versions(),
-        "device": device_facts(str(study.model.numerics.device)),
-        "paths": asdict(study.model.paths) | {"host": study.plan.host},
-        "fallbacks": _fallbacks(study),
+        "device": device_facts(str(study.model.compute.device)),
+        "paths": _paths(study, outcome),
+        "fallbacks": [fallback._asdict() for fallback in (*study.fallbacks, *outcome.fallbacks)],
         "model": model_section(study),
         "protocol": _protocol(study),
         "gate": study.gate.report() if study.gate else None,
@@ -82,12 +84,10 @@ def model_section(study: Study) -> Json:
     }
 
 
-def _fallbacks(study: Study) -> list[Json]:
-    """What was done in a simpler way than wanted; printed at the start as well."""
-    return [
-        {"what": what, "wanted": wanted, "used": used, "why": why}
-        for what, wanted, used, why in study.fallbacks
-    ]
+def _paths(study: Study, outcome: Outcome) -> Json:
+    """The implementation of each job, and where weights came from."""
+    host = study.plan.host if outcome.host_pinned or study.model.cpu else "pageable"
+    return asdict(study.model.paths) | {"host": host}
 
 
 def _bits(study: Study, outcome: Outcome) -> dict[str, float | None]:
@@ -110,7 +110,7 @@ def _protocol(study: Study) -> Json:
     settings, model = study.settings, study.model
     job = study.perplexity
     length = settings.prefix + settings.continuation - (study.bos_id is not None)
-    dtype = str(model.numerics.dtype).removeprefix("torch.")
+    dtype = str(model.compute.dtype).removeprefix("torch.")
     needle = None
     if study.needle:
         needle = {
@@ -153,41 +153,36 @@ def exact_pair_fraction(prefix: int, continuation: int) -> float:
 
 
 def _performance(study: Study, outcome: Outcome) -> Json:
+    """Ratios compare with the rates measured in this run. wall_s: from the first weight byte
+    asked for until here, with results.json still to be written."""
     plan, model = study.plan, study.model
-    on_cpu = model.cpu
     grown = study.meter.peak_bytes - study.meter.start_bytes
-    sweep_s = study.meter.phases.get("sweeps", outcome.wall_s)
-    tokens = sum(tile.rows for tile in study.tiles)
-    ceiling = outcome.gemm_flops
+    sweep_s, ceiling = outcome.sweep_s, outcome.gemm_flops
     return {
-        "wall_s": outcome.wall_s,
+        "wall_s": time.perf_counter() - outcome.started if outcome.started else 0.0,
         "phases": dict(study.meter.phases),
         "sweeps": outcome.sweeps,
         "gate_sweeps": outcome.gate_sweeps,
         "weight_bytes_read": outcome.bytes_read,
-        "h2d_bytes": 0 if on_cpu else outcome.bytes_read,
-        "tokens": tokens,
+        "h2d_bytes": outcome.h2d_bytes,
+        "tokens": sum(tile.rows for tile in study.tiles),
         "flops": plan.flops,
         "achieved_tflops": plan.flops / sweep_s / 1e12 if sweep_s else None,
         "gemm_ceiling_tflops": ceiling / 1e12 if ceiling else None,
         "mfu": plan.flops / sweep_s / ceiling if ceiling and sweep_s else None,
-        "h2d_gbps": None,
-        "compute_stall_fraction": min(1.0, outcome.wait_s / sweep_s) if sweep_s else None,
-        "peak_device_bytes": max(0, grown - plan.ring_bytes - plan.resident_bytes)
-        if on_cpu
-        else _peak_device_bytes(),
+        "h2d_gbps": outcome.h2d_bytes / outcome.copy_s / 1e9 if outcome.copy_s else None,
+        "compute_stall_fraction": min(1.0, outcome.stall_s / sweep_s) if sweep_s else None,
+        "peak_device_bytes": max(0, grown - plan.host_bytes)
+        if model.cpu
+        else outcome.peak_device_bytes,
         "peak_host_bytes": study.meter.peak_bytes,
         "planned_device_bytes": plan.device_bytes,
-        "planned_s": plan.flops / ceiling if ceiling else None,
+        "planned_s": planned_seconds(plan, model.compute.device.type, ceiling, outcome.h2d_rate)
+        if ceiling
+        else None,
         "vram_budget": model.vram.bytes,
         "ram_budget": model.ram.bytes,
     }
-
-
-def _peak_device_bytes() -> int:
-    import torch
-
-    return int(torch.cuda.max_memory_reserved())
 
 
 def segment_lines(study: Study, first: int, count: int) -> list[Json]:

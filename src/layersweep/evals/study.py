@@ -13,10 +13,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from layersweep.checkpoint.config import ModelConfig
-from layersweep.errors import GateError, InputError
+from layersweep.errors import Fallback, GateError, InputError
 from layersweep.evals.gate import Card, Gate
 from layersweep.evals.meter import Meter
 from layersweep.evals.needle import make_trials
@@ -29,11 +30,11 @@ from layersweep.evals.text import SourceText, load_text
 from layersweep.evals.tokenizer import TextTokenizer, check_ids
 from layersweep.evals.windows import cut_windows, resolve_bos
 from layersweep.kv.arms import EXACT, Arm, parse_arms
-from layersweep.probes import cpu_gemm_rate
-from layersweep.stream.plan import CPU_EXPERT_ROWS, Plan
-from layersweep.stream.store import BlockStore
+from layersweep.probes import TILE_ROWS, cpu_gemm_rate, cuda_gemm_rate
+from layersweep.stream.plan import Plan
+from layersweep.stream.shapes import CPU_EXPERT_ROWS
 from layersweep.sweep.attention import BranchCache
-from layersweep.sweep.loop import Progress, SweepRecord, run_sweep
+from layersweep.sweep.loop import Engine, Progress, SweepRecord, run_sweep
 from layersweep.sweep.model import Model
 from layersweep.sweep.sequences import Sequence, Tile
 
@@ -58,13 +59,11 @@ class Study:
     meter: Meter = field(default_factory=Meter)
 
     @property
-    def fallbacks(self) -> list[tuple[str, str, str, str]]:
-        """(what, wanted, used, why) of everything done in a simpler way than wanted."""
-        found = [("tokenizer", "tokenizer.json", "see why", note) for note in self.tokenizer.notes]
-        if not self.model.cpu:
-            why = "this version copies each block when it has been read"
-            found.append(("host", "pinned", "pageable", why))
-        return found
+    def fallbacks(self) -> list[Fallback]:
+        """Everything that is known before the run to be done in a simpler way than wanted."""
+        notes = self.tokenizer.notes
+        found = [Fallback("tokenizer", "tokenizer.json", "see why", note) for note in notes]
+        return [*found, *self.model.compute.fallbacks]
 
 
 @dataclass
@@ -76,8 +75,15 @@ class Outcome:
     cache_bits: dict[tuple[str, str], list[float]] = field(default_factory=dict)
     nonfinite: dict[str, int] = field(default_factory=dict)
     bytes_read: int = 0
-    wait_s: float = 0.0
-    wall_s: float = 0.0
+    h2d_bytes: int = 0
+    copy_s: float = 0.0
+    stall_s: float = 0.0
+    h2d_rate: float | None = None
+    started: float = 0.0
+    sweep_s: float = 0.0
+    peak_device_bytes: int = 0
+    host_pinned: bool = True
+    fallbacks: list[Fallback] = field(default_factory=list)
     gemm_flops: float | None = None
 
 
@@ -103,7 +109,8 @@ def prepare_study(model: Model, settings: EvalSettings) -> Study:
     if settings.gate != "off":
         ids = tokenizer.encode(text.text[:8192])
         check_ids(ids, config.vocab_size)
-        gate = Gate(config, ids, bos_id, _card(model.checkpoint.folder))
+        half = model.compute.dtype == torch.float16
+        gate = Gate(config, ids, bos_id, _card(model.checkpoint.folder), half=half)
     tiles = perplexity.tiles() if perplexity else []
     if needle and not settings.generates:
         tiles += needle.tiles()
@@ -131,48 +138,71 @@ def run_study(
     *,
     progress: Progress = lambda phase, done, total: None,
     finished_sweep: Callable[[list[Tile]], None] = lambda tiles: None,
+    say: Callable[[Fallback], None] = lambda fallback: None,
+    gemm_flops: float | None = None,
 ) -> Outcome:
     """Run the sweeps. Raises GateError when the gate or the baseline fails.
 
-    `finished_sweep(tiles)` is called as each sweep's results are complete.
+    `finished_sweep(tiles)` is called as each sweep's results are complete, `say` at each
+    fallback. `gemm_flops`: the machine's rate where it has been measured, else it is measured.
     """
-    outcome = Outcome(gemm_flops=_gemm_rate(study.model))
-    started = time.perf_counter()
-    store = study.model.open_store(study.plan)
+    meter = study.meter
+    with meter.phase("ceiling"):
+        outcome = Outcome(gemm_flops=gemm_flops or _gemm_rate(study.model))
+    with meter.phase("memory"):
+        engine = study.model.open(study.plan, say)
+        outcome.h2d_rate = engine.store.measure_h2d()
     try:
-        with study.meter, study.meter.phase("sweeps"):
-            _sweep_tiles(study, outcome, store, progress, finished_sweep)
+        with meter:
+            outcome.started = time.perf_counter()
+            _sweep_tiles(study, outcome, engine, progress, finished_sweep)
             if study.needle and study.settings.generates:
-                _generate(study, outcome, store, progress)
+                _generate(study, outcome, engine, progress)
                 finished_sweep([])
+            outcome.sweep_s = time.perf_counter() - outcome.started
     finally:
-        outcome.bytes_read, outcome.wait_s = store.bytes_read, store.wait_s
-        outcome.wall_s = time.perf_counter() - started
-        store.close()
+        _account(study.model, outcome, engine)
+        with meter.phase("memory"):
+            engine.close()
     if study.gate:
-        grown = study.meter.peak_bytes - study.meter.start_bytes
-        study.gate.check_peak(grown, _planned_growth(study))
+        study.gate.check_peak(*_peaks(study, outcome))
     return outcome
 
 
-def _gemm_rate(model: Model) -> float | None:
+def _account(model: Model, outcome: Outcome, engine: Engine) -> None:
+    """Take over what the engine counted."""
+    store = engine.store
+    outcome.bytes_read, outcome.h2d_bytes = store.bytes_read, store.h2d_bytes
+    outcome.copy_s, outcome.stall_s = store.copy_s, store.stall_s
+    outcome.host_pinned, outcome.fallbacks = store.host_pinned, store.fallbacks
+    if not model.cpu:
+        reserved = torch.cuda.max_memory_reserved(model.compute.device)
+        outcome.peak_device_bytes = reserved + model.context_bytes
+
+
+def _gemm_rate(model: Model) -> float:
     """FLOP/s of this machine on the expert's own product, the ceiling that a run is held to."""
     config = model.checkpoint.config
-    if not model.cpu:
-        return None
-    return cpu_gemm_rate((CPU_EXPERT_ROWS, config.hidden_size, 2 * config.intermediate_size))
+    if model.cpu:
+        shape = (CPU_EXPERT_ROWS, config.hidden_size, 2 * config.intermediate_size)
+        return cpu_gemm_rate(shape)
+    shape = (TILE_ROWS, config.hidden_size, 2 * config.intermediate_size)
+    return cuda_gemm_rate(str(model.compute.device), shape, 0.3)
 
 
-def _planned_growth(study: Study) -> int:
-    """Host bytes that a CPU run may add: working set, ring and what stays resident."""
+def _peaks(study: Study, outcome: Outcome) -> tuple[int, int]:
+    """Measured and planned peak: of the device, or of what a CPU run adds to the host."""
     plan = study.plan
-    return plan.device_bytes + plan.ring_bytes + plan.resident_bytes
+    if study.model.cpu:
+        grown = study.meter.peak_bytes - study.meter.start_bytes
+        return grown, plan.device_bytes + plan.host_bytes
+    return outcome.peak_device_bytes, plan.device_bytes
 
 
 def _sweep_tiles(
     study: Study,
     outcome: Outcome,
-    store: BlockStore,
+    engine: Engine,
     progress: Progress,
     finished_sweep: Callable[[list[Tile]], None],
 ) -> None:
@@ -182,9 +212,7 @@ def _sweep_tiles(
         some = [tiles[index] for index in sweep if index >= len(lead)]
         first = number == 0 and bool(lead)
         record = run_sweep(
-            study.model.checkpoint.config,
-            store,
-            study.model.numerics,
+            engine,
             some,
             lambda *what: _read(study, *what),
             lead=lead[0] if first else None,
@@ -194,7 +222,6 @@ def _sweep_tiles(
         outcome.sweeps += bool(some)
         outcome.gate_sweeps += not some
         _take(study, outcome, some, record)
-        _check_baseline(study, some)
         finished_sweep(some)
 
 
@@ -207,12 +234,11 @@ def _read(study: Study, tile: Tile, number: int, sequence: Sequence, logits: lis
         study.gate.check_logits(logits[0])
 
 
-def _generate(study: Study, outcome: Outcome, store: BlockStore, progress: Progress) -> None:
+def _generate(study: Study, outcome: Outcome, engine: Engine, progress: Progress) -> None:
     assert study.needle is not None
-    config, numerics = study.model.checkpoint.config, study.model.numerics
 
     def run(tiles: list[Tile], read: Callable[..., None], caches: Caches) -> None:
-        record = run_sweep(config, store, numerics, tiles, read, caches=caches, progress=progress)
+        record = run_sweep(engine, tiles, read, caches=caches, progress=progress)
         outcome.sweeps += 1
         _take(study, outcome, tiles, record)
 
@@ -221,6 +247,13 @@ def _generate(study: Study, outcome: Outcome, store: BlockStore, progress: Progr
 
 def _take(study: Study, outcome: Outcome, tiles: list[Tile], record: SweepRecord) -> None:
     """Add a sweep's record; a baseline that became non-finite ends the run."""
+    for phase, seconds in record.seconds.items():
+        study.meter.phases[phase] = study.meter.phases.get(phase, 0.0) + seconds
+    with study.meter.phase("results to the host"):
+        if study.perplexity:
+            study.perplexity.settle()
+        if study.needle:
+            study.needle.settle()
     for key, counted in record.cache_bits.items():
         total = outcome.cache_bits.setdefault(key, [0.0, 0.0])
         total[0] += counted[0]
@@ -236,6 +269,7 @@ def _take(study: Study, outcome: Outcome, tiles: list[Tile], record: SweepRecord
         if branch <= len(study.arms):
             name = study.arms[branch - 1].name
             outcome.nonfinite[name] = min(layer, outcome.nonfinite.get(name, layer))
+    _check_baseline(study, tiles)
 
 
 def _check_baseline(study: Study, tiles: list[Tile]) -> None:

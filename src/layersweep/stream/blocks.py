@@ -5,15 +5,13 @@ the head. Its stored tensors lie in one arena, each at a 256-byte-aligned offset
 tensors are only byte-aligned in their file), so that a block is one copy to the device and
 is dequantized there.
 
-    file bytes --read_block--> arena (uint8) --Block.dense--> one dense weight in a scratch
+    file bytes --RunReader--> arena (uint8) --Block.dense--> one dense weight in a scratch
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -22,13 +20,14 @@ from layersweep.checkpoint import nf4
 from layersweep.checkpoint.config import ModelConfig
 from layersweep.checkpoint.header import StoredTensor
 from layersweep.checkpoint.layout import Checkpoint, Weight
-from layersweep.errors import CheckpointError
 
 ALIGNMENT = 256
 ATTENTION_WEIGHTS = (
     *("input_norm", "q_proj", "k_proj", "v_proj", "o_proj"),
     *("post_attention_norm", "router"),
 )
+# (quantized, "nf4" or "fp4", out): fills `out` with the dense weight
+Decode = Callable[[nf4.QuantizedTensor, str, Tensor], None]
 STORED_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 
 
@@ -147,27 +146,30 @@ def _place(weight: Weight, end: int, quantize: bool) -> tuple[PlacedWeight, int]
 class Block:
     """A block whose bytes have arrived in `arena` (uint8, on the compute device)."""
 
-    def __init__(self, spec: BlockSpec, arena: Tensor) -> None:
-        self.spec, self.arena = spec, arena
+    def __init__(self, spec: BlockSpec, arena: Tensor, decode: Decode = nf4.decode) -> None:
+        self.spec, self.arena, self._decode = spec, arena, decode
 
     def _view(self, slot: Slot, dtype: torch.dtype) -> Tensor:
         return self.arena[slot.offset : slot.offset + slot.nbytes].view(dtype)
 
-    def absmax(self, key: str) -> Tensor:
-        """Float32 scales of a quantized weight, one per quantization block."""
+    def packed(self, key: str) -> nf4.QuantizedTensor:
+        """A quantized weight as it lies in the arena (views)."""
         placed = self.spec.weights[key]
         quant = placed.weight.quant
         assert placed.absmax is not None
+        data = self._view(placed.data, torch.uint8)
+        blocksize = 64 if quant is None else quant.blocksize
         if quant is None or quant.nested is None:
-            return self._view(placed.absmax, torch.float32)
+            absmax = self._view(placed.absmax, torch.float32)
+            return nf4.QuantizedTensor(data, absmax, blocksize, None)
         assert placed.nested_absmax is not None and placed.nested_quant_map is not None
-        return nf4.expand_absmax(
-            self._view(placed.absmax, torch.uint8),
+        nested = nf4.NestedScales(
             self._view(placed.nested_absmax, torch.float32),
             self._view(placed.nested_quant_map, torch.float32),
             quant.nested.blocksize,
             quant.nested.offset,
         )
+        return nf4.QuantizedTensor(data, self._view(placed.absmax, torch.uint8), blocksize, nested)
 
     def stored(self, key: str) -> Tensor:
         """A float weight as it lies in the file (a view: dtype of the file)."""
@@ -178,88 +180,11 @@ class Block:
     def dense(self, key: str, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         """The weight in `dtype`, in memory of its own: `out` (same shape and dtype) if given."""
         placed = self.spec.weights[key]
+        if out is None:
+            out = torch.empty(placed.weight.shape, dtype=dtype, device=self.arena.device)
         if not placed.packed:
-            stored = self.stored(key)
             # always a copy: the arena is reused as soon as the block is released
-            return stored.to(dtype, copy=True) if out is None else out.copy_(stored)
+            return out.copy_(self.stored(key))
         quant = placed.weight.quant
-        return nf4.dequantize(
-            self._view(placed.data, torch.uint8),
-            self.absmax(key),
-            64 if quant is None else quant.blocksize,
-            placed.weight.shape,
-            dtype,
-            out=out,
-            code=nf4.CODES["nf4" if quant is None else quant.kind],
-        )
-
-
-class BlockReader:
-    """Reads blocks from a checkpoint's files, each byte range straight into its arena slot."""
-
-    def __init__(self) -> None:
-        self._handles: dict[Path, int] = {}
-        self.bytes_read = 0
-
-    def read(self, spec: BlockSpec, arena: Tensor) -> None:
-        """Fill `arena` (uint8, CPU, at least spec.nbytes).
-
-        Raises CheckpointError for a file that ended early or a scale that is no number.
-        """
-        for placed in spec.weights.values():
-            if placed.quantize:
-                self._read_quantized(placed, arena)
-                continue
-            for slot in placed.slots:
-                assert slot.source is not None
-                self._read_range(slot.source, arena[slot.offset : slot.offset + slot.nbytes])
-            if placed.weight.quant is not None:
-                _check_scales(placed, arena)
-
-    def _read_range(self, source: StoredTensor, target: Tensor) -> None:
-        view = memoryview(target.numpy().data)
-        handle = self._handle(source.file)
-        done = 0
-        while done < source.nbytes:
-            count = os.preadv(handle, [view[done:]], source.offset + done)
-            if count == 0:
-                raise CheckpointError(
-                    f"{source.file.name}: tensor {source.name} ends after {done} bytes, "
-                    f"needed {source.nbytes}",
-                    hint="the file changed or was cut short while it was read: copy it again",
-                )
-            done += count
-        self.bytes_read += done
-
-    def _read_quantized(self, placed: PlacedWeight, arena: Tensor) -> None:
-        source = placed.weight.data
-        raw = torch.empty(source.nbytes, dtype=torch.uint8)
-        self._read_range(source, raw)
-        weight = raw.view(STORED_DTYPES[source.dtype]).view(placed.weight.shape)
-        quantized = nf4.quantize(weight, blocksize=64, nested=False)
-        assert placed.absmax is not None
-        for slot, made in ((placed.data, quantized.packed), (placed.absmax, quantized.absmax)):
-            bytes_made = made.reshape(-1).view(torch.uint8)
-            arena[slot.offset : slot.offset + slot.nbytes].copy_(bytes_made)
-
-    def _handle(self, file: Path) -> int:
-        if file not in self._handles:
-            self._handles[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-        return self._handles[file]
-
-    def close(self) -> None:
-        for handle in self._handles.values():
-            os.close(handle)
-        self._handles.clear()
-
-
-def _check_scales(placed: PlacedWeight, arena: Tensor) -> None:
-    """NaN and Inf scales would poison every token: found before the block is used."""
-    nested = placed.nested_absmax is not None
-    slots = [(placed.nested_absmax, False), (placed.nested_quant_map, True)]
-    for slot, signed in slots if nested else [(placed.absmax, False)]:
-        assert slot is not None
-        source = slot.source
-        assert source is not None
-        scales = arena[slot.offset : slot.offset + slot.nbytes].view(torch.float32)
-        nf4.check_scales(scales, file=source.file.name, tensor=source.name, signed=signed)
+        self._decode(self.packed(key), "nf4" if quant is None else quant.kind, out)
+        return out

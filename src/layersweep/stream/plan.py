@@ -6,40 +6,36 @@ a request that cannot fit is refused before a weight is read.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from layersweep.checkpoint.config import ModelConfig
 from layersweep.errors import BudgetError
 from layersweep.stream.blocks import BlockSpec
-from layersweep.stream.store import choose_resident, minimum_ring
+from layersweep.stream.runs import (
+    Placement,
+    Run,
+    choose_spread,
+    compute_ring,
+    runs_of,
+    staging_ring,
+)
+from layersweep.stream.shapes import (
+    Machine,
+    TileShape,
+    dense_bytes,
+    scratch_bytes,
+    temporary_bytes,
+    tile_bytes,
+    tile_flops,
+)
 from layersweep.units import format_bytes
 
-FIXED_BYTES = 256 * 2**20  # libraries' workspaces, masks, tables, the allocator's slack
-EXPERT_SPREAD = 1.5  # an expert may get this much more than its share of a tile's rows
-# On the CPU an expert's rows go through in pieces whose activations stay in the cache.
-CPU_EXPERT_ROWS = 2048
-
-
-@dataclass(frozen=True)
-class TileShape:
-    """What a plan must know of a tile.
-
-    `rows`: tokens; `longest`: keys of its longest sequence; `attention_keys`: sum over its rows
-    of the keys that a row attends to; `read_rows`: rows whose logits are read, `read_at_once`:
-    of one sequence; `rows_at_once` and `attended_at_once`: rows, and elements of repeated keys,
-    of one attention call.
-    """
-
-    name: str
-    rows: int
-    longest: int
-    attention_keys: int
-    read_rows: int
-    read_at_once: int
-    rows_at_once: int
-    attended_at_once: int
+# cuBLAS workspaces (32 MiB on Hopper), rotary tables, token ids, the allocator's rounding.
+FIXED_BYTES = 160 * 2**20
+CPU_FIXED_BYTES = 256 * 2**20
+# Ring of pinned host memory between file and device: enough runs for eight readers.
+HOST_RING = 2**30
 
 
 @dataclass(frozen=True)
@@ -48,10 +44,12 @@ class Plan:
 
     sweeps: tuple[tuple[int, ...], ...]
     peaks: dict[str, int]
-    resident_bytes: int
-    ring_bytes: int
+    placement: Placement
+    host_kept_bytes: int
+    device_kept_bytes: int
     weight_bytes: int
     bytes_to_read: int
+    bytes_to_copy: int
     flops: float
     vram: int
     ram: int
@@ -61,109 +59,149 @@ class Plan:
         return sum(self.peaks.values())
 
     @property
+    def scratch(self) -> int:
+        """Bytes of the buffer that attention, experts and head share."""
+        return self.peaks["scratch"]
+
+    @property
+    def host_bytes(self) -> int:
+        """Host memory for weights: the ring and what is kept."""
+        return self.placement.host_ring + self.host_kept_bytes
+
+    @property
     def host(self) -> str:
-        """Where weights come from, in the words of results.json."""
-        if self.resident_bytes >= self.weight_bytes:
+        """Where weights wait between sweeps, in the words of results.json."""
+        kept = self.device_kept_bytes + self.host_kept_bytes
+        if self.device_kept_bytes >= self.weight_bytes or (
+            not self.placement.device_ring and kept >= self.weight_bytes
+        ):
             return "resident"
-        return "disk" if self.resident_bytes == 0 else "ring"
-
-
-def tile_flops(config: ModelConfig, tile: TileShape) -> float:
-    """Multiply-adds counted twice: projections, routed experts, attention, head."""
-    heads = config.num_attention_heads * config.head_dim
-    kv = config.num_key_value_heads * config.head_dim
-    per_row = 2 * config.hidden_size * (2 * heads + 2 * kv + config.num_local_experts)
-    per_row += 6 * config.num_experts_per_tok * config.hidden_size * config.intermediate_size
-    layers = config.num_hidden_layers * (tile.rows * per_row + 4 * heads * tile.attention_keys)
-    return float(layers + 2 * config.hidden_size * config.vocab_size * tile.read_rows)
-
-
-def tile_bytes(config: ModelConfig, tile: TileShape, element: int) -> int:
-    """Memory that a tile holds through the whole sweep: hidden states, update, routing."""
-    routing = tile.rows * config.num_experts_per_tok * 24 + tile.rows * config.num_local_experts * 8
-    return 2 * tile.rows * config.hidden_size * element + routing
-
-
-def scratch_bytes(
-    config: ModelConfig, tiles: Sequence[TileShape], element: int, *, cpu: bool
-) -> dict[str, int]:
-    """Peak of each phase of a visit; phases follow one another, weights stay meanwhile."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    heads = config.num_attention_heads * config.head_dim
-    kv = config.num_key_value_heads * config.head_dim
-    attention = experts = head = 0
-    for tile in tiles:
-        projected = tile.rows_at_once * (2 * hidden + 2 * heads + 2 * kv) * element
-        attention = max(attention, projected + 6 * tile.attended_at_once * element)
-        share = tile.rows * config.num_experts_per_tok / config.num_local_experts
-        rows = CPU_EXPERT_ROWS if cpu else math.ceil(EXPERT_SPREAD * share)
-        experts = max(experts, rows * (4 * hidden + 2 * inner) * element)
-        head = max(head, tile.read_at_once * (hidden * element + 5 * 4 * config.vocab_size))
-    dense_expert = 3 * hidden * inner * element
-    dense_attention = hidden * (2 * heads + 2 * kv + config.num_local_experts) * element
-    dense_head = 2 * config.vocab_size * hidden * element
-    return {
-        "dense weights": max(dense_expert + dense_attention, dense_head),
-        "tile scratch": max(attention, experts, head),
-    }
+        if not self.placement.device_ring:
+            return "ring" if kept else "disk"
+        return "pinned" if kept >= self.weight_bytes else "ring"
 
 
 def make_plan(
     config: ModelConfig,
     specs: Sequence[BlockSpec],
     tiles: Sequence[TileShape],
-    *,
-    element: int,
-    vram: int,
-    ram: int,
-    cpu: bool,
+    machine: Machine,
 ) -> Plan:
-    """Cut `tiles` into sweeps that fit `vram`, and place the weights within `ram`.
+    """Cut `tiles` into sweeps that fit the machine's budgets, and place the weights.
 
-    `element`: bytes of the compute dtype. On the CPU both budgets are host memory and `vram`
-    bounds the working set alone. Raises BudgetError with needed, available and what would fit.
+    On the CPU both budgets are host memory and `vram` bounds the working set alone. Raises
+    BudgetError with needed, available and what would fit.
     """
-    scratch = scratch_bytes(config, tiles, element, cpu=cpu)
-    ring = minimum_ring(specs)
-    if ram < ring:
+    runs = runs_of(specs)
+    host_ring = host_ring_bytes(runs, machine)
+    peaks = _peaks(config, runs, tiles, machine)
+    sizes = [tile_bytes(config, tile, machine.element) for tile in tiles]
+    fixed, biggest = sum(peaks.values()), max(sizes, default=0)
+    if fixed + biggest > machine.vram:
+        needed = format_bytes(fixed + biggest)
         raise BudgetError(
-            f"--ram: available {format_bytes(ram)}, needed {format_bytes(ring)} "
-            "for one layer and two blocks ahead",
-            hint=f"--ram {format_bytes(ring).replace(' ', '')} or more",
+            f"--vram: available {format_bytes(machine.vram)}, needed {needed} for one tile",
+            hint=f"--vram {needed.replace(' ', '')}, or fewer arms in --kv, or a smaller "
+            "--niah-context",
         )
-    fixed = FIXED_BYTES + sum(scratch.values()) + (0 if cpu else ring)
-    sizes = [tile_bytes(config, tile, element) for tile in tiles]
-    biggest = max(sizes, default=0)
-    if fixed + biggest > vram:
-        raise BudgetError(
-            f"--vram: available {format_bytes(vram)}, needed {format_bytes(fixed + biggest)} "
-            "for one tile",
-            hint=f"--vram {format_bytes(fixed + biggest).replace(' ', '')}, or fewer arms in "
-            "--kv, or a smaller --niah-context",
-        )
-    sweeps = _cut(sizes, vram - fixed)
-    weight_bytes = sum(spec.nbytes for spec in specs)
-    # one sweep reads every block once whatever stays: a store is filled only for a second
-    kept = choose_resident(specs, ram - ring) if len(sweeps) > 1 else frozenset()
-    stored = sum(spec.stored_bytes for spec in specs)
-    repeated = sum(spec.stored_bytes for index, spec in enumerate(specs) if index not in kept)
+    sweeps = cut(sizes, machine.vram - fixed)
     held = max(sum(sizes[index] for index in sweep) for sweep in sweeps)
+    room = machine.vram - fixed - held
+    placement = place(runs, machine, host_ring, room if len(sweeps) > 1 else None)
+    on_device = sum(runs[index].nbytes for index in placement.device)
+    if on_device:
+        peaks["weights kept"] = on_device
+    again = [run for run in runs if run.index not in placement.device]
+    from_disk = [run for run in again if run.index not in placement.host]
+    repeats = len(sweeps) - 1
     return Plan(
         sweeps=sweeps,
-        peaks={"hidden states": held, **scratch, "fixed": FIXED_BYTES}
-        | ({} if cpu else {"weights in flight": ring}),
-        resident_bytes=sum(specs[index].nbytes for index in kept),
-        ring_bytes=ring,
-        weight_bytes=weight_bytes,
-        bytes_to_read=stored + (len(sweeps) - 1) * repeated,
+        peaks={"hidden states": held, **peaks},
+        placement=placement,
+        host_kept_bytes=sum(runs[index].nbytes for index in placement.host),
+        device_kept_bytes=on_device,
+        weight_bytes=sum(run.nbytes for run in runs),
+        bytes_to_read=sum(run.stored_bytes for run in runs)
+        + repeats * sum(run.stored_bytes for run in from_disk),
+        bytes_to_copy=0
+        if machine.cpu
+        else sum(run.nbytes for run in runs) + repeats * sum(run.nbytes for run in again),
         flops=sum(tile_flops(config, tile) for tile in tiles),
-        vram=vram,
-        ram=ram,
+        vram=machine.vram,
+        ram=machine.ram,
     )
 
 
-def _cut(sizes: Sequence[int], room: int) -> tuple[tuple[int, ...], ...]:
-    """Consecutive tiles per sweep, as many as fit `room`."""
+def _peaks(
+    config: ModelConfig, runs: Sequence[Run], tiles: Sequence[TileShape], machine: Machine
+) -> dict[str, int]:
+    """Device memory besides hidden states, by what it is for."""
+    peaks = {
+        "dense weights": dense_bytes(config, machine.element),
+        "scratch": scratch_bytes(config, tiles, machine),
+        "temporaries": temporary_bytes(config, tiles, machine),
+        "fixed": CPU_FIXED_BYTES if machine.cpu else FIXED_BYTES,
+    }
+    if not machine.cpu:
+        peaks["weights in flight"] = min(compute_ring(runs), sum(run.nbytes for run in runs))
+        peaks["CUDA context"] = machine.context
+    return peaks
+
+
+def host_ring_bytes(runs: Sequence[Run], machine: Machine) -> int:
+    """Host memory that runs pass through: to the device, or on the CPU to be computed with."""
+    whole = sum(run.nbytes for run in runs)
+    if machine.cpu:
+        wanted = least = min(compute_ring(runs), whole)
+        use = "for one layer and two runs of blocks ahead"
+    else:
+        least = min(staging_ring(runs), whole)
+        wanted = max(least, min(HOST_RING, whole, machine.ram))
+        use = "for two runs of blocks between file and device"
+    if least > machine.ram:
+        raise BudgetError(
+            f"--ram: available {format_bytes(machine.ram)}, needed {format_bytes(least)} {use}",
+            hint=f"--ram {format_bytes(least).replace(' ', '')} or more",
+        )
+    return wanted
+
+
+def place(runs: Sequence[Run], machine: Machine, host_ring: int, room: int | None) -> Placement:
+    """Where runs wait. `room`: device bytes that nothing else needs; None where one sweep is all
+    and nothing needs to be kept."""
+    sizes = [run.nbytes for run in runs]
+    device: frozenset[int] = frozenset()
+    host: frozenset[int] = frozenset()
+    if room is not None:
+        if not machine.cpu:
+            device = choose_spread(sizes, room)
+        rest = [index for index in range(len(sizes)) if index not in device]
+        kept = choose_spread([sizes[index] for index in rest], machine.ram - host_ring)
+        host = frozenset(rest[index] for index in kept)
+    return Placement(
+        device=device,
+        host=host,
+        device_ring=0 if machine.cpu else min(compute_ring(runs), sum(sizes)),
+        host_ring=host_ring,
+        drop_cache=bool(host) or machine.ram < sum(sizes),
+    )
+
+
+def cut(sizes: Sequence[int], room: int) -> tuple[tuple[int, ...], ...]:
+    """Consecutive tiles per sweep: as few sweeps as fit `room`, and those as even as they can
+    be, which leaves the most memory for weights that stay."""
+    fewest = len(_greedy(sizes, room))
+    low, high = max(sizes, default=0), room
+    while low < high:  # the smallest room that needs no more sweeps
+        middle = (low + high) // 2
+        if len(_greedy(sizes, middle)) > fewest:
+            low = middle + 1
+        else:
+            high = middle
+    return _greedy(sizes, high)
+
+
+def _greedy(sizes: Sequence[int], room: int) -> tuple[tuple[int, ...], ...]:
     sweeps: list[list[int]] = [[]]
     used = 0
     for index, size in enumerate(sizes):

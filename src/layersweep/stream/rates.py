@@ -5,12 +5,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from layersweep.stream.plan import Plan
 from layersweep.units import parse_size
+
+# Share of the rate of its largest product that a whole sweep reaches (docs/performance.md).
+SWEEP_EFFICIENCY = {"cpu": 0.4, "cuda": 0.86}
 
 
 @dataclass(frozen=True)
 class MachineRates:
-    """What a plan needs to know of a machine. Rates in bytes/s and FLOP/s, sizes in bytes."""
+    """What a plan needs to know of a machine. Rates in bytes/s and FLOP/s, sizes in bytes.
+
+    `repeats_kv`: its attention needs keys and values once per query head (below sm_80).
+    """
 
     name: str
     device: str
@@ -22,6 +29,7 @@ class MachineRates:
     disk: float
     download: float = 100e6
     source: str = "assumed"
+    repeats_kv: bool = False
 
 
 def _machine(
@@ -30,7 +38,7 @@ def _machine(
     device = "cpu" if name == "cpu" else "cuda"
     return MachineRates(
         name, device, devices, parse_size(vram), parse_size(ram), tflops * 1e12, h2d * 1e9,
-        disk * 1e9,
+        disk * 1e9, repeats_kv=name.startswith(("t4", "cpu")),
     )  # fmt: skip
 
 
@@ -47,3 +55,18 @@ MACHINES = {
         _machine("cpu", 1, "8GiB", "13GiB", 0.08, 10, 1),
     )
 }
+
+
+def planned_seconds(
+    plan: Plan, device: str, gemm_flops: float, h2d: float | None, disk: float | None = None
+) -> float:
+    """Seconds of a plan's sweeps: computing, copying and reading overlap, the longest counts.
+
+    Rates in FLOP/s and bytes/s; None where one is not known and not counted.
+    """
+    seconds = [plan.flops / (gemm_flops * SWEEP_EFFICIENCY[device])]
+    if h2d:
+        seconds.append(plan.bytes_to_copy / h2d)
+    if disk:
+        seconds.append(plan.bytes_to_read / disk)
+    return max(seconds)

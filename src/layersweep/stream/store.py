@@ -1,171 +1,154 @@
 """The block store: hands out blocks in sweep order and reads ahead while they are used.
 
-One reader thread walks the sweep order. A resident block is read once, in the first sweep,
-and stays; every other block goes through the ring, a bounded number of bytes that its
-release gives back. A study of one sweep therefore reads every byte of the checkpoint once,
-whatever the placement.
+    file --reader pool--> host ring --copy stream--> device ring --> get(i) -> Block -> release(i)
+                              |                           |
+                         kept in host memory        kept on the device     (several sweeps only)
 
-    reader thread:  file -> ring arena ... (waits while the ring is full)
-    compute thread: get(i) -> Block -> release(i)
+On the CPU the host ring is where blocks are computed with. A study of one sweep reads every byte
+of the checkpoint once, whatever the placement.
 """
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from layersweep.errors import BudgetError
-from layersweep.stream.blocks import Block, BlockReader, BlockSpec
+from layersweep.checkpoint import nf4
+from layersweep.errors import BudgetError, Fallback
+from layersweep.stream.blocks import Block, BlockSpec, Decode
+from layersweep.stream.device import DeviceStage, Landed
+from layersweep.stream.host import Arrival, HostStage
+from layersweep.stream.reader import RunReader
+from layersweep.stream.runs import Placement, compute_ring, runs_of, staging_ring
 from layersweep.units import format_bytes
-
-
-def choose_resident(specs: Sequence[BlockSpec], resident_bytes: int) -> frozenset[int]:
-    """The first blocks in sweep order that fit `resident_bytes`: a pure function."""
-    chosen, used = set(), 0
-    for index, spec in enumerate(specs):
-        if used + spec.nbytes <= resident_bytes:
-            chosen.add(index)
-            used += spec.nbytes
-    return frozenset(chosen)
-
-
-def minimum_ring(specs: Sequence[BlockSpec]) -> int:
-    """Bytes that a sweep needs in flight: one whole layer in use and the next two blocks."""
-    layers: dict[int, int] = {}
-    for spec in specs:
-        if spec.layer is not None:
-            layers[spec.layer] = layers.get(spec.layer, 0) + spec.nbytes
-    return max(layers.values()) + 2 * max(spec.nbytes for spec in specs)
 
 
 class BlockStore:
     """Blocks of a checkpoint for one or more sweeps.
 
-    `resident_bytes` of blocks are kept after their first read; `ring_bytes` bounds the rest.
-    `bytes_read` counts file bytes, `wait_s` the time that compute waited for a block.
-    Raises BudgetError when the ring cannot hold what one layer needs.
+    `decode` fills dense weights from NF4 on `device`. Fallbacks are collected in `fallbacks` and
+    told to `say` as they happen. Raises BudgetError when a ring cannot hold what one layer needs.
     """
 
     def __init__(
         self,
         specs: Sequence[BlockSpec],
-        *,
-        resident_bytes: int,
-        ring_bytes: int,
+        placement: Placement,
         device: torch.device,
+        *,
+        decode: Decode = nf4.decode,
+        say: Callable[[Fallback], None] = lambda fallback: None,
     ) -> None:
-        self.specs, self.device = list(specs), device
-        self.resident = choose_resident(specs, resident_bytes)
-        needed = minimum_ring(specs)
-        if len(self.resident) < len(self.specs) and ring_bytes < needed:
-            raise BudgetError(
-                f"the block ring has {format_bytes(ring_bytes)}, needed {format_bytes(needed)}: "
-                "one layer and two blocks ahead",
-                hint=f"raise --ram by {format_bytes(needed - ring_bytes)}",
-            )
-        self.ring_bytes = ring_bytes
-        self._reader = BlockReader()
-        self._kept: dict[int, Block] = {}
-        self._ready: dict[int, Block] = {}
-        self._spare: dict[int, list[Tensor]] = {}
-        self._in_ring = 0
-        self._changed = threading.Condition()
-        self._stop = False
-        self._failure: BaseException | None = None
+        self.specs, self.runs, self.decode = list(specs), runs_of(specs), decode
+        on_gpu = device.type == "cuda"
+        _check_rings(placement, self.runs, on_gpu)
+        self.fallbacks: list[Fallback] = []
+        self._say = say
+        self._reader = RunReader(specs, drop_cache=placement.drop_cache)
+        self._host = HostStage(self.runs, self._reader, placement, pin=on_gpu, say=self._note)
+        self._device = DeviceStage(self._host, self.runs, placement, device) if on_gpu else None
+        self._run_of = [run.index for run in self.runs for _ in run.blocks]
+        self._here: dict[int, tuple[Tensor, Arrival | Landed]] = {}
+        self._left: dict[int, int] = {}  # blocks of a run that are still to be released
         self.wait_s = 0.0
 
     @property
     def bytes_read(self) -> int:
-        return self._reader.bytes_read
+        """File bytes so far."""
+        return self._host.bytes_read
+
+    @property
+    def h2d_bytes(self) -> int:
+        return self._device.h2d_bytes if self._device else 0
+
+    @property
+    def copy_s(self) -> float:
+        """Seconds that copies to the device took, by its own clock."""
+        return self._device.copy_s if self._device else 0.0
+
+    @property
+    def stall_s(self) -> float:
+        """Seconds that computation waited for blocks: of the compute stream on a GPU."""
+        return self._device.stall_s if self._device else self.wait_s
+
+    @property
+    def host_pinned(self) -> bool:
+        return self._host.pinned
+
+    def measure_h2d(self) -> float | None:
+        """Bytes per second of a copy between the two rings; None on the CPU. Between sweeps."""
+        return self._device.measure() if self._device else None
 
     @contextmanager
     def sweep(self) -> Iterator[None]:
-        """One walk over all blocks in order; the reader thread lives as long as it."""
-        self._stop, self._failure = False, None
-        thread = threading.Thread(target=self._read_ahead, name="block-reader", daemon=True)
-        thread.start()
+        """One walk over all blocks in order."""
+        if self._device:
+            self._device.start()
+        else:
+            self._host.start(skip=frozenset())
         try:
             yield
         finally:
-            with self._changed:
-                self._stop = True
-                self._changed.notify_all()
-            thread.join()
-            self._ready.clear()
-            self._spare.clear()
-            self._in_ring = 0
+            if self._device:
+                self._device.stop()
+            else:
+                self._host.stop()
+            self._here.clear()
+            self._left.clear()
 
     def get(self, index: int) -> Block:
-        """Block `index`, waiting until it has been read. Raises what the reader raised."""
-        started = time.perf_counter()
-        with self._changed:
-            while index not in self._ready:
-                if self._failure is not None:
-                    raise self._failure
-                self._changed.wait()
-            self.wait_s += time.perf_counter() - started
-            return self._ready[index]
+        """Block `index`, waiting until it is there. Raises what its reading raised."""
+        run = self.runs[self._run_of[index]]
+        while run.index not in self._here:
+            self._take_next()
+        start = run.offsets[index - run.first]
+        arena = self._here[run.index][0][start : start + self.specs[index].nbytes]
+        return Block(self.specs[index], arena, self.decode)
 
     def release(self, index: int) -> None:
-        """The caller is done with block `index` in this sweep; its ring bytes are free again."""
-        with self._changed:
-            block = self._ready.pop(index)
-            if index not in self.resident:
-                self._in_ring -= block.spec.nbytes
-                if self.device.type == "cpu":  # elsewhere the arena lies on the device
-                    self._spare.setdefault(block.spec.nbytes, []).append(block.arena)
-                self._changed.notify_all()
+        """The caller is done with block `index` in this sweep; blocks are released in order."""
+        run = self._run_of[index]
+        self._left[run] -= 1
+        if self._left[run]:
+            return
+        _, arrived = self._here.pop(run)
+        if isinstance(arrived, Landed):
+            assert self._device is not None
+            self._device.release(arrived)
+        elif arrived.in_ring:
+            self._host.release()
 
     def close(self) -> None:
-        self._kept.clear()
+        (self._device or self._host).close()
         self._reader.close()
 
-    def _read_ahead(self) -> None:
-        try:
-            for index, spec in enumerate(self.specs):
-                arena = self._take_arena(index, spec)
-                if arena is None:
-                    return
-                if index not in self._kept:
-                    self._reader.read(spec, arena)
-                block = self._kept.get(index) or Block(spec, arena.to(self.device))
-                with self._changed:
-                    if index in self.resident:
-                        self._kept[index] = block
-                    self._ready[index] = block
-                    self._changed.notify_all()
-        except BaseException as failure:
-            with self._changed:
-                self._failure = failure
-                self._changed.notify_all()
+    def _take_next(self) -> None:
+        started = time.perf_counter()
+        arrived = self._device.take() if self._device else self._host.take()
+        self.wait_s += time.perf_counter() - started
+        assert arrived is not None  # stop() is called by the thread that is here
+        self._here[arrived.run.index] = (arrived.bytes, arrived)
+        self._left[arrived.run.index] = len(arrived.run.offsets)
 
-    def _take_arena(self, index: int, spec: BlockSpec) -> Tensor | None:
-        """Memory for the next block; None once the sweep was left."""
-        if index in self._kept:
-            return None if self._stop else self._kept[index].arena
-        if index in self.resident:
-            return torch.empty(spec.nbytes, dtype=torch.uint8)
-        with self._changed:
-            while self._in_ring + spec.nbytes > self.ring_bytes and not self._stop:
-                self._changed.wait()
-            if self._stop:
-                return None
-            self._in_ring += spec.nbytes
-            spare = self._spare.get(spec.nbytes)
-            if spare:
-                return spare.pop()
-            self._drop_spares(self.ring_bytes - self._in_ring)
-        return torch.empty(spec.nbytes, dtype=torch.uint8)
+    def _note(self, fallback: Fallback) -> None:
+        self.fallbacks.append(fallback)
+        self._say(fallback)
 
-    def _drop_spares(self, room: int) -> None:
-        """Give back released arenas of other sizes until those left fit `room`."""
-        held = sum(size * len(arenas) for size, arenas in self._spare.items())
-        for size, arenas in self._spare.items():
-            while arenas and held > room:
-                arenas.pop()
-                held -= size
+
+def _check_rings(placement: Placement, runs: Sequence, on_gpu: bool) -> None:  # type: ignore[type-arg]
+    """A ring that cannot hold what is used at once would wait for ever."""
+    whole = sum(run.nbytes for run in runs)
+    rings = [("--ram", placement.host_ring, staging_ring(runs) if on_gpu else compute_ring(runs))]
+    if on_gpu:
+        rings.append(("--vram", placement.device_ring, compute_ring(runs)))
+    for option, found, needed in rings:
+        if found < min(needed, whole):
+            raise BudgetError(
+                f"{option}: the block ring has {format_bytes(found)}, needed "
+                f"{format_bytes(min(needed, whole))}: one layer and two runs of blocks ahead",
+                hint=f"raise {option} by {format_bytes(needed - found)}",
+            )

@@ -12,28 +12,12 @@ from layersweep.kv.arms import Arm
 from layersweep.kv.cache import CachedStream, Shared, store
 from layersweep.kv.stream import Stream
 from layersweep.model import maths
-from layersweep.stream.blocks import Block
+from layersweep.model.compute import Compute, Scratch
+from layersweep.sweep.dense import DenseWeights
 from layersweep.sweep.sequences import Branch, Group, Tile
 from layersweep.sweep.state import Routing, TileState
 
 QUERY_CHUNK = 512
-
-
-@dataclass(frozen=True)
-class AttentionWeights:
-    """One layer's attention block, dense in the compute dtype, on the compute device."""
-
-    input_norm: Tensor
-    q_proj: Tensor
-    k_proj: Tensor
-    v_proj: Tensor
-    o_proj: Tensor
-    post_attention_norm: Tensor
-    router: Tensor
-
-    @classmethod
-    def of(cls, block: Block, dtype: torch.dtype) -> AttentionWeights:
-        return cls(**{key: block.dense(key, dtype) for key in block.spec.weights})
 
 
 @dataclass
@@ -53,8 +37,8 @@ class LayerContext:
     layer: int
     cos: Tensor
     sin: Tensor
-    router_float: bool
-    masks: dict[tuple[int, int], Tensor]
+    compute: Compute
+    scratch: Scratch
     # (tile name, arm) -> [bits stored, elements they stand for]
     cache_bits: dict[tuple[str, str], list[float]]
     # (sequence, branch, layer) -> cache; None in evaluations, which drop a layer's K/V
@@ -68,87 +52,103 @@ class LayerContext:
             Stream("v", heads, dim, role="value", rope=False),
         )
 
-    def rope(self, x_BHTD: Tensor, first: int) -> Tensor:
-        last = first + x_BHTD.shape[2]
-        return maths.rope(x_BHTD, self.cos[first:last], self.sin[first:last])
+    def rope(self, x_BHTD: Tensor, first: int, out: Tensor) -> Tensor:
+        return self.compute.ops.rope(x_BHTD, self.cos, self.sin, first, out)
 
-    def mask(self, queries: int, keys: int) -> Tensor | None:
-        if queries == keys:
-            return None
-        if (queries, keys) not in self.masks:
-            self.masks[queries, keys] = maths.branch_mask(queries, keys, self.cos.device)
-        return self.masks[queries, keys]
+    def take_like(self, x_BGTD: Tensor, tokens: int) -> Tensor:
+        """Scratch for keys or values of `tokens` tokens."""
+        batch, heads, _, dim = x_BGTD.shape
+        return self.scratch.take(batch, heads, tokens, dim, dtype=self.compute.dtype)
 
 
-def visit_attention(state: TileState, weights: AttentionWeights, context: LayerContext) -> None:
+def visit_attention(state: TileState, weights: DenseWeights, context: LayerContext) -> None:
     """Attention and routing of one tile; the tile's hidden states are updated in place.
 
     It goes group by group, so that projections are held for a few sequences at a time.
     """
-    config = context.config
     routed = []
     for group in state.groups:
-        rows = slice(group.start, group.stop)
-        x = maths.rms_norm(state.hidden[rows], weights.input_norm, config.rms_norm_eps)
-        q, k, v = (maths.linear(x, w) for w in (weights.q_proj, weights.k_proj, weights.v_proj))
-        del x
-        out = torch.empty_like(q)
-        attend_group(state.tile, group, q, k, v, out, context)
-        del q, k, v
-        state.hidden[rows] += maths.linear(out, weights.o_proj)
-        x = maths.rms_norm(state.hidden[rows], weights.post_attention_norm, config.rms_norm_eps)
-        routed.append(
-            maths.route(
-                x, weights.router, config.num_experts_per_tok, keep_float=context.router_float
-            )
-        )
+        with context.scratch.frame():
+            routed.append(_visit_group(state, group, weights, context))
     logits, share, experts = (torch.cat(parts) for parts in zip(*routed, strict=True))
     state.router_logits = logits
-    state.routing = Routing.of(experts, share, config.num_local_experts)
+    state.routing = Routing.of(experts, share, context.config.num_local_experts)
 
 
-def attend_group(
-    tile: Tile,
-    group: Group,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    context: LayerContext,
-) -> None:
+def _visit_group(
+    state: TileState, group: Group, weights: DenseWeights, context: LayerContext
+) -> tuple[Tensor, ...]:
+    """Router logits, weights and experts of a group's rows, after their attention."""
+    config, ops, dtype = context.config, context.compute.ops, context.compute.dtype
+    hidden, eps = state.hidden[group.start : group.stop], config.rms_norm_eps
+    count, take = len(hidden), context.scratch.take
+    normed = take(count, config.hidden_size, dtype=dtype)
+    x = ops.rms_norm(hidden, weights.input_norm, eps, normed)
+    qkv = ops.linear(x, weights.qkv, take(count, len(weights.qkv), dtype=dtype))
+    del x
+    out = take(count, weights.o_proj.shape[1], dtype=dtype)
+    attend_group(state.tile, group, qkv, out, context)
+    del qkv
+    ops.add_linear_(hidden, out, weights.o_proj)
+    x = ops.rms_norm(hidden, weights.post_attention_norm, eps, normed)
+    keep_float = context.compute.router_float
+    return maths.route(x, weights.router, config.num_experts_per_tok, keep_float=keep_float)
+
+
+def attend_group(tile: Tile, group: Group, qkv: Tensor, out: Tensor, context: LayerContext) -> None:
     """Attention of a group of equal-shaped sequences.
 
-    q, out [rows, Q*D]; k, v [rows, G*D] before RoPE. Each branch attends to its history (the
-    prefix, decoded from the branch's arm) and to itself.
+    qkv [rows, (Q + 2G) D] before RoPE, whose queries may be overwritten; out [rows, Q D]. Each
+    branch attends to its history (the prefix, decoded from the branch's arm) and to itself.
     """
-    count, dim = len(group.sequences), context.config.head_dim
+    config, count = context.config, len(group.sequences)
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     # [B, rows of a sequence, heads, D] -> [B, heads, rows, D]
-    q, k, v = (x.view(count, group.rows_each, -1, dim).transpose(1, 2) for x in (q, k, v))
-    out = out.view(count, group.rows_each, -1, dim).transpose(1, 2)
+    parts, out = (
+        x.view(count, group.rows_each, -1, config.head_dim).transpose(1, 2) for x in (qkv, out)
+    )
+    q, k, v = torch.split(parts, [heads, kv_heads, kv_heads], dim=1)
     sequence = group.sequences[0]
     prefix = len(sequence.prefix)
     if prefix:
-        keys = context.rope(k[:, :, :prefix], 0)
-        queries = context.rope(q[:, :, :prefix], 0)
-        out[:, :, :prefix] = maths.attend(queries, keys, v[:, :, :prefix], None)
+        own = slice(0, prefix)
+        out[:, :, own] = _attend_prefix(q[:, :, own], k[:, :, own], v[:, :, own], context)
     shared: Shared = {}
     start = prefix
     for index, branch in enumerate(sequence.branches):
         own = slice(start, start + len(branch.ids))
         kv = (k[:, :, own], v[:, :, own])
-        if branch.streaming:
-            out[:, :, own] = _attend_streaming(tile.name, branch, q[:, :, own], kv, context)
-        else:
-            past = _history(tile, group, index, (k[:, :, :prefix], v[:, :, :prefix]),
-                            shared, context)  # fmt: skip
-            k_all, v_all = (torch.cat(pair, dim=2) for pair in zip(past, kv, strict=True))
-            first = k_all.shape[2] - len(branch.ids)
-            queries, keys = context.rope(q[:, :, own], first), context.rope(k_all, 0)
-            mask = context.mask(len(branch.ids), k_all.shape[2])
-            out[:, :, own] = maths.attend(queries, keys, v_all, mask)
-            if context.caches is not None:
-                _keep(tile, group, index, kv, context)
+        with context.scratch.frame():
+            if branch.streaming:
+                attended = _attend_streaming(tile.name, branch, q[:, :, own], kv, context)
+            else:
+                past = _history(tile, group, index, (k[:, :, :prefix], v[:, :, :prefix]),
+                                shared, context)  # fmt: skip
+                attended = _attend_branch(q[:, :, own], past, kv, context)
+                if context.caches is not None:
+                    _keep(tile, group, index, kv, context)
+            out[:, :, own] = attended
         start = own.stop
+
+
+def _attend_prefix(q: Tensor, k: Tensor, v: Tensor, context: LayerContext) -> Tensor:
+    with context.scratch.frame():
+        keys = context.rope(k, 0, context.take_like(k, k.shape[2]))
+        return context.compute.attention(context.rope(q, 0, q), keys, v)
+
+
+def _attend_branch(
+    q: Tensor, past: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor], context: LayerContext
+) -> Tensor:
+    """Queries over past and own keys, all rotated to their places, and values."""
+    before, count = past[0].shape[2], own[0].shape[2]
+    keys, values = (context.take_like(x, before + count) for x in own)
+    if before:
+        context.rope(past[0], 0, keys[:, :, :before])
+        values[:, :, :before] = past[1]
+    context.rope(own[0], before, keys[:, :, before:])
+    values[:, :, before:] = own[1]
+    return context.compute.attention(context.rope(q, before, q), keys, values)
 
 
 def _history(
@@ -232,13 +232,15 @@ def _attend_streaming(
     """Every token reads the decoded K/V of every earlier token and of itself; with
     `@window=W`, the last W tokens (itself included) exactly."""
     tokens, window = q.shape[2], branch.arm.window
+    attention = context.compute.attention
     stored = _store(tile_name, branch.arm, kv, {}, context)
-    q = context.rope(q, 0)
+    q = context.rope(q, 0, q)
+    keys = context.take_like(kv[0], 2 * tokens if window else tokens)
     if not window:
-        keys = context.rope(stored[0].decoded(), 0)
-        return maths.attend(q, keys, stored[1].decoded(), None)
+        return attention(q, context.rope(stored[0].decoded(), 0, keys), stored[1].decoded())
     coded = _store("uncounted", replace(branch.arm, window=0), kv, {}, context)
-    keys = torch.cat((context.rope(coded[0].decoded(), 0), context.rope(kv[0], 0)), dim=2)
+    context.rope(coded[0].decoded(), 0, keys[:, :, :tokens])
+    context.rope(kv[0], 0, keys[:, :, tokens:])
     values = torch.cat((coded[1].decoded(), kv[1]), dim=2)
     key_at = torch.arange(tokens, device=q.device)
     pieces = []
@@ -247,5 +249,5 @@ def _attend_streaming(
         far = key_at <= at - window
         near = (key_at > at - window) & (key_at <= at)
         mask = torch.cat((far, near), dim=1)
-        pieces.append(maths.attend(q[:, :, first : first + QUERY_CHUNK], keys, values, mask))
+        pieces.append(attention(q[:, :, first : first + QUERY_CHUNK], keys, values, mask))
     return torch.cat(pieces, dim=2)

@@ -15,24 +15,21 @@ from torch import Tensor
 
 from layersweep.checkpoint.config import ModelConfig
 from layersweep.model import maths
+from layersweep.model.compute import Compute, Scratch
 from layersweep.stream.store import BlockStore
-from layersweep.sweep.attention import (
-    AttentionWeights,
-    BranchCache,
-    LayerContext,
-    visit_attention,
-)
-from layersweep.sweep.experts import ExpertScratch, visit_expert
+from layersweep.sweep.attention import BranchCache, LayerContext, visit_attention
+from layersweep.sweep.clock import PhaseClock
+from layersweep.sweep.dense import DenseWeights
+from layersweep.sweep.experts import visit_expert
 from layersweep.sweep.sequences import Sequence, Tile
-from layersweep.sweep.state import TileState, read_rows
+from layersweep.sweep.state import Routing, TileState, read_rows
 
 
 @dataclass(frozen=True)
 class LayerHealth:
-    """What the lead tile looked like as it left a layer."""
+    """What the lead tile looked like as it left a layer. `largest` may be infinite or NaN."""
 
     layer: int
-    finite: bool
     largest: float
     experts_used: int
     router_spread: float
@@ -43,32 +40,37 @@ LayerCheck = Callable[[LayerHealth], None]
 Progress = Callable[[str, int, int], None]
 
 
-@dataclass(frozen=True)
-class Numerics:
-    """How a sweep computes. `router_float`: routing weights stay float32."""
-
-    device: torch.device
-    dtype: torch.dtype
-    router_float: bool = True
-
-
 @dataclass
 class SweepRecord:
     """What a sweep leaves besides logits.
 
-    `cache_bits[tile name, arm]` = [bits stored, elements]; `nonfinite` = (tile name, index of
-    the sequence within the tile, branch or -1 for the prefix) -> first bad layer.
+    `cache_bits[tile name, arm]` = [bits stored, elements]; `nonfinite` = (tile index, index of
+    the sequence within the tile, branch or -1 for the prefix) -> first bad layer; `seconds` per
+    phase, by the device's own clock.
     """
 
     cache_bits: dict[tuple[str, str], list[float]] = field(default_factory=dict)
     nonfinite: dict[tuple[int, int, int], int] = field(default_factory=dict)
     experts_used: list[int] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class Engine:
+    """What sweeps of one model share: where blocks come from, and memory to compute in."""
+
+    def __init__(
+        self, config: ModelConfig, store: BlockStore, compute: Compute, scratch_bytes: int
+    ) -> None:
+        self.config, self.store, self.compute = config, store, compute
+        self.weights = DenseWeights(config, compute)
+        self.scratch = Scratch(scratch_bytes, compute.device)
+
+    def close(self) -> None:
+        self.store.close()
 
 
 def run_sweep(
-    config: ModelConfig,
-    store: BlockStore,
-    numerics: Numerics,
+    engine: Engine,
     tiles: list[Tile],
     read_logits: LogitsReader,
     *,
@@ -80,21 +82,23 @@ def run_sweep(
     """Visit every block once with all `tiles`.
 
     `read_logits(tile, sequence index, sequence, logits per branch [rows, V] float32)` is
-    called once per sequence at the end. `check` sees the lead tile after each layer and may
-    raise. With `caches`, keys and values of `tiles` (of one name) are kept between sweeps.
+    called once per sequence at the end; the logits are gone when it returns. `check` sees the
+    lead tile after each layer and may raise. With `caches`, keys and values of `tiles` (of one
+    name) are kept between sweeps.
     """
     record = SweepRecord()
-    with torch.inference_mode(), store.sweep():
-        sweep = _Sweep(config, store, numerics, record, caches, progress)
+    with torch.inference_mode(), engine.compute.numerics(), engine.store.sweep():
+        sweep = _Sweep(engine, record, caches, progress)
         groups = [([lead] if lead else []), tiles]
         states = [[sweep.state_of(tile) for tile in group] for group in groups]
         sweep.embed([state for group in states for state in group])
-        for layer in range(config.num_hidden_layers):
+        for layer in range(engine.config.num_hidden_layers):
             sweep.visit_layer(layer, states[0], states[1], check)
         sweep.read_head([*states[0], *states[1]], read_logits)
         for index, state in enumerate(states[1]):
             bad = state.nonfinite().items()
             record.nonfinite |= {(index, *where): layer for where, layer in bad}
+        record.seconds = sweep.clock.seconds()
     return record
 
 
@@ -103,21 +107,17 @@ class _Sweep:
 
     def __init__(
         self,
-        config: ModelConfig,
-        store: BlockStore,
-        numerics: Numerics,
+        engine: Engine,
         record: SweepRecord,
         caches: dict[tuple[int, int, int], BranchCache] | None,
         progress: Progress,
     ) -> None:
         self.progress, self.visits = progress, 0
-        self.config, self.store, self.numerics = config, store, numerics
+        self.config, self.store, self.compute = engine.config, engine.store, engine.compute
+        self.weights, self.scratch = engine.weights, engine.scratch
         self.record, self.caches = record, caches
-        self.per_layer = 1 + config.num_local_experts
-        self.masks: dict[tuple[int, int], Tensor] = {}
-        self.scratch = ExpertScratch.allocate(
-            config.hidden_size, config.intermediate_size, numerics.dtype, numerics.device
-        )
+        self.per_layer = 1 + self.config.num_local_experts
+        self.clock = PhaseClock(self.compute.device)
         self.longest = 0
 
     def state_of(self, tile: Tile) -> TileState:
@@ -126,19 +126,16 @@ class _Sweep:
         return TileState(tile, self.config.num_attention_heads * self.config.head_dim)
 
     def embed(self, states: list[TileState]) -> None:
-        block = self.store.get(0)
-        placed = block.spec.weights["embed"]
-        table = (
-            block.dense("embed", self.numerics.dtype) if placed.packed else block.stored("embed")
-        )
-        for state in states:
-            ids = torch.tensor(state.tile.ids(), device=self.numerics.device)
-            state.start(table[ids].to(self.numerics.dtype))
-        self.store.release(0)
-        positions = torch.arange(self.longest, device=self.numerics.device)
-        self.cos, self.sin = maths.rope_table(
-            self.config.rope_theta, self.config.head_dim, positions
-        )
+        device, dtype = self.compute.device, self.compute.dtype
+        with self.clock.phase("embedding"):
+            table = self.weights.embedding(self.store.get(0))
+            for state in states:
+                ids = torch.tensor(state.tile.ids(), device=device)
+                state.start(table[ids].to(dtype))
+            self.store.release(0)
+        positions = torch.arange(self.longest, device=device)
+        cos, sin = maths.rope_table(self.config.rope_theta, self.config.head_dim, positions)
+        self.cos, self.sin = cos.to(dtype), sin.to(dtype)
 
     def visited(self, states: int) -> None:
         """Report progress: a visit is a tile's attention, or an expert with all tiles."""
@@ -150,83 +147,92 @@ class _Sweep:
         self, layer: int, lead: list[TileState], rest: list[TileState], check: LayerCheck | None
     ) -> None:
         first = 1 + layer * self.per_layer
-        weights = AttentionWeights.of(self.store.get(first), self.numerics.dtype)
+        self.weights.fill_attention(self.store.get(first))
         if lead:
-            self._pass(layer, first, lead, weights, keep=True, check=check)
-        self._pass(layer, first, rest, weights, keep=False, check=None)
+            with self.clock.phase("gate"):
+                self._attend(layer, lead, None)
+                for expert in range(self.config.num_local_experts):
+                    self._experts(first + 1 + expert, expert, lead)
+            self._leave(layer, lead, check)
+        with self.clock.phase("attention"):
+            self._attend(layer, rest, self.caches, lambda: self.visited(len(rest)))
+            self.store.release(first)
+        with self.clock.phase("experts"):
+            for expert in range(self.config.num_local_experts):
+                self._experts(first + 1 + expert, expert, rest)
+                self.store.release(first + 1 + expert)
+                self.visited(len(rest))
+        self._leave(layer, rest, None)
 
-    def _pass(
+    def _attend(
         self,
         layer: int,
-        first: int,
         states: list[TileState],
-        weights: AttentionWeights,
-        *,
-        keep: bool,
-        check: LayerCheck | None,
+        caches: dict[tuple[int, int, int], BranchCache] | None,
+        done: Callable[[], None] = lambda: None,
     ) -> None:
-        """Take `states` through a layer; unless `keep`, each block is released after use."""
-        caches = None if keep else self.caches
         context = LayerContext(
-            self.config, layer, self.cos, self.sin, self.numerics.router_float,
-            self.masks, self.record.cache_bits, caches,
+            self.config, layer, self.cos, self.sin, self.compute, self.scratch,
+            self.record.cache_bits, caches,
         )  # fmt: skip
         for state in states:
-            visit_attention(state, weights, context)
-            if not keep:
-                self.visited(len(states))
-        if not keep:
-            self.store.release(first)
-        for expert in range(self.config.num_local_experts):
-            if states:
-                self.scratch.fill(self.store.get(first + 1 + expert))
-            for state in states:
-                visit_expert(
-                    state, expert, self.scratch, weights.post_attention_norm,
-                    self.config.rms_norm_eps,
-                )  # fmt: skip
-            if not keep:
-                self.store.get(first + 1 + expert)
-                self.store.release(first + 1 + expert)
-                self.visited(len(states))
+            visit_attention(state, self.weights, context)
+            done()
+        Routing.settle([state.routing for state in states if state.routing])
+
+    def _experts(self, block: int, expert: int, states: list[TileState]) -> None:
+        arrived = self.store.get(block)
+        if states:
+            self.weights.fill_expert(arrived)
         for state in states:
-            health = self._health(layer, state) if check else None
-            state.leave_layer(layer)
-            if check and health:
-                check(health)
+            visit_expert(
+                state, expert, self.weights, self.config, self.compute, self.scratch
+            )  # fmt: skip
+
+    def _leave(self, layer: int, states: list[TileState], check: LayerCheck | None) -> None:
+        """Add the experts' sums once, and note who has become non-finite; no sync without a
+        check."""
+        for state in states:
+            self.compute.ops.leave_layer_(
+                state.hidden, state.update, state.unit_of_row, state.first_bad_layer, layer
+            )
+            if check:
+                check(self._health(layer, state))
+            state.routing = state.router_logits = None
 
     def _health(self, layer: int, state: TileState) -> LayerHealth:
         assert state.routing is not None and state.router_logits is not None
         start = state.routing.start
         used = sum(start[e + 1] > start[e] for e in range(self.config.num_local_experts))
         self.record.experts_used.append(used)
-        largest = (state.hidden + state.update).abs().max().item()
-        spread = state.router_logits.std(0).max().item()
-        return LayerHealth(layer, largest < float("inf"), largest, used, spread)
+        largest = state.hidden.abs().max().float()
+        spread = state.router_logits.std(0).max().float()
+        values = torch.stack((largest, spread)).tolist()  # one synchronization
+        return LayerHealth(layer, values[0], used, values[1])
 
     def read_head(self, states: list[TileState], read_logits: LogitsReader) -> None:
         index = len(self.store.specs) - 1
-        block = self.store.get(index)
-        norm = block.dense("norm", self.numerics.dtype)
-        head = block.dense("lm_head", self.numerics.dtype)
-        self.store.release(index)
         total = sum(len(state.tile.sequences) for state in states)
         done = 0
-        for state in states:
-            start = 0
-            for number, sequence in enumerate(state.tile.sequences):
-                ranges = read_rows(sequence, start)
-                rows = torch.cat([state.hidden[a:b] for a, b in ranges])
-                logits = _logits(maths.rms_norm(rows, norm, self.config.rms_norm_eps), head)
-                parts = torch.split(logits, [b - a for a, b in ranges])
-                read_logits(state.tile, number, sequence, list(parts))
-                start += sequence.rows
-                done += 1
-                self.progress("logits", done, total)
+        with self.clock.phase("logits"):
+            self.weights.fill_head(self.store.get(index))
+            self.store.release(index)
+            for state in states:
+                start = 0
+                for number, sequence in enumerate(state.tile.sequences):
+                    with self.scratch.frame():
+                        logits = self._logits(state.hidden, read_rows(sequence, start))
+                        read_logits(state.tile, number, sequence, logits)
+                    start += sequence.rows
+                    done += 1
+                    self.progress("logits", done, total)
 
-
-def _logits(x: Tensor, head: Tensor) -> Tensor:
-    """x [N, H] times head [V, H] transposed, in float32 (never rounded to 16 bits)."""
-    if x.dtype == torch.float32:
-        return maths.linear(x, head)
-    return torch.mm(x, head.t(), out_dtype=torch.float32)
+    def _logits(self, hidden: Tensor, ranges: list[tuple[int, int]]) -> list[Tensor]:
+        """Logits [rows, V] float32 of row ranges of a tile."""
+        ops, config = self.compute.ops, self.config
+        rows = torch.cat([hidden[first:last] for first, last in ranges])
+        memory = self.scratch.take(*rows.shape, dtype=self.compute.dtype)
+        x = ops.rms_norm(rows, self.weights.norm, config.rms_norm_eps, memory)
+        memory = self.scratch.take(len(rows), config.vocab_size, dtype=torch.float32)
+        logits = ops.logits(x, self.weights.lm_head, memory)
+        return list(torch.split(logits, [last - first for first, last in ranges]))

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Many
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from layersweep.checkpoint.layout import Checkpoint, open_checkpoint
-from layersweep.environment import Budget, ram_budget, vram_budget
-from layersweep.errors import InputError
+from layersweep.environment import Budget, context_bytes, ram_budget, vram_budget
+from layersweep.errors import Fallback, InputError
 from layersweep.kv.arms import EXACT
+from layersweep.model.compute import Compute, choose_compute
 from layersweep.stream.blocks import BlockSpec, block_specs
 from layersweep.stream.plan import Plan, make_plan
+from layersweep.stream.shapes import Machine
 from layersweep.stream.store import BlockStore
-from layersweep.sweep.loop import LogitsReader, Numerics, run_sweep
+from layersweep.sweep.loop import Engine, LogitsReader, run_sweep
 from layersweep.sweep.sequences import Branch, Sequence, Tile, tiles_of
 from layersweep.sweep.shapes import tile_shape
 
@@ -30,52 +33,63 @@ class Paths:
     dequant: str
     experts: str
     attention: str
+    kernels: str
 
 
 @dataclass(frozen=True)
 class Model:
-    """A checkpoint, how to compute it, and the memory it may take. Holds no weights."""
+    """A checkpoint, how to compute it, and the memory it may take. Holds no weights.
+
+    `context_bytes`: device memory that CUDA itself holds, part of the `vram` budget.
+    """
 
     checkpoint: Checkpoint
     specs: list[BlockSpec]
-    numerics: Numerics
+    compute: Compute
     vram: Budget
     ram: Budget
     weights: str
     router_dtype: str
-    paths: Paths = field(
-        default=Paths(
-            dequant="torch table lookup",
-            experts="loop over experts, one dense at a time",
-            attention="torch scaled_dot_product_attention",
-        )
-    )
+    context_bytes: int = 0
 
     @property
     def cpu(self) -> bool:
-        return self.numerics.device.type == "cpu"
+        return self.compute.cpu
+
+    @property
+    def paths(self) -> Paths:
+        kernels = self.compute.ops.name
+        return Paths(
+            dequant="torch table lookup" if kernels == "torch" else kernels,
+            experts="one dense expert at a time, all tiles",
+            attention=self.compute.attention.name,
+            kernels=kernels,
+        )
+
+    @property
+    def machine(self) -> Machine:
+        """Budgets and habits of the device, for the planner."""
+        return Machine(
+            vram=self.vram.bytes,
+            ram=self.ram.bytes,
+            element=self.compute.dtype.itemsize,
+            cpu=self.cpu,
+            context=self.context_bytes,
+            repeats_kv=self.compute.attention.repeats_kv,
+        )
 
     def plan(self, tiles: Many[Tile]) -> Plan:
         """Where `tiles` and weights go. Raises BudgetError for what cannot fit."""
         config = self.checkpoint.config
         width = config.num_attention_heads * config.head_dim
-        return make_plan(
-            config,
-            self.specs,
-            [tile_shape(tile, width) for tile in tiles],
-            element=self.numerics.dtype.itemsize,
-            vram=self.vram.bytes,
-            ram=self.ram.bytes,
-            cpu=self.cpu,
-        )
+        return make_plan(config, self.specs, [tile_shape(t, width) for t in tiles], self.machine)
 
-    def open_store(self, plan: Plan) -> BlockStore:
-        return BlockStore(
-            self.specs,
-            resident_bytes=plan.resident_bytes,
-            ring_bytes=plan.ring_bytes,
-            device=self.numerics.device,
+    def open(self, plan: Plan, say: Callable[[Fallback], None] = lambda fallback: None) -> Engine:
+        """Take the memory of a plan. Fallbacks are told to `say` as they happen."""
+        store = BlockStore(
+            self.specs, plan.placement, self.compute.device, decode=self.compute.ops.decode, say=say
         )
+        return Engine(self.checkpoint.config, store, self.compute, plan.scratch)
 
     def score(self, sequences: Many[Many[int]]) -> list[Tensor]:
         """Log-probability of every token but the first, float32 [len - 1] per sequence.
@@ -106,13 +120,12 @@ class Model:
     def run(self, tiles: list[Tile], read: LogitsReader) -> None:
         """Sweep `tiles` in as many sweeps as the budget needs."""
         plan = self.plan(tiles)
-        store = self.open_store(plan)
+        engine = self.open(plan)
         try:
             for sweep in plan.sweeps:
-                some = [tiles[index] for index in sweep]
-                run_sweep(self.checkpoint.config, store, self.numerics, some, read)
+                run_sweep(engine, [tiles[index] for index in sweep], read)
         finally:
-            store.close()
+            engine.close()
 
 
 def load(
@@ -125,23 +138,32 @@ def load(
     dtype: str = "auto",
     weights: str = "auto",
     router_dtype: str = "float32",
+    assume_capability: str | None = None,
 ) -> Model:
     """Open a checkpoint: headers, config and budgets; no weights are read.
 
-    `source`: a folder, a hub id, or "demo". Sizes as "14GiB". Raises CheckpointError,
-    InputError or BudgetError, each with what was found and what was needed.
+    `source`: a folder, a hub id, or "demo". Sizes as "14GiB". `assume_capability` ("7.5") takes
+    the paths of an older GPU than the one at hand. Raises CheckpointError, InputError or
+    BudgetError, each with what was found and what was needed.
     """
     place = resolve_device(device)
-    compute = resolve_dtype(dtype, place)
+    kind = resolve_dtype(dtype, place)
+    assumed = resolve_capability(assume_capability, place)
     _one_of("--weights", weights, ("auto", "native", "nf4"))
     _one_of("--router-dtype", router_dtype, ("float32", "hidden"))
     host = ram_budget(ram)
     budget = vram_budget(vram, place, host=host)
     checkpoint = open_checkpoint(source, revision)
+    compute = choose_compute(
+        torch.device(place), kind, router_float=router_dtype == "float32",
+        assume_capability=assumed,
+    )  # fmt: skip
     return Model(
         checkpoint=checkpoint,
         specs=block_specs(checkpoint, quantize=weights == "nf4"),
-        numerics=Numerics(torch.device(place), compute, router_dtype == "float32"),
+        compute=compute,
+        # free memory, which "auto" takes, is what the context has left
+        context_bytes=0 if place == "cpu" or vram == "auto" else context_bytes(place),
         vram=budget,
         ram=host,
         weights=weights,
@@ -186,6 +208,26 @@ def resolve_dtype(dtype: str, device: str) -> torch.dtype:
             )
         return torch.float32
     return DTYPES["float16" if dtype == "auto" else dtype]
+
+
+def resolve_capability(text: str | None, device: str) -> tuple[int, int] | None:
+    """(7, 5) of "7.5". Raises InputError for a CPU, and for more than the device has."""
+    if text is None:
+        return None
+    if device == "cpu":
+        raise InputError(
+            f"--assume-capability {text}: found device cpu, needed a GPU",
+            hint="leave it out: the CPU has one path",
+        )
+    found = torch.cuda.get_device_capability(device)
+    major, dot, minor = text.partition(".")
+    if not (major.isdigit() and dot and minor.isdigit()) or (int(major), int(minor)) > found:
+        raise InputError(
+            f"--assume-capability: found '{text}', needed a capability up to this device's "
+            f"{found[0]}.{found[1]}",
+            hint="--assume-capability 7.5 takes the paths of a T4",
+        )
+    return int(major), int(minor)
 
 
 def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> None:

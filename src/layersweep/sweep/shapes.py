@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from layersweep.stream.plan import TileShape
+from layersweep.stream.shapes import TileShape
 from layersweep.sweep.sequences import Sequence, Tile
 from layersweep.sweep.state import attention_batch
 
@@ -18,9 +18,15 @@ def tile_shape(tile: Tile, heads_times_dim: int) -> TileShape:
         attention_keys=sum(_attended(sequence) for sequence in tile.sequences),
         read_rows=sum(_read(sequence) for sequence in tile.sequences),
         read_at_once=max(_read(sequence) for sequence in tile.sequences),
-        rows_at_once=at_once * max(sequence.rows for sequence in tile.sequences),
-        attended_at_once=at_once * longest * heads_times_dim,
+        branches=max(len(sequence.branches) for sequence in tile.sequences),
+        sequences_at_once=at_once,
+        rows_at_once=_rows_at_once(tile, longest, heads_times_dim),
     )
+
+
+def _rows_at_once(tile: Tile, longest: int, heads_times_dim: int) -> int:
+    groups = tile.groups(attention_batch(longest, heads_times_dim))
+    return max(group.stop - group.start for group in groups)
 
 
 def _attended(sequence: Sequence) -> int:

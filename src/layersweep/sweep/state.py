@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Many
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from layersweep.model.ops import NEVER
 from layersweep.sweep.sequences import Group, Sequence, Tile
 
 # Sequences attended in one call. Bounded by shape alone, never by a budget, so that numbers
@@ -19,25 +21,38 @@ def attention_batch(longest: int, heads_times_dim: int) -> int:
     return max(1, ATTENTION_ELEMENTS // (longest * heads_times_dim))
 
 
-@dataclass(frozen=True)
+@dataclass
 class Routing:
     """Rows of a tile sorted by expert: rows[start[e]:start[e+1]] go to expert e.
 
-    `weights` [N*K] belong to `rows`; `start` is on the host: one small copy per layer.
+    `weights` [N*K] belong to `rows`; `ends` [E] is `start` on the device, until `settle` has
+    brought it to the host.
     """
 
     rows: Tensor
     weights: Tensor
+    ends: Tensor
     start: list[int]
 
     @classmethod
     def of(cls, experts_NK: Tensor, weights_NK: Tensor, num_experts: int) -> Routing:
+        """Sort by expert, then by token. No synchronization."""
         per_token = experts_NK.shape[1]
-        flat = experts_NK.flatten()
-        order = flat.argsort(stable=True)
-        counts = torch.bincount(flat, minlength=num_experts)
-        start = [0, *counts.cumsum(0).tolist()]
-        return cls(order // per_token, weights_NK.flatten()[order], start)
+        # eight bits are one pass of the device's radix sort, 64 would be eight
+        keys = experts_NK.flatten().to(torch.uint8 if num_experts <= 256 else torch.int32)
+        by_expert, order = keys.sort(stable=True)
+        experts = torch.arange(num_experts, device=keys.device, dtype=torch.int32)
+        ends = torch.searchsorted(by_expert.int(), experts, right=True)
+        return cls(order // per_token, weights_NK.flatten()[order], ends, [])
+
+    @staticmethod
+    def settle(routings: Many[Routing]) -> None:
+        """Bring the counts of all tiles to the host: one small copy per layer."""
+        if routings:
+            for routing, ends in zip(
+                routings, torch.stack([r.ends for r in routings]).tolist(), strict=True
+            ):
+                routing.start = [0, *ends]
 
 
 class TileState:
@@ -51,25 +66,14 @@ class TileState:
         self.update = torch.empty(0)
         self.routing: Routing | None = None
         self.router_logits: Tensor | None = None
-        self._unit_of_row, units = _units(tile)
-        self.first_bad_layer = torch.full((units,), -1, dtype=torch.int32)
+        self.unit_of_row, units = _units(tile)
+        self.first_bad_layer = torch.full((units,), NEVER, dtype=torch.int32)
 
     def start(self, hidden_NH: Tensor) -> None:
         self.hidden = hidden_NH
         self.update = torch.zeros_like(hidden_NH)
-        self._unit_of_row = self._unit_of_row.to(hidden_NH.device)
+        self.unit_of_row = self.unit_of_row.to(hidden_NH.device)
         self.first_bad_layer = self.first_bad_layer.to(hidden_NH.device)
-
-    def leave_layer(self, layer: int) -> None:
-        """Add the experts' sum once, and note who has become non-finite; no sync."""
-        self.hidden += self.update
-        self.update.zero_()
-        self.routing = self.router_logits = None
-        bad_rows = ~self.hidden.abs().amax(-1).isfinite()
-        bad = torch.zeros_like(self.first_bad_layer)
-        bad.index_add_(0, self._unit_of_row, bad_rows.to(torch.int32))
-        newly = (bad > 0) & (self.first_bad_layer < 0)
-        self.first_bad_layer = torch.where(newly, layer, self.first_bad_layer)
 
     def nonfinite(self) -> dict[tuple[int, int], int]:
         """{(sequence, branch): first non-finite layer}; branch -1 is the prefix."""
@@ -77,7 +81,7 @@ class TileState:
         found, unit = {}, 0
         for index, sequence in enumerate(self.tile.sequences):
             for branch in range(-1, len(sequence.branches)):
-                if layers[unit] >= 0:
+                if layers[unit] != NEVER:
                     found[index, branch] = layers[unit]
                 unit += 1
         return found
@@ -89,7 +93,7 @@ def _units(tile: Tile) -> tuple[Tensor, int]:
     for sequence in tile.sequences:
         lengths += [len(sequence.prefix), *(len(b.ids) for b in sequence.branches)]
     units = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-    return units, len(lengths)
+    return units.to(torch.int32), len(lengths)
 
 
 def read_rows(sequence: Sequence, start: int) -> list[tuple[int, int]]:

@@ -1,0 +1,153 @@
+"""Ways in which people run such a model today, measured on this machine as baselines.
+
+Each peer runs a few full-size layers and is scaled to the 32 of Mixtral-8x7B. Embedding and head
+(2 % of the NF4 bytes, 0.6 % of the float16 ones) are left out of both.
+
+- Synchronous NF4 (`sync_nf4`): layer by layer, packed tensors from ordinary host memory to the
+  device, every weight made dense there, plain torch. The way that layersweep replaces.
+- CPU offload: transformers' own Mixtral in float16 under the usual offloading library, in a
+  process of its own (`offload_peer`), so that this one never loads that library.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from layersweep.bench.offload_peer import OPPONENT
+from layersweep.bench.sync_nf4 import SyncNf4
+from layersweep.checkpoint import ModelConfig, open_checkpoint
+from layersweep.errors import InputError, LayersweepError
+
+FULL_LAYERS = 32
+MEASURED_PASSES = 3
+CHILD_LIMIT_S = 900.0
+
+
+@dataclass(frozen=True)
+class PeerResult:
+    """One peer. seconds_per_pass and bytes_per_pass: one forward pass, scaled to 32 layers.
+
+    bytes_per_pass counts what crosses to the device. detail: what the number rests on, as JSON.
+    """
+
+    name: str
+    seconds_per_pass: float
+    layers_measured: int
+    tokens: int
+    bytes_per_pass: int
+    detail: dict[str, object]
+
+
+def measure_sync_nf4(
+    folder: Path | str, device: str, layers: int, tokens: int, vram_cap: int
+) -> PeerResult:
+    """One sequence of `tokens` tokens through the first `layers` layers of the checkpoint.
+
+    Median over layers of three passes after one that warms up; float16 on a GPU, float32 on the
+    CPU. `vram_cap`: bytes of device memory that this process may take meanwhile. Raises InputError
+    for more layers than there are.
+    """
+    place = torch.device(device)
+    peer = SyncNf4(open_checkpoint(str(folder)), place, layers)
+    ids = torch.randint(
+        peer.config.vocab_size, (tokens,), generator=torch.Generator().manual_seed(0)
+    )
+    with memory_cap(place, vram_cap), torch.inference_mode():
+        hidden = peer.embed(ids)
+        times: list[tuple[float, float]] = []
+        for _ in range(1 + MEASURED_PASSES):
+            times += peer.timed_pass(hidden)
+        peak = torch.cuda.max_memory_allocated(place) if place.type == "cuda" else None
+    copies, seconds = zip(*times[layers:], strict=True)
+    nbytes = sum(peer.layer_bytes) // layers
+    return PeerResult(
+        name="synchronous NF4",
+        seconds_per_pass=FULL_LAYERS * statistics.median(seconds),
+        layers_measured=layers,
+        tokens=tokens,
+        bytes_per_pass=FULL_LAYERS * nbytes,
+        detail={
+            "seconds_per_layer": list(seconds),
+            "copy_seconds_per_pass": FULL_LAYERS * statistics.median(copies),
+            "dequantize": "bitsandbytes" if peer.bitsandbytes else "torch",
+            "dtype": str(peer.dtype).removeprefix("torch."),
+            "peak_device_bytes": peak,
+        },
+    )
+
+
+def measure_cpu_offload(
+    config: ModelConfig, device: str, layers: int, tokens: int, vram_cap: int
+) -> PeerResult:
+    """One forward pass of `tokens` tokens through `layers` layers of `config`'s shape.
+
+    Median of two after one that warms up. Random float16 weights (float32 on the CPU); they take
+    2.9 GB of host memory per full-size layer. Raises InputError where the library is not
+    installed, LayersweepError with the child's last words where it fails.
+    """
+    if find_spec(name=OPPONENT) is None:
+        raise InputError(
+            f"found no {OPPONENT}, needed it to measure this peer",
+            hint=f"pip install {OPPONENT} (nothing else of layersweep uses it)",
+        )
+    order = {"config": asdict(config), "device": device, "layers": layers, "tokens": tokens,
+             "vram_cap": vram_cap}  # fmt: skip
+    answer = _ask_child(json.dumps(order))
+    seconds = answer["seconds"]
+    nbytes = answer["layer_bytes"]
+    assert isinstance(seconds, list) and isinstance(nbytes, int)
+    return PeerResult(
+        name=f"{OPPONENT}.cpu_offload",
+        seconds_per_pass=statistics.median(seconds) / layers * FULL_LAYERS,
+        layers_measured=layers,
+        tokens=tokens,
+        bytes_per_pass=nbytes * FULL_LAYERS,
+        detail=answer,
+    )
+
+
+def _ask_child(order: str) -> dict[str, object]:
+    """What `offload_peer` printed last, as JSON."""
+    command = [sys.executable, "-m", "layersweep.bench.offload_peer", order]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=CHILD_LIMIT_S)
+    except subprocess.TimeoutExpired as failure:
+        raise LayersweepError(
+            f"{OPPONENT}: no answer in {CHILD_LIMIT_S:.0f} s", hint="measure fewer layers"
+        ) from failure
+    lines = done.stdout.strip().splitlines()
+    if done.returncode or not lines:
+        words = done.stderr.strip().splitlines() or ["nothing was said"]
+        said = next((line for line in reversed(words) if "Error" in line), words[-1])
+        raise LayersweepError(
+            f"{OPPONENT}: the child process ended with {done.returncode}: {said}",
+            hint="measure fewer layers, or see whether its versions fit each other",
+        )
+    answer: dict[str, object] = json.loads(lines[-1])
+    return answer
+
+
+@contextmanager
+def memory_cap(device: torch.device, nbytes: int) -> Iterator[None]:
+    """Let this process's allocator take at most `nbytes` of a GPU; nothing on the CPU."""
+    if device.type != "cuda":
+        yield
+        return
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, nbytes / total), device)
+    torch.cuda.reset_peak_memory_stats(device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        torch.cuda.empty_cache()  # the next peer is another process on the same device

@@ -1,0 +1,138 @@
+"""The operations of a sweep: plain torch, the oracle, and the same with our CUDA kernels.
+
+Names that end in an underscore overwrite their first argument. `memory` is where a result may
+be put; what counts is what is returned. Legend as in maths.py.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from layersweep.checkpoint import nf4
+from layersweep.model import maths
+
+if TYPE_CHECKING:
+    from layersweep.kernels import Kernels
+
+NEVER = torch.iinfo(torch.int32).max  # "no bad layer": smaller numbers win
+
+
+class TorchOps:
+    """Every operation in plain torch, on any device."""
+
+    name = "torch"
+
+    def decode(self, quantized: nf4.QuantizedTensor, kind: str, out: Tensor) -> None:
+        """Fill `out` with the dense weight."""
+        nf4.decode(quantized, kind, out)
+
+    def linear(self, x_NI: Tensor, weight_OI: Tensor, memory: Tensor | None = None) -> Tensor:
+        """x times weight, transposed: [N, O]."""
+        return maths.linear(x_NI, weight_OI)
+
+    def add_linear_(self, residual_NO: Tensor, x_NI: Tensor, weight_OI: Tensor) -> None:
+        residual_NO += maths.linear(x_NI, weight_OI)
+
+    def logits(self, x_NH: Tensor, head_VH: Tensor, memory: Tensor | None = None) -> Tensor:
+        """[N, V] float32, never rounded to 16 bits on the way."""
+        if x_NH.dtype == torch.float32:
+            return maths.linear(x_NH, head_VH)
+        return torch.mm(x_NH, head_VH.t(), out_dtype=torch.float32)
+
+    def rms_norm(
+        self, x: Tensor, weight_H: Tensor, eps: float, memory: Tensor, rows: Tensor | None = None
+    ) -> Tensor:
+        """Normed rows of x, all or those of the index `rows`: [N, H]."""
+        return maths.rms_norm(x if rows is None else x[rows], weight_H, eps)
+
+    def rope(
+        self, x_BHTD: Tensor, cos_SD: Tensor, sin_SD: Tensor, first: int, out: Tensor
+    ) -> Tensor:
+        """Heads rotated to the positions from `first` on, into `out` (which may be x)."""
+        last = first + x_BHTD.shape[2]
+        x = x_BHTD.to(out.dtype)
+        return out.copy_(maths.rope(x, cos_SD[first:last], sin_SD[first:last]))
+
+    def swiglu_(self, gate_up_N2I: Tensor) -> Tensor:
+        """silu(gate) * up over the gate's half; that half [N, I], a view."""
+        gate, up = gate_up_N2I.chunk(2, dim=-1)
+        return torch.nn.functional.silu(gate, inplace=True).mul_(up)
+
+    def add_rows_(self, update: Tensor, rows: Tensor, y_NH: Tensor, weight_N: Tensor) -> None:
+        """update[rows] += y * weight; rows are unique, so no order of additions is left open."""
+        update[rows] += (y_NH * weight_N[:, None]).to(y_NH.dtype)
+
+    def leave_layer_(
+        self, hidden: Tensor, update: Tensor, unit_N: Tensor, first_bad: Tensor, layer: int
+    ) -> None:
+        """hidden += update, update = 0; units with a non-finite row get `layer` in `first_bad`
+        (int32, NEVER so far), if it is their first."""
+        hidden += update
+        update.zero_()
+        bad = ~hidden.abs().amax(-1).isfinite()
+        seen = torch.where(bad, layer, NEVER).to(torch.int32)
+        first_bad.scatter_reduce_(0, unit_N.long(), seen, "amin")
+
+
+class CudaOps(TorchOps):
+    """Our kernels and cuBLAS. `kernels` belong to one device and dtype."""
+
+    name = "CUDA C, compiled at start"
+
+    def __init__(self, kernels: Kernels, device: torch.device) -> None:
+        self.kernels = kernels
+        self._codes = {
+            kind: torch.tensor(code, dtype=torch.float32, device=device)
+            for kind, code in nf4.CODES.items()
+        }
+
+    def decode(self, quantized: nf4.QuantizedTensor, kind: str, out: Tensor) -> None:
+        nested = quantized.nested
+        self.kernels.nf4_dequantize(
+            quantized.packed.view(-1), quantized.absmax.view(-1),
+            None if nested is None
+            else (nested.absmax, nested.quant_map, nested.blocksize, nested.offset),
+            quantized.blocksize, self._codes[kind], out,
+        )  # fmt: skip
+
+    def linear(self, x_NI: Tensor, weight_OI: Tensor, memory: Tensor | None = None) -> Tensor:
+        if memory is None:
+            return torch.mm(x_NI, weight_OI.t())
+        return torch.mm(x_NI, weight_OI.t(), out=memory)
+
+    def add_linear_(self, residual_NO: Tensor, x_NI: Tensor, weight_OI: Tensor) -> None:
+        residual_NO.addmm_(x_NI, weight_OI.t())  # the sum is rounded once, in the product's end
+
+    def logits(self, x_NH: Tensor, head_VH: Tensor, memory: Tensor | None = None) -> Tensor:
+        if x_NH.dtype == torch.float32:
+            return self.linear(x_NH, head_VH, memory)
+        if memory is None:
+            return torch.mm(x_NH, head_VH.t(), out_dtype=torch.float32)
+        return torch.mm(x_NH, head_VH.t(), out_dtype=torch.float32, out=memory)
+
+    def rms_norm(
+        self, x: Tensor, weight_H: Tensor, eps: float, memory: Tensor, rows: Tensor | None = None
+    ) -> Tensor:
+        self.kernels.rms_norm(x, weight_H, eps, memory, rows)
+        return memory
+
+    def rope(
+        self, x_BHTD: Tensor, cos_SD: Tensor, sin_SD: Tensor, first: int, out: Tensor
+    ) -> Tensor:
+        self.kernels.rope(x_BHTD, out, cos_SD, sin_SD, first)
+        return out
+
+    def swiglu_(self, gate_up_N2I: Tensor) -> Tensor:
+        self.kernels.swiglu_(gate_up_N2I)
+        return gate_up_N2I[:, : gate_up_N2I.shape[1] // 2]
+
+    def add_rows_(self, update: Tensor, rows: Tensor, y_NH: Tensor, weight_N: Tensor) -> None:
+        self.kernels.add_rows_(update, rows, y_NH, weight_N)
+
+    def leave_layer_(
+        self, hidden: Tensor, update: Tensor, unit_N: Tensor, first_bad: Tensor, layer: int
+    ) -> None:
+        self.kernels.leave_layer_(hidden, update, unit_N, first_bad, layer)

@@ -1,0 +1,127 @@
+"""Reads runs from a checkpoint's files, each byte range straight into its place.
+
+tasks(run, target) -> small pieces of work, any order, any thread; then check(run, target)
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from layersweep.checkpoint import nf4
+from layersweep.checkpoint.header import StoredTensor
+from layersweep.errors import CheckpointError
+from layersweep.stream.blocks import STORED_DTYPES, BlockSpec, PlacedWeight
+from layersweep.stream.runs import Run
+
+# Large enough that a disk streams, small enough that eight threads share one expert.
+PIECE_BYTES = 8 * 2**20
+
+Task = Callable[[], None]
+
+
+class RunReader:
+    """Makes the reading of a run into tasks, which may run on any thread.
+
+    A task raises CheckpointError for a file that ended early. With `drop_cache`, what was read is
+    taken out of the page cache.
+    """
+
+    def __init__(self, specs: Sequence[BlockSpec], *, drop_cache: bool = False) -> None:
+        self.specs, self.drop_cache = specs, drop_cache
+        self._handles: dict[Path, int] = {}
+        self._lock = threading.Lock()
+
+    def tasks(self, run: Run, target: Tensor) -> list[Task]:
+        """The work that fills `target` (uint8, CPU, run.nbytes), largest pieces first."""
+        large: list[Task] = []
+        small: list[Task] = []
+        for block, start in zip(run.blocks, run.offsets, strict=True):
+            arena = target[start : start + self.specs[block].nbytes]
+            for placed in self.specs[block].weights.values():
+                if placed.quantize:
+                    large.append(partial(self._read_quantized, placed, arena))
+                    continue
+                for slot in placed.slots:
+                    assert slot.source is not None
+                    part = arena[slot.offset : slot.offset + slot.nbytes]
+                    pieces = list(self._pieces(slot.source, part))
+                    (large if slot.nbytes > PIECE_BYTES else small).extend(pieces)
+        return [*large, partial(_one_after_another, small)]
+
+    def check(self, run: Run, target: Tensor) -> None:
+        """Scales of a run whose tasks are done. Raises CheckpointError for NaN or infinity, which
+        would poison every token."""
+        for block, start in zip(run.blocks, run.offsets, strict=True):
+            arena = target[start : start + self.specs[block].nbytes]
+            for placed in self.specs[block].weights.values():
+                if placed.weight.quant is not None:
+                    _check_scales(placed, arena)
+
+    def _pieces(self, source: StoredTensor, target: Tensor) -> Iterator[Task]:
+        for start in range(0, source.nbytes, PIECE_BYTES):
+            part = target[start : start + PIECE_BYTES]
+            yield partial(self._read_range, source, start, part)
+
+    def _read_range(self, source: StoredTensor, start: int, target: Tensor) -> None:
+        """Bytes [start, start + len(target)) of a tensor."""
+        view = memoryview(target.numpy().data)
+        handle, done = self._handle(source.file), 0
+        while done < len(view):
+            count = os.preadv(handle, [view[done:]], source.offset + start + done)
+            if count == 0:
+                raise CheckpointError(
+                    f"{source.file.name}: tensor {source.name} ends after {start + done} bytes, "
+                    f"needed {source.nbytes}",
+                    hint="the file changed or was cut short while it was read: copy it again",
+                )
+            done += count
+        if self.drop_cache and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(
+                handle, source.offset + start, len(view), os.POSIX_FADV_DONTNEED
+            )  # fmt: skip
+
+    def _read_quantized(self, placed: PlacedWeight, arena: Tensor) -> None:
+        source = placed.weight.data
+        raw = torch.empty(source.nbytes, dtype=torch.uint8)
+        self._read_range(source, 0, raw)
+        weight = raw.view(STORED_DTYPES[source.dtype]).view(placed.weight.shape)
+        quantized = nf4.quantize(weight, blocksize=64, nested=False)
+        assert placed.absmax is not None
+        for slot, made in ((placed.data, quantized.packed), (placed.absmax, quantized.absmax)):
+            bytes_made = made.reshape(-1).view(torch.uint8)
+            arena[slot.offset : slot.offset + slot.nbytes].copy_(bytes_made)
+
+    def _handle(self, file: Path) -> int:
+        with self._lock:
+            if file not in self._handles:
+                self._handles[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+            return self._handles[file]
+
+    def close(self) -> None:
+        with self._lock:
+            for handle in self._handles.values():
+                os.close(handle)
+            self._handles.clear()
+
+
+def _one_after_another(tasks: Sequence[Task]) -> None:
+    for task in tasks:
+        task()
+
+
+def _check_scales(placed: PlacedWeight, arena: Tensor) -> None:
+    nested = placed.nested_absmax is not None
+    slots = [(placed.nested_absmax, False), (placed.nested_quant_map, True)]
+    for slot, signed in slots if nested else [(placed.absmax, False)]:
+        assert slot is not None
+        source = slot.source
+        assert source is not None
+        scales = arena[slot.offset : slot.offset + slot.nbytes].view(torch.float32)
+        nf4.check_scales(scales, file=source.file.name, tensor=source.name, signed=signed)

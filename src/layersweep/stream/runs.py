@@ -1,0 +1,103 @@
+"""Runs: consecutive blocks of one layer that are copied at once, and where each of them waits.
+
+A copy of 64 MiB moves at the full rate of the bus, one of 1 MiB at two thirds of it, so small
+blocks travel together. A run never crosses a layer: the compute thread gives a layer back whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from layersweep.stream.blocks import BlockSpec
+
+RUN_BYTES = 64 * 2**20
+RUNS_AHEAD = 2
+
+
+@dataclass(frozen=True)
+class Run:
+    """Blocks `first` .. `first + len(offsets) - 1` (numbers in sweep order) in one piece of
+    memory, block `first + i` at `offsets[i]`."""
+
+    index: int
+    layer: int | None
+    first: int
+    offsets: tuple[int, ...]
+    nbytes: int
+    stored_bytes: int
+
+    @property
+    def blocks(self) -> range:
+        return range(self.first, self.first + len(self.offsets))
+
+
+def runs_of(specs: Sequence[BlockSpec], least: int = RUN_BYTES) -> list[Run]:
+    """Cut blocks into runs of at least `least` bytes; the last of a layer may be smaller."""
+    runs: list[Run] = []
+    first = 0
+    while first < len(specs):
+        offsets: list[int] = []
+        nbytes = stored = 0
+        index = first
+        while index < len(specs) and specs[index].layer == specs[first].layer and nbytes < least:
+            offsets.append(nbytes)
+            nbytes += specs[index].nbytes
+            stored += specs[index].stored_bytes
+            index += 1
+        runs.append(Run(len(runs), specs[first].layer, first, tuple(offsets), nbytes, stored))
+        first = index
+    return runs
+
+
+def compute_ring(runs: Sequence[Run]) -> int:
+    """Bytes that a sweep needs where it computes: one whole layer, two runs ahead of it, and a
+    third run's bytes that may be lost at the ring's end."""
+    layers: dict[int, int] = {}
+    for run in runs:
+        if run.layer is not None:
+            layers[run.layer] = layers.get(run.layer, 0) + run.nbytes
+    largest = max((run.nbytes for run in runs if run.layer is not None), default=0)
+    in_use = max(layers.values(), default=0) + (RUNS_AHEAD + 1) * largest
+    return max(in_use, max(run.nbytes for run in runs))
+
+
+def staging_ring(runs: Sequence[Run]) -> int:
+    """Least bytes of the pinned ring between file and device: one run is read, one is copied."""
+    return 2 * max(run.nbytes for run in runs)
+
+
+def choose_spread(sizes: Sequence[int], budget: int) -> frozenset[int]:
+    """Indices of `sizes` that fit `budget` together, spread evenly.
+
+    What is kept needs no transfer. Were the kept runs neighbours, the bus would idle while they
+    are used and be late afterwards; evenly spread it never has to catch up.
+    """
+    total = sum(sizes)
+    if budget >= total:
+        return frozenset(range(len(sizes)))
+    chosen, used, credit = set(), 0, 0.0
+    for index, size in enumerate(sizes):
+        credit += size * budget / total
+        if credit >= size and used + size <= budget:
+            chosen.add(index)
+            used += size
+            credit -= size
+    return frozenset(chosen)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where runs wait between sweeps. `device` and `host` are kept there after their first read,
+    the others pass through the rings each time.
+
+    device_ring: bytes where blocks are computed with, 0 on the CPU, where the host ring serves.
+    host_ring: bytes between file and device. drop_cache: files do not fit the host budget, so
+    what was read is taken out of the page cache, where it would only push out other data.
+    """
+
+    device: frozenset[int]
+    host: frozenset[int]
+    device_ring: int
+    host_ring: int
+    drop_cache: bool = False

@@ -1,0 +1,189 @@
+"""The block store's parts: byte ring, pinned memory, reading ahead. No model, no GPU."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections import deque
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from layersweep.checkpoint.header import StoredTensor
+from layersweep.checkpoint.weights import Weight
+from layersweep.errors import CheckpointError, Fallback
+from layersweep.stream.blocks import BlockSpec, PlacedWeight, Slot
+from layersweep.stream.host import HostStage
+from layersweep.stream.pinned import pinned_ring
+from layersweep.stream.reader import RunReader
+from layersweep.stream.ring import ByteRing
+from layersweep.stream.runs import Placement, Run, choose_spread, compute_ring, runs_of
+from layersweep.stream.store import BlockStore
+
+MIB = 2**20
+
+
+@given(st.integers(1, 100), st.lists(st.one_of(st.integers(1, 60), st.none()), max_size=80))
+def test_ring_ranges_are_inside_and_never_overlap(capacity: int, steps: list[int | None]) -> None:
+    ring, held = ByteRing(capacity), deque[tuple[int, int]]()
+    for step in steps:
+        if step is None:
+            if held:
+                ring.free()
+                held.popleft()
+            continue
+        start = ring.take(step)
+        if start is None:
+            # it may refuse only where no contiguous range is free behind the newest
+            ends = [held[-1][1], 0] if held else [0]
+            for begin in ends:
+                fits = begin + step <= capacity
+                assert not fits or any(a < begin + step and begin < b for a, b in held)
+            continue
+        assert start >= 0 and start + step <= capacity
+        assert all(stop <= start or start + step <= first for first, stop in held)
+        held.append((start, start + step))
+    assert ring.used == sum(stop - first for first, stop in held)
+
+
+@given(st.integers(1, 20), st.integers(1, 20))
+def test_a_ring_of_a_layer_and_a_run_more_never_locks_up(count: int, size: int) -> None:
+    """A layer's runs are freed only when all of them are there: from any start they must fit."""
+    ring = ByteRing(count * size + size)
+    for _ in range(50):
+        for _ in range(count):
+            assert ring.take(size) is not None
+        for _ in range(count):
+            ring.free()
+
+
+def test_a_refused_pin_is_tried_smaller_and_ends_pageable() -> None:
+    asked: list[int] = []
+
+    def limited(address: int, nbytes: int) -> int:
+        asked.append(nbytes)
+        return 0 if nbytes <= 3 * MIB else 2
+
+    buffer, size = pinned_ring(16 * MIB, MIB, limited)
+    assert (size, buffer.pinned, asked) == (2 * MIB, True, [16 * MIB, 8 * MIB, 4 * MIB, 2 * MIB])
+    buffer, size = pinned_ring(16 * MIB, 4 * MIB, limited)
+    assert (size, buffer.pinned) == (4 * MIB, False)
+    assert buffer.bytes.numel() == 4 * MIB
+
+
+def a_file(folder: Path, sizes: list[int]) -> tuple[list[BlockSpec], list[bytes]]:
+    """Blocks of one float tensor each, in one file; three blocks a layer."""
+    file, offset, specs, contents = folder / "model.safetensors", 0, [], []
+    with file.open("wb") as stream:
+        for index, size in enumerate(sizes):
+            data = os.urandom(size)
+            stream.write(data)
+            contents.append(data)
+            source = StoredTensor(f"t{index}", file, "F16", (size // 2,), offset, size)
+            weight = Weight(f"t{index}", (size // 2,), source, None)
+            placed = PlacedWeight(weight, Slot(source, 0, size))
+            specs.append(BlockSpec(f"b{index}", index // 3, {"w": placed}, size, size))
+            offset += size
+    return specs, contents
+
+
+def placed(specs: list[BlockSpec], kept: int = 0, ring: int | None = None) -> Placement:
+    runs = runs_of(specs)
+    host = choose_spread([run.nbytes for run in runs], kept)
+    return Placement(frozenset(), host, 0, compute_ring(runs) if ring is None else ring)
+
+
+@pytest.mark.parametrize("kept", [0, 5_000_000, 10**9])
+def test_blocks_arrive_whole_and_in_order_sweep_after_sweep(tmp_path: Path, kept: int) -> None:
+    generator = random.Random(kept)
+    sizes = [2 * generator.randint(1, 300_000) for _ in range(60)]
+    specs, contents = a_file(tmp_path, sizes)
+    store = BlockStore(specs, placed(specs, kept), torch.device("cpu"))
+    for sweep in range(3):
+        with store.sweep():
+            for index, content in enumerate(contents):
+                assert bytes(store.get(index).arena.numpy()) == content, (sweep, index)
+                if index % 3 == 2:  # a layer at a time, as the gate's pass holds them
+                    for done in range(index - 2, index + 1):
+                        store.release(done)
+    again = sum(run.nbytes for run in store.runs if run.index not in placed(specs, kept).host)
+    assert store.bytes_read == sum(sizes) + 2 * again
+    store.close()
+
+
+def test_memory_for_weights_stays_within_the_ring(tmp_path: Path) -> None:
+    specs, _ = a_file(tmp_path, [1_000_000] * 60)
+    runs, ring = runs_of(specs), compute_ring(runs_of(specs))
+    reader = RunReader(specs)
+    host = HostStage(runs, reader, placed(specs), pin=False, say=lambda fallback: None)
+    assert host.ring_bytes.numel() == ring < sum(run.nbytes for run in runs) / 4
+    host.start(frozenset())
+    seen = set()
+    for _ in runs:
+        arrival = host.take()
+        seen.add(arrival.bytes.data_ptr() - host.ring_bytes.data_ptr())
+        host.release()
+    assert all(0 <= start < ring for start in seen)
+    host.stop()
+    host.close()
+    reader.close()
+
+
+def test_a_sweep_that_is_left_early_can_be_followed_by_another(tmp_path: Path) -> None:
+    specs, contents = a_file(tmp_path, [500_000] * 30)
+    store = BlockStore(specs, placed(specs), torch.device("cpu"))
+    for stop in (0, 1, 7):
+        with pytest.raises(KeyboardInterrupt), store.sweep():
+            for index in range(stop):
+                store.get(index)
+            raise KeyboardInterrupt
+    with store.sweep():
+        for index, content in enumerate(contents):
+            assert bytes(store.get(index).arena.numpy()) == content
+            store.release(index)
+    store.close()
+
+
+def test_a_file_cut_short_ends_the_sweep_with_the_tensor_named(tmp_path: Path) -> None:
+    specs, _ = a_file(tmp_path, [500_000] * 30)
+    with (tmp_path / "model.safetensors").open("r+b") as stream:
+        stream.truncate(500_000 * 20 + 100)
+    store = BlockStore(specs, placed(specs), torch.device("cpu"))
+    with pytest.raises(CheckpointError, match=r"t20 ends after 100 bytes"), store.sweep():
+        for index in range(30):
+            store.get(index)
+            store.release(index)
+    store.close()
+
+
+def test_a_pageable_ring_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    specs, _ = a_file(tmp_path, [100_000] * 6)
+    monkeypatch.setattr("layersweep.stream.pinned._register", lambda address, nbytes: 1)
+    said: list[Fallback] = []
+    runs = runs_of(specs)
+    host = HostStage(runs, RunReader(specs), placed(specs), pin=True, say=said.append)
+    assert [(fallback.what, fallback.used) for fallback in said] == [
+        ("host ring", "pageable memory")
+    ]
+    assert not host.pinned
+    host.close()
+
+
+def test_what_was_read_is_dropped_from_the_page_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    specs, _ = a_file(tmp_path, [100_000] * 6)
+    dropped: list[tuple[int, int]] = []
+    monkeypatch.setattr(
+        os, "posix_fadvise", lambda handle, start, count, advice: dropped.append((start, count))
+    )
+    run: Run = runs_of(specs)[0]
+    for drop, expected in ((False, []), (True, [(i * 100_000, 100_000) for i in range(3)])):
+        reader = RunReader(specs, drop_cache=drop)
+        for task in reader.tasks(run, torch.empty(run.nbytes, dtype=torch.uint8)):
+            task()
+        assert sorted(dropped) == expected
+        reader.close()
