@@ -79,7 +79,7 @@ def disk_read_rate(folder: Path, size: int = DISK_FILE) -> DiskRate:
         os.fsync(file.fileno())
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        resident = _resident_share(file.fileno(), size)
+        resident = resident_share(file.fileno(), size)
         started = time.perf_counter()
         with ThreadPoolExecutor(DISK_THREADS) as pool:
             starts = range(0, size, size // DISK_THREADS)
@@ -93,7 +93,7 @@ def _read_span(descriptor: int, start: int, size: int) -> int:
     return sum(os.preadv(descriptor, [buffer], start + at) for at in range(0, size, DISK_BLOCK))
 
 
-def _resident_share(descriptor: int, size: int) -> float:
+def resident_share(descriptor: int, size: int) -> float:
     """Share of a file's pages in the page cache, by mincore; 0 where the system cannot tell."""
     libc = ctypes.CDLL(None, use_errno=True)
     if not hasattr(libc, "mincore"):

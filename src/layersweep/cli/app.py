@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import typer
 
+from layersweep.cli.bench import bench
 from layersweep.cli.doctor import doctor
 from layersweep.cli.eval import evaluate
 from layersweep.cli.inspect import inspect
@@ -33,6 +34,7 @@ app.command("doctor")(doctor)
 app.command("report")(report)
 app.command("compare")(compare)
 app.command("synth")(synth)
+app.add_typer(bench)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

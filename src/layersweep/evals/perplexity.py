@@ -23,6 +23,7 @@ from layersweep.evals.measured import (
 )
 from layersweep.evals.windows import Window
 from layersweep.kv.arms import EXACT, Arm, identity_arm
+from layersweep.model import maths
 from layersweep.sweep.sequences import Branch, Sequence, Tile, tiles_of
 
 TILE_SEGMENTS = 20
@@ -44,31 +45,18 @@ def control_arms(arms: Many[Arm]) -> list[tuple[str, Arm]]:
     return [*identities, ("exact", EXACT)]
 
 
-def score_branches(logits: list[Tensor], target: Tensor) -> Tensor:
-    """[branches, T, 3] float32: NLL of the target, KL(exact || branch) in nats, and 1 where the
-    first guess is that of the exact branch, which comes first. `logits` [T, V] each."""
-    scores = torch.zeros(len(logits), len(target), 3, device=target.device)
-    exact = logits[0].log_softmax(-1)
-    chance, best = exact.exp(), exact.argmax(-1)
-    for row, branch in zip(scores, logits, strict=True):
-        found = exact if branch is logits[0] else branch.log_softmax(-1)
-        row[:, 0] = -found.gather(1, target[:, None])[:, 0]
-        row[:, 1] = (chance * (exact - found)).sum(-1)
-        row[:, 2] = found.argmax(-1) == best
-    return scores
-
-
 @dataclass
 class PerplexityJob:
     """The tiles of a perplexity study, and what is measured on them.
 
-    `arms` leaves out the baseline, which is always branch 0. `score` as `score_branches`.
+    `arms` leaves out the baseline, which is always branch 0. `score` as
+    `maths.score_branches`.
     """
 
     windows: list[Window]
     arms: list[Arm]
     streaming: bool
-    score: Callable[[list[Tensor], Tensor], Tensor] = score_branches
+    score: Callable[[list[Tensor], Tensor], Tensor] = maths.score_branches
     controls: list[tuple[str, Arm]] = field(init=False)
     _scored: list[tuple[int, Tensor]] = field(default_factory=list)
 

@@ -102,7 +102,7 @@ def prepare_study(model: Model, settings: EvalSettings) -> Study:
     tasks = () if settings.gate == "only" else settings.tasks
     perplexity = needle = None
     if "ppl" in tasks:
-        perplexity = _perplexity(settings, tokenizer, text.text, arms, config)
+        perplexity = _perplexity(settings, tokenizer, text.text, arms, model)
     if "niah" in tasks:
         needle = _needle(settings, tokenizer, text.text, arms, config)
     gate = None
@@ -292,8 +292,9 @@ def _perplexity(
     tokenizer: TextTokenizer,
     text: str,
     arms: list[Arm],
-    config: ModelConfig,
+    model: Model,
 ) -> PerplexityJob:
+    config = model.checkpoint.config
     limit = config.max_position_embeddings
     length = settings.prefix + settings.continuation
     if length > limit:
@@ -308,7 +309,7 @@ def _perplexity(
     )  # fmt: skip
     for window in windows:
         check_ids(window.ids, config.vocab_size)
-    return PerplexityJob(windows, arms, settings.streaming)
+    return PerplexityJob(windows, arms, settings.streaming, model.compute.ops.score_branches)
 
 
 def _needle(

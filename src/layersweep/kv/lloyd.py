@@ -20,6 +20,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -28,8 +29,11 @@ from layersweep.kv.codec import Codec, Packed, check_input, join_tokens, role_bi
 from layersweep.kv.identity import Identity
 from layersweep.kv.lloyd_tables import POSITIVE_LEVELS
 from layersweep.kv.packing import pack_bits, unpack_bits
-from layersweep.kv.rotate import add_rows, rotate, rotate_back, row_chunks
+from layersweep.kv.rotate import add_rows, rotate, rotate_back, rotation_weights, row_chunks
 from layersweep.kv.stream import Stream
+
+if TYPE_CHECKING:
+    from layersweep.kernels import Kernels
 
 # Up to this many levels, comparing with every boundary beats a binary search (at 8: 4x, measured).
 _FEW = 16
@@ -51,6 +55,18 @@ def signed_levels(bits: int, device: torch.device) -> Tensor:
     positive = POSITIVE_LEVELS[bits]
     values = [*positive, *(-level for level in positive)]
     return torch.tensor(values, dtype=torch.float32, device=device)
+
+
+@cache
+def nearest_values(bits: int, device: torch.device) -> Tensor:
+    """Value that nearest_levels gives for every index, [2^(bits-1)] float32."""
+    levels = POSITIVE_LEVELS[bits]
+    if len(levels) > _FEW:
+        return signed_levels(bits, device)[: len(levels)].contiguous()
+    values = [torch.tensor(levels[0], dtype=torch.float32)]
+    for low, high in pairwise(levels):
+        values.append(values[-1] + (high - low))  # rounded at each step, as there
+    return torch.stack(values).to(device)
 
 
 def look_up(levels: Tensor, codes: Tensor) -> Tensor:
@@ -101,11 +117,8 @@ class Lloyd:
         codes = packed.codes.reshape(-1, width)
         assert packed.scale is not None
         scale = packed.scale.reshape(-1)
-        levels = signed_levels(packed.bits, codes.device)
         out = torch.empty(len(codes), packed.dim, dtype=torch.float32, device=codes.device)
-        for rows in row_chunks(len(codes), packed.dim, codes.device):
-            y_DN = look_up(levels, unpack_bits(codes[rows], packed.bits))
-            out[rows] = rotate_back(y_DN.mul_(scale[rows].float()), randomized=True)
+        _decode_into(out, codes, scale, packed.bits)
         return out.view(batch, heads, tokens, packed.dim)
 
     def nbytes(self, packed: Packed) -> int:
@@ -123,10 +136,15 @@ def _encode(x: Tensor, bits: int) -> Packed:
     batch, heads, tokens, dim = x.shape
     flat = x.reshape(-1, dim)
     width = dim * bits // 8
-    codes = torch.empty(len(flat), width, dtype=torch.uint8, device=x.device)
-    scale = torch.empty(len(flat), dtype=torch.float16, device=x.device)
-    for rows in row_chunks(len(flat), dim, x.device):
-        codes[rows], scale[rows] = _encode_rows(flat[rows], bits)
+    if kernels := _kernels(x.device, x.dtype, dim):
+        weights = rotation_weights(dim, True, x.device).view(-1)
+        tables = boundaries(bits, x.device), nearest_values(bits, x.device)
+        codes, scale = kernels.lloyd_encode(flat.contiguous(), bits, weights, *tables)
+    else:
+        codes = torch.empty(len(flat), width, dtype=torch.uint8, device=x.device)
+        scale = torch.empty(len(flat), dtype=torch.float16, device=x.device)
+        for rows in row_chunks(len(flat), dim, x.device):
+            codes[rows], scale[rows] = _encode_rows(flat[rows], bits)
     codes, scale = codes.view(batch, heads, tokens, width), scale.view(batch, heads, tokens)
     return Packed(bits, dim, codes, scale)
 
@@ -146,3 +164,38 @@ def _encode_rows(x_ND: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     index |= (u_DN.view(torch.int32) >> 31) & (1 << (bits - 1))
     scale = mean_square * inverse_rms * (dim / dot.clamp_(min=_SMALLEST_DOT))
     return pack_bits(index, bits), scale.to(torch.float16)
+
+
+def _decode_into(out_ND: Tensor, codes: Tensor, scale: Tensor, bits: int) -> None:
+    device, dim = codes.device, out_ND.shape[1]
+    if kernels := _kernels(device, torch.float16, dim):  # any T will do: the output is float32
+        weights = rotation_weights(dim, True, device).view(-1)
+        contiguous = codes.contiguous(), scale.contiguous()
+        kernels.lloyd_decode(*contiguous, bits, weights, signed_levels(bits, device), out_ND)
+        return
+    for rows in row_chunks(len(codes), dim, device):
+        out_ND[rows] = _decode_rows(codes[rows], scale[rows], bits)
+
+
+def _decode_rows(codes: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """Inverse of _encode_rows: x^ [N, D] float32, a view of its transpose."""
+    y_DN = look_up(signed_levels(bits, codes.device), unpack_bits(codes, bits))
+    return rotate_back(y_DN.mul_(scale.float()), randomized=True)
+
+
+@cache
+def _kernels(device: torch.device, dtype: torch.dtype, dim: int) -> Kernels | None:
+    """CUDA kernels for head vectors of `dim`, equal to torch bit for bit; None: there are none.
+
+    The engine says elsewhere that they are missing. A refusal is remembered, too.
+    """
+    if device.type != "cuda":
+        return None
+    from layersweep.kernels import KernelError, load_kernels
+
+    try:
+        kernels = load_kernels(device, dtype)
+        kernels.compile_lloyd(dim)
+    except KernelError:
+        return None
+    return kernels

@@ -88,3 +88,17 @@ def swiglu(x_NH: Tensor, w13: Tensor, w2: Tensor) -> Tensor:
     """
     gate, up = linear(x_NH, w13).chunk(2, dim=-1)
     return linear(F.silu(gate, inplace=True).mul_(up), w2)
+
+
+def score_branches(logits: list[Tensor], target: Tensor) -> Tensor:
+    """[branches, T, 3] float32: loss of the target [T], KL(exact || branch) in nats, and 1 where
+    the first guess is that of the exact branch, which comes first. logits [T, V] each."""
+    scores = torch.zeros(len(logits), len(target), 3, device=target.device)
+    exact = logits[0].log_softmax(-1)
+    chance, best = exact.exp(), exact.argmax(-1)
+    for row, branch in zip(scores, logits, strict=True):
+        found = exact if branch is logits[0] else branch.log_softmax(-1)
+        row[:, 0] = -found.gather(1, target[:, None])[:, 0]
+        row[:, 1] = (chance * (exact - found)).sum(-1)
+        row[:, 2] = found.argmax(-1) == best
+    return scores

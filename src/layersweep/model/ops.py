@@ -76,6 +76,10 @@ class TorchOps:
         seen = torch.where(bad, layer, NEVER).to(torch.int32)
         first_bad.scatter_reduce_(0, unit_N.long(), seen, "amin")
 
+    def score_branches(self, logits: list[Tensor], target: Tensor) -> Tensor:
+        """[branches, T, 3]: loss, KL from the first branch, agreement; see maths."""
+        return maths.score_branches(logits, target)
+
 
 class CudaOps(TorchOps):
     """Our kernels and cuBLAS. `kernels` belong to one device and dtype."""
@@ -136,3 +140,9 @@ class CudaOps(TorchOps):
         self, hidden: Tensor, update: Tensor, unit_N: Tensor, first_bad: Tensor, layer: int
     ) -> None:
         self.kernels.leave_layer_(hidden, update, unit_N, first_bad, layer)
+
+    def score_branches(self, logits: list[Tensor], target: Tensor) -> Tensor:
+        scores = torch.empty(len(logits), len(target), 3, device=target.device)
+        for row, branch in zip(scores, logits, strict=True):
+            self.kernels.score(logits[0], branch, target, row)
+        return scores

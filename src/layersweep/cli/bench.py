@@ -1,0 +1,176 @@
+"""`layersweep bench`: speeds of the engine against the ceilings of the machine it runs on.
+
+Progress goes to stderr; the last line on stdout is one JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from layersweep.errors import InputError
+from layersweep.units import format_bytes, format_seconds
+
+if TYPE_CHECKING:
+    from layersweep.sweep.model import Model
+
+bench = typer.Typer(
+    name="bench", help="Speeds against the ceilings of this machine; a GPU is needed.",
+    no_args_is_help=True, rich_markup_mode=None,
+)  # fmt: skip
+
+Checkpoint = Annotated[str, typer.Argument(metavar="MODEL", help="Folder; see `synth`.")]
+Vram = Annotated[str, typer.Option(help="Device budget; torch's allocator is held to it.")]
+Ram = Annotated[str, typer.Option(help="Host budget.")]
+Device = Annotated[str, typer.Option(help="cuda or cuda:N.")]
+Capability = Annotated[
+    str | None, typer.Option(help="Take the paths of an older GPU, for example 7.5.")
+]
+
+
+@bench.command("study")
+def study(
+    model: Checkpoint,
+    kv: Annotated[str, typer.Option(help="Arms besides `exact`.")] = "lloyd:K3V2,lloyd:K4V2",
+    tasks: Annotated[
+        str, typer.Option(help="ppl, niah, or both, one after the other.")
+    ] = "ppl,niah",
+    segments: Annotated[int, typer.Option(help="Perplexity windows.", min=1)] = 80,
+    niah_per_depth: Annotated[int, typer.Option(help="Needles per depth.", min=1)] = 6,
+    evict: Annotated[
+        bool, typer.Option("--evict", help="Files leave the page cache first.")
+    ] = False,
+    vram: Vram = "14GiB",
+    ram: Ram = "auto",
+    device: Device = "cuda",
+    assume_capability: Capability = None,
+) -> None:
+    """The paired study at full size: wall time over floor, stalls, peak memory."""
+    from layersweep.bench.study import bench_study
+    from layersweep.evals.settings import EvalSettings
+
+    loaded = _load(model, vram, ram, device, assume_capability)
+    settings = EvalSettings(
+        kv=kv, tasks=tuple(part.strip() for part in tasks.split(",")), segments=segments,
+        niah_per_depth=niah_per_depth,
+    )  # fmt: skip
+    _print("study", loaded, bench_study(loaded, settings, cold=evict, say=_say))
+
+
+@bench.command("sweep")
+def sweep(
+    model: Checkpoint,
+    vram: Vram = "14GiB",
+    ram: Ram = "auto",
+    device: Device = "cuda",
+    assume_capability: Capability = None,
+) -> None:
+    """One sweep of 64 tokens, which the bus bounds, and one of 204,800, which arithmetic does."""
+    from layersweep.bench.sweep import bench_sweep
+
+    loaded = _load(model, vram, ram, device, assume_capability)
+    _print("sweep", loaded, bench_sweep(loaded, say=_say))
+
+
+@bench.command("peers")
+def peers(
+    model: Checkpoint,
+    layers: Annotated[int, typer.Option(help="Full-size layers to run.", min=1)] = 4,
+    tokens: Annotated[int, typer.Option(help="Tokens of a forward pass.", min=1)] = 1024,
+    vram: Vram = "14GiB",
+    device: Device = "cuda",
+) -> None:
+    """One forward pass as others do it, a few layers scaled to 32, on this machine."""
+    from dataclasses import asdict
+
+    from layersweep.bench.peers import measure_cpu_offload, measure_sync_nf4
+    from layersweep.sweep.model import resolve_device
+    from layersweep.units import parse_size
+
+    loaded = _load(model, vram, "auto", device, None)
+    place, cap = resolve_device(device), parse_size(vram, option="--vram")
+    _say("per-layer synchronous NF4")
+    rows = [asdict(measure_sync_nf4(model, place, layers, tokens, cap))]
+    _say("transformers with CPU offload")
+    try:
+        config = loaded.checkpoint.config
+        rows.append(asdict(measure_cpu_offload(config, place, layers, tokens, cap)))
+    except InputError as missing:
+        _say(f"left out: {missing}")
+        rows.append({"name": "transformers with CPU offload", "left_out": str(missing)})
+    _print("peers", loaded, [{"job": row["name"], **row} for row in rows])
+
+
+def _load(model: str, vram: str, ram: str, device: str, capability: str | None) -> Model:
+    """The model with its budget enforced by torch's own allocator."""
+    import torch
+
+    from layersweep.sweep.model import load
+
+    loaded = load(model, vram=vram, ram=ram, device=device, assume_capability=capability)
+    if loaded.cpu:
+        raise InputError(
+            f"--device {device}: found the CPU, needed a GPU, whose bus and products are measured",
+            hint="on the CPU, time `layersweep eval demo`",
+        )
+    place = loaded.compute.device
+    total = torch.cuda.get_device_properties(place).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, loaded.vram.bytes / total), place)
+    for fallback in loaded.compute.fallbacks:
+        _say(f"fallback: {fallback.what}: wanted {fallback.wanted}, used {fallback.used}: "
+             f"{fallback.why}")  # fmt: skip
+    return loaded
+
+
+def _say(line: str) -> None:
+    Console(stderr=True).print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _print(name: str, model: Model, rows: list[dict[str, Any]]) -> None:
+    """A table for people on stderr, one JSON line on stdout."""
+    from dataclasses import asdict
+
+    from layersweep.environment import device_facts, versions
+
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for row in rows:
+        table.add_row(Text(str(row["job"]), "bold"), Text(_headline(row)))
+    Console(stderr=True).print(table)
+    line = {
+        "bench": name,
+        "rows": rows,
+        "device": device_facts(str(model.compute.device)),
+        "capability": model.compute.capability,
+        "paths": asdict(model.paths),
+        "model": {"source": Path(model.checkpoint.source).name, "bytes": model.checkpoint.nbytes,
+                  "layers": model.checkpoint.config.num_hidden_layers},
+        "vram_budget": model.vram.bytes,
+        "ram_budget": model.ram.bytes,
+        "versions": dict(versions()),
+    }  # fmt: skip
+    typer.echo(json.dumps(line, allow_nan=False))
+
+
+def _headline(row: dict[str, Any]) -> str:
+    """The figures of a row that one looks at first."""
+    if "left_out" in row:
+        return f"left out: {row['left_out']}"
+    if "seconds_per_pass" in row:
+        return f"{format_seconds(row['seconds_per_pass'])} per forward pass of 32 layers"
+    words = [format_seconds(row["wall_s"])]
+    if "ratio" in row:
+        words.append(f"{row['ratio']:.3f} x its floor of {format_seconds(row['floor_s'])}")
+        words.append(f"stalled {row['compute_stall_fraction']:.2%}")
+        peak, planned = row["peak_device_bytes"], row["planned_device_bytes"]
+        words.append(f"peak {format_bytes(peak)}, planned {format_bytes(planned)}")
+    if "share_of_pinned_rate" in row:
+        words.append(f"{row['share_of_pinned_rate']:.1%} of {row['pinned_gbps']:.1f} GB/s pinned")
+    if "share_of_gemm_rate" in row:
+        words.append(f"{row['share_of_gemm_rate']:.1%} of {row['gemm_ceiling_tflops']:.0f} TFLOP/s")
+    return ", ".join(words)

@@ -1,0 +1,146 @@
+// Shared by every kernel. No header file is included anywhere: NVRTC on a user's machine has none.
+//
+// SCALAR chooses the compute type T of a module: 0 half, 1 bfloat16, 2 float. Arithmetic happens
+// in float; results equal torch's, which rounds after every operation, so modules are compiled
+// with -fmad=false. LAYERSWEEP_ON_CPU: tests/cuda_on_cpu/emulator.h stands in for the GPU.
+#pragma once
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef long long i64;
+
+#ifndef LAYERSWEEP_ON_CPU
+__device__ __forceinline__ float half_to_float(u16 bits) {
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+    return value;
+}
+__device__ __forceinline__ u16 float_to_half(float value) {
+    u16 bits;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+    return bits;
+}
+// torch divides by a host number as a product with its reciprocal on the GPU, not on the CPU.
+__device__ __forceinline__ float divide_by_number(float value, float number) {
+    return __fmul_rn(value, 1.0f / number);
+}
+#endif
+
+// By integers, not cvt.rn.bf16.f32: that needs sm_80. Nearest even; NaN stays NaN.
+__device__ __forceinline__ u16 float_to_bfloat(float value) {
+    const u32 bits = __float_as_uint(value);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fff;
+    return (u16)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+#if SCALAR == 0
+typedef u16 T;
+__device__ __forceinline__ float to_float(T value) { return half_to_float(value); }
+__device__ __forceinline__ T from_float(float value) { return float_to_half(value); }
+#elif SCALAR == 1
+typedef u16 T;
+__device__ __forceinline__ float to_float(T value) { return __uint_as_float((u32)value << 16); }
+__device__ __forceinline__ T from_float(float value) { return float_to_bfloat(value); }
+#else
+typedef float T;
+__device__ __forceinline__ T from_float(float value) { return value; }
+#endif
+__device__ __forceinline__ float to_float(float value) { return value; }
+__device__ __forceinline__ float rounded(float value) { return to_float(from_float(value)); }
+
+__device__ __forceinline__ void put(float* at, float value) { *at = value; }
+__device__ __forceinline__ bool is_finite(float value) {
+    return (__float_as_uint(value) & 0x7f800000u) != 0x7f800000u;
+}
+
+// Two neighbours in one word: one instruction from sm_80 on.
+__device__ __forceinline__ u32 pack_two(float low, float high) {
+#if !defined(LAYERSWEEP_ON_CPU) && SCALAR < 2 && __CUDA_ARCH__ >= 800
+    u32 word;
+#if SCALAR == 0
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+#else
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+#endif
+    return word;
+#else
+    return (u32)from_float(low) | (u32)from_float(high) << 16;
+#endif
+}
+
+// Eight elements at a 16-byte-aligned address.
+__device__ __forceinline__ void load(const float* at, float (&value)[8]) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const uint4 word = ((const uint4*)at)[half];
+        value[4 * half] = __uint_as_float(word.x);
+        value[4 * half + 1] = __uint_as_float(word.y);
+        value[4 * half + 2] = __uint_as_float(word.z);
+        value[4 * half + 3] = __uint_as_float(word.w);
+    }
+}
+__device__ __forceinline__ void store(float* at, const float (&value)[8]) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        uint4 word;
+        word.x = __float_as_uint(value[4 * half]);
+        word.y = __float_as_uint(value[4 * half + 1]);
+        word.z = __float_as_uint(value[4 * half + 2]);
+        word.w = __float_as_uint(value[4 * half + 3]);
+        ((uint4*)at)[half] = word;
+    }
+}
+#if SCALAR < 2
+__device__ __forceinline__ void put(T* at, float value) { *at = from_float(value); }
+__device__ __forceinline__ void load(const T* at, float (&value)[8]) {
+    const uint4 word = *(const uint4*)at;
+    const u32 words[4] = {word.x, word.y, word.z, word.w};
+#pragma unroll
+    for (int pair = 0; pair < 4; ++pair) {
+        value[2 * pair] = to_float((T)(words[pair] & 0xffffu));
+        value[2 * pair + 1] = to_float((T)(words[pair] >> 16));
+    }
+}
+__device__ __forceinline__ void store(T* at, const float (&value)[8]) {
+    uint4 word;
+    word.x = pack_two(value[0], value[1]);
+    word.y = pack_two(value[2], value[3]);
+    word.z = pack_two(value[4], value[5]);
+    word.w = pack_two(value[6], value[7]);
+    *(uint4*)at = word;
+}
+__device__ __forceinline__ void load(const T* at, float (&value)[1]) { value[0] = to_float(*at); }
+__device__ __forceinline__ void store(T* at, const float (&value)[1]) { put(at, value[0]); }
+#endif
+__device__ __forceinline__ void load(const float* at, float (&value)[1]) { value[0] = *at; }
+__device__ __forceinline__ void store(float* at, const float (&value)[1]) { *at = value[0]; }
+
+struct Add {
+    template <class V>
+    __device__ V operator()(V a, V b) const { return a + b; }
+};
+struct Max {
+    template <class V>
+    __device__ V operator()(V a, V b) const { return a > b ? a : b; }
+};
+
+// Every thread gets the result, combined in an order that blockDim alone decides. `identity` is
+// combined in for the warps that are not there.
+template <class V, class Combine>
+__device__ V reduce_block(V value, V identity, Combine combine) {
+    __shared__ V partial[32];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    for (int step = 16; step; step /= 2) {
+        value = combine(value, __shfl_xor_sync(0xffffffffu, value, step));
+    }
+    if (lane == 0) partial[warp] = value;
+    __syncthreads();
+    value = lane < blockDim.x / 32 ? partial[lane] : identity;
+    for (int step = 16; step; step /= 2) {
+        value = combine(value, __shfl_xor_sync(0xffffffffu, value, step));
+    }
+    __syncthreads();  // the next call writes `partial`
+    return value;
+}

@@ -1,0 +1,324 @@
+"""What the kernels do, with shapes; T is the compute dtype. Oracles are named in each method."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from layersweep.kernels.nvrtc import KernelError, compile_cubin, read_source
+from layersweep.kernels.runtime import Argument, Module
+
+SCALARS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+# Parameters of every kernel in the order of its declaration; see Module.
+LAYOUTS: dict[str, dict[str, str]] = {
+    "nf4": {"nf4_wide": "6Pq2if", "nf4_any": "6P3qf"},
+    "rows": {
+        "rms_norm": "4Pqif",
+        "swiglu": "Pi",
+        "add_rows": "4Pi",
+        "add_rows_f32": "4Pi",
+        "leave_layer": "4P2i",
+    },
+    "rope": dict.fromkeys(("rope_wide", "rope_wide_f32", "rope_any", "rope_any_f32"), "4P6q2iq"),
+    "score": {"score_exact": "3Pi", "score": "4Pi"},
+    "lloyd": {
+        **dict.fromkeys(("lloyd_encode", "lloyd_encode_f32"), "6Pqi"),
+        **dict.fromkeys(("lloyd_decode", "lloyd_decode_f32"), "5Pqi"),
+    },
+}
+MAX_VECTOR = 256
+_LLOYD_VECTORS = 32  # of a block, see lloyd.cu
+_NF4_WIDE = 256 * 8 * 4
+
+Nested = tuple[Tensor, Tensor, int, float]
+
+
+class Launcher(Protocol):
+    """Runs a kernel of one source; a Module on a GPU, an emulator in the tests."""
+
+    def launch(
+        self, name: str, grid: tuple[int, int, int], block: int, args: Sequence[Argument]
+    ) -> None: ...
+
+
+class Modules(Protocol):
+    """Compiles source `name` when it is first used. `dim`: head size, of lloyd alone."""
+
+    def __call__(self, name: str, dim: int = 0) -> Launcher: ...
+
+
+@functools.cache
+def load_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
+    """The kernels of a CUDA device for T = `dtype` (float16, bfloat16 or float32).
+
+    Compiles the smallest source at once, which proves NVRTC and the driver, the others when they
+    are first used. Raises KernelError where there is neither.
+    """
+    if device.type != "cuda" or not torch.cuda.is_available():
+        raise KernelError(f"kernels need a CUDA device, not {device}")
+    if dtype not in SCALARS:
+        raise KernelError(f"kernels know {', '.join(map(str, SCALARS))}, not {dtype}")
+    index = torch.cuda.current_device() if device.index is None else device.index
+    where = torch.device("cuda", index)
+    capability = torch.cuda.get_device_capability(where)
+
+    @functools.cache
+    def module(name: str, dim: int = 0) -> Module:
+        defines = {"SCALAR": SCALARS[dtype]} | ({"DIM": dim} if dim else {})
+        cubin = compile_cubin(read_source(name), capability, defines)
+        return Module(cubin, LAYOUTS[name], where)
+
+    kernels = Kernels(dtype, module)
+    module("rows")
+    return kernels
+
+
+class Kernels:
+    """Launches on the current stream of its device; arguments are asserted, not corrected.
+
+    Rows are H or I elements long, multiples of 8, at 16-byte-aligned addresses. Tensors are
+    contiguous unless a method says otherwise. H, I, D, N, R and T as in model/maths.py.
+    """
+
+    def __init__(self, dtype: torch.dtype, module: Modules) -> None:
+        self.dtype = dtype
+        self._module = module
+
+    def nf4_dequantize(
+        self,
+        packed: Tensor,
+        absmax: Tensor,
+        nested: Nested | None,
+        blocksize: int,
+        code: Tensor,
+        out: Tensor,
+    ) -> None:
+        """Fill `out` (T, any shape) as checkpoint.nf4.dequantize does, bit for bit.
+
+        packed uint8 [ceil(n / 2)], any shape; absmax float32 [blocks], or uint8 [blocks] with
+        `nested` = (nested_absmax float32, quant_map float32 [256], nested_blocksize, offset);
+        code float32 [16]. Block sizes that are powers of two from 8 on take the fast kernel.
+        """
+        count = out.numel()
+        outer, table, outer_size, offset = nested or (None, None, 1, 0.0)
+        _same(packed, torch.uint8)
+        _same(absmax, torch.uint8 if nested else torch.float32)
+        _same(code, torch.float32)
+        _same(out, self.dtype)
+        assert packed.numel() == (count + 1) // 2 and absmax.numel() == -(-count // blocksize)
+        if outer is not None and table is not None:
+            _same(outer, torch.float32)
+            _same(table, torch.float32)
+            assert outer.numel() * outer_size >= absmax.numel() and table.numel() == 256
+        if count == 0:
+            return
+        wide = blocksize >= 8 and _power_of_two(blocksize) and _power_of_two(outer_size)
+        wide = wide and packed.data_ptr() % 4 == 0 and out.data_ptr() % 16 == 0
+        pointers: tuple[Argument, ...] = (packed, absmax, table, outer, code, out)
+        if wide:
+            sizes = (blocksize.bit_length() - 1, outer_size.bit_length() - 1)
+            grid = -(-count // _NF4_WIDE)
+        else:
+            sizes, grid = (blocksize, outer_size), -(-count // 256)
+        self._module("nf4").launch(
+            "nf4_wide" if wide else "nf4_any", (grid, 1, 1), 256, (*pointers, count, *sizes, offset)
+        )
+
+    def rms_norm(
+        self, x: Tensor, weight: Tensor, eps: float, out: Tensor, rows: Tensor | None = None
+    ) -> None:
+        """out [N, H] = maths.rms_norm(x[rows], weight, eps); without rows, of x's first N rows.
+
+        x [R, H] with contiguous last dimension, weight [H], rows int64 [N].
+        """
+        count, width = out.shape
+        _rows(out, self.dtype)
+        _same(weight, self.dtype)
+        assert x.dtype == self.dtype and x.dim() == 2 and x.shape[1] == width and x.stride(1) == 1
+        assert x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0 and weight.data_ptr() % 16 == 0
+        assert weight.numel() == width and (rows is not None or len(x) >= count)
+        if rows is not None:
+            _same(rows, torch.int64)
+            assert len(rows) == count
+        if count == 0:
+            return
+        threads = min(256, -(-width // 256) * 32)
+        args = (x, weight, rows, out, x.stride(0), width, eps)
+        self._module("rows").launch("rms_norm", (count, 1, 1), threads, args)
+
+    def swiglu_(self, gate_up: Tensor) -> Tensor:
+        """gate_up [N, 2I]: the first I columns become silu(gate) * up, as in maths.swiglu.
+
+        Returns them, a view [N, I] with row stride 2I.
+        """
+        count, width = gate_up.shape
+        inner = width // 2
+        _rows(gate_up, self.dtype)
+        assert inner % 8 == 0
+        self._columns("swiglu", count, inner, (gate_up, inner))
+        return gate_up[:, :inner]
+
+    def add_rows_(self, update: Tensor, rows: Tensor, y: Tensor, weight: Tensor) -> None:
+        """update[rows] += (y * weight[:, None]).to(T); update [R, H], y [N, H], weight T or f32.
+
+        rows int64 [N], each at most once.
+        """
+        count, width = y.shape
+        _rows(update, self.dtype)
+        _rows(y, self.dtype)
+        _same(rows, torch.int64)
+        _same(weight, weight.dtype)
+        assert update.shape[1] == width and rows.numel() == weight.numel() == count
+        assert weight.dtype in (self.dtype, torch.float32)
+        name = "add_rows" if weight.dtype == self.dtype else "add_rows_f32"
+        self._columns(name, count, width, (update, rows, y, weight, width))
+
+    def leave_layer_(
+        self, hidden: Tensor, update: Tensor, unit: Tensor, first_bad: Tensor, layer: int
+    ) -> None:
+        """hidden += update; update = 0; first_bad[unit[r]] = min(it, layer) if a row is not finite.
+
+        hidden, update [R, H]; unit int32 [R]; first_bad int32 [units], 2^31 - 1 where none is bad.
+        """
+        count, width = hidden.shape
+        _rows(hidden, self.dtype)
+        _rows(update, self.dtype)
+        _same(unit, torch.int32)
+        _same(first_bad, torch.int32)
+        assert update.shape == hidden.shape and len(unit) == count
+        self._columns("leave_layer", count, width, (hidden, update, unit, first_bad, width, layer))
+
+    def rope(self, x: Tensor, out: Tensor, cos: Tensor, sin: Tensor, first: int = 0) -> None:
+        """out = maths.rope(x.to(T), cos, sin) for tokens at positions first, first + 1, ...
+
+        x (T or float32) and out (T) [B, heads, T, D], any strides with the last dimension
+        contiguous; D even, up to 256; out may be x. cos, sin (T) [S, D], S >= first + T.
+        """
+        batch, heads, tokens, dim = x.shape
+        assert out.shape == x.shape and out.dtype == self.dtype and dim % 2 == 0
+        assert x.dtype in (self.dtype, torch.float32) and x.stride(3) == out.stride(3) == 1
+        assert heads < 65536 and batch < 65536 and dim <= MAX_VECTOR
+        _same(cos, self.dtype)
+        _same(sin, self.dtype)
+        assert cos.shape == sin.shape and cos.shape[1] == dim and len(cos) >= first + tokens
+        if x.numel() == 0:
+            return
+        strides = (*x.stride()[:3], *out.stride()[:3])
+        pointers = (x, out, cos, sin)
+        used = [step for size, step in zip(x.shape[:3] * 2, strides, strict=True) if size > 1]
+        wide = dim % 16 == 0 and all(step % 8 == 0 for step in used)
+        wide = wide and all(one.data_ptr() % 16 == 0 for one in pointers)
+        name = "rope_wide" if wide else "rope_any"
+        if x.dtype != self.dtype:
+            name += "_f32"
+        grid = -(-tokens * (dim // 16 if wide else dim // 2) // 256)
+        args: list[Argument] = [*pointers, *strides, tokens, dim, first]
+        self._module("rope").launch(name, (grid, heads, batch), 256, args)
+
+    def score_exact(self, exact: Tensor, target: Tensor, out: Tensor) -> None:
+        """out float32 [T, 1] = -log_softmax(exact [T, V] float32)[target int64 [T]]."""
+        _logits(exact, target, out, 1)
+        if len(exact):
+            self._module("score").launch(
+                "score_exact", (len(exact), 1, 1), 512, (exact, target, out, exact.shape[1])
+            )
+
+    def score(self, exact: Tensor, arm: Tensor, target: Tensor, out: Tensor) -> None:
+        """out float32 [T, 3] = loss of `target` under arm, KL(exact || arm), 1.0 if argmax agrees.
+
+        exact, arm float32 [T, V]; target int64 [T]. As evals.perplexity computes them; the lowest
+        index wins among equal maxima. exact may be arm.
+        """
+        _logits(exact, target, out, 3)
+        _same(arm, torch.float32)
+        assert arm.shape == exact.shape
+        if len(exact):
+            self._module("score").launch(
+                "score", (len(exact), 1, 1), 512, (exact, arm, target, out, exact.shape[1])
+            )
+
+    def compile_lloyd(self, dim: int) -> None:
+        """Compile for head size `dim` now. Raises KernelError where that is not supported."""
+        if dim % 8 or not 8 <= dim <= MAX_VECTOR:
+            raise KernelError(f"vectors of {dim}: kernels take multiples of 8 up to {MAX_VECTOR}")
+        self._module("lloyd", dim)
+
+    def lloyd_encode(
+        self, x: Tensor, bits: int, weights: Tensor, middles: Tensor, nearest: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """x [N, D] (T or float32) -> codes uint8 [N, D bits / 8], scale float16 [N].
+
+        As kv.lloyd._encode_rows in torch on this device. weights float32 [D] are
+        rotate.rotation_weights; middles [2^(bits-1) - 1] and nearest [2^(bits-1)], float32, are
+        lloyd.boundaries and lloyd.nearest_values.
+        """
+        count, dim = x.shape
+        assert x.dtype in (self.dtype, torch.float32) and x.is_contiguous() and 1 <= bits <= 8
+        for table, size in ((weights, dim), (middles, 2 ** (bits - 1) - 1)):
+            _same(table, torch.float32)
+            assert table.numel() == size
+        _same(nearest, torch.float32)
+        assert nearest.numel() == 2 ** (bits - 1)
+        codes = torch.empty(count, dim * bits // 8, dtype=torch.uint8, device=x.device)
+        scale = torch.empty(count, dtype=torch.float16, device=x.device)
+        args = (x, weights, middles, nearest, codes, scale, count, bits)
+        self._vectors("lloyd_encode", x, args)
+        return codes, scale
+
+    def lloyd_decode(
+        self, codes: Tensor, scale: Tensor, bits: int, weights: Tensor, levels: Tensor, out: Tensor
+    ) -> None:
+        """Fill out [N, D] (T or float32) from what lloyd_encode returned, as Lloyd.decode does.
+
+        levels float32 [2^bits] are lloyd.signed_levels.
+        """
+        count, dim = out.shape
+        _same(codes, torch.uint8)
+        _same(scale, torch.float16)
+        _same(weights, torch.float32)
+        _same(levels, torch.float32)
+        assert out.dtype in (self.dtype, torch.float32) and out.is_contiguous()
+        assert codes.shape == (count, dim * bits // 8) and scale.numel() == count
+        assert weights.numel() == dim and levels.numel() == 2**bits
+        args = (codes, scale, weights, levels, out, count, bits)
+        self._vectors("lloyd_decode", out, args)
+
+    def _columns(self, name: str, count: int, width: int, args: Sequence[Argument]) -> None:
+        """Launch a kernel of rows.cu whose blocks take 8 elements per thread of one row."""
+        if count == 0:
+            return
+        threads = min(256, -(-width // 256) * 32)
+        grid = (count, -(-width // (8 * threads)), 1)
+        self._module("rows").launch(name, grid, threads, args)
+
+    def _vectors(self, name: str, vectors: Tensor, args: Sequence[Argument]) -> None:
+        count, dim = vectors.shape
+        assert dim % 8 == 0 and 8 <= dim <= MAX_VECTOR
+        if count:
+            suffix = "" if vectors.dtype == self.dtype else "_f32"
+            grid = (-(-count // _LLOYD_VECTORS), 1, 1)
+            self._module("lloyd", dim).launch(name + suffix, grid, 256, args)
+
+
+def _same(tensor: Tensor, dtype: torch.dtype) -> None:
+    assert tensor.dtype == dtype and tensor.is_contiguous(), (tensor.dtype, tensor.stride(), dtype)
+
+
+def _rows(tensor: Tensor, dtype: torch.dtype) -> None:
+    _same(tensor, dtype)
+    assert tensor.shape[1] % 8 == 0 and tensor.data_ptr() % 16 == 0, tuple(tensor.shape)
+
+
+def _logits(exact: Tensor, target: Tensor, out: Tensor, columns: int) -> None:
+    _same(exact, torch.float32)
+    _same(target, torch.int64)
+    _same(out, torch.float32)
+    assert target.shape == exact.shape[:1] and out.shape == (len(exact), columns)
+
+
+def _power_of_two(number: int) -> bool:
+    return number & (number - 1) == 0

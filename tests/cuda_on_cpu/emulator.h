@@ -1,0 +1,151 @@
+// Just enough CUDA to run layersweep's kernels as ordinary C++, block after block. The threads of
+// a block are fibers that run in turn and change over at barriers and warp exchanges.
+#pragma once
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstring>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#define __device__
+#define __global__
+#define __forceinline__ inline
+#define __launch_bounds__(threads)
+#define __shared__ static  // blocks run one after another
+
+struct Extent {
+    unsigned x, y, z;
+};
+struct alignas(16) uint4 {
+    unsigned x, y, z, w;
+};
+inline Extent threadIdx, blockIdx, blockDim, gridDim;
+
+namespace emulator {
+constexpr size_t STACK = 256 << 10;
+
+// A barrier of `present` threads; one that has returned is no longer waited for.
+struct Meeting {
+    unsigned present = 0, arrived = 0, round = 0;
+    void release() {
+        if (present && arrived == present) arrived = 0, ++round;
+    }
+};
+struct Fiber {
+    ucontext_t context;
+    std::vector<char> stack = std::vector<char>(STACK);
+    bool done = false;
+};
+inline ucontext_t scheduler;
+inline std::vector<Fiber*> fibers;
+inline unsigned current;
+inline Meeting block_meeting, warp_meetings[32];
+inline unsigned long long slots[32][32];
+inline void (*body)(void*);
+inline void* body_data;
+
+inline void yield() { swapcontext(&fibers[current]->context, &scheduler); }
+inline void meet(Meeting& meeting) {
+    const unsigned round = meeting.round;
+    ++meeting.arrived;
+    meeting.release();
+    while (meeting.round == round) yield();
+}
+inline void run_fiber() {
+    body(body_data);
+    fibers[current]->done = true;
+    for (Meeting* one : {&block_meeting, &warp_meetings[current / 32]}) --one->present, one->release();
+    yield();
+}
+inline void run_block(unsigned threads) {
+    while (fibers.size() < threads) fibers.push_back(new Fiber);
+    block_meeting = {threads};
+    for (unsigned warp = 0; warp * 32 < threads; ++warp) {
+        warp_meetings[warp] = {threads - warp * 32 < 32 ? threads - warp * 32 : 32};
+    }
+    for (unsigned i = 0; i < threads; ++i) {
+        Fiber& fiber = *fibers[i];
+        fiber.done = false;
+        getcontext(&fiber.context);
+        fiber.context.uc_stack = {fiber.stack.data(), 0, STACK};
+        makecontext(&fiber.context, run_fiber, 0);
+    }
+    for (unsigned left = threads; left;) {
+        for (current = 0; current < threads; ++current) {
+            if (fibers[current]->done) continue;
+            threadIdx.x = current;
+            swapcontext(&scheduler, &fibers[current]->context);
+            left -= fibers[current]->done;
+        }
+    }
+}
+
+// Parameters as cuLaunchKernel takes them: one after another, each at its own alignment.
+template <class V>
+V next(const char* buffer, size_t& at) {
+    at = (at + alignof(V) - 1) / alignof(V) * alignof(V);
+    V value;
+    std::memcpy(&value, buffer + at, sizeof(V));
+    at += sizeof(V);
+    return value;
+}
+// Returns how many bytes of parameters the kernel takes: its caller's layout must say the same.
+template <class... A>
+size_t launch(void (*kernel)(A...), const unsigned* grid, unsigned threads, const char* buffer) {
+    size_t size = 0;
+    std::tuple<A...> args{next<A>(buffer, size)...};
+    auto call = [&] { std::apply(kernel, args); };
+    body = [](void* data) { (*(decltype(call)*)data)(); };
+    body_data = &call;
+    gridDim = {grid[0], grid[1], grid[2]};
+    blockDim = {threads, 1, 1};
+    for (blockIdx.z = 0; blockIdx.z < grid[2]; ++blockIdx.z)
+        for (blockIdx.y = 0; blockIdx.y < grid[1]; ++blockIdx.y)
+            for (blockIdx.x = 0; blockIdx.x < grid[0]; ++blockIdx.x) run_block(threads);
+    return size;
+}
+}  // namespace emulator
+
+inline void __syncthreads() { emulator::meet(emulator::block_meeting); }
+inline void __syncwarp() { emulator::meet(emulator::warp_meetings[threadIdx.x / 32]); }
+template <class V>
+V __shfl_xor_sync(unsigned, V value, int mask) {
+    const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    std::memcpy(&emulator::slots[warp][lane], &value, sizeof(V));
+    __syncwarp();
+    std::memcpy(&value, &emulator::slots[warp][lane ^ mask], sizeof(V));
+    __syncwarp();
+    return value;
+}
+inline int atomicMin(int* at, int value) {
+    const int old = *at;
+    if (value < old) *at = value;
+    return old;
+}
+inline float __uint_as_float(unsigned bits) {
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+inline unsigned __float_as_uint(float value) {
+    unsigned bits;
+    std::memcpy(&bits, &value, 4);
+    return bits;
+}
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float rsqrtf(float value) { return 1.0f / std::sqrt(value); }  // as torch on the CPU
+inline float divide_by_number(float value, float number) { return value / number; }
+inline float half_to_float(unsigned short bits) {
+    _Float16 value;
+    std::memcpy(&value, &bits, 2);
+    return (float)value;
+}
+inline unsigned short float_to_half(float value) {
+    const _Float16 half = (_Float16)value;
+    unsigned short bits;
+    std::memcpy(&bits, &half, 2);
+    return bits;
+}

@@ -1,0 +1,231 @@
+"""Each kernel against its plain-torch oracle; emulated on the CPU and real on a GPU alike.
+
+Every check draws fresh input from `seed`, which the failure of an assertion shows.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from layersweep.checkpoint import nf4
+from layersweep.kernels import Kernels
+from layersweep.kv import lloyd
+from layersweep.kv.rotate import rotation_weights
+from layersweep.model import maths
+
+INT32_MAX = 2**31 - 1
+_WORDS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32}
+
+
+def draw(seed: int, *shape: int, device: torch.device) -> Tensor:
+    generator = torch.Generator(device).manual_seed(seed)
+    return torch.randn(*shape, generator=generator, device=device)
+
+
+def exactly(found: Tensor, wanted: Tensor, seed: int) -> None:
+    """Equal bit for bit; NaN equals NaN, whatever its bits."""
+    assert found.dtype == wanted.dtype and found.shape == wanted.shape
+    word = _WORDS.get(found.dtype, found.dtype)
+    found, wanted = found.contiguous(), wanted.contiguous()
+    different = found.view(word) != wanted.view(word)
+    different &= ~((found != found) & (wanted != wanted))
+    assert not different.any(), (seed, int(different.sum()), different.nonzero()[:4].tolist())
+
+
+def within(found: Tensor, wanted: Tensor, steps: int, seed: int, equal: float = 0.0) -> None:
+    """At most `steps` representable numbers apart, and at least a share `equal` without any."""
+    word = _WORDS[found.dtype]
+    lowest = torch.iinfo(word).min
+    order = [one.contiguous().view(word).long() for one in (found, wanted)]
+    order = [torch.where(one < 0, lowest - one, one) for one in order]
+    apart = (order[0] - order[1]).abs()
+    assert found.isfinite().all() and int(apart.max()) <= steps, (seed, int(apart.max()))
+    assert (apart == 0).float().mean() >= equal, (seed, (apart == 0).float().mean())
+
+
+def check_nf4(
+    kernels: Kernels,
+    device: torch.device,
+    shape: tuple[int, ...],
+    seed: int,
+    blocksize: int = 64,
+    nested: bool = True,
+    offset_bytes: int = 0,
+) -> None:
+    """`offset_bytes`: start of the packed bytes in their allocation."""
+    weight = draw(seed, *shape, device=device)
+    if len(shape) == 2:  # unequal rows make negative nested scales
+        weight *= draw(seed + 1, shape[0], 1, device=device).exp()
+    q = nf4.quantize(weight, blocksize, nested)
+    wanted = nf4.dequantize(q.packed, q.scales(), blocksize, shape, kernels.dtype)
+    arena = torch.zeros(q.packed.numel() + offset_bytes, dtype=torch.uint8, device=device)
+    packed = arena[offset_bytes:]
+    packed.copy_(q.packed)
+    scales = q.nested
+    parts = scales and (scales.absmax, scales.quant_map, scales.blocksize, scales.offset)
+    out = torch.full(shape, 7.0, dtype=kernels.dtype, device=device)
+    code = torch.tensor(nf4.NF4_CODE, device=device)
+    kernels.nf4_dequantize(packed, q.absmax, parts, blocksize, code, out)
+    exactly(out, wanted, seed)
+
+
+def check_rms_norm(
+    kernels: Kernels, device: torch.device, tokens: int, count: int, width: int, seed: int
+) -> None:
+    x = draw(seed, tokens, width + 8, device=device).to(kernels.dtype)[:, :width]
+    weight = (1 + 0.1 * draw(seed + 1, width, device=device)).to(kernels.dtype)
+    rows = torch.randperm(tokens, device=device)[:count]
+    steps = 16 if kernels.dtype == torch.float32 else 2
+    for chosen in (rows, None):
+        some = x[rows] if chosen is not None else x[:count]
+        out = torch.empty(count, width, dtype=kernels.dtype, device=device)
+        kernels.rms_norm(x, weight, 1e-5, out, chosen)
+        within(out, maths.rms_norm(some, weight, 1e-5), steps, seed)
+    alone = torch.empty(1, width, dtype=kernels.dtype, device=device)
+    kernels.rms_norm(x[count - 1 :], weight, 1e-5, alone)
+    exactly(alone[0], out[count - 1], seed)
+
+
+def check_swiglu(kernels: Kernels, device: torch.device, count: int, inner: int, seed: int) -> None:
+    gate_up = (3 * draw(seed, count, 2 * inner, device=device)).to(kernels.dtype)
+    gate, up = gate_up.chunk(2, dim=-1)
+    wanted, kept = F.silu(gate).mul_(up), up.clone()
+    result = kernels.swiglu_(gate_up)
+    steps, equal = (8, 0.3) if kernels.dtype == torch.float32 else (2, 0.99)
+    within(result, wanted, steps, seed, equal)
+    assert result.data_ptr() == gate_up.data_ptr() and result.shape == (count, inner)
+    exactly(gate_up[:, inner:], kept, seed)
+
+
+def check_add_rows(
+    kernels: Kernels, device: torch.device, tokens: int, count: int, width: int, seed: int
+) -> None:
+    update = draw(seed, tokens, width, device=device).to(kernels.dtype)
+    y = draw(seed + 1, count, width, device=device).to(kernels.dtype)
+    rows = torch.randperm(tokens, device=device)[:count]
+    for dtype in {torch.float32, kernels.dtype}:
+        weight = draw(seed + 2, count, device=device).sigmoid().to(dtype)
+        wanted = update.clone()
+        wanted[rows] += (y * weight[:, None]).to(y.dtype)
+        kernels.add_rows_(update, rows, y, weight)
+        exactly(update, wanted, seed)
+
+
+def check_leave_layer(
+    kernels: Kernels, device: torch.device, tokens: int, width: int, seed: int
+) -> None:
+    hidden = draw(seed, tokens, width, device=device).to(kernels.dtype)
+    update = draw(seed + 1, tokens, width, device=device).to(kernels.dtype)
+    units = 5
+    unit = (torch.arange(tokens, device=device) % units).int()
+    for row, value in ((1, float("nan")), (2, float("inf")), (3, float("-inf"))):
+        update[row, width - row] = value
+    largest = torch.finfo(kernels.dtype).max
+    hidden[4, 0] = update[4, 0] = largest  # finite, but not their sum
+    wanted = hidden + update
+    first_bad = torch.full((units,), INT32_MAX, dtype=torch.int32, device=device)
+    first_bad[3] = 6
+    kernels.leave_layer_(hidden, update, unit, first_bad, 11)
+    exactly(hidden, wanted, seed)
+    assert not update.any() and first_bad.tolist() == [INT32_MAX, 11, 11, 6, 11]
+
+
+def check_rope(
+    kernels: Kernels, device: torch.device, shape: tuple[int, int, int, int], seed: int
+) -> None:
+    batch, heads, tokens, dim = shape
+    first, dtype = 3, kernels.dtype
+    positions = torch.arange(first + tokens + 2, device=device)
+    cos, sin = (one.to(dtype) for one in maths.rope_table(1e4, dim, positions))
+    here = slice(first, first + tokens)
+    floats = draw(seed, batch, tokens, heads, dim, device=device).transpose(1, 2)
+    for x in (floats, floats.to(dtype), floats.to(dtype).contiguous()):
+        wanted = maths.rope(x.to(dtype), cos[here], sin[here])
+        out = torch.zeros(shape, dtype=dtype, device=device)
+        kernels.rope(x, out, cos, sin, first)
+        exactly(out, wanted, seed)
+    x = floats.to(dtype)
+    kernels.rope(x, x, cos, sin, first)
+    exactly(x, wanted, seed)
+
+
+def check_lloyd(
+    kernels: Kernels, device: torch.device, count: int, dim: int, bits: int, seed: int
+) -> None:
+    floats = draw(seed, count, dim, device=device)
+    floats *= (2 * draw(seed + 1, count, 1, device=device)).exp()
+    floats[0] = 0.0
+    floats[count // 2] *= 1e5  # beyond the fp16 scale
+    weights = rotation_weights(dim, True, device).view(-1)
+    tables = lloyd.boundaries(bits, device), lloyd.nearest_values(bits, device)
+    for x in (floats, floats.to(kernels.dtype)):
+        x = torch.where(x.isfinite(), x, 1.0)
+        codes, scale = kernels.lloyd_encode(x, bits, weights, *tables)
+        wanted_codes, wanted_scale = lloyd._encode_rows(x, bits)
+        exactly(scale, wanted_scale, seed)
+        exactly(codes, wanted_codes, seed)
+        wanted = lloyd._decode_rows(codes, scale, bits)
+        for dtype in (torch.float32, kernels.dtype):
+            out = torch.empty(count, dim, dtype=dtype, device=device)
+            levels = lloyd.signed_levels(bits, device)
+            kernels.lloyd_decode(codes, scale, bits, weights, levels, out)
+            exactly(out, wanted.to(dtype), seed)
+
+
+def check_lloyd_nonfinite(kernels: Kernels, device: torch.device, dim: int) -> None:
+    """A vector with NaN or infinity decodes non-finite, its neighbours as ever."""
+    weights = rotation_weights(dim, True, device).view(-1)
+    for bits in (1, 3, 6):
+        tables = lloyd.boundaries(bits, device), lloyd.nearest_values(bits, device)
+        x = torch.ones(4, dim, dtype=torch.float32, device=device)
+        x[1, 3], x[2, dim - 1] = float("nan"), float("-inf")
+        codes, scale = kernels.lloyd_encode(x, bits, weights, *tables)
+        out = torch.empty_like(x)
+        levels = lloyd.signed_levels(bits, device)
+        kernels.lloyd_decode(codes, scale, bits, weights, levels, out)
+        assert out.isfinite().all(1).tolist() == [True, False, False, True]
+
+
+def score_oracle(exact: Tensor, arm: Tensor, target: Tensor) -> Tensor:
+    """As evals.perplexity scores the branches of a window, in float64."""
+    p, q = exact.double().log_softmax(-1), arm.double().log_softmax(-1)
+    loss = -q.gather(1, target[:, None])[:, 0]
+    kl = (p.exp() * (p - q)).sum(-1)
+    return torch.stack((loss, kl, (q.argmax(-1) == p.argmax(-1)).double()), dim=1)
+
+
+def check_score(
+    kernels: Kernels, device: torch.device, tokens: int, vocabulary: int, seed: int
+) -> None:
+    exact = 4 * draw(seed, tokens, vocabulary, device=device)
+    arm = exact + 0.1 * draw(seed + 1, tokens, vocabulary, device=device)
+    target = torch.randint(0, vocabulary, (tokens,), device=device)
+    out = torch.empty(tokens, 3, device=device)
+    kernels.score(exact, arm, target, out)
+    wanted = score_oracle(exact, arm, target)
+    assert ((out - wanted).abs() <= 1e-5 * (1 + wanted.abs())).all(), seed
+    kernels.score(exact, exact, target, out)
+    assert (out[:, 1] == 0).all() and (out[:, 2] == 1).all()
+    baseline = torch.empty(tokens, 1, device=device)
+    kernels.score_exact(exact, target, baseline)
+    exactly(baseline[:, 0], out[:, 0], seed)
+
+
+def check_score_edges(kernels: Kernels, device: torch.device) -> None:
+    """Ties go to the lowest index; NaN and infinities give non-finite losses and KL."""
+    exact = torch.zeros(6, 700, device=device)
+    exact[:, 600], exact[:, 33] = 5.0, 5.0
+    arm = exact.clone()
+    arm[1, 33] = 4.9
+    arm[2, 5], arm[3, 5], exact[4, 5] = float("nan"), float("inf"), float("nan")
+    exact[5, 5] = float("inf")
+    target = torch.full((6,), 7, device=device)
+    out = torch.empty(6, 3, device=device)
+    kernels.score(exact, arm, target, out)
+    assert out[:2, 2].tolist() == [1.0, 0.0]
+    assert out[:2].isfinite().all() and not out[2:, 1].isfinite().any()
+    assert not out[2:4, 0].isfinite().any()
+    kernels.score_exact(exact, target, baseline := torch.empty(6, 1, device=device))
+    assert baseline[:, 0].isfinite().tolist() == [True] * 4 + [False] * 2

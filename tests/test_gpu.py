@@ -1,0 +1,299 @@
+"""The engine on a real GPU: every placement gives the same bits, budgets hold, old paths work.
+
+python -m pytest -m gpu
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_stream import a_file
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+import layersweep
+from layersweep.checkpoint.synth import MIXTRAL_8X7B, write_synthetic
+from layersweep.environment import Budget
+from layersweep.errors import GateError
+from layersweep.evals.settings import EvalSettings
+from layersweep.evals.study import Outcome, Study, prepare_study, run_study
+from layersweep.kv import parse
+from layersweep.kv.arms import EXACT
+from layersweep.model.attention import (
+    FlashAttention,
+    MemoryEfficientAttention,
+    PlainAttention,
+)
+from layersweep.model.compute import choose_compute
+from layersweep.stream.plan import host_ring_bytes, place
+from layersweep.stream.runs import Placement, compute_ring, runs_of
+from layersweep.stream.store import BlockStore
+from layersweep.sweep.loop import Engine, run_sweep
+from layersweep.sweep.model import Model, load
+from layersweep.sweep.sequences import Branch, Sequence, Tile, tiles_of
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+CUDA = torch.device("cuda:0")
+GIB = 2**30
+# 6 layers of 8 experts, wide enough that a run is one or two experts
+WIDE = replace(
+    MIXTRAL_8X7B, vocab_size=4096, hidden_size=2048, intermediate_size=7168, num_hidden_layers=6,
+    num_attention_heads=16, num_key_value_heads=4,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wide") / "model"
+    write_synthetic(folder, WIDE)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def fresh_peak() -> Iterator[None]:
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    yield
+    torch.cuda.set_per_process_memory_fraction(1.0, CUDA)
+
+
+def rides(count: int, vocab: int, prefix: int = 300, length: int = 100) -> list[Sequence]:
+    found = []
+    for seed in range(count):
+        generator = torch.Generator().manual_seed(seed)
+        ids = tuple(torch.randint(0, vocab, (prefix + length,), generator=generator).tolist())
+        arms = [EXACT, parse("lloyd:K3V2"), parse("e8:K4V2"), EXACT]
+        branches = tuple(Branch(arm, ids[prefix:], (0, length - 1)) for arm in arms)
+        found.append(Sequence(ids[:prefix], branches))
+    return found
+
+
+def logits_of(
+    model: Model, tiles: list[Tile], placement: Placement, sweeps: int
+) -> tuple[dict[int, list[Tensor]], BlockStore]:
+    found: dict[int, list[Tensor]] = {}
+
+    def read(tile: Tile, number: int, sequence: Sequence, logits: list[Tensor]) -> None:
+        found[tile.first + number] = [part.clone() for part in logits]
+
+    store = BlockStore(model.specs, placement, CUDA, decode=model.compute.ops.decode)
+    engine = Engine(model.checkpoint.config, store, model.compute, model.plan(tiles).scratch)
+    for number in range(sweeps):
+        run_sweep(engine, tiles[number::sweeps], read)
+    engine.close()
+    return found, store
+
+
+def placements(model: Model) -> dict[str, tuple[Placement, int]]:
+    """name -> placement and number of sweeps."""
+    runs = runs_of(model.specs)
+    everything, ring = frozenset(range(len(runs))), min(compute_ring(runs), 2 * GIB)
+    host_ring = host_ring_bytes(runs, model.machine)
+    none: frozenset[int] = frozenset()
+    odd = frozenset(range(1, len(runs), 2))
+    return {
+        "from disk, one sweep": (Placement(none, none, ring, host_ring), 1),
+        "from disk, four sweeps": (Placement(none, none, ring, host_ring, drop_cache=True), 4),
+        "host store": (Placement(none, everything, ring, host_ring), 4),
+        "on the device": (Placement(everything, none, ring, host_ring), 4),
+        "half and half": (Placement(odd, everything - odd, ring, host_ring), 2),
+    }
+
+
+def test_every_placement_gives_the_same_bits(wide: Path) -> None:
+    model = load(str(wide), device="cuda")
+    tiles = tiles_of("t", rides(8, WIDE.vocab_size), 2)
+    expected, stored = None, sum(spec.stored_bytes for spec in model.specs)
+    for name, (placement, sweeps) in placements(model).items():
+        found, store = logits_of(model, tiles, placement, sweeps)
+        expected = expected or found
+        for index, parts in expected.items():
+            pairs = zip(parts, found[index], strict=True)
+            assert all(torch.equal(a, b) for a, b in pairs), (name, index)
+            assert torch.equal(parts[0], parts[3])  # exact against exact
+        again = sweeps if name.startswith("from disk") else 1
+        assert store.bytes_read == again * stored, name
+        copies = {"on the device": 1, "half and half": 0}.get(name, sweeps)
+        whole = sum(run.nbytes for run in store.runs)
+        assert not copies or store.h2d_bytes == copies * whole
+        assert store.fallbacks == []
+
+
+def test_blocks_survive_a_busy_ring(tmp_path: Path) -> None:
+    """Random sizes through a small ring while kernels still use what is to be overwritten."""
+    sizes = [2_000_000 + 2 * 4999 * index for index in range(90)]
+    specs, contents = a_file(tmp_path, sizes)
+    runs = runs_of(specs)
+    placement = Placement(
+        frozenset(), frozenset(), compute_ring(runs), 2 * max(r.nbytes for r in runs)
+    )
+    store = BlockStore(specs, placement, CUDA)
+    busy = torch.randn(4096, 4096, device=CUDA)
+    sums = []
+    for _ in range(3):
+        with store.sweep():
+            for index in range(len(specs)):
+                arena = store.get(index).arena
+                busy = busy @ busy * 1e-3  # the stream is late: the ring must wait for it
+                sums.append(arena.view(torch.int16).long().sum())
+                store.release(index)
+    expected = [
+        int(np.frombuffer(content, np.int16).astype(np.int64).sum()) for content in contents
+    ]
+    assert [int(total) for total in sums] == expected * 3
+    store.close()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_attention_kernels_agree_with_the_dense_mask(dtype: torch.dtype) -> None:
+    plain = PlainAttention()
+    kernels = [MemoryEfficientAttention()]
+    if dtype != torch.float32:
+        kernels.append(FlashAttention())
+    for queries, keys in ((200, 200), (60, 700), (1, 300)):
+        q = torch.randn(3, 16, queries, 128, device=CUDA, dtype=dtype)
+        k, v = (torch.randn(3, 4, keys, 128, device=CUDA, dtype=dtype) for _ in range(2))
+        mask = torch.rand(queries, keys, device=CUDA) < 0.5
+        mask[:, 0] = True
+        for look in (None, mask):
+            expected = plain(q.double(), k.double(), v.double(), look)
+            for kernel in kernels:
+                compute = replace(choose_compute(CUDA, dtype), attention=kernel)
+                with compute.numerics():
+                    found = kernel(q, k, v, look)
+                error = (found.double() - expected).abs().max()
+                assert error < {torch.float32: 1e-4, torch.float16: 2e-3}.get(dtype, 2e-2), kernel
+
+
+def test_the_math_kernel_is_an_error_and_never_a_fallback() -> None:
+    compute = choose_compute(CUDA, torch.float16)
+    q = torch.randn(1, 4, 8, 520, device=CUDA, dtype=torch.float16)  # no fused kernel takes 520
+    with compute.numerics(), pytest.raises(RuntimeError):
+        FlashAttention()(q, q, q, None)
+
+
+def test_precision_switches_are_off_inside_and_as_before_outside() -> None:
+    compute = choose_compute(CUDA, torch.float16)
+    matmul = torch.backends.cuda.matmul
+    matmul.allow_fp16_reduced_precision_reduction = True
+    torch.set_float32_matmul_precision("high")
+    with compute.numerics():
+        assert not matmul.allow_fp16_reduced_precision_reduction
+        assert torch.get_float32_matmul_precision() == "highest"
+    assert matmul.allow_fp16_reduced_precision_reduction
+    assert torch.get_float32_matmul_precision() == "high"
+    torch.set_float32_matmul_precision("highest")
+
+
+SMALL = EvalSettings(
+    kv="lloyd:K3V2,lloyd:K4V2", segments=20, niah_depths=(0.2, 0.8), niah_per_depth=2
+)
+
+
+def measured(model: Model, settings: EvalSettings) -> tuple[Study, Outcome]:
+    study = prepare_study(model, settings)
+    return study, run_study(study)
+
+
+def nll(study: Study) -> dict[str, np.ndarray]:
+    assert study.perplexity is not None
+    return study.perplexity.nll
+
+
+def test_cpu_and_gpu_agree_on_the_bundled_model() -> None:
+    cpu, _ = measured(layersweep.load("demo", device="cpu"), SMALL)
+    single, _ = measured(layersweep.load("demo", device="cuda", dtype="float32"), SMALL)
+    half, outcome = measured(layersweep.load("demo", device="cuda"), SMALL)
+    # float32: another order of additions, nothing else. KV codes at a boundary may flip.
+    for arm in nll(cpu):
+        assert np.abs(nll(single)[arm] - nll(cpu)[arm]).max() < 2e-3, arm
+    assert np.abs(nll(single)["exact"] - nll(cpu)["exact"]).max() < 1e-4
+    # float16: differences between arms within the noise that float16 itself makes
+    floor = np.abs(half.perplexity.control_delta["identity:lloyd"]).max()
+    for arm in ("lloyd:K3V2", "lloyd:K4V2"):
+        deltas = [(nll(study)[arm] - nll(study)["exact"]).mean() for study in (cpu, half)]
+        print(f"{arm}: delta CPU {deltas[0]:.5f}, GPU {deltas[1]:.5f}, floor {floor:.5f} nats")
+        assert abs(deltas[1] - deltas[0]) < max(floor, 1e-3)
+    assert half.perplexity.control_delta["exact"].tolist() == [0.0] * 4
+    assert half.needle.correct == cpu.needle.correct
+    assert outcome.peak_device_bytes <= half.plan.device_bytes
+
+
+def test_a_study_repeats_bit_for_bit_in_one_sweep_or_several() -> None:
+    model = layersweep.load("demo", device="cuda", vram="4GiB")
+    settings = replace(SMALL, segments=80, tasks=("ppl",))
+    first, one = measured(model, settings)
+    again, _ = measured(model, settings)
+    less = first.plan.device_bytes - first.plan.peaks["hidden states"] // 2
+    small = replace(model, vram=Budget(less, "test"))
+    several, outcome = measured(small, settings)
+    assert one.sweeps == 1 and outcome.sweeps >= 2
+    for arm in nll(first):
+        assert np.array_equal(nll(first)[arm], nll(again)[arm])
+        assert np.array_equal(nll(first)[arm], nll(several)[arm])
+
+
+def test_an_older_card_takes_its_paths_and_stays_within_the_plan_at_4096_tokens(wide: Path) -> None:
+    """sm_75: float16 without Triton, flash, cuDNN attention, enable_gqa or grouped products."""
+    model = load(str(wide), device="cuda", assume_capability="7.5", vram="14GiB")
+    assert (model.paths.attention, model.compute.dtype) == ("memory-efficient", torch.float16)
+    total = torch.cuda.get_device_properties(CUDA).total_memory
+    torch.cuda.set_per_process_memory_fraction(14 * GIB / total, CUDA)
+    tiles = tiles_of("t", rides(4, WIDE.vocab_size, prefix=4036, length=60), 10)
+    plan = model.plan(tiles)
+    engine = model.open(plan)
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
+        run_sweep(engine, tiles, lambda tile, number, sequence, logits: None)
+    engine.close()
+    names = {event.key.lower() for event in seen.key_averages()}
+    for word in ("triton", "flash", "cudnn", "grouped_mm", "_scaled_dot_product_attention_math"):
+        assert not [name for name in names if word in name], word
+    assert [name for name in names if "fmha" in name or "efficient_attention" in name]
+    peak = torch.cuda.max_memory_reserved(CUDA) + model.context_bytes
+    print(f"peak {peak / GIB:.3f} GiB, planned {plan.device_bytes / GIB:.3f} GiB")
+    assert peak <= plan.device_bytes
+
+
+def test_old_and_new_paths_measure_the_same() -> None:
+    new = nll(measured(layersweep.load("demo", device="cuda"), SMALL)[0])
+    old = nll(measured(layersweep.load("demo", device="cuda", assume_capability="7.5"), SMALL)[0])
+    for arm in new:
+        assert np.abs(new[arm] - old[arm]).max() < 5e-3
+
+
+def test_a_bad_layer_is_named_and_a_bad_baseline_ends_the_run(
+    wide: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("One sentence after another, and then some more of them. " * 3000)
+    settings = EvalSettings(kv="lloyd:K3V2", tasks=("ppl",), segments=4, prefix=64,
+                            continuation=32, text=str(text), gate="off")  # fmt: skip
+    study = prepare_study(load(str(wide), device="cuda"), settings)
+    ops, visits = study.model.compute.ops, iter(range(100))
+    leave = ops.leave_layer_
+
+    def poisoned(hidden: Tensor, *rest: object) -> None:
+        if next(visits) == 3:
+            hidden[0] = float("nan")  # the first window's prefix, in layer 3
+        leave(hidden, *rest)
+
+    monkeypatch.setattr(ops, "leave_layer_", poisoned)
+    with pytest.raises(
+        GateError, match="perplexity 0: the exact baseline is not finite from layer 3"
+    ):
+        run_study(study)
+
+
+def test_place_keeps_nothing_on_the_device_without_room(wide: Path) -> None:
+    model = load(str(wide), device="cuda")
+    runs = runs_of(model.specs)
+    ring = host_ring_bytes(runs, model.machine)
+    assert place(runs, model.machine, ring, room=0).device == frozenset()

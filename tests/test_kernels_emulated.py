@@ -1,0 +1,124 @@
+"""The CUDA sources, run on the CPU as C++ (tests/cuda_on_cpu), against plain-torch oracles."""
+
+from __future__ import annotations
+
+import random
+
+import kernel_checks as check
+import pytest
+import torch
+from cuda_on_cpu.emulated import COMPILER, Workshop
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from layersweep.kernels import KernelError, Kernels, load_kernels
+from layersweep.kv.lloyd_tables import POSITIVE_LEVELS
+
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="g++ is not installed")
+
+CPU = torch.device("cpu")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# Head sizes: powers of two, sums of several, and an odd part whose tree of sums is ragged.
+DIMS = ((0, 128), (1, 80), (2, 64), (0, 8), (1, 120), (2, 256), (0, 24))
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    dims = [(DTYPES[scalar], dim) for scalar, dim in DIMS]
+    return Workshop(tmp_path_factory.mktemp("kernels"), dims)
+
+
+@pytest.fixture(params=DTYPES, ids=str)
+def kernels(request: pytest.FixtureRequest, workshop: Workshop) -> Kernels:
+    return workshop.kernels(request.param)
+
+
+@pytest.fixture
+def seed() -> int:
+    chosen = random.SystemRandom().randrange(2**31)
+    print(f"seed {chosen}")
+    return chosen
+
+
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("shape", [(64, 384), (1, 1), (3, 5), (7, 67), (33, 259), (8193,)], ids=str)
+def test_nf4(kernels: Kernels, shape: tuple[int, ...], nested: bool, seed: int) -> None:
+    check.check_nf4(kernels, CPU, shape, seed, nested=nested)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    count=st.integers(1, 3000),
+    blocksize=st.sampled_from((2, 8, 16, 24, 64, 100, 128, 4096)),
+    nested=st.booleans(),
+    offset_bytes=st.integers(0, 5),
+    seed=st.integers(0, 2**31),
+)
+def test_nf4_of_any_block_size_and_alignment(
+    workshop: Workshop, count: int, blocksize: int, nested: bool, offset_bytes: int, seed: int
+) -> None:
+    kernels = workshop.kernels(DTYPES[seed % 3])
+    check.check_nf4(kernels, CPU, (count,), seed, blocksize, nested, offset_bytes)
+
+
+@pytest.mark.parametrize("width", [8, 248, 256, 1032, 2304])
+def test_rms_norm(kernels: Kernels, width: int, seed: int) -> None:
+    check.check_rms_norm(kernels, CPU, 7, 5, width, seed)
+
+
+@pytest.mark.parametrize("inner", [8, 264, 2056])
+def test_swiglu(kernels: Kernels, inner: int, seed: int) -> None:
+    check.check_swiglu(kernels, CPU, 5, inner, seed)
+
+
+@pytest.mark.parametrize("width", [8, 264, 2056])
+def test_add_rows(kernels: Kernels, width: int, seed: int) -> None:
+    check.check_add_rows(kernels, CPU, 9, 6, width, seed)
+
+
+@pytest.mark.parametrize("width", [8, 264, 2056])
+def test_leave_layer(kernels: Kernels, width: int, seed: int) -> None:
+    check.check_leave_layer(kernels, CPU, 10, width, seed)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 3, 37, 128), (1, 2, 5, 80), (2, 1, 3, 24), (1, 1, 300, 2), (2, 2, 3, 256)],
+    ids=str,
+)
+def test_rope(kernels: Kernels, shape: tuple[int, int, int, int], seed: int) -> None:
+    check.check_rope(kernels, CPU, shape, seed)
+
+
+@pytest.mark.parametrize("bits", POSITIVE_LEVELS)
+@pytest.mark.parametrize("scalar, dim", DIMS)
+def test_lloyd(workshop: Workshop, scalar: int, dim: int, bits: int, seed: int) -> None:
+    count = 37 if bits in (3, 6) else 5  # more than the 32 vectors of a block, or a part of one
+    check.check_lloyd(workshop.kernels(DTYPES[scalar]), CPU, count, dim, bits, seed)
+
+
+def test_lloyd_of_nonfinite_vectors(workshop: Workshop) -> None:
+    check.check_lloyd_nonfinite(workshop.kernels(torch.float16), CPU, 128)
+    check.check_lloyd_nonfinite(workshop.kernels(torch.bfloat16), CPU, 80)
+
+
+@pytest.mark.parametrize("vocabulary", [1, 31, 1000, 4097])
+def test_score(kernels: Kernels, vocabulary: int, seed: int) -> None:
+    check.check_score(kernels, CPU, 4, vocabulary, seed)
+
+
+def test_score_at_edges(workshop: Workshop) -> None:
+    check.check_score_edges(workshop.kernels(torch.float16), CPU)
+
+
+def test_nothing_to_do_is_no_launch(kernels: Kernels) -> None:
+    none = torch.empty(0, 16, dtype=kernels.dtype)
+    index = torch.empty(0, dtype=torch.int64)
+    kernels.rms_norm(none, torch.ones(16, dtype=kernels.dtype), 1e-5, none, index)
+    kernels.swiglu_(none)
+    kernels.add_rows_(none, index, none, torch.empty(0))
+
+
+def test_kernels_need_a_gpu() -> None:
+    with pytest.raises(KernelError, match="CUDA device"):
+        load_kernels(CPU, torch.float16)

@@ -1,0 +1,145 @@
+"""The CUDA kernels on a real GPU, at the sizes of a full model, against torch on that GPU."""
+
+from __future__ import annotations
+
+import random
+import threading
+
+import kernel_checks as check
+import pytest
+import torch
+
+from layersweep.kernels import Kernels, load_kernels
+from layersweep.kv import lloyd
+from layersweep.kv.lloyd_tables import POSITIVE_LEVELS
+from layersweep.kv.stream import Stream
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+DEVICE = torch.device("cuda:0")
+
+
+@pytest.fixture(params=[torch.float16, torch.bfloat16, torch.float32], ids=str)
+def kernels(request: pytest.FixtureRequest) -> Kernels:
+    return load_kernels(DEVICE, request.param)
+
+
+@pytest.fixture
+def seed() -> int:
+    chosen = random.SystemRandom().randrange(2**31)
+    print(f"seed {chosen}")
+    return chosen
+
+
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("shape", [(4096, 14336), (1024, 4096), (33, 259), (1, 1)], ids=str)
+def test_nf4(kernels: Kernels, shape: tuple[int, ...], nested: bool, seed: int) -> None:
+    check.check_nf4(kernels, DEVICE, shape, seed, nested=nested)
+
+
+@pytest.mark.parametrize("blocksize, offset_bytes", [(100, 0), (64, 1), (4096, 4), (8, 0)])
+def test_nf4_of_any_block_size_and_alignment(
+    kernels: Kernels, blocksize: int, offset_bytes: int, seed: int
+) -> None:
+    check.check_nf4(kernels, DEVICE, (100_003,), seed, blocksize, True, offset_bytes)
+
+
+@pytest.mark.parametrize("width", [256, 4096, 8])
+def test_rms_norm(kernels: Kernels, width: int, seed: int) -> None:
+    check.check_rms_norm(kernels, DEVICE, 51200, 12800, width, seed)
+
+
+@pytest.mark.parametrize("count, inner", [(2048, 14336), (100, 384)])
+def test_swiglu(kernels: Kernels, count: int, inner: int, seed: int) -> None:
+    check.check_swiglu(kernels, DEVICE, count, inner, seed)
+
+
+@pytest.mark.parametrize("width", [4096, 256, 8])
+def test_add_rows(kernels: Kernels, width: int, seed: int) -> None:
+    check.check_add_rows(kernels, DEVICE, 51200, 12800, width, seed)
+
+
+@pytest.mark.parametrize("width", [4096, 256, 8])
+def test_leave_layer(kernels: Kernels, width: int, seed: int) -> None:
+    check.check_leave_layer(kernels, DEVICE, 51200, width, seed)
+
+
+@pytest.mark.parametrize("shape", [(8, 32, 513, 128), (2, 8, 100, 80), (2, 3, 50, 24)], ids=str)
+def test_rope(kernels: Kernels, shape: tuple[int, int, int, int], seed: int) -> None:
+    check.check_rope(kernels, DEVICE, shape, seed)
+
+
+@pytest.mark.parametrize("bits", POSITIVE_LEVELS)
+@pytest.mark.parametrize("dim", [128, 64, 80, 120, 256])
+def test_lloyd(kernels: Kernels, dim: int, bits: int, seed: int) -> None:
+    check.check_lloyd(kernels, DEVICE, 20_011, dim, bits, seed)
+
+
+def test_lloyd_of_nonfinite_vectors(kernels: Kernels) -> None:
+    check.check_lloyd_nonfinite(kernels, DEVICE, 128)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_the_codec_uses_the_kernels_and_changes_nothing(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = torch.randn(2, 8, 1024, 128, device=DEVICE).to(dtype)
+    positions = torch.arange(1024, device=DEVICE)
+    codec, stream = lloyd.Lloyd(3, 2), Stream("key", 8, 128, "key", True)
+    assert lloyd._kernels(DEVICE, dtype, 128) is not None
+    fast = codec.encode(x.transpose(1, 2).contiguous().transpose(1, 2), stream, positions)
+    decoded = codec.decode(fast, positions)
+    monkeypatch.setattr(lloyd, "_kernels", lambda *key: None)
+    slow = codec.encode(x, stream, positions)
+    assert fast.scale is not None and slow.scale is not None
+    assert torch.equal(fast.codes, slow.codes) and torch.equal(fast.scale, slow.scale)
+    assert torch.equal(decoded, codec.decode(slow, positions))
+
+
+@pytest.mark.parametrize("tokens, vocabulary", [(511, 32000), (64, 4097)])
+def test_score(kernels: Kernels, tokens: int, vocabulary: int, seed: int) -> None:
+    check.check_score(kernels, DEVICE, tokens, vocabulary, seed)
+
+
+def test_score_at_edges(kernels: Kernels) -> None:
+    check.check_score_edges(kernels, DEVICE)
+
+
+def test_a_new_thread_and_a_side_stream_may_launch(kernels: Kernels, seed: int) -> None:
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            with torch.cuda.stream(torch.cuda.Stream(DEVICE)):
+                check.check_add_rows(kernels, DEVICE, 4096, 1024, 4096, seed)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+
+
+def test_a_thread_without_a_context_may_launch(kernels: Kernels) -> None:
+    update = torch.zeros(2, 8, dtype=kernels.dtype, device=DEVICE)
+    y, rows = torch.ones_like(update), torch.arange(2, device=DEVICE)
+    args = (update, rows, y, torch.ones(2, device=DEVICE))
+    thread = threading.Thread(target=kernels.add_rows_, args=args)
+    thread.start()
+    thread.join()
+    assert torch.equal(update, y)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
+def test_another_device_may_be_current(kernels: Kernels, seed: int) -> None:
+    with torch.cuda.device(1):
+        check.check_add_rows(kernels, DEVICE, 64, 16, 4096, seed)
+        assert torch.cuda.current_device() == 1
+    other = torch.device("cuda:1")
+    check.check_add_rows(load_kernels(other, kernels.dtype), other, 64, 16, 4096, seed)

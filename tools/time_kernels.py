@@ -1,0 +1,166 @@
+"""Time every CUDA kernel at the shapes of a full-size study; prints one line of JSON.
+
+    python tools/time_kernels.py [--dtype bfloat16]
+
+Each entry: milliseconds of a launch (median of 10 rounds of 10, CUDA events) and GB/s of the
+bytes that the operation has to read and write. `copy` is a device copy of 1 GiB beside them,
+`launch_us` the host's time per launch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from layersweep.checkpoint import nf4
+from layersweep.kernels import Kernels, load_kernels
+from layersweep.kv import lloyd
+from layersweep.kv.rotate import rotation_weights
+from layersweep.model import maths
+
+DEVICE = torch.device("cuda:0")
+ROUNDS, EACH = 10, 10  # several launches between two events: the host must not be waited for
+Case = tuple[str, Callable[[], object], int]
+
+
+def milliseconds(work: Callable[[], object]) -> float:
+    """Median time on the device of one call."""
+    for _ in range(3):
+        work()
+    spent = []
+    for _ in range(ROUNDS):
+        events = [torch.Event("cuda", enable_timing=True) for _ in range(2)]
+        events[0].record()
+        for _ in range(EACH):
+            work()
+        events[1].record()
+        torch.cuda.synchronize()
+        spent.append(events[0].elapsed_time(events[1]) / EACH)
+    return float(statistics.median(spent))
+
+
+def launch_microseconds(kernels: Kernels, dtype: torch.dtype) -> float:
+    row, index = torch.zeros(1, 8, dtype=dtype, device=DEVICE), torch.zeros(1, device=DEVICE).long()
+    share = torch.zeros(1, device=DEVICE)
+    kernels.add_rows_(row, index, row, share)
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    for _ in range(500):
+        kernels.add_rows_(row, index, row, share)
+    spent = time.perf_counter() - started
+    torch.cuda.synchronize()
+    return spent / 500 * 1e6
+
+
+def random(dtype: torch.dtype, *shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=dtype, device=DEVICE)
+
+
+def weight_cases(kernels: Kernels, dtype: torch.dtype) -> Iterator[Case]:
+    code = torch.tensor(nf4.NF4_CODE, device=DEVICE)
+    for nested in (True, False):
+        q = nf4.quantize(random(torch.float32, 4096, 14336), nested=nested)
+        scales = q.nested
+        parts = None
+        if scales is not None:
+            parts = (scales.absmax, scales.quant_map, scales.blocksize, scales.offset)
+        out = torch.empty(4096, 14336, dtype=dtype, device=DEVICE)
+        args = (q.packed, q.absmax, parts, 64, code, out)
+        moved = q.packed.nbytes + q.absmax.nbytes + out.nbytes
+        name = "nf4_nested" if nested else "nf4_plain"
+        yield name, partial(kernels.nf4_dequantize, *args), moved
+
+
+def row_cases(kernels: Kernels, dtype: torch.dtype) -> Iterator[Case]:
+    hidden, update = random(dtype, 51200, 4096), random(dtype, 51200, 4096)
+    rows = torch.randperm(51200, device=DEVICE)[:12800].sort().values
+    norm, x, share = random(dtype, 4096), random(dtype, 12800, 4096), torch.rand(12800).to(DEVICE)
+    yield "rms_norm", lambda: kernels.rms_norm(hidden, norm, 1e-5, x, rows), 2 * x.nbytes
+    yield "add_rows", lambda: kernels.add_rows_(update, rows, x, share), 3 * x.nbytes
+    # silu(x) * 2 is about x for such small x: in place again and again, it must not fade into
+    # subnormal numbers, whose division takes twice the time (seen: 0.84 ms, not 0.42).
+    gate_up = random(dtype, 12800, 28672).mul_(1e-3)
+    gate_up[:, 14336:] = 2.0
+    yield "swiglu", lambda: kernels.swiglu_(gate_up), gate_up.nbytes * 3 // 2
+    unit = torch.zeros(51200, dtype=torch.int32, device=DEVICE)
+    bad = torch.full((1,), 2**31 - 1, dtype=torch.int32, device=DEVICE)
+    leave = partial(kernels.leave_layer_, hidden, update, unit, bad, 1)
+    yield "leave_layer", leave, 4 * hidden.nbytes
+
+
+def attention_cases(kernels: Kernels, dtype: torch.dtype) -> Iterator[Case]:
+    positions = torch.arange(2560, device=DEVICE)
+    cos, sin = (one.to(dtype) for one in maths.rope_table(1e6, 128, positions))
+    x = random(dtype, 8, 2560, 32, 128).transpose(1, 2)
+    out = torch.empty(8, 32, 2560, 128, dtype=dtype, device=DEVICE)
+    yield "rope_transposed", lambda: kernels.rope(x, out, cos, sin), 2 * x.nbytes
+    yield "rope_in_place", lambda: kernels.rope(out, out, cos, sin), 2 * x.nbytes
+    floats = random(torch.float32, 8, 32, 2560, 128)
+    yield "rope_from_float", lambda: kernels.rope(floats, out, cos, sin), 3 * floats.nbytes // 2
+    yield from lloyd_cases(kernels, random(dtype, 8 * 8 * 1024 * 20, 128))
+
+
+def lloyd_cases(kernels: Kernels, x: Tensor) -> Iterator[Case]:
+    weights = rotation_weights(128, True, DEVICE).view(-1)
+    out = torch.empty_like(x, dtype=torch.float32)
+    for bits in (2, 3, 4):
+        tables = lloyd.boundaries(bits, DEVICE), lloyd.nearest_values(bits, DEVICE)
+        codes, scale = kernels.lloyd_encode(x, bits, weights, *tables)
+        packed = codes.nbytes + scale.nbytes
+        levels = lloyd.signed_levels(bits, DEVICE)
+        yield (
+            f"lloyd_encode_{bits}",
+            partial(kernels.lloyd_encode, x, bits, weights, *tables),
+            x.nbytes + packed,
+        )
+        args = (codes, scale, bits, weights, levels)
+        for name, target in (("", out), ("_to_T", torch.empty_like(x))):
+            yield (
+                f"lloyd_decode_{bits}{name}",
+                partial(kernels.lloyd_decode, *args, target),
+                target.nbytes + packed,
+            )
+
+
+def score_cases(kernels: Kernels, dtype: torch.dtype) -> Iterator[Case]:
+    exact, arm = (random(torch.float32, 511, 32000) for _ in range(2))
+    target = torch.randint(0, 32000, (511,), device=DEVICE)
+    out = torch.empty(511, 3, device=DEVICE)
+    yield "score", lambda: kernels.score(exact, arm, target, out), 2 * exact.nbytes
+    base = torch.empty(511, 1, device=DEVICE)
+    yield "score_exact", lambda: kernels.score_exact(exact, target, base), exact.nbytes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
+    parser.add_argument("--dtype", default="float16", choices=("float16", "bfloat16", "float32"))
+    dtype = getattr(torch, parser.parse_args().dtype)
+    kernels = load_kernels(DEVICE, dtype)
+    source = torch.empty(2**30, dtype=torch.uint8, device=DEVICE)
+    copy = torch.empty_like(source)
+    found: dict[str, object] = {
+        "device": torch.cuda.get_device_name(DEVICE),
+        "dtype": str(dtype),
+        "launch_us": round(launch_microseconds(kernels, dtype), 2),
+    }
+
+    def note(name: str, work: Callable[[], object], moved: int) -> None:
+        spent = milliseconds(work)
+        found[name] = {"ms": round(spent, 4), "gb_per_s": round(moved / spent / 1e6)}
+
+    note("copy", lambda: copy.copy_(source), 2 * source.nbytes)
+    for cases in (weight_cases, row_cases, attention_cases, score_cases):
+        for case in cases(kernels, dtype):
+            note(*case)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
