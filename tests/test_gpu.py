@@ -118,7 +118,6 @@ def test_every_placement_gives_the_same_bits(wide: Path) -> None:
         for index, parts in expected.items():
             pairs = zip(parts, found[index], strict=True)
             assert all(torch.equal(a, b) for a, b in pairs), (name, index)
-            assert torch.equal(parts[0], parts[3])  # exact against exact
         again = sweeps if name.startswith("from disk") else 1
         assert store.bytes_read == again * stored, name
         copies = {"on the device": 1, "half and half": 0}.get(name, sweeps)
@@ -175,7 +174,7 @@ def test_attention_kernels_agree_with_the_dense_mask(dtype: torch.dtype) -> None
 
 def test_the_math_kernel_is_an_error_and_never_a_fallback() -> None:
     compute = choose_compute(CUDA, torch.float16)
-    q = torch.randn(1, 4, 8, 520, device=CUDA, dtype=torch.float16)  # no fused kernel takes 520
+    q = torch.randn(1, 4, 8, 64, device=CUDA, dtype=torch.float64)  # no fused kernel takes it
     with compute.numerics(), pytest.raises(RuntimeError):
         FlashAttention()(q, q, q, None)
 
@@ -214,14 +213,19 @@ def test_cpu_and_gpu_agree_on_the_bundled_model() -> None:
     half, outcome = measured(layersweep.load("demo", device="cuda"), SMALL)
     # float32: another order of additions, nothing else. KV codes at a boundary may flip.
     for arm in nll(cpu):
-        assert np.abs(nll(single)[arm] - nll(cpu)[arm]).max() < 2e-3, arm
+        apart = {name: nll(study)[arm] - nll(cpu)[arm] for name, study in
+                 (("float32", single), ("float16", half))}  # fmt: skip
+        print(arm, {n: (float(d.mean()), float(np.abs(d).max())) for n, d in apart.items()})
+        assert np.abs(apart["float32"]).max() < 2e-3, arm
     assert np.abs(nll(single)["exact"] - nll(cpu)["exact"]).max() < 1e-4
     # float16: differences between arms within the noise that float16 itself makes
     floor = np.abs(half.perplexity.control_delta["identity:lloyd"]).max()
     for arm in ("lloyd:K3V2", "lloyd:K4V2"):
-        deltas = [(nll(study)[arm] - nll(study)["exact"]).mean() for study in (cpu, half)]
-        print(f"{arm}: delta CPU {deltas[0]:.5f}, GPU {deltas[1]:.5f}, floor {floor:.5f} nats")
-        assert abs(deltas[1] - deltas[0]) < max(floor, 1e-3)
+        deltas = [(nll(study)[arm] - nll(study)["exact"]) for study in (cpu, single, half)]
+        print(arm, "mean deltas CPU, GPU float32, GPU float16:", [d.mean() for d in deltas],
+              "SEM of fp16 - CPU", (deltas[2] - deltas[0]).std() / len(deltas[0]) ** 0.5,
+              "noise floor", floor)  # fmt: skip
+        assert abs((deltas[2] - deltas[0]).mean()) < max(floor, 1e-3)
     assert half.perplexity.control_delta["exact"].tolist() == [0.0] * 4
     assert half.needle.correct == cpu.needle.correct
     assert outcome.peak_device_bytes <= half.plan.device_bytes

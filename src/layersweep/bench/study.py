@@ -14,8 +14,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from layersweep.bench.ceilings import disk_rate, evict, gemm_ceiling
 from layersweep.evals.needle_job import TILE_TRIALS
 from layersweep.evals.perplexity import TILE_SEGMENTS
@@ -85,10 +83,7 @@ def _one_tile(settings: EvalSettings) -> EvalSettings:
 
 
 def _run(model: Model, settings: EvalSettings, ceilings: Ceilings, folder: Path) -> Json:
-    device = model.compute.device
     study = prepare_study(model, settings)
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(device)
     outcome = run_study(study, gemm_flops=ceilings.gemm)
     results = build_results(study, outcome, status="complete", command="layersweep bench study")
     write_results(folder, results)

@@ -76,7 +76,7 @@ def collect(disk: Path) -> dict[str, Any]:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     names = [f"cuda:{index}" for index in range(count)]
     facts: dict[str, Any] = {
-        "versions": versions(),
+        "versions": dict(versions()),
         "torch_warnings": [str(warning.message).strip() for warning in said],
         "cpu": {**device_facts("cpu"), "threads": torch.get_num_threads()},
         "devices": [

@@ -55,7 +55,7 @@ class Events:
             "layout": _layer_layout(study.model.checkpoint, layer or 0) if study else None,
             "gate": gate.report() if gate else None,
             "memory": {"process_bytes": host_bytes(), "available_bytes": host_memory().available},
-            "versions": versions(),
+            "versions": dict(versions()),
             "events": list(self._last),
             "traceback": traceback.format_exception(failure),
         }

@@ -51,7 +51,7 @@ def build_results(study: Study, outcome: Outcome, *, status: str, command: str) 
         "reasons": reasons,
         "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "command": command,
-        "versions": versions(),
+        "versions": dict(versions()),
         "device": device_facts(str(study.model.compute.device)),
         "paths": _paths(study, outcome),
         "fallbacks": [fallback._asdict() for fallback in (*study.fallbacks, *outcome.fallbacks)],

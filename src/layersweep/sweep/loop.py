@@ -127,11 +127,11 @@ class _Sweep:
 
     def embed(self, states: list[TileState]) -> None:
         device, dtype = self.compute.device, self.compute.dtype
+        ids = [torch.from_numpy(state.tile.ids()) for state in states]  # while the table is read
         with self.clock.phase("embedding"):
             table = self.weights.embedding(self.store.get(0))
-            for state in states:
-                ids = torch.tensor(state.tile.ids(), device=device)
-                state.start(table[ids].to(dtype))
+            for state, rows in zip(states, ids, strict=True):
+                state.start(table[rows.to(device)].to(dtype))
             self.store.release(0)
         positions = torch.arange(self.longest, device=device)
         cos, sin = maths.rope_table(self.config.rope_theta, self.config.head_dim, positions)
@@ -153,7 +153,7 @@ class _Sweep:
                 self._attend(layer, lead, None)
                 for expert in range(self.config.num_local_experts):
                     self._experts(first + 1 + expert, expert, lead)
-            self._leave(layer, lead, check)
+                self._leave(layer, lead, check)
         with self.clock.phase("attention"):
             self._attend(layer, rest, self.caches, lambda: self.visited(len(rest)))
             self.store.release(first)
@@ -162,7 +162,7 @@ class _Sweep:
                 self._experts(first + 1 + expert, expert, rest)
                 self.store.release(first + 1 + expert)
                 self.visited(len(rest))
-        self._leave(layer, rest, None)
+            self._leave(layer, rest, None)
 
     def _attend(
         self,

@@ -86,6 +86,9 @@ class Model:
 
     def open(self, plan: Plan, say: Callable[[Fallback], None] = lambda fallback: None) -> Engine:
         """Take the memory of a plan. Fallbacks are told to `say` as they happen."""
+        if not self.cpu:  # memory that is free in torch's cache must not count towards the peak
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.compute.device)
         store = BlockStore(
             self.specs, plan.placement, self.compute.device, decode=self.compute.ops.decode, say=say
         )

@@ -13,6 +13,9 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 from layersweep.kv.arms import Arm
 
 
@@ -91,10 +94,11 @@ class Tile:
     def rows(self) -> int:
         return sum(sequence.rows for sequence in self.sequences)
 
-    def ids(self) -> list[int]:
-        """All token ids in row order."""
+    def ids(self) -> NDArray[np.int64]:
+        """All token ids in row order, [rows]."""
         parts = ((s.prefix, *(b.ids for b in s.branches)) for s in self.sequences)
-        return list(itertools.chain.from_iterable(itertools.chain.from_iterable(parts)))
+        ids = itertools.chain.from_iterable(itertools.chain.from_iterable(parts))
+        return np.fromiter(ids, np.int64, self.rows)
 
     def groups(self, most: int) -> list[Group]:
         """Runs of at most `most` equal-shaped sequences; alone where each has a kept cache."""
