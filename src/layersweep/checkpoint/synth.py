@@ -6,7 +6,9 @@ For measuring speed and memory where no real checkpoint can be had. config.json 
 Scales: a matrix with n inputs has standard deviation 1 / sqrt(n), those that write into the
 residual stream 1 / sqrt(2 L n) for L layers, so hidden states stay near 1 in fp16 whatever the
 depth; router logits get a standard deviation of about 1, so that tokens go to all experts.
-Packed bytes are uniform: the 16 levels of NF4 are equally likely.
+The levels of NF4 are drawn so that their mean is 0. Equally likely levels have a mean of 0.023:
+in a matrix of 4096 columns that is a rank-one part larger than all the noise, every token is
+pulled into its direction, and from layer 14 on two experts get them all.
 
 Every tensor is planned first, shape and place in the pool, and then written from where its bytes
 lie: 24 GB pass through no memory but the page cache.
@@ -24,6 +26,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,7 +42,6 @@ REPORT_EVERY_S = 0.2
 WRITE_BUFFER = 2**20  # small tensors are gathered; larger pieces go past it uncopied
 SHARD_BYTES = 4_900_000_000
 NESTED_SPREAD = 0.1  # scales of a weight vary by up to this share
-LEVELS_STD = float(torch.tensor(nf4.NF4_CODE).square().mean().sqrt())
 
 MIXTRAL_8X7B = ModelConfig(
     architecture="MixtralForCausalLM", vocab_size=32_000, hidden_size=4096,
@@ -56,6 +58,24 @@ BESIDE = (
 DTYPE_NAMES = {torch.uint8: "U8", torch.float16: "F16", torch.float32: "F32"}
 
 Pieces = Callable[[], Iterator[memoryview]]
+
+
+def _level_counts() -> list[int]:
+    """How many of 256 random bytes become each level: p ~ exp(-tilt x level), whose mean is 0."""
+    levels = np.array(nf4.NF4_CODE)
+    low, high = 0.0, 10.0
+    for _ in range(60):
+        tilt = (low + high) / 2
+        share = np.exp(-tilt * levels)
+        low, high = (tilt, high) if (share * levels).sum() > 0 else (low, tilt)
+    ends = np.round(256 * np.cumsum(share) / share.sum()).astype(int)
+    return [int(count) for count in np.diff(ends, prepend=0)]
+
+
+LEVEL_COUNTS = _level_counts()
+LEVELS_STD = math.sqrt(
+    sum(n * x * x for n, x in zip(LEVEL_COUNTS, nf4.NF4_CODE, strict=True)) / 256
+)
 
 
 @dataclass(frozen=True)
@@ -82,10 +102,13 @@ class Pool:
     def draw(cls, seed: int) -> Pool:
         generator = torch.Generator().manual_seed(seed)
         words = torch.randint(
-            torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max, (POOL_BYTES // 8,),
+            torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max, (POOL_BYTES // 4,),
             generator=generator,
         )  # fmt: skip
-        return cls(bytes_of(words), generator)
+        level = np.repeat(np.arange(16, dtype=np.uint8), LEVEL_COUNTS)
+        pairs = (level[:, None] << 4 | level).reshape(-1)  # two random bytes -> two nibbles
+        packed = pairs[words.numpy().view(np.uint16)]
+        return cls(memoryview(packed), generator)
 
     def seed(self) -> int:
         """For a generator of its own, of what is drawn while it is written."""
