@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from layersweep.checkpoint import open_checkpoint
-from layersweep.checkpoint.synth import MIXTRAL_8X7B, synthetic_bytes, write_synthetic
+from layersweep.checkpoint import nf4, open_checkpoint
+from layersweep.checkpoint.synth import LEVELS_STD, MIXTRAL_8X7B, synthetic_bytes, write_synthetic
 from layersweep.cli.app import run
 from layersweep.errors import InputError
 from layersweep.evals.settings import EvalSettings
@@ -91,8 +91,11 @@ def test_bytes_are_spread_as_meant(folder: Path) -> None:
     assert embed.float().std().item() == pytest.approx(1.0, rel=0.01)
     assert head.float().std().item() == pytest.approx(128**-0.5, rel=0.01)
     assert len(embed.unique(dim=0)) == len(embed)
-    packed = tensors["model.layers.31.block_sparse_moe.experts.7.w2.weight"]
-    assert packed.float().mean().item() == pytest.approx(127.5, rel=0.03)
+    packed = tensors["model.layers.31.block_sparse_moe.experts.7.w2.weight"].flatten().int()
+    # a mean of 0.02, which equally likely levels have, would pull every token one way
+    levels = torch.tensor(nf4.NF4_CODE)[torch.cat((packed >> 4, packed & 15))]
+    assert abs(levels.mean().item()) < 0.01
+    assert levels.std().item() == pytest.approx(LEVELS_STD, rel=0.02)
 
 
 @pytest.mark.parametrize("failure", [KeyboardInterrupt, OSError(28, "No space left on device")])

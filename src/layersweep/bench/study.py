@@ -9,6 +9,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -84,10 +85,11 @@ def _one_tile(settings: EvalSettings) -> EvalSettings:
 
 def _run(model: Model, settings: EvalSettings, ceilings: Ceilings, folder: Path) -> Json:
     study = prepare_study(model, settings)
-    outcome = run_study(study, gemm_flops=ceilings.gemm)
-    results = build_results(study, outcome, status="complete", command="layersweep bench study")
-    write_results(folder, results)
-    wall = time.perf_counter() - outcome.started
+    with closing(study.open()) as engine:
+        outcome = run_study(study, engine, gemm_flops=ceilings.gemm)
+        results = build_results(study, outcome, status="complete", command="layersweep bench study")
+        write_results(folder, results)
+        wall = time.perf_counter() - outcome.started
     return {
         "job": "+".join(settings.tasks),
         **_sizes(study.plan, results),

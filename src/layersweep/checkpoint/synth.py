@@ -108,7 +108,7 @@ class Pool:
         level = np.repeat(np.arange(16, dtype=np.uint8), LEVEL_COUNTS)
         pairs = (level[:, None] << 4 | level).reshape(-1)  # two random bytes -> two nibbles
         packed = pairs[words.numpy().view(np.uint16)]
-        return cls(memoryview(packed), generator)
+        return cls(packed.data, generator)
 
     def seed(self) -> int:
         """For a generator of its own, of what is drawn while it is written."""

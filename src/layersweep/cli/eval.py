@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -153,20 +154,20 @@ def _measure(study: Study, folder: RunFolder, events: Events) -> dict[str, Any]:
     from layersweep.evals.study import Outcome, run_study
 
     command = "layersweep " + " ".join(shlex.quote(word) for word in sys.argv[1:])
-    try:
-        with SweepProgress(events.console) as progress:
-            outcome = run_study(
-                study,
-                progress=progress,
-                finished_sweep=lambda tiles: folder.append(study, tiles),
-                say=events.say_fallback,
-            )
-    except GateError:
-        results = build_results(study, Outcome(), status="gate_failed", command=command)
+    with closing(study.open(events.say_fallback)) as engine:
+        try:
+            with SweepProgress(events.console) as progress:
+                outcome = run_study(
+                    study,
+                    engine,
+                    progress=progress,
+                    finished_sweep=lambda tiles: folder.append(study, tiles),
+                )
+        except GateError:
+            folder.finish(build_results(study, Outcome(), status="gate_failed", command=command))
+            raise
+        results = build_results(study, outcome, status="complete", command=command)
         folder.finish(results)
-        raise
-    results = build_results(study, outcome, status="complete", command=command)
-    folder.finish(results)
     if folder.path is not None:
         events.say(f"wrote {folder.path}/results.json, report.html, windows.csv")
     return results

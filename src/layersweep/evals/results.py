@@ -109,7 +109,6 @@ def _nonfinite(study: Study, outcome: Outcome) -> set[str]:
 def _protocol(study: Study) -> Json:
     settings, model = study.settings, study.model
     job = study.perplexity
-    length = settings.prefix + settings.continuation - (study.bos_id is not None)
     dtype = str(model.compute.dtype).removeprefix("torch.")
     needle = None
     if study.needle:
@@ -131,7 +130,7 @@ def _protocol(study: Study) -> Json:
         "continuation": settings.continuation if job else None,
         "scored_tokens": len(job.windows) * (settings.continuation - 1) if job else None,
         "cache_mode": settings.cache_mode,
-        "windows": len(study.tokenizer.encode(study.text.text)) // length if job else None,
+        "windows": job.windows[0].possible if job else None,
         "exact_pair_fraction": exact_pair_fraction(settings.prefix, settings.continuation)
         if job and not settings.streaming
         else (0.0 if job else None),

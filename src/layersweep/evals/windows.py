@@ -22,7 +22,8 @@ class Window:
     """`ids` are prefix + continuation tokens; the first `prefix` of them are the prefix.
 
     `article` is the heading under which the window's first text token stands, None before
-    the first heading. `tokens_sha` is the SHA-256 of the ids as little-endian uint32.
+    the first heading. `tokens_sha` is the SHA-256 of the ids as little-endian uint32, `possible`
+    the number of windows that the text has.
     """
 
     index: int
@@ -30,6 +31,7 @@ class Window:
     prefix: int
     article: str | None
     tokens_sha: str
+    possible: int
 
 
 def resolve_bos(tokenizer: TextTokenizer, bos: BosMode) -> int | None:
@@ -83,7 +85,8 @@ def cut_windows(
         start = index * stride
         window_ids = (*lead, *ids[start : start + stride])
         article = _article_at(titles, offsets[start][0])
-        windows.append(Window(index, window_ids, prefix, article, hash_ids(window_ids)))
+        sha = hash_ids(window_ids)
+        windows.append(Window(index, window_ids, prefix, article, sha, possible))
     return windows
 
 

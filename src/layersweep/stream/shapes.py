@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from layersweep.checkpoint.config import ModelConfig
 
-EXPERT_SPREAD = 1.5  # an expert's rows go through at most this many times its even share at once
+EXPERT_SPREAD = 1.25  # an expert's rows go through at most this many times its even share at once
 # On the CPU an expert's rows go through in pieces whose activations stay in the cache.
 CPU_EXPERT_ROWS = 2048
 SCRATCH_ALIGNMENT = 256
