@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend
-from torch.nn.attention.bias import causal_lower_right
 
 from layersweep.model import maths
 
@@ -92,7 +91,10 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, *, grouped: bool) -> Tensor:
     queries, keys = q.shape[2], k.shape[2]
     if queries == keys:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-    # is_causal would align the first query with the first key: wrong for a branch
+    # is_causal would align the first query with the first key: wrong for a branch. Imported here
+    # because it brings torch's compiler along, two seconds that a CPU run need not wait for.
+    from torch.nn.attention.bias import causal_lower_right
+
     bias = causal_lower_right(queries, keys)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=grouped)
 

@@ -48,7 +48,7 @@ class BlockStore:
         _check_rings(placement, self.runs, on_gpu)
         self.fallbacks: list[Fallback] = []
         self._say = say
-        self._reader = RunReader(specs, drop_cache=placement.drop_cache)
+        self._reader = RunReader(specs)
         self._host = HostStage(self.runs, self._reader, placement, pin=on_gpu, say=self._note)
         self._device = DeviceStage(self._host, self.runs, placement, device) if on_gpu else None
         self._run_of = [run.index for run in self.runs for _ in run.blocks]
