@@ -1,5 +1,6 @@
 # make demo    the study on the bundled model: table, demo-results/results.json, report.html
 # make test    lint, types, tests
+# make test-gpu  what needs a CUDA device
 # Each works alone on a fresh machine: it finds a Python, makes .venv, installs, runs.
 #
 #   PYTHON=python3.12      use this interpreter
@@ -17,7 +18,7 @@ DEMO_NEEDLES_PER_DEPTH := 2
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --constraint constraints.txt
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-gpu lint clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -30,6 +31,9 @@ demo: $(VENV)/.installed
 
 test: lint
 	$(BIN)/python -m pytest
+
+test-gpu: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m gpu
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -20,8 +20,7 @@ from layersweep.probes import cpu_gemm_rate, disk_read_rate, memory_copy_rate
 MIB = 2**20
 
 CPU_MACHINE: dict[str, Any] = {
-    "versions": {"torch": "2.13.0", "cuda": "13.0", "driver": None, "bitsandbytes": None}
-    | {"triton": None},
+    "versions": {"torch": "2.13.0", "cuda": "13.0", "driver": None},
     "torch_warnings": [],
     "devices": [],
     "host": {"total": 64 * GIB, "available": 60 * GIB, "cgroup_limit": None, "source": "x"},
@@ -32,9 +31,10 @@ CPU_MACHINE: dict[str, Any] = {
 
 def t4_machine() -> dict[str, Any]:
     facts = copy.deepcopy(CPU_MACHINE)
-    facts["versions"] |= {"driver": "550.54.15", "bitsandbytes": "0.50.2"}
+    facts["versions"]["driver"] = "550.54.15"
     facts["devices"] = [{"name": "Tesla T4", "capability": "7.5"}]
     facts["kernels"] = {"attention_flash": False, "attention_memory_efficient": True}
+    facts["kernel_error"] = None
     facts["pin_limit"] = {"bytes": 8 * GIB, "error": None}
     return facts
 
@@ -89,10 +89,11 @@ def test_an_old_card_is_a_problem() -> None:
     assert texts(facts, "problem") == ["Tesla P100 is sm_60: older than the kernels' oldest, sm_75"]
 
 
-def test_plain_torch_decoding_is_said() -> None:
+def test_kernels_that_cannot_be_compiled_are_a_problem() -> None:
     facts = t4_machine()
-    facts["versions"]["bitsandbytes"] = None
-    assert any("layersweep[bnb]" in note for note in texts(facts, "note"))
+    facts["kernel_error"] = "no libnvrtc.so.12"
+    (problem,) = texts(facts, "problem")
+    assert "no libnvrtc.so.12" in problem and "plain torch serves" in problem
 
 
 def test_memory_findings_state_sizes() -> None:

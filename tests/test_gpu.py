@@ -22,6 +22,7 @@ from layersweep.environment import Budget
 from layersweep.errors import GateError
 from layersweep.evals.settings import EvalSettings
 from layersweep.evals.study import Outcome, Study, prepare_study, run_study
+from layersweep.kernels import KernelError, Kernels
 from layersweep.kv import parse
 from layersweep.kv.arms import EXACT
 from layersweep.model.attention import (
@@ -271,6 +272,24 @@ def test_old_and_new_paths_measure_the_same() -> None:
     old = nll(measured(layersweep.load("demo", device="cuda", assume_capability="7.5"), SMALL)[0])
     for arm in new:
         assert np.abs(new[arm] - old[arm]).max() < 5e-3
+
+
+def test_without_kernels_plain_torch_serves_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = replace(SMALL, niah_per_depth=1)
+    with_kernels = nll(measured(layersweep.load("demo", device="cuda"), settings)[0])
+
+    def missing(device: torch.device, dtype: torch.dtype) -> Kernels:
+        raise KernelError("no libnvrtc.so.13")
+
+    monkeypatch.setattr("layersweep.kernels.load_kernels", missing)
+    model = layersweep.load("demo", device="cuda")
+    (fallback,) = model.compute.fallbacks
+    assert (fallback.used, fallback.why) == ("plain torch, slower", "no libnvrtc.so.13")
+    study, outcome = measured(model, settings)
+    assert study.fallbacks == [fallback]
+    for arm, values in nll(study).items():
+        assert np.abs(values - with_kernels[arm]).max() < 5e-3
+    assert outcome.peak_device_bytes <= study.plan.device_bytes
 
 
 def test_a_bad_layer_is_named_and_a_bad_baseline_ends_the_run(

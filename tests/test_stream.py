@@ -173,19 +173,37 @@ def test_a_pageable_ring_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     host.close()
 
 
-def test_what_was_read_is_dropped_from_the_page_cache(
+def test_a_file_is_dropped_from_the_page_cache_once_nothing_more_of_it_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    specs, _ = a_file(tmp_path, [100_000] * 60)
-    dropped: list[tuple[int, int]] = []
+    folders = [tmp_path / name for name in ("a", "b")]
+    specs: list[BlockSpec] = []
+    for folder in folders:
+        folder.mkdir()
+        specs += a_file(folder, [100_000] * 30)[0]
+    read: list[str] = []
+    read_range, drop = RunReader._read_range, RunReader.drop
     monkeypatch.setattr(
-        os, "posix_fadvise", lambda handle, start, count, advice: dropped.append((start, count))
+        RunReader, "_read_range",
+        lambda self, source, *rest: (read_range(self, source, *rest),
+                                     read.append(source.file.parent.name)),
+    )  # fmt: skip
+    monkeypatch.setattr(
+        RunReader,
+        "drop",
+        lambda self, file: (read.append(f"drop {file.parent.name}"), drop(self, file)),
     )
-    for drop, expected in ((False, []), (True, [(i * 300_000, 300_000) for i in range(20)])):
-        store = BlockStore(specs, replace(placed(specs), drop_cache=drop), torch.device("cpu"))
+    for dropped in (False, True):
+        read.clear()
+        store = BlockStore(specs, replace(placed(specs), drop_cache=dropped), torch.device("cpu"))
         with store.sweep():
             for index in range(60):
                 store.get(index)
                 store.release(index)
         store.close()
-        assert sorted(dropped) == expected  # one call for each run, whose tensors are neighbours
+        assert (read.count("a"), read.count("b")) == (30, 30)
+        drops = [entry for entry in read if entry.startswith("drop")]
+        assert drops == (["drop a", "drop b"] if dropped else [])
+        if dropped:
+            assert "a" not in read[read.index("drop a") :]
+            assert read[-1] == "drop b"

@@ -23,11 +23,12 @@ from layersweep.evals.settings import EvalSettings
 from layersweep.evals.study import prepare_study, run_study
 from layersweep.report.store import write_results
 from layersweep.stream.plan import Plan
+from layersweep.stream.rates import planned_seconds
 from layersweep.sweep.model import Model
 
 Json = dict[str, Any]
 Say = Callable[[str], None]
-DISK_BYTES = 8 * 10**9  # of the checkpoint are read to measure the disk
+DISK_BYTES = 6 * 10**9  # of the checkpoint are read to measure the disk
 
 
 @dataclass(frozen=True)
@@ -90,13 +91,17 @@ def _run(model: Model, settings: EvalSettings, ceilings: Ceilings, folder: Path)
         results = build_results(study, outcome, status="complete", command="layersweep bench study")
         write_results(folder, results)
         wall = time.perf_counter() - outcome.started
+    floors = floor(study.plan, ceilings, outcome.h2d_rate)
     return {
         "job": "+".join(settings.tasks),
         **_sizes(study.plan, results),
-        **floor(study.plan, ceilings, outcome.h2d_rate),
-        "wall_s": wall,
-        "ratio": wall / floor(study.plan, ceilings, outcome.h2d_rate)["floor_s"],
         **results["performance"],
+        **floors,
+        "wall_s": wall,
+        "ratio": wall / floors["floor_s"],
+        "planned_s": planned_seconds(
+            study.plan, model.compute.device.type, ceilings.gemm, outcome.h2d_rate, ceilings.disk
+        ),
         "gate_passed": results["gate"]["passed"] if results["gate"] else None,
         "host": results["paths"]["host"],
         "fallbacks": results["fallbacks"],

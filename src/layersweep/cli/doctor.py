@@ -29,7 +29,7 @@ from layersweep.units import format_bytes
 
 MIXTRAL_NF4_BYTES = 24_483_151_552  # Mixtral-8x7B, double quant, packed router
 CUDA_GEMM_MEMORY = 2 * GIB  # the ceiling's operands and result take 1.1 GB
-OLDEST_CAPABILITY = 7.5  # the oldest that bitsandbytes and current CUDA builds of torch serve
+OLDEST_CAPABILITY = 7.5  # the oldest that current CUDA builds of torch serve
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,7 @@ def collect(disk: Path) -> dict[str, Any]:
     if names:
         facts["rates"].update(_cuda_rates(names[0], facts["devices"][0]["free_bytes"]))
         facts["kernels"] = _kernels(names[0])
+        facts["kernel_error"] = _kernel_error(names[0])
         facts["pin_limit"] = _pin_facts(names[0], facts["host"]["available"])
     return facts
 
@@ -157,6 +158,19 @@ def _kernels(device: str) -> dict[str, bool]:
     return {f"attention_{name}": runs for name, runs in attention_kernels(device).items()}
 
 
+def _kernel_error(device: str) -> str | None:
+    """Why our kernels cannot be compiled and run here; None where they can."""
+    import torch
+
+    from layersweep.kernels import KernelError, load_kernels
+
+    try:
+        load_kernels(torch.device(device), torch.float16)
+    except KernelError as failure:
+        return str(failure).splitlines()[0]
+    return None
+
+
 def _pin_facts(device: str, available: int) -> dict[str, Any]:
     from layersweep.probes import pin_limit
 
@@ -208,9 +222,11 @@ def _kernel_findings(facts: Mapping[str, Any]) -> list[Finding]:
     if not (kernels["attention_flash"] or kernels["attention_memory_efficient"]):
         text = "no fused attention kernel runs here, and the unfused one is never used on CUDA"
         found.append(Finding("problem", text))
-    if facts["versions"]["bitsandbytes"] is None and facts["versions"]["triton"] is None:
-        text = "neither bitsandbytes nor Triton is installed: NF4 is decoded by plain torch, which "
-        found.append(Finding("note", text + "is slower; pip install 'layersweep[bnb]'"))
+    if facts["kernel_error"]:
+        text = (
+            f"our kernels cannot be compiled here ({facts['kernel_error']}): plain torch serves, "
+        )
+        found.append(Finding("problem", text + "several times slower"))
     return found
 
 

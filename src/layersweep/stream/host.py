@@ -24,7 +24,6 @@ from layersweep.stream.runs import Placement, Run, staging_ring
 from layersweep.units import format_bytes
 
 READERS = 16  # a disk's queue needs them; waiting for it they cost nothing
-DROP_LATER = 4  # runs
 AHEAD = 16  # runs whose reading may be under way; the ring is the real limit
 
 
@@ -71,7 +70,7 @@ class HostStage:
         self._changed = threading.Condition()
         self._queue: deque[Arrival] = deque()
         self._freed: deque[Event | None] = deque()
-        self._read_lately: deque[Run] = deque()
+        self._last_uses = reader.last_uses(runs) if placement.drop_cache else {}
         self._failure: BaseException | None = None
         self._stop = True
         self._feeder: threading.Thread | None = None
@@ -116,9 +115,6 @@ class HostStage:
             self._feeder.join()
             self._feeder = None
         wait([read for arrival in self._queue for read in arrival.reads])
-        for run in self._read_lately:
-            self.reader.drop(run)
-        self._read_lately.clear()
         self._queue.clear()
         self._freed.clear()
         self._ring.clear()
@@ -143,8 +139,8 @@ class HostStage:
             self.reader.check(arrival.run, arrival.bytes)
             self.bytes_read += arrival.run.stored_bytes
             self._keep(arrival.run)
-            if self.placement.drop_cache:
-                self._drop_later(arrival.run)
+            for file in self._last_uses.get(arrival.run.index, ()):
+                self._pool.submit(self.reader.drop, file)
         return arrival
 
     def release(self, event: Event | None = None) -> None:
@@ -173,12 +169,6 @@ class HostStage:
             why = f"the system pins no more than {format_bytes(done)}"
             self.say(Fallback("host store", "pinned", used, why))
             self.pin = False
-
-    def _drop_later(self, run: Run) -> None:
-        """Drop the run that was read some time ago from the page cache."""
-        self._read_lately.append(run)
-        if len(self._read_lately) > DROP_LATER:
-            self._pool.submit(self.reader.drop, self._read_lately.popleft())
 
     def _feed(self, order: list[Run]) -> None:
         try:

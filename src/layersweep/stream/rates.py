@@ -9,7 +9,7 @@ from layersweep.stream.plan import Plan
 from layersweep.units import parse_size
 
 # Share of the rate of its largest product that a whole sweep reaches (docs/performance.md).
-SWEEP_EFFICIENCY = {"cpu": 0.4, "cuda": 0.86}
+SWEEP_EFFICIENCY = {"cpu": 0.4, "cuda": 0.88}
 
 
 @dataclass(frozen=True)

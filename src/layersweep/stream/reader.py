@@ -22,7 +22,6 @@ from layersweep.stream.runs import Run
 
 # Large enough that a disk streams, small enough that eight threads share one expert.
 PIECE_BYTES = 8 * 2**20
-PAGE_BYTES = 4096
 
 Task = Callable[[], None]
 
@@ -64,15 +63,25 @@ class RunReader:
                 if placed.weight.quant is not None:
                     _check_scales(placed, arena)
 
-    def drop(self, run: Run) -> None:
-        """Take a run's bytes out of the page cache. Some time after they were read: pages that
-        are still on their way into its lists would hold the reading up (1.8 to 1.5 GB/s, seen)."""
-        if not hasattr(os, "posix_fadvise"):
-            return
-        weights = (placed for block in run.blocks for placed in self.specs[block].weights.values())
-        sources = [slot.source for placed in weights for slot in placed.slots if slot.source]
-        for file, start, stop in _joined(sources):
-            os.posix_fadvise(self._handle(file), start, stop - start, os.POSIX_FADV_DONTNEED)
+    def drop(self, file: Path) -> None:
+        """Take a file out of the page cache. Only once nothing more of it is read: the cache's
+        lock is one per file, and dropping what lies behind the readers slows them (1.9 to 1.5
+        GB/s, seen)."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._handle(file), 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def last_uses(self, runs: Sequence[Run]) -> dict[int, list[Path]]:
+        """{index of a run: the files that no run after it reads from}."""
+        last: dict[Path, int] = {}
+        for run in runs:
+            for block in run.blocks:
+                for placed in self.specs[block].weights.values():
+                    sources = (placed.weight.data, *(slot.source for slot in placed.slots))
+                    last.update({source.file: run.index for source in sources if source})
+        found: dict[int, list[Path]] = {}
+        for file, index in last.items():
+            found.setdefault(index, []).append(file)
+        return found
 
     def _pieces(self, source: StoredTensor, target: Tensor) -> Iterator[Task]:
         for start in range(0, source.nbytes, PIECE_BYTES):
@@ -115,18 +124,6 @@ class RunReader:
             for handle in self._handles.values():
                 os.close(handle)
             self._handles.clear()
-
-
-def _joined(sources: Sequence[StoredTensor]) -> list[tuple[Path, int, int]]:
-    """Byte ranges (file, start, stop) of tensors, those that touch as one."""
-    spans: list[tuple[Path, int, int]] = []
-    for source in sorted(sources, key=lambda source: (source.file, source.offset)):
-        start, stop = source.offset, source.offset + source.nbytes
-        if spans and spans[-1][0] == source.file and start - spans[-1][2] < PAGE_BYTES:
-            spans[-1] = (source.file, spans[-1][1], stop)
-        else:
-            spans.append((source.file, start, stop))
-    return spans
 
 
 def _one_after_another(tasks: Sequence[Task]) -> None:

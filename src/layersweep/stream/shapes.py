@@ -41,7 +41,8 @@ class Machine:
     """Budgets and habits of the device, as far as memory goes.
 
     `element`: bytes of the compute dtype; `context`: what CUDA itself holds of `vram`;
-    `repeats_kv`: attention needs keys and values once per query head (below sm_80).
+    `repeats_kv`: attention needs keys and values once per query head (below sm_80); `kernels`:
+    our own work there, plain torch takes memory for every step.
     """
 
     vram: int
@@ -50,6 +51,7 @@ class Machine:
     cpu: bool
     context: int = 0
     repeats_kv: bool = False
+    kernels: bool = True
 
 
 def tile_flops(config: ModelConfig, tile: TileShape) -> float:
@@ -129,6 +131,9 @@ def temporary_bytes(config: ModelConfig, tiles: Sequence[TileShape], machine: Ma
         per_branch = tile.read_at_once // max(1, tile.branches)
         logits = 4 * per_branch * 4 * config.vocab_size
         most = max(most, attention + codecs, routing, logits)
+    if not machine.cpu and not machine.kernels:  # products and float32 norms beside the scratch
+        rows = max(expert_piece(config, tile.rows, cpu=False) for tile in tiles)
+        most += scratch_bytes(config, tiles, machine) + 16 * rows * config.hidden_size
     return most
 
 

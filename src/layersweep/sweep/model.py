@@ -14,6 +14,7 @@ from layersweep.environment import Budget, context_bytes, ram_budget, vram_budge
 from layersweep.errors import Fallback, InputError
 from layersweep.kv.arms import EXACT
 from layersweep.model.compute import Compute, choose_compute
+from layersweep.model.ops import CudaOps
 from layersweep.stream.blocks import BlockSpec, block_specs
 from layersweep.stream.plan import Plan, make_plan
 from layersweep.stream.shapes import Machine
@@ -76,6 +77,7 @@ class Model:
             cpu=self.cpu,
             context=self.context_bytes,
             repeats_kv=self.compute.attention.repeats_kv,
+            kernels=isinstance(self.compute.ops, CudaOps),
         )
 
     def plan(self, tiles: Many[Tile]) -> Plan:
