@@ -219,14 +219,17 @@ def test_cpu_and_gpu_agree_on_the_bundled_model() -> None:
         print(arm, {n: (float(d.mean()), float(np.abs(d).max())) for n, d in apart.items()})
         assert np.abs(apart["float32"]).max() < 2e-3, arm
     assert np.abs(nll(single)["exact"] - nll(cpu)["exact"]).max() < 1e-4
-    # float16: differences between arms within the noise that float16 itself makes
+    # Deltas: in float32 within the noise floor that the float16 run reports; in float16, where
+    # keys near a boundary are coded differently, within the error of the windows' mean.
     floor = np.abs(half.perplexity.control_delta["identity:lloyd"]).max()
     for arm in ("lloyd:K3V2", "lloyd:K4V2"):
-        deltas = [(nll(study)[arm] - nll(study)["exact"]) for study in (cpu, single, half)]
-        print(arm, "mean deltas CPU, GPU float32, GPU float16:", [d.mean() for d in deltas],
-              "SEM of fp16 - CPU", (deltas[2] - deltas[0]).std() / len(deltas[0]) ** 0.5,
-              "noise floor", floor)  # fmt: skip
-        assert abs((deltas[2] - deltas[0]).mean()) < max(floor, 1e-3)
+        deltas = [nll(study)[arm] - nll(study)["exact"] for study in (cpu, single, half)]
+        apart = [delta - deltas[0] for delta in deltas[1:]]
+        sem = apart[1].std(ddof=1) / len(apart[1]) ** 0.5
+        print(f"{arm}: mean deltas {[float(d.mean()) for d in deltas]} (CPU, float32, float16), "
+              f"float16 - CPU SEM {sem:.2e}, noise floor {floor:.2e} nats")  # fmt: skip
+        assert abs(apart[0].mean()) < floor
+        assert abs(apart[1].mean()) < 2 * sem
     assert half.perplexity.control_delta["exact"].tolist() == [0.0] * 4
     assert half.needle.correct == cpu.needle.correct
     assert outcome.peak_device_bytes <= half.plan.device_bytes

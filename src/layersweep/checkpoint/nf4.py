@@ -211,10 +211,13 @@ def check_scales(scales: Tensor, *, file: object, tensor: str, signed: bool) -> 
     `scales` is absmax (plain), nested_absmax or nested_quant_map as stored; `signed` says that
     negative values are legitimate (nested_quant_map).
     """
+    if scales.numel() == 0:
+        return
+    lowest, highest = (bound.item() for bound in scales.aminmax())  # NaN where one is NaN
+    if math.isfinite(lowest) and math.isfinite(highest) and (signed or lowest >= 0):
+        return
     finite = torch.isfinite(scales)
     bad = ~finite if signed else ~finite | (scales < 0)
-    if not bool(bad.any()):
-        return
     index = int(bad.reshape(-1).int().argmax())
     value = float(scales.reshape(-1)[index])
     needed = "finite scales" if signed else "finite scales that are not negative"

@@ -144,7 +144,8 @@ def _peaks(
     }
     if not machine.cpu:
         peaks["weights in flight"] = min(compute_ring(runs), sum(run.nbytes for run in runs))
-        peaks["CUDA context"] = machine.context
+        if machine.context:
+            peaks["CUDA context"] = machine.context
     return peaks
 
 
