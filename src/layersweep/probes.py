@@ -198,7 +198,7 @@ def pin_limit(device: str, available: int) -> PinLimit:
     `available`: bytes of host memory that may be used; 3 GiB of them stay free.
     """
     torch.cuda.synchronize(device)  # cudaHostRegister needs a context
-    runtime = _cuda_runtime()
+    runtime = cuda_runtime()
     held: list[tuple[mmap.mmap, int]] = []
     error = None
     try:
@@ -208,7 +208,7 @@ def pin_limit(device: str, available: int) -> PinLimit:
             status = int(runtime.cudaHostRegister(address, PIN_STEP, 0))
             if status != 0:
                 error = f"cudaHostRegister failed with CUDA error {status}"
-                _clear_cuda_error(device)
+                clear_cuda_error(device)
                 break
             held.append((memory, address))
     finally:
@@ -217,11 +217,12 @@ def pin_limit(device: str, available: int) -> PinLimit:
     return PinLimit(len(held) * PIN_STEP, error)
 
 
-def _cuda_runtime() -> Any:
+def cuda_runtime() -> Any:
+    """The CUDA runtime library, as torch has loaded it."""
     return torch.cuda.cudart()  # type: ignore[no-untyped-call]
 
 
-def _clear_cuda_error(device: str) -> None:
+def clear_cuda_error(device: str) -> None:
     """A failed registration leaves its error behind, and the next kernel launch reports it as its
     own; launching one here takes the error away."""
     try:

@@ -20,26 +20,22 @@ import json
 import math
 import os
 import shutil
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from layersweep.checkpoint import nf4
 from layersweep.checkpoint.config import ModelConfig
 from layersweep.checkpoint.layout import demo_folder
+from layersweep.checkpoint.writer import Pieces, PlannedTensor, bytes_of, cut_shards, write_shards
 from layersweep.errors import InputError
 from layersweep.units import format_bytes
 
 POOL_BYTES = 64 * 2**20
 NORMAL_PIECE = 2**20  # values drawn at once
-REPORT_EVERY_S = 0.2
-WRITE_BUFFER = 2**20  # small tensors are gathered; larger pieces go past it uncopied
 SHARD_BYTES = 4_900_000_000
 NESTED_SPREAD = 0.1  # scales of a weight vary by up to this share
 
@@ -55,9 +51,6 @@ BESIDE = (
     *("tokenizer.json", "tokenizer_config.json"),
     *("model.safetensors.index.json", "config.json"),
 )
-DTYPE_NAMES = {torch.uint8: "U8", torch.float16: "F16", torch.float32: "F32"}
-
-Pieces = Callable[[], Iterator[memoryview]]
 
 
 def _level_counts() -> list[int]:
@@ -76,19 +69,6 @@ LEVEL_COUNTS = _level_counts()
 LEVELS_STD = math.sqrt(
     sum(n * x * x for n, x in zip(LEVEL_COUNTS, nf4.NF4_CODE, strict=True)) / 256
 )
-
-
-@dataclass(frozen=True)
-class PlannedTensor:
-    """A tensor to write. `like` has its dtype and shape, `pieces` makes its bytes when called."""
-
-    name: str
-    like: Tensor
-    pieces: Pieces
-
-    @classmethod
-    def of(cls, name: str, tensor: Tensor) -> PlannedTensor:
-        return cls(name, tensor, lambda: iter((bytes_of(tensor),)))
 
 
 @dataclass(frozen=True)
@@ -143,7 +123,7 @@ def write_synthetic(
     Raises InputError for a folder in use, one that cannot be made, or a disk that is too small.
     """
     _check_folder(folder, config)
-    shards = _shards(_tensors(config, Pool.draw(seed)), shard_bytes)
+    shards = cut_shards(_tensors(config, Pool.draw(seed)), shard_bytes)
     files = {f"model-{number:05d}.safetensors": shard for number, shard in enumerate(shards, 1)}
     total = sum(tensor.like.nbytes for shard in shards for tensor in shard)
     parts = config.num_hidden_layers + 1
@@ -152,7 +132,7 @@ def write_synthetic(
         progress("writing", written * parts // total, parts)
 
     try:
-        _write_shards(folder, files, threads or os.cpu_count() or 1, report)
+        write_shards(folder, files, threads or os.cpu_count() or 1, report)
         _write_beside(folder, config, total, files)
     except BaseException as failure:
         for name in (*files, *BESIDE):
@@ -162,73 +142,6 @@ def write_synthetic(
                              hint="name a folder on a larger disk") from failure  # fmt: skip
         raise
     return total
-
-
-def _shards(tensors: Iterable[PlannedTensor], shard_bytes: int) -> list[list[PlannedTensor]]:
-    shards: list[list[PlannedTensor]] = [[]]
-    held = 0
-    for tensor in tensors:
-        if held and held + tensor.like.nbytes > shard_bytes:
-            shards.append([])
-            held = 0
-        shards[-1].append(tensor)
-        held += tensor.like.nbytes
-    return shards
-
-
-def _write_shards(
-    folder: Path, files: Mapping[str, list[PlannedTensor]], threads: int,
-    report: Callable[[int], None],
-) -> None:  # fmt: skip
-    """All files, several at once; one writer each, since the kernel locks a file to write it."""
-    stop = threading.Event()
-    written = dict.fromkeys(files, 0)
-
-    def write(name: str) -> None:
-        if stop.is_set():
-            return
-        # "x": nobody else's file; the head first and no gaps, so a part of it reads as truncated
-        with (folder / name).open("xb", buffering=WRITE_BUFFER) as file:
-            # the order of safetensors' own writer: by alignment, then by name
-            shard = sorted(files[name], key=lambda item: (-item.like.itemsize, item.name))
-            file.write(_header(shard))
-            for piece in (piece for tensor in shard for piece in tensor.pieces()):
-                if stop.is_set():
-                    return
-                written[name] += file.write(piece)
-
-    with ThreadPoolExecutor(min(threads, len(files))) as pool:
-        running = {pool.submit(write, name) for name in files}
-        try:
-            while running:
-                done, running = wait(running, REPORT_EVERY_S, return_when=FIRST_EXCEPTION)
-                for future in done:
-                    future.result()
-                report(sum(written.values()))
-        finally:
-            stop.set()
-
-
-def _header(tensors: Iterable[PlannedTensor]) -> bytes:
-    """Length and JSON, padded to 8 bytes, of a safetensors file with `tensors` in this order."""
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    position = 0
-    for tensor in tensors:
-        end = position + tensor.like.nbytes
-        entries[tensor.name] = {
-            "dtype": DTYPE_NAMES[tensor.like.dtype],
-            "shape": list(tensor.like.shape),
-            "data_offsets": [position, end],
-        }
-        position = end
-    head = json.dumps(entries, separators=(",", ":")).encode()
-    head += b" " * (-len(head) % 8)
-    return len(head).to_bytes(8, "little") + head
-
-
-def bytes_of(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor on the CPU, where they lie."""
-    return tensor.view(-1).view(torch.uint8).numpy().data
 
 
 def _write_beside(

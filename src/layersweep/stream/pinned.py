@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from layersweep.probes import clear_cuda_error, cuda_runtime
 
 Register = Callable[[int, int], int]  # (address, bytes) -> CUDA error number, 0 for success
 
@@ -37,7 +38,7 @@ class HostBuffer:
     def close(self) -> None:
         """Unregister. The memory itself goes with the last tensor that looks at it."""
         if self.pinned:
-            _runtime().cudaHostUnregister(self.bytes.data_ptr())
+            cuda_runtime().cudaHostUnregister(self.bytes.data_ptr())
             self.pinned = False
         self.bytes = torch.empty(0, dtype=torch.uint8)
 
@@ -60,21 +61,7 @@ def pinned_ring(
 
 
 def _register(address: int, nbytes: int) -> int:
-    status = int(_runtime().cudaHostRegister(address, nbytes, 0))
+    status = int(cuda_runtime().cudaHostRegister(address, nbytes, 0))
     if status:
-        _clear_error()
+        clear_cuda_error("cuda")
     return status
-
-
-def _clear_error() -> None:
-    """A failed registration leaves its error behind, and the next kernel launch reports it as
-    its own; launching one here takes the error away."""
-    try:
-        torch.zeros(1, device="cuda")
-        torch.cuda.synchronize()
-    except RuntimeError:
-        return
-
-
-def _runtime() -> Any:
-    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
