@@ -7,13 +7,14 @@ tokens   0 ......... sink ................... T - window ......... T
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from layersweep.kv.arms import EXACT_BITS, Arm
-from layersweep.kv.codec import Codec, Packed, role_bits
+from layersweep.kv.codec import Codec, Packed, role_bits, wants_mean
+from layersweep.kv.rotate import add_rows
 from layersweep.kv.stream import Stream
 
 # Exact tokens are counted as fp16 storage, whatever dtype the computation runs in.
@@ -36,9 +37,7 @@ class Encoded:
 
     def select(self, index: int) -> Encoded:
         """Sequence `index` of the batch alone, packed bytes in memory of their own."""
-        one = self.packed.slice_batch(index, index + 1)
-        scale = None if one.scale is None else one.scale.clone()
-        packed = replace(one, codes=one.codes.clone(), scale=scale)
+        packed = self.packed.slice_batch(index, index + 1).own_memory()
         return Encoded(self.codec, packed, self.positions[index : index + 1].clone())
 
 
@@ -90,7 +89,7 @@ class CachedStream:
         exact = sum(part.numel() for part in (self.head, self.tail) if part is not None)
         if self.middle is None:
             return exact
-        return exact + self.middle.packed.codes.shape[:3].numel() * self.middle.packed.dim
+        return exact + self.middle.packed.elements
 
 
 def store(
@@ -101,12 +100,14 @@ def store(
     layer: int,
     num_layers: int,
     shared: Shared,
+    mean_tokens: int | None = None,
 ) -> CachedStream:
     """Keep x [B,H,T,D] (keys before RoPE) at `positions` [B,T] as `arm` keeps this layer.
 
     `shared` starts empty for every (layer, sequences) and is handed on from arm to arm and from
     stream to stream: what two arms encode alike (K3V2 and K4V2: the values) is encoded and
-    decoded once. Raises InputError for a stream that the codec cannot take.
+    decoded once. A codec's channel mean comes from its first `mean_tokens` tokens, from all of
+    them by default. Raises InputError for a stream that the codec cannot take.
     """
     tokens = x.shape[2]
     start, stop = min(arm.sink, tokens), max(tokens - arm.window, 0)
@@ -116,13 +117,23 @@ def store(
     key = (codec.sharing_key(stream), stream.name, start, stop)
     if key not in shared:
         at = positions[:, start:stop]
-        shared[key] = Encoded(codec, codec.encode(x[:, :, start:stop], stream, at), at)
+        middle = x[:, :, start:stop]
+        mean = channel_mean(middle[:, :, :mean_tokens]) if wants_mean(codec) else None
+        shared[key] = Encoded(codec, codec.encode(middle, stream, at, mean), at)
     return CachedStream(
         x.dtype,
         head=x[:, :, :start] if start else None,
         middle=shared[key],
         tail=x[:, :, stop:] if stop < tokens else None,
     )
+
+
+def channel_mean(x_BHTD: Tensor) -> Tensor:
+    """Mean over the tokens, [B, H, D] float16: 16 / T bits per element. Added in a fixed tree, so
+    that it does not depend on the batch. Removing it costs values nothing (attention weights sum
+    to 1), and of keys it takes the channels that stand out."""
+    total = add_rows(x_BHTD.float(), dim=2)
+    return (total / x_BHTD.shape[2]).to(torch.float16)
 
 
 def _kept_exact(arm: Arm, codec: Codec, stream: Stream) -> bool:

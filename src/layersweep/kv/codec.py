@@ -19,16 +19,23 @@ class Packed:
 
     codes  [batch, heads, tokens, width]  what is stored per vector (uint8 where really packed)
     scale  [batch, heads, tokens]         one number per vector, None where the codec has none
+    mean   [batch, heads, dim] float16    subtracted from every vector before encoding, or None
     """
 
     bits: int
     dim: int
     codes: Tensor
     scale: Tensor | None
+    mean: Tensor | None = None
 
     @property
     def tokens(self) -> int:
         return self.codes.shape[2]
+
+    @property
+    def elements(self) -> int:
+        """Numbers that the uncompressed stream has."""
+        return self.codes.shape[:3].numel() * self.dim
 
     def slice_tokens(self, start: int, stop: int) -> Packed:
         """Tokens [start, stop) of every sequence, as views."""
@@ -37,8 +44,15 @@ class Packed:
 
     def slice_batch(self, start: int, stop: int) -> Packed:
         """Sequences [start, stop), as views."""
-        scale = None if self.scale is None else self.scale[start:stop]
-        return replace(self, codes=self.codes[start:stop], scale=scale)
+        scale, mean = (
+            None if part is None else part[start:stop] for part in (self.scale, self.mean)
+        )
+        return replace(self, codes=self.codes[start:stop], scale=scale, mean=mean)
+
+    def own_memory(self) -> Packed:
+        """The same bytes in memory of their own: a slice would keep the whole alive."""
+        scale, mean = (None if part is None else part.clone() for part in (self.scale, self.mean))
+        return replace(self, codes=self.codes.clone(), scale=scale, mean=mean)
 
 
 def join_tokens(parts: Sequence[Packed]) -> Packed:
@@ -74,7 +88,8 @@ class Codec(Protocol):
       whoever reads the cache finds it; nothing is clamped into plausible numbers.
     - nbytes counts all that a reader needs except tables shipped with the package. A codec whose
       packed form is larger than its method's (`simulated`) counts the method's fixed-rate size.
-    - `mean` [H, D] is subtracted and stored where a codec has use for it; others raise InputError.
+    - `mean` [B, H, D] float16 is subtracted and stored by codecs with `wants_mean`; append uses the
+      stored one. Others raise InputError.
     """
 
     @property
@@ -109,6 +124,11 @@ class Codec(Protocol):
 
     def identity(self) -> Codec:
         """This codec's transforms without the quantization: the noise that they bring alone."""
+
+
+def wants_mean(codec: Codec) -> bool:
+    """Whether a codec subtracts a channel mean that its caller measures; most do not."""
+    return bool(getattr(codec, "wants_mean", False))
 
 
 def role_bits(codec: Codec, stream: Stream) -> int:

@@ -18,6 +18,7 @@ from layersweep.sweep.sequences import Branch, Group, Tile
 from layersweep.sweep.state import Routing, TileState
 
 QUERY_CHUNK = 512
+STREAMING_MEAN = 128  # tokens that a channel mean comes from where later ones are not known yet
 
 
 @dataclass
@@ -181,13 +182,14 @@ def _store(
     kv: tuple[Tensor, Tensor],
     shared: Shared,
     context: LayerContext,
+    mean_tokens: int | None = None,
 ) -> tuple[CachedStream, CachedStream]:
     """Put keys and values through an arm, and count what it stores."""
     batch, _, tokens, _ = kv[0].shape
     positions = torch.arange(tokens, device=kv[0].device).expand(batch, tokens)
     layers = context.config.num_hidden_layers
     stored = [
-        store(arm, x, stream, positions, context.layer, layers, shared)
+        store(arm, x, stream, positions, context.layer, layers, shared, mean_tokens)
         for x, stream in zip(kv, context.streams, strict=True)
     ]
     counted = context.cache_bits.setdefault((tile_name, arm.name), [0.0, 0.0])
@@ -233,12 +235,12 @@ def _attend_streaming(
     `@window=W`, the last W tokens (itself included) exactly."""
     tokens, window = q.shape[2], branch.arm.window
     attention = context.compute.attention
-    stored = _store(tile_name, branch.arm, kv, {}, context)
+    stored = _store(tile_name, branch.arm, kv, {}, context, STREAMING_MEAN)
     q = context.rope(q, 0, q)
     keys = context.take_like(kv[0], 2 * tokens if window else tokens)
     if not window:
         return attention(q, context.rope(stored[0].decoded(), 0, keys), stored[1].decoded())
-    coded = _store("uncounted", replace(branch.arm, window=0), kv, {}, context)
+    coded = _store("uncounted", replace(branch.arm, window=0), kv, {}, context, STREAMING_MEAN)
     context.rope(coded[0].decoded(), 0, keys[:, :, :tokens])
     context.rope(kv[0], 0, keys[:, :, tokens:])
     values = torch.cat((coded[1].decoded(), kv[1]), dim=2)
