@@ -20,8 +20,10 @@ from layersweep.units import format_bytes, format_seconds
 if TYPE_CHECKING:
     from layersweep.sweep.model import Model
 
+CODEC_ARMS = "lloyd:K2V2,lloyd:K3V2,lloyd:K4V2,e8:K2V2,e8:K3V2,e8:K4V2"
+
 bench = typer.Typer(
-    name="bench", help="Speeds against the ceilings of this machine; a GPU is needed.",
+    name="bench", help="Speeds against the ceilings of this machine, and what codecs lose.",
     no_args_is_help=True, rich_markup_mode=None,
 )  # fmt: skip
 
@@ -105,6 +107,39 @@ def peers(
         _say(f"left out: {missing}")
         rows.append({"name": "transformers with CPU offload", "left_out": str(missing)})
     _print("peers", loaded, [{"job": row["name"], **row} for row in rows])
+
+
+@bench.command("codec")
+def codec(
+    kv: Annotated[str, typer.Option(help="Arms; their key bits are measured.")] = CODEC_ARMS,
+    dim: Annotated[int, typer.Option(help="Head size.", min=8)] = 128,
+    vectors: Annotated[int, typer.Option(help="Vectors per arm.", min=512)] = 16_384,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Seed of the vectors.", min=0)] = 0,
+) -> None:
+    """What KV codecs lose at the bits that they store: error, logit KL, speed. No model needed."""
+    from layersweep.bench.codec import Bench, bench_codecs
+    from layersweep.environment import device_facts, versions
+    from layersweep.kv.arms import parse_arms
+    from layersweep.sweep.model import resolve_device
+
+    arms = [arm.name for arm in parse_arms(kv)]
+    place = resolve_device(device)
+    rows = bench_codecs(arms, Bench(dim, vectors, seed, place), _say)
+    table = Table(box=None, pad_edge=False)
+    for name in ("arm", "bits", "MSE", "before gain", "key KL", "encoded/s", "decoded/s"):
+        table.add_column(name, justify="left" if name == "arm" else "right")
+    for row in rows:
+        simulated = " (sim.)" if row["simulated"] else ""
+        table.add_row(
+            row["job"] + simulated, f"{row['bits_per_element']:.3f}", f"{row['mse']:.5f}",
+            f"{row['mse_before_gain']:.5f}", f"{row['key_kl']:.4f}",
+            f"{row['encode_vectors_per_s']:,.0f}", f"{row['decode_vectors_per_s']:,.0f}",
+        )  # fmt: skip
+    Console(stderr=True).print(table)
+    line = {"bench": "codec", "dim": dim, "vectors": vectors, "seed": seed, "rows": rows,
+            "device": device_facts(place), "versions": dict(versions())}  # fmt: skip
+    typer.echo(json.dumps(line, allow_nan=False))
 
 
 def _load(model: str, vram: str, ram: str, device: str, capability: str | None) -> Model:

@@ -111,8 +111,8 @@ def store(
     """
     tokens = x.shape[2]
     start, stop = min(arm.sink, tokens), max(tokens - arm.window, 0)
-    codec = None if arm.is_exact_layer(layer, num_layers) else arm.codec
-    if codec is None or _kept_exact(arm, codec, stream) or start >= stop:
+    codec = arm.codec
+    if codec is None or keeps_exact(arm, stream, layer, num_layers) or start >= stop:
         return CachedStream(x.dtype, head=x, middle=None, tail=None)
     key = (codec.sharing_key(stream), stream.name, start, stop)
     if key not in shared:
@@ -136,9 +136,12 @@ def channel_mean(x_BHTD: Tensor) -> Tensor:
     return (total / x_BHTD.shape[2]).to(torch.float16)
 
 
-def _kept_exact(arm: Arm, codec: Codec, stream: Stream) -> bool:
-    """16 bits mean an exact stream, except where the transforms themselves are the arm."""
-    return arm.method != "identity" and role_bits(codec, stream) == EXACT_BITS
+def keeps_exact(arm: Arm, stream: Stream, layer: int, num_layers: int) -> bool:
+    """Whether a layer keeps a stream as it is: a protected layer, or 16 bits (except where the
+    transforms themselves are the arm)."""
+    if arm.codec is None or arm.is_exact_layer(layer, num_layers):
+        return True
+    return arm.method != "identity" and role_bits(arm.codec, stream) == EXACT_BITS
 
 
 def bits_per_element(nbits: float, elements: float) -> float:

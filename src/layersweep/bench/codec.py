@@ -1,0 +1,150 @@
+"""`bench codec`: what each KV codec loses at the bits that it really stores, and how fast it is.
+
+Three measurements of every method at every number of bits:
+- mse: of decoded unit Gaussian head vectors, relative to their energy; `mse_before_gain` with the
+  one factor taken out that makes it smallest, which is what rate-distortion tables state;
+- key_kl: mean KL(exact || coded), nats, of attention over 4096 keys, 4 of whose channels stand out
+  by 8 standard deviations, with RoPE (theta 1e6), for queries behind them;
+- vectors per second, encoding and decoding.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layersweep.kv.arms import Arm, parse
+from layersweep.kv.cache import Shared, channel_mean, store
+from layersweep.kv.codec import Packed, wants_mean
+from layersweep.kv.stream import Stream
+from layersweep.model import maths
+
+Json = dict[str, Any]
+KEY_TOKENS, QUERIES, OUTLIERS, OUTLIER_SIZE, THETA = 4096, 256, 4, 8.0, 1e6
+HEADS = 4
+
+
+@dataclass(frozen=True)
+class Bench:
+    """`vectors` of `dim` per method; everything is drawn from `seed`."""
+
+    dim: int = 128
+    vectors: int = 16_384
+    seed: int = 0
+    place: str = "cpu"
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.place)
+
+    def normal(self, *shape: int, seed: int = 0) -> Tensor:
+        generator = torch.Generator().manual_seed(self.seed + seed)
+        return torch.randn(shape, generator=generator).to(self.device)
+
+    def stream(self, role: str) -> Stream:
+        is_key = role == "key"
+        return Stream(role, HEADS, self.dim, role="key" if is_key else "value", rope=is_key)
+
+    def positions(self, tokens: int) -> Tensor:
+        return torch.arange(tokens, device=self.device)[None]
+
+
+def bench_codecs(arms: Sequence[str], bench: Bench, say: Callable[[str], None]) -> list[Json]:
+    """One row per arm, for example "trellis:K2V2"; its key bits are what is measured."""
+    rows = []
+    for name in arms:
+        arm = parse(name)
+        say(arm.name)
+        if arm.codec is None:
+            continue
+        rows.append({
+            "job": arm.name,
+            "simulated": arm.simulated,
+            "encoder": arm.encoder,
+            **distortion(arm, bench),
+            "key_kl": key_divergence(arm, bench),
+            **speeds(arm, bench),
+        })  # fmt: skip
+    return rows
+
+
+def encode(arm: Arm, x: Tensor, stream: Stream, positions: Tensor) -> Packed:
+    """As the cache does it: with a channel mean where the codec wants one."""
+    assert arm.codec is not None
+    mean = channel_mean(x) if wants_mean(arm.codec) else None
+    return arm.codec.encode(x, stream, positions, mean)
+
+
+def distortion(arm: Arm, bench: Bench) -> Json:
+    """Bits from the packed bytes, and the error of decoded vectors over their energy."""
+    tokens = bench.vectors // HEADS
+    x, stream, at = (
+        bench.normal(1, HEADS, tokens, bench.dim),
+        bench.stream("key"),
+        bench.positions(tokens),
+    )
+    packed = encode(arm, x, stream, at)
+    decoded = arm.decode(packed, at).double()
+    x = x.double()
+    dot, total = (x * decoded).sum(-1), x.square().sum(-1)
+    best = decoded * (dot.sum() / decoded.square().sum())
+    return {
+        "bits_per_element": 8 * arm.nbytes(packed) / x.numel(),
+        "mse": ((x - decoded).square().sum() / total.sum()).item(),
+        "mse_before_gain": ((x - best).square().sum() / total.sum()).item(),
+        "gain": (dot / total).mean().item(),
+    }
+
+
+def key_divergence(arm: Arm, bench: Bench) -> float:
+    """Mean KL of attention weights over keys with outlier channels, coded before RoPE."""
+    keys = bench.normal(1, HEADS, KEY_TOKENS, bench.dim, seed=1)
+    keys[..., :OUTLIERS] += OUTLIER_SIZE
+    at = bench.positions(KEY_TOKENS)
+    shared: Shared = {}
+    stored = store(arm, keys, bench.stream("key"), at, 0, 1, shared)
+    queries = bench.normal(1, HEADS, QUERIES, bench.dim, seed=2)
+    everywhere = bench.positions(KEY_TOKENS + QUERIES)[0]
+    cos, sin = maths.rope_table(THETA, bench.dim, everywhere)
+    q = maths.rope(queries, cos[KEY_TOKENS:], sin[KEY_TOKENS:])
+
+    def weights(k: Tensor) -> Tensor:
+        turned = maths.rope(k.float(), cos[:KEY_TOKENS], sin[:KEY_TOKENS])
+        logits: Tensor = q @ turned.transpose(-1, -2) / bench.dim**0.5
+        return logits.double().log_softmax(-1)
+
+    exact, coded = weights(keys), weights(stored.decoded())
+    return (exact.exp() * (exact - coded)).sum(-1).mean().item()
+
+
+def speeds(arm: Arm, bench: Bench) -> Json:
+    """Vectors per second, best of three after one that warms up."""
+    tokens = bench.vectors // HEADS
+    x, stream, at = (
+        bench.normal(1, HEADS, tokens, bench.dim, seed=3),
+        bench.stream("key"),
+        bench.positions(tokens),
+    )
+    packed = encode(arm, x, stream, at)
+    return {
+        "encode_vectors_per_s": bench.vectors / _best(lambda: encode(arm, x, stream, at), bench),
+        "decode_vectors_per_s": bench.vectors / _best(lambda: arm.decode(packed, at), bench),
+    }
+
+
+def _best(work: Callable[[], object], bench: Bench) -> float:
+    times = []
+    for _ in range(3):
+        if bench.device.type == "cuda":
+            torch.cuda.synchronize(bench.device)
+        started = time.perf_counter()
+        work()
+        if bench.device.type == "cuda":
+            torch.cuda.synchronize(bench.device)
+        times.append(time.perf_counter() - started)
+    return min(times)

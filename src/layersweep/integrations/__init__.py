@@ -1,0 +1,1 @@
+"""layersweep's parts inside other people's programs."""

@@ -1,0 +1,147 @@
+"""One's own codec: a class in a file, or one that an installed package offers.
+
+    FILE.py:CLASS:K3V2      the class is called with (key_bits, value_bits)
+    NAME:K3V2               an entry point NAME in the group layersweep.kv_codecs
+
+The class needs `encode(x, stream, positions, mean=None)` and `decode(packed, positions)`; what
+encode returns is its own affair. With `nbytes(packed)` its bits are measured, without it the arm
+is simulated and its bits are unknown. `append(packed, x, positions)` serves generation.
+`layersweep codec check` tells whether it keeps the promises of `kv.codec.Codec`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import math
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from layersweep.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from layersweep.kv.codec import Codec
+    from layersweep.kv.stream import Stream
+
+ENTRY_POINTS = "layersweep.kv_codecs"
+HINT = "see `layersweep codec check --help` and docs/codecs.md for an example of 30 lines"
+
+Maker = Callable[[int, int], Any]
+
+
+@dataclass(frozen=True)
+class CustomCodec:
+    """Somebody's codec behind the contract. `version` tells which code it was."""
+
+    inner: Any
+    method: str
+    version: str
+    key_bits: int
+    value_bits: int
+
+    @property
+    def simulated(self) -> bool:
+        return bool(getattr(self.inner, "simulated", not hasattr(self.inner, "nbytes")))
+
+    @property
+    def encoder(self) -> str:
+        return str(getattr(self.inner, "encoder", "custom"))
+
+    @property
+    def wants_mean(self) -> bool:
+        return bool(getattr(self.inner, "wants_mean", False))
+
+    def encode(
+        self, x: Tensor, stream: Stream, positions: Tensor, mean: Tensor | None = None
+    ) -> Any:
+        return self.inner.encode(x, stream, positions, mean)
+
+    def decode(self, packed: Any, positions: Tensor) -> Tensor:
+        decoded: Tensor = self.inner.decode(packed, positions)
+        return decoded
+
+    def append(self, packed: Any, x: Tensor, positions: Tensor) -> Any:
+        if not hasattr(self.inner, "append"):
+            raise InputError(
+                f"{self.method}: found no method `append`, needed one: a cache is to grow",
+                hint=HINT,
+            )
+        return self.inner.append(packed, x, positions)
+
+    def nbytes(self, packed: Any) -> float:
+        """NaN where the codec cannot say."""
+        return self.inner.nbytes(packed) if hasattr(self.inner, "nbytes") else math.nan
+
+    def sharing_key(self, stream: Stream) -> Hashable:
+        bits = self.value_bits if stream.role == "value" else self.key_bits
+        return (self.method, self.version, bits)
+
+    def identity(self) -> Codec:
+        """Unknown transforms have no noise floor of their own: that of a plain rotation."""
+        from layersweep.kv.identity import Identity
+
+        return Identity(of=self.method, randomized=True)
+
+
+def build(method: str, key_bits: int, value_bits: int) -> CustomCodec:
+    """`method`: "FILE.py:CLASS" or an entry point's name. Raises InputError, with the reason, for
+    what cannot be loaded or lacks encode or decode."""
+    maker, version = _from_file(method) if ".py:" in method else _from_entry_point(method)
+    try:
+        inner = maker(key_bits, value_bits)
+    except TypeError as failure:
+        raise InputError(
+            f"KV codec '{method}': (key_bits, value_bits) cannot make one: {failure}",
+            hint=HINT,
+        ) from failure
+    for name in ("encode", "decode"):
+        if not callable(getattr(inner, name, None)):
+            raise InputError(f"KV codec '{method}': found no method `{name}`, needed it", hint=HINT)
+    return CustomCodec(inner, method.rpartition(":")[2].lower(), version, key_bits, value_bits)
+
+
+def is_custom(method: str) -> bool:
+    """Whether `method` names a file or an installed entry point."""
+    return ".py:" in method or method in entry_point_names()
+
+
+@cache
+def entry_point_names() -> tuple[str, ...]:
+    """Lower-case names that installed packages offer."""
+    found = importlib.metadata.entry_points(group=ENTRY_POINTS)
+    return tuple(sorted(point.name.lower() for point in found))
+
+
+@cache
+def _from_file(method: str) -> tuple[Maker, str]:
+    """The class, and the first digits of the SHA-256 of its file."""
+    path, _, name = method.rpartition(":")
+    file = Path(path)
+    if not file.is_file():
+        raise InputError(f"KV codec '{method}': found no file {file}, needed one", hint=HINT)
+    spec = importlib.util.spec_from_file_location(f"layersweep_codec_{file.stem}", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    maker = getattr(module, name, None)
+    if not callable(maker):
+        classes = [key for key, value in vars(module).items() if isinstance(value, type)]
+        raise InputError(
+            f"KV codec '{method}': found no class {name} in {file}, needed it",
+            hint=f"the file has {', '.join(classes) or 'no class'}",
+        )
+    return maker, hashlib.sha256(file.read_bytes()).hexdigest()[:12]
+
+
+def _from_entry_point(method: str) -> tuple[Maker, str]:
+    for point in importlib.metadata.entry_points(group=ENTRY_POINTS):
+        if point.name.lower() == method.lower():
+            version = point.dist.version if point.dist is not None else "?"
+            return point.load(), version
+    raise InputError(f"KV codec '{method}': found no entry point of that name", hint=HINT)

@@ -1,0 +1,103 @@
+"""Codecs as transformers caches: the same numbers as our own streamed caches, and generation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoint_builders import tiny_checkpoint
+from oracle_models import oracle_model
+from test_sweep import random_ids, sweep_logits
+
+from layersweep.errors import InputError
+from layersweep.integrations.transformers import cache_for
+from layersweep.kv import parse
+from layersweep.kv.growing import GrowingStream
+from layersweep.kv.stream import Stream
+from layersweep.sweep.model import load
+from layersweep.sweep.sequences import Branch, Sequence, Tile
+
+ARMS = ["lloyd:K3V2", "lloyd:K2V16", "lloyd:K3V2@pb=1", "lloyd:K3V2@window=6", "exact"]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.mark.parametrize("name", ["lloyd:K3V2", "lloyd:K2V16", "lloyd:K3V2@pb=1", "exact"])
+def test_a_first_call_equals_a_streamed_sequence_of_the_sweep(name: str, tiny: Path) -> None:
+    """Every token reads every earlier one and itself through the codec, in both."""
+    ids = random_ids(60, 128, 3)
+    ride = Sequence((), (Branch(parse(name), ids, (0, 60), streaming=True),))
+    ours = sweep_logits(load(str(tiny), device="cpu"), [Tile("t", (ride,))])[0][0][0]
+    oracle = oracle_model(tiny)
+    with torch.inference_mode():
+        theirs = oracle(torch.tensor([ids]), past_key_values=cache_for(oracle, name)).logits[0]
+    assert (ours - theirs).abs().max() < 1e-3
+    if (
+        name != "exact" and "pb" not in name
+    ):  # two layers, both protected; else the codec was read, and not the original on the first call
+        with torch.inference_mode():
+            plain = oracle(torch.tensor([ids])).logits[0]
+        assert (plain - theirs).abs().max() > 0.02
+
+
+@pytest.mark.parametrize("name", ARMS)
+def test_token_by_token_equals_one_call_where_nothing_waits(name: str, tiny: Path) -> None:
+    oracle, ids = oracle_model(tiny), random_ids(20, 128, 4)
+    cache = cache_for(oracle, name)
+    with torch.inference_mode():
+        steps = [
+            oracle(torch.tensor([[token]]), past_key_values=cache).logits[0, 0] for token in ids
+        ]
+        whole = oracle(torch.tensor([ids]), past_key_values=cache_for(oracle, name)).logits[0]
+    assert cache.get_seq_length() == 20
+    if "window" not in name:  # in one call, early tokens have left the window that they stood in
+        assert (torch.stack(steps) - whole).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("name", ARMS)
+def test_generate_runs_and_exact_is_plain_generation(name: str, tiny: Path) -> None:
+    oracle, ids = oracle_model(tiny), torch.tensor([random_ids(12, 128, 5)] * 2)
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    cache = cache_for(oracle, name)
+    found = oracle.generate(ids, past_key_values=cache, **options)
+    assert found.shape[0] == 2 and 12 < found.shape[1] <= 20
+    bits = cache.layers[0].bits_per_element
+    if name == "exact":
+        assert torch.equal(found, oracle.generate(ids, **options))
+        assert bits == 16
+    elif name == "lloyd:K3V2":
+        assert bits < 4
+
+
+def test_every_token_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    arm = parse("lloyd:K3V2@window=5@sink=2")
+    encoded = []
+    stream = GrowingStream(arm, Stream("k", 2, 64, role="key", rope=True), 1, 4)
+    codec = type(arm.codec)
+    for method in ("encode", "append"):
+        original = getattr(codec, method)
+
+        def spy(self, *args, original=original, method=method):  # type: ignore[no-untyped-def]
+            encoded.append(args[0 if method == "encode" else 1].shape[2])
+            return original(self, *args)
+
+        monkeypatch.setattr(codec, method, spy)
+    x = torch.randn(1, 2, 40, 64)
+    for first, last in ((0, 1), (1, 4), (4, 20), (20, 21), (21, 40)):
+        stream.append(x[:, :, first:last])
+        decoded = stream.decoded(torch.float32)
+        assert decoded.shape[2] == last
+        assert torch.equal(decoded[:, :, : min(2, last)], x[:, :, : min(2, last)])
+        newest = x[:, :, max(2, last - 5) : last]
+        assert torch.equal(decoded[:, :, last - newest.shape[2] :], newest)
+    assert sum(encoded) == 40 - 2 - 5
+    assert stream.nbits == 7 * 2 * 64 * 16 + 33 * 2 * (64 * 3 + 16)
+
+
+def test_models_that_cannot_be_served_are_refused(tiny: Path) -> None:
+    with pytest.raises(InputError, match="rotary_emb"):
+        cache_for(torch.nn.Linear(2, 2), "K3V2")
