@@ -24,7 +24,8 @@ SOURCE = PROJECT / "src/layersweep"
 # Data flows from left to right; nothing imports from its right.
 ORDER = (
     *("errors", "units", "environment", "probes", "demo", "kernels", "checkpoint", "stream"),
-    *("model", "kv", "sweep", "evals", "report", "integrations", "bench", "cli", "__main__"),
+    *("model", "kv", "sweep", "evals", "report", "integrations", "bench", "cli"),
+    "__main__",
 )
 
 
