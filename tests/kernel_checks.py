@@ -11,8 +11,10 @@ from torch import Tensor
 
 from layersweep.checkpoint import nf4
 from layersweep.kernels import Kernels
-from layersweep.kv import lloyd
-from layersweep.kv.rotate import rotation_weights
+from layersweep.kv import lloyd, trellis
+from layersweep.kv.packing import pack_bits, unpack_bits
+from layersweep.kv.rotate import rotate_back, rotation_weights
+from layersweep.kv.trellis_search import search_oracle, states_of
 from layersweep.model import maths
 
 INT32_MAX = 2**31 - 1
@@ -186,6 +188,82 @@ def check_lloyd_nonfinite(kernels: Kernels, device: torch.device, dim: int) -> N
         levels = lloyd.signed_levels(bits, device)
         kernels.lloyd_decode(codes, scale, bits, weights, levels, out)
         assert out.isfinite().all(1).tolist() == [True, False, False, True]
+
+
+def check_trellis(
+    kernels: Kernels,
+    device: torch.device,
+    count: int,
+    dim: int,
+    bits: int,
+    window: int,
+    seed: int,
+    ties: bool = False,
+) -> None:
+    """Search and decoder for any levels; with `ties` there are many paths of equal cost."""
+    u = draw(seed, count, dim, device=device)
+    levels = draw(seed + 1, 1 << window, device=device)
+    if ties:
+        u, levels = u.round(), levels.mul(2).round() / 2
+    u[count // 3] = 0.0
+    codes = kernels.trellis_encode(u, bits, levels)
+    symbols = search_oracle(u.t().contiguous(), levels, bits)
+    exactly(codes, pack_bits(symbols, bits), seed)
+    codes = torch.randint(0, 256, codes.shape, dtype=torch.uint8, device=device)
+    scale = torch.randint(0, 255, (count,), dtype=torch.uint8, device=device)
+    states = states_of(unpack_bits(codes, bits), len(levels), bits).long()
+    scales = trellis.scale_values(device)
+    wanted = rotate_back(levels[states] * scales[scale.long()], randomized=True)
+    weights = rotation_weights(dim, True, device).view(-1)
+    for mean in (None, draw(seed + 2, 1, dim, device=device).half()):
+        out = torch.empty(count, dim, dtype=torch.float32, device=device)
+        kernels.trellis_decode(codes, scale, mean, bits, levels, scales, weights, out)
+        exactly(out, wanted if mean is None else wanted + mean.float(), seed)
+
+
+def check_trellis_scale(kernels: Kernels, device: torch.device, dim: int, seed: int) -> None:
+    """What comes before the search, for T and float32, with one mean for all, several and none."""
+    code = trellis.Code(8, 2)
+    tables = (
+        rotation_weights(dim, True, device).view(-1),
+        trellis.thresholds(code, dim, device),
+        trellis.inverse_scales(code, device),
+    )
+    x = draw(seed, 42, dim, device=device)
+    x *= draw(seed + 1, 42, 1, device=device).mul(4).exp()  # many sizes
+    x[0], x[5], x[6, 2], x[7, 0], x[8, dim - 1], x[9] = 0.0, 1e-9, torch.nan, torch.inf, 3e38, 6e4
+    for dtype in {torch.float32, kernels.dtype}:
+        given = x.to(dtype)
+        for means in (0, 1, 3):
+            mean = draw(seed + 2, means, dim, device=device).half() if means else None
+            u, scale = kernels.trellis_scale(given, mean, *tables)
+            if mean is not None:
+                moved = given.float() - mean.float().repeat_interleave(42 // means, 0)
+            wanted_u, wanted = trellis._scale_rows(given if mean is None else moved, code)
+            exactly(scale, wanted, seed)
+            exactly(u, wanted_u.t(), seed)
+        assert (scale[6:8] == 255).all() and (u[6:8] == 0).all()
+
+
+def check_trellis_codec(kernels: Kernels, device: torch.device, bits: int, seed: int) -> None:
+    """The whole codec by kernels equals it by torch."""
+    code = trellis.Code(8, bits)
+    x = draw(seed, 2, 3, 20, 64, device=device).to(kernels.dtype)
+    mean = x.float().mean(2).half()
+    found = trellis._encode_by_kernels(kernels, x, code, mean)
+    for one, wanted in zip(found, trellis._encode_by_torch(x, code, mean), strict=True):
+        exactly(one, wanted, seed)
+
+
+def check_trellis_nonfinite(kernels: Kernels, device: torch.device, dim: int) -> None:
+    """A vector with NaN or infinity gets some codes, and its neighbours those they always get."""
+    table = draw(1, 256, device=device)
+    for bits in (1, 2, 3, 4):
+        u = draw(bits, 6, dim, device=device)
+        wanted = kernels.trellis_encode(u, bits, table)
+        u[1, 3], u[2, dim - 1], u[4] = float("nan"), float("-inf"), 3e38
+        found = kernels.trellis_encode(u, bits, table)
+        exactly(found[[0, 3, 5]], wanted[[0, 3, 5]], bits)
 
 
 def score_oracle(exact: Tensor, arm: Tensor, target: Tensor) -> Tensor:

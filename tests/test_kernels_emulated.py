@@ -21,6 +21,9 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Head sizes: powers of two, sums of several, and an odd part whose tree of sums is ragged.
 DIMS = ((0, 128), (1, 80), (2, 64), (0, 8), (1, 120), (2, 256), (0, 24))
 
+# Rows of codes whose bytes come 16, 4 or 1 at a time; halves that are no multiple of 8.
+TRELLIS_DIMS = ((0, 128), (1, 80), (2, 64), (1, 8), (0, 256))
+
 
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
@@ -100,6 +103,34 @@ def test_lloyd(workshop: Workshop, scalar: int, dim: int, bits: int, seed: int) 
 def test_lloyd_of_nonfinite_vectors(workshop: Workshop) -> None:
     check.check_lloyd_nonfinite(workshop.kernels(torch.float16), CPU, 128)
     check.check_lloyd_nonfinite(workshop.kernels(torch.bfloat16), CPU, 80)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize("window", [8, 10])
+@pytest.mark.parametrize("scalar, dim", TRELLIS_DIMS)
+def test_trellis(
+    workshop: Workshop, scalar: int, dim: int, window: int, bits: int, seed: int
+) -> None:
+    if dim * bits < window:
+        pytest.skip("fewer bits than a state has")
+    kernels = workshop.kernels(DTYPES[scalar])
+    count = 5 if bits % 2 else 6  # more than the 4 vectors of a block, or whole blocks of 2
+    check.check_trellis(kernels, CPU, count, dim, bits, window, seed)
+    check.check_trellis(kernels, CPU, 3, dim, bits, window, seed, ties=True)
+
+
+@pytest.mark.parametrize("scalar, dim", TRELLIS_DIMS)
+def test_trellis_scale(workshop: Workshop, scalar: int, dim: int, seed: int) -> None:
+    check.check_trellis_scale(workshop.kernels(DTYPES[scalar]), CPU, dim, seed)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_trellis_codec(workshop: Workshop, bits: int, seed: int) -> None:
+    check.check_trellis_codec(workshop.kernels(torch.float32), CPU, bits, seed)
+
+
+def test_trellis_of_nonfinite_vectors(workshop: Workshop) -> None:
+    check.check_trellis_nonfinite(workshop.kernels(torch.float16), CPU, 128)
 
 
 @pytest.mark.parametrize("vocabulary", [1, 31, 1000, 4097])

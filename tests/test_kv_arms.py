@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 
@@ -9,23 +10,34 @@ import pytest
 
 from layersweep.errors import InputError
 from layersweep.kv import parse, parse_arms
+from layersweep.kv.arms import DEFAULT_METHOD
 
 
 @pytest.mark.parametrize(
     ("text", "name"),
     [
-        ("K3V2", "lloyd:K3V2"),
-        ("k3v2", "lloyd:K3V2"),
+        ("K3V2", f"{DEFAULT_METHOD}:K3V2"),
+        ("k3v2", f"{DEFAULT_METHOD}:K3V2"),
         (" E8:k4V2 ", "e8:K4V2"),
         ("e8:K3V2@v=0.5", "e8:K3V2@v=0.5"),
         ("e8:K3V2@v=0.6", "e8:K3V2"),
-        ("K3V2@window=128@PB=2", "lloyd:K3V2@pb=2@window=128"),
+        ("lloyd:K3V2@window=128@PB=2", "lloyd:K3V2@pb=2@window=128"),
         ("e8:K3V2@sink=4@v=0.5@pb=0", "e8:K3V2@v=0.5@sink=4"),
-        ("K16V2", "lloyd:K16V2"),
+        ("lloyd:K16V2", "lloyd:K16V2"),
         ("K16V16@pb=1", "exact"),
         ("exact", "exact"),
-        ("Identity", "identity:lloyd"),
+        ("Identity", f"identity:{DEFAULT_METHOD}"),
         ("identity:e8", "identity:e8"),
+        ("identity:Q4_0@rotate=1", "identity:q4_0@rotate=1"),
+        ("INT4", "int4"),
+        ("int4@group=64", "int4"),
+        ("int2@pb=2@group=32", "int2@group=32@pb=2"),
+        ("q4_0@rotate=1", "q4_0@rotate=1"),
+        ("q8_0", "q8_0"),
+        ("fp8@PB=2", "fp8@pb=2"),
+        ("turbo:K3V2", "turbo:K3V2"),
+        ("voronoi:K4V2@sink=4", "voronoi:K4V2@sink=4"),
+        ("KIVI:k2v2@window=128", "kivi:K2V2@window=128"),
     ],
 )
 def test_resolved_names(text: str, name: str) -> None:
@@ -58,36 +70,51 @@ def test_lists_grids_and_duplicates() -> None:
     def names(text: str) -> list[str]:
         return [arm.name for arm in parse_arms(text)]
 
-    assert names("K3V2, exact,lloyd:k3v2,e8:K4V2") == ["lloyd:K3V2", "e8:K4V2"]
+    assert names("Lloyd:K3V2, exact,lloyd:k3v2,e8:K4V2") == ["lloyd:K3V2", "e8:K4V2"]
     assert names("exact") == []
     assert len(names("K2-4V2-4")) == 9
     assert names("e8:K6-16V2@pb=1") == ["e8:K6V2@pb=1", "e8:K8V2@pb=1", "e8:K16V2@pb=1"]
-    assert names("all") == ["e8:K3V2", "e8:K4V2", "lloyd:K3V2", "lloyd:K4V2"]
-    assert names("K4V2,all")[0] == "lloyd:K4V2"
-    assert len(names("K4V2,all")) == 4
+    assert {"e8:K3V2", "e8:K4V2", "lloyd:K3V2", "kivi:K4V2", "voronoi:K3V2"} < set(names("all"))
+    assert {"int4", "int2", "q8_0", "q4_0", "fp8"} < set(names("all"))
+    assert names("fp8,all")[0] == "fp8"
+    assert len(names("fp8,all")) == len(names("all"))
+    installed = importlib.util.find_spec("nexusquant") is not None
+    assert ("nexusquant:K3V2" in names("all")) == installed
 
 
 @pytest.mark.parametrize(
     ("text", "message", "hint"),
     [
-        ("loyd:K3V2", "unknown method 'loyd', needed one of e8, lloyd", "did you mean 'lloyd'?"),
+        ("loyd:K3V2", "unknown method 'loyd', needed one of", "did you mean 'lloyd'?"),
+        ("trubo:K3V2", "unknown method 'trubo'", "did you mean 'turbo'?"),
+        ("itn4", "unknown name 'itn4'", "did you mean 'int4'?"),
+        ("q4_1", "unknown name 'q4_1'", "did you mean 'q4_0'?"),
+        ("int4:K3V2", "found bits after int4, needed int4 alone", "METHOD:K3V2"),
+        ("int4@group=48", "found group=48, needed 64 or 32 or 128", ""),
+        ("fp8@group=64", "unknown option of 'fp8' 'group', needed one of pb, window, sink", ""),
+        ("e8:fp8", "unknown name 'fp8' after 'e8'", ""),
+        ("all@pb=1", "'all' takes no options", ""),
+        ("identity:e8@pb=1", "'identity' takes no pb", ""),
+        ("x.py:Mine", "found a method without bits, needed x.py:Mine:K3V2", "FILE.py:CLASS"),
+        ("x.py:Mine@pb=1", "found a method without bits, needed x.py:Mine:K3V2", ""),
+        ("x.py:Lloyd:K3V2", "found a class with the name of 'lloyd'", ""),
+        ("x.py:Mine:K3V2@v=1", "unknown option of 'mine' 'v', needed one of pb, window, sink", ""),
         ("exat", "unknown name 'exat'", "did you mean 'exact'?"),
         ("KV32", "unknown name 'kv32'", "METHOD:K3V2"),
-        ("fp8", "unknown name 'fp8'", "exact, identity, all"),
+        ("fp16", "unknown name 'fp16'", "exact, identity, all"),
         ("e8", "found a method without bits, needed e8:K3V2", "METHOD"),
         ("K7V2", "found 7 bits, needed one of 1, 2, 3, 4, 5, 6, 8, 16", "16 keeps"),
         ("K0V2", "found 0 bits", "16 keeps"),
         ("K4-2V2", "found the range 4-2", ""),
-        ("K3V2@windw=4", "unknown option of 'lloyd' 'windw'", "did you mean 'window'?"),
-        ("K3V2@v=0.5", "unknown option of 'lloyd' 'v', needed one of pb, window, sink", ""),
+        ("lloyd:K3V2@windw=4", "unknown option of 'lloyd' 'windw'", "did you mean 'window'?"),
+        ("lloyd:K3V2@v=0.5", "unknown option of 'lloyd' 'v', needed one of pb, window, sink", ""),
         ("e8:K3V2@v=0.7", "found v=0.7, needed 0.6 or 0.5", ""),
         ("K3V2@pb=-1", "found pb=-1, needed a whole number from 0", "@pb=2"),
         ("K3V2@pb", "option 'pb' has no value", ""),
         ("K3V2@pb=1@pb=2", "option 'pb' has it twice", ""),
         ("exact@pb=1", "'exact' takes no options", ""),
-        ("identity:kivi", "unknown method 'kivi'", ""),
-        ("mine.py:Mine:K3V2", "unknown method 'mine.py:mine', needed one of e8, lloyd", ""),
-        ("K2-4V2", "found 3 arms, needed one", "lloyd:K2V2"),
+        ("identity:nf4", "unknown method 'nf4'", ""),
+        ("lloyd:K2-4V2", "found 3 arms, needed one", "lloyd:K2V2"),
         ("", "found an empty name", "exact"),
     ],
 )
@@ -111,13 +138,32 @@ def test_the_grammar_needs_no_torch() -> None:
     assert "torch" not in modules
 
 
+def test_a_file_of_one_s_own_keeps_its_case_and_its_signs() -> None:
+    arm = parse("/Some/Where@home/Own.py:MyCodec:k3v2@PB=1")
+    assert (arm.name, arm.method) == ("mycodec:K3V2@pb=1", "mycodec")
+    assert arm.source == "/Some/Where@home/Own.py:MyCodec"
+    with pytest.raises(InputError, match=r"found no file /Some/Where@home/Own\.py"):
+        _ = arm.codec
+    with pytest.raises(InputError, match="with the same name mine:K3V2, needed a name for each"):
+        parse_arms("a.py:Mine:K3V2,b.py:Mine:K3V2")
+    assert len(parse_arms("a.py:Mine:K3-4V2,a.py:Mine:K3V2")) == 2
+
+
+@pytest.mark.skipif(importlib.util.find_spec("nexusquant") is not None, reason="is installed")
+def test_a_package_that_is_missing_is_named() -> None:
+    for text in ("nexusquant:K3V2", "identity:nexusquant"):
+        with pytest.raises(InputError, match="found no package nexusquant-kv") as caught:
+            parse(text)
+        assert "pip install nexusquant-kv" in caught.value.hint
+
+
 def test_an_arm_is_used_like_its_codec() -> None:
     import torch
 
     import layersweep
     from layersweep.kv import Stream
 
-    arm = layersweep.kv.parse("K3V2")
+    arm = layersweep.kv.parse("lloyd:K3V2")
     x = torch.randn(2, 2, 10, 64, generator=torch.Generator().manual_seed(0))
     positions = torch.arange(10).expand(2, 10)
     keys = Stream("k", 2, 64, role="key", rope=True)

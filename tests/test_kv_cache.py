@@ -28,7 +28,9 @@ def coded(arm: str, x: Tensor) -> Tensor:
     return codec.decode(codec.encode(x, KEY, POSITIONS), POSITIONS).to(x.dtype)
 
 
-@pytest.mark.parametrize(("arm", "layer"), [("exact", 3), ("K3V2@pb=2", 1), ("K3V2@pb=2", 6)])
+@pytest.mark.parametrize(
+    ("arm", "layer"), [("exact", 3), ("lloyd:K3V2@pb=2", 1), ("lloyd:K3V2@pb=2", 6)]
+)
 def test_exact_layers_hand_back_the_very_tensor(arm: str, layer: int) -> None:
     x = some_x()
     cached = put(arm, x, KEY, {}, layer)
@@ -39,22 +41,24 @@ def test_exact_layers_hand_back_the_very_tensor(arm: str, layer: int) -> None:
 
 def test_sixteen_bits_keep_one_stream_exact() -> None:
     x = some_x()
-    assert put("K16V2", x, KEY, {}).decoded() is x
-    assert torch.equal(put("K16V2", x, VALUE, {}).decoded(), coded("K2V2", x))
+    assert put("lloyd:K16V2", x, KEY, {}).decoded() is x
+    assert torch.equal(put("lloyd:K16V2", x, VALUE, {}).decoded(), coded("lloyd:K2V2", x))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_sink_and_window(dtype: torch.dtype) -> None:
     x = some_x(dtype=dtype)
-    decoded = put("K3V2@sink=4@window=10", x, KEY, {}).decoded()
+    decoded = put("lloyd:K3V2@sink=4@window=10", x, KEY, {}).decoded()
     assert decoded.dtype == dtype
     assert torch.equal(decoded[:, :, :4], x[:, :, :4])
     assert torch.equal(decoded[:, :, 40:], x[:, :, 40:])
-    assert torch.equal(decoded[:, :, 4:40], coded("K3V2", x)[:, :, 4:40])
+    assert torch.equal(decoded[:, :, 4:40], coded("lloyd:K3V2", x)[:, :, 4:40])
     assert not torch.equal(decoded[:, :, 4:40], x[:, :, 4:40])
 
 
-@pytest.mark.parametrize("arm", ["K3V2@window=50", "K3V2@sink=30@window=20", "K3V2@sink=999"])
+@pytest.mark.parametrize(
+    "arm", ["lloyd:K3V2@window=50", "lloyd:K3V2@sink=30@window=20", "lloyd:K3V2@sink=999"]
+)
 def test_a_window_over_everything_is_exact(arm: str) -> None:
     x = some_x()
     assert put(arm, x, KEY, {}).decoded() is x
@@ -62,13 +66,13 @@ def test_a_window_over_everything_is_exact(arm: str) -> None:
 
 def test_measured_bits() -> None:
     x = some_x()
-    lloyd = put("K3V2", x, KEY, {})
+    lloyd = put("lloyd:K3V2", x, KEY, {})
     assert lloyd.nbits == 3 * 2 * 50 * (64 * 3 + 16)
     assert lloyd.elements == x.numel() == 19_200
     assert bits_per_element(lloyd.nbits, lloyd.elements) == 3.25
-    both = [lloyd, put("K3V2", x, VALUE, {})]
+    both = [lloyd, put("lloyd:K3V2", x, VALUE, {})]
     assert bits_per_element(sum(c.nbits for c in both), sum(c.elements for c in both)) == 2.75
-    window = put("K3V2@sink=4@window=10", x, KEY, {})
+    window = put("lloyd:K3V2@sink=4@window=10", x, KEY, {})
     assert window.elements == x.numel()
     expected = (14 * 16 + 36 * 3.25) / 50
     assert bits_per_element(window.nbits, window.elements) == pytest.approx(expected)
@@ -82,23 +86,32 @@ def test_what_two_arms_encode_alike_is_encoded_and_decoded_once() -> None:
     keys, values = some_x(0), some_x(1)
     shared: Shared = {}
     stored = {}
-    for arm in ("K3V2", "K4V2", "K3V3", "K3V2@pb=1", "e8:K3V2", "K3V2@window=10"):
+    for arm in (
+        "lloyd:K3V2",
+        "lloyd:K4V2",
+        "lloyd:K3V3",
+        "lloyd:K3V2@pb=1",
+        "e8:K3V2",
+        "lloyd:K3V2@window=10",
+    ):
         stored[arm] = put(arm, keys, KEY, shared), put(arm, values, VALUE, shared)
     # keys 3 and 4, values 2 and 3; e8 both; both once more for the shorter range
     assert len(shared) == 4 + 2 + 2
-    assert stored["K3V2"][1].decoded() is stored["K4V2"][1].decoded()
-    assert stored["K3V2"][0].decoded() is stored["K3V3"][0].decoded()
+    assert stored["lloyd:K3V2"][1].decoded() is stored["lloyd:K4V2"][1].decoded()
+    assert stored["lloyd:K3V2"][0].decoded() is stored["lloyd:K3V3"][0].decoded()
     # the same method and bits on another stream are another encoding
-    assert torch.equal(stored["K3V3"][0].decoded(), coded("K3V3", keys))
-    assert torch.equal(stored["K3V3"][1].decoded(), coded("K3V3", values))
+    assert torch.equal(stored["lloyd:K3V3"][0].decoded(), coded("lloyd:K3V3", keys))
+    assert torch.equal(stored["lloyd:K3V3"][1].decoded(), coded("lloyd:K3V3", values))
 
 
-@pytest.mark.parametrize("arm", ["K3V2", "e8:K4V2", "identity", "K3V2@sink=4@window=10"])
+@pytest.mark.parametrize(
+    "arm", ["lloyd:K3V2", "e8:K4V2", "identity:lloyd", "lloyd:K3V2@sink=4@window=10"]
+)
 def test_arms_beside_it_change_nothing(arm: str) -> None:
     x = some_x()
     alone = put(arm, x, KEY, {})
     shared: Shared = {}
-    for other in ("e8:K4V2", "K4V2", "K3V3"):
+    for other in ("e8:K4V2", "lloyd:K4V2", "lloyd:K3V3"):
         put(other, x, KEY, shared).decoded()
     beside = put(arm, x, KEY, shared)
     assert torch.equal(alone.decoded(), beside.decoded())

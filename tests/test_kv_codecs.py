@@ -22,7 +22,10 @@ from layersweep.kv.packing import pack_bits, unpack_bits
 from layersweep.kv.rotate import block_sizes, rotate, rotate_back
 
 BITS = [1, 2, 3, 4, 5, 6, 8]
-ARMS = ["lloyd:K{0}V{0}", "e8:K{0}V{0}", "e8:K{0}V{0}@v=0.5"]
+ARMS = [
+    *("lloyd:K{0}V{0}", "e8:K{0}V{0}", "e8:K{0}V{0}@v=0.5"),
+    *("turbo:K{0}V{0}", "voronoi:K{0}V{0}", "trellis:K{0}V{0}"),
+]
 
 
 def codec_of(text: str) -> Codec:
@@ -83,7 +86,7 @@ def test_lloyd_error(bits: int, plain: float, with_gain: float) -> None:
     """`plain` is the error d of the same codes with the RMS as their scale. The gain makes it about
     d / (1 - d), a little less, because it also fits each vector."""
     x = gaussians(1, 4, 16384, 128)
-    codec = codec_of(f"K{bits}V{bits}")
+    codec = codec_of(f"lloyd:K{bits}V{bits}")
     packed = encode(codec, x)
     x_hat = codec.decode(packed, positions_of(x))
     assert packed.scale is not None
@@ -100,7 +103,7 @@ def test_lloyd_error(bits: int, plain: float, with_gain: float) -> None:
 def test_lloyd_keeps_the_inner_product(bits: int, dim: int) -> None:
     """<x, x^> = <x, x> within the rounding of the fp16 scale, 2^-11, for Gaussians and others."""
     x = torch.cat([gaussians(1, 2, 500, dim), gaussians(1, 2, 500, dim, seed=1) ** 3 + 2], dim=2)
-    gain = (x * round_trip(codec_of(f"K{bits}V{bits}"), x)).sum(-1) / x.square().sum(-1)
+    gain = (x * round_trip(codec_of(f"lloyd:K{bits}V{bits}"), x)).sum(-1) / x.square().sum(-1)
     assert (gain - 1).abs().max().item() < 2**-11 + 1e-5
 
 
@@ -149,7 +152,7 @@ def test_e8_alphabet_at_one_bit_by_enumeration() -> None:
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("dim", [8, 64, 80, 128])
 def test_lloyd_stores_what_it_counts(bits: int, dim: int) -> None:
-    codec, x = codec_of(f"K{bits}V{bits}"), gaussians(2, 3, 5, dim)
+    codec, x = codec_of(f"lloyd:K{bits}V{bits}"), gaussians(2, 3, 5, dim)
     packed = encode(codec, x)
     assert packed.scale is not None
     assert packed.codes.dtype == torch.uint8
@@ -243,7 +246,7 @@ def test_small_and_large_vectors_keep_their_relative_error(arm: str, size: float
 
 
 def test_limits_of_the_fp16_scale() -> None:
-    codec, x = codec_of("K4V4"), gaussians(1, 1, 64, 64)
+    codec, x = codec_of("lloyd:K4V4"), gaussians(1, 1, 64, 64)
     assert not torch.isfinite(round_trip(codec, x * 1e6)).any()
     assert not torch.isfinite(round_trip(codec, x * 1e25)).any()
     assert torch.equal(round_trip(codec, x * 1e-9), torch.zeros_like(x))
@@ -272,7 +275,7 @@ def test_half_precision_input() -> None:
 
 def test_sharing_keys_name_method_options_and_the_bits_of_the_role() -> None:
     key, value = keys(2, 64), Stream("v", 2, 64, "value", rope=False)
-    k3v2, k4v2 = codec_of("K3V2"), codec_of("K4V2")
+    k3v2, k4v2 = codec_of("lloyd:K3V2"), codec_of("lloyd:K4V2")
     assert k3v2.sharing_key(value) == k4v2.sharing_key(value)
     assert k3v2.sharing_key(key) != k4v2.sharing_key(key)
     assert k3v2.sharing_key(value) != codec_of("e8:K3V2").sharing_key(value)
@@ -280,7 +283,7 @@ def test_sharing_keys_name_method_options_and_the_bits_of_the_role() -> None:
 
 
 def test_refused_shapes() -> None:
-    codec = codec_of("K3V2")
+    codec = codec_of("lloyd:K3V2")
     with pytest.raises(InputError, match=r"found shape \[1, 2, 3, 64\], needed \[batch, 4, "):
         codec.encode(gaussians(1, 2, 3, 64), keys(4, 64), torch.zeros(1, 3))
     with pytest.raises(InputError, match="head size 60, needed a multiple of 8"):
@@ -325,4 +328,4 @@ def test_identity_only_rotates(arm: str) -> None:
 
 def test_identity_of_a_codec_is_the_identity_arm() -> None:
     assert codec_of("e8:K3V2").identity() == codec_of("identity:e8")
-    assert codec_of("K3V2").identity() == codec_of("identity")
+    assert codec_of("lloyd:K3V2").identity() == codec_of("identity:lloyd")

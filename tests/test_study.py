@@ -71,8 +71,8 @@ def test_the_baseline_does_not_depend_on_the_arms(
 def test_one_bit_keys_are_worse_than_three(model: Model) -> None:
     study, _ = measured(model, replace(SMALL, kv="K1V16,K3V16,K8V8", tasks=("ppl",), gate="off"))
     loss = {a: (n - study.perplexity.nll["exact"]).mean() for a, n in study.perplexity.nll.items()}
-    assert loss["lloyd:K1V16"] > 3 * loss["lloyd:K3V16"] > 0
-    assert abs(loss["lloyd:K8V8"]) < 1e-3
+    assert loss["trellis:K1V16"] > 3 * loss["trellis:K3V16"] > 0
+    assert abs(loss["trellis:K8V8"]) < 1e-3
 
 
 def test_streaming_costs_more_than_prefill_and_its_control_is_zero(
@@ -82,11 +82,11 @@ def test_streaming_costs_more_than_prefill_and_its_control_is_zero(
     exact = study.perplexity.nll["exact"]
     assert np.abs(exact - one_sweep[0].perplexity.nll["exact"]).max() < 1e-5
     assert np.array_equal(study.perplexity.control_delta["exact"], np.zeros(4))
-    for arm in ("lloyd:K3V2", "e8:K3V2"):
+    for arm in ("trellis:K3V2", "e8:K3V2"):
         cost = (study.perplexity.nll[arm] - exact).mean()
         prefill = (one_sweep[0].perplexity.nll[arm] - one_sweep[0].perplexity.nll["exact"]).mean()
         assert cost > prefill > 0
-    assert outcome.cache_bits["perplexity", "lloyd:K3V2"][1] == 2 * 6 * 45 * 96 * 2 * 64
+    assert outcome.cache_bits["perplexity", "trellis:K3V2"][1] == 2 * 6 * 45 * 96 * 2 * 64
 
 
 def test_generation_agrees_with_teacher_forcing(
@@ -112,8 +112,8 @@ def test_python_interface_returns_the_schema(model: Model) -> None:
     )
     validate(results)
     arm = results["perplexity"]["arms"][0]
-    assert arm["arm"] == "lloyd:K3V2@window=16@sink=4"
-    # 20 of 64 tokens exact at 16 bits, 44 at (3 + 2) / 2 and a 16-bit scale per 64
-    assert arm["bits_per_element"] == pytest.approx((20 * 16 + 44 * 2.75) / 64)
+    assert arm["arm"] == "trellis:K3V2@window=16@sink=4"
+    # 20 of 64 tokens exact at 16 bits, 44 at (3 + 2) / 2 and an 8-bit scale per 64, one mean
+    assert arm["bits_per_element"] == pytest.approx((20 * 16 + 44 * 2.625 + 16) / 64)
     assert results["protocol"]["exact_pair_fraction"] == pytest.approx(120 / (120 + 15 * 64))
     assert exact_pair_fraction(1024, 512) == pytest.approx(0.2, abs=1e-3)

@@ -175,7 +175,7 @@ def test_streaming_reads_every_token_through_the_codec(tiny: Path) -> None:
     through a cache that codes all that enters it, one token at a time."""
     model = load(str(tiny), device="cpu")
     ids = random_ids(30, 128, 5)
-    arm = parse("K3V2")
+    arm = parse("lloyd:K3V2")
     rides = [
         Sequence((), (Branch(a, ids, (0, 29), streaming=True),))
         for a in (
@@ -197,6 +197,23 @@ def test_streaming_reads_every_token_through_the_codec(tiny: Path) -> None:
         model, [Tile("t", (Sequence((), (Branch(arm, ids[:1], (0, 1), True),)),))]
     )
     assert (alone[0][0] - coded[:1]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize(
+    "name", ["lloyd:K2V2", "lloyd:K2V2@window=5@sink=3", "kivi:K2V16", "kivi:K2V16@window=5@sink=3"]
+)
+def test_streaming_equals_a_cache_that_grows_token_by_token(name: str, tiny: Path) -> None:
+    """kivi's groups of keys count from when they are full, for the sweep as for a serving cache."""
+    from layersweep.integrations.transformers import cache_for
+
+    ids = random_ids(75, 128, 5)
+    ride = Sequence((), (Branch(parse(name), ids, (0, 75), streaming=True),))
+    logits, _ = sweep_logits(load(str(tiny), device="cpu"), [Tile("t", (ride,))])
+    oracle = oracle_model(tiny)
+    cache = cache_for(oracle, name)
+    with torch.inference_mode():
+        steps = [oracle(torch.tensor([[i]]), past_key_values=cache).logits[0, -1] for i in ids]
+    assert (logits[0][0] - torch.stack(steps)).abs().max() < 1e-3
 
 
 def test_a_ring_below_one_layer_and_two_runs_is_refused(tiny: Path) -> None:

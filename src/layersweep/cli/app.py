@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import typer
 
 from layersweep.cli.bench import bench
+from layersweep.cli.codec import codec
 from layersweep.cli.doctor import doctor
 from layersweep.cli.eval import evaluate
 from layersweep.cli.inspect import inspect
@@ -35,6 +36,7 @@ app.command("report")(report)
 app.command("compare")(compare)
 app.command("synth")(synth)
 app.add_typer(bench)
+app.add_typer(codec)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -20,7 +20,17 @@ from layersweep.units import format_bytes, format_seconds
 if TYPE_CHECKING:
     from layersweep.sweep.model import Model
 
-CODEC_ARMS = "lloyd:K2V2,lloyd:K3V2,lloyd:K4V2,e8:K2V2,e8:K3V2,e8:K4V2"
+CODEC_ARMS = (
+    ",".join(
+        f"{method}:{pair}{option}"
+        for method, option in (
+            *(("trellis", ""), ("trellis", "@states=1024"), ("voronoi", ""), ("turbo", "")),
+            *(("lloyd", ""), ("e8", ""), ("kivi", "")),
+        )
+        for pair in ("K2V2", "K3V3", "K4V4")
+    )
+    + ",int2,int4,q4_0,q4_0@rotate=1,q8_0,fp8"
+)
 
 bench = typer.Typer(
     name="bench", help="Speeds against the ceilings of this machine, and what codecs lose.",
@@ -39,7 +49,7 @@ Capability = Annotated[
 @bench.command("study")
 def study(
     model: Checkpoint,
-    kv: Annotated[str, typer.Option(help="Arms besides `exact`.")] = "lloyd:K3V2,lloyd:K4V2",
+    kv: Annotated[str, typer.Option(help="Arms besides `exact`.")] = "K3V2,K4V2",
     tasks: Annotated[
         str, typer.Option(help="ppl, niah, or both, one after the other.")
     ] = "ppl,niah",

@@ -22,7 +22,7 @@ from layersweep.evals.measured import (
     WindowInfo,
 )
 from layersweep.evals.windows import Window
-from layersweep.kv.arms import EXACT, Arm, identity_arm
+from layersweep.kv.arms import EXACT, METHODS, Arm, identity_arm
 from layersweep.model import maths
 from layersweep.sweep.sequences import Branch, Sequence, Tile, tiles_of
 
@@ -39,9 +39,16 @@ def arm_info(arm: Arm) -> ArmInfo:
 
 
 def control_arms(arms: Many[Arm]) -> list[tuple[str, Arm]]:
-    """(name in the noise floor, arm): each method's identity, and the exact cache last."""
-    methods = dict.fromkeys(arm.method for arm in arms if arm.method != "identity")
-    identities = [(f"identity:{method}", identity_arm(method)) for method in methods]
+    """(name in the noise floor, arm): each method's identity, and the exact cache last.
+
+    A method's arm with options comes before one without: they may add a transform. What
+    transforms somebody's own codec has is not known: it gets none.
+    """
+    of: dict[str, Arm] = {}
+    for arm in arms:
+        if arm.method in METHODS and (arm.options or arm.method not in of):
+            of[arm.method] = arm
+    identities = [(f"identity:{method}", identity_arm(arm)) for method, arm in of.items()]
     return [*identities, ("exact", EXACT)]
 
 

@@ -91,11 +91,12 @@ def _paths(study: Study, outcome: Outcome) -> Json:
 
 
 def _bits(study: Study, outcome: Outcome) -> dict[str, float | None]:
-    """Measured bits per element of each arm's caches on the perplexity windows."""
+    """Measured bits per element of each arm's caches on the perplexity windows; None where
+    nothing was measured, or somebody's own codec does not say what it stores."""
     found: dict[str, float | None] = {}
     for arm in study.arms:
         bits, elements = outcome.cache_bits.get((PERPLEXITY, arm.name), [0.0, 0.0])
-        found[arm.name] = bits_per_element(bits, elements) if elements else None
+        found[arm.name] = _number(bits_per_element(bits, elements)) if elements else None
     return found
 
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -31,6 +32,8 @@ from layersweep.evals.text import SourceText, load_text
 from layersweep.evals.tokenizer import TextTokenizer, check_ids
 from layersweep.evals.windows import cut_windows, resolve_bos
 from layersweep.kv.arms import EXACT, Arm, parse_arms
+from layersweep.kv.codec import check_stream
+from layersweep.kv.stream import keys_and_values
 from layersweep.probes import TILE_ROWS, cpu_gemm_rate, cuda_gemm_rate
 from layersweep.stream.plan import Plan
 from layersweep.stream.shapes import CPU_EXPERT_ROWS
@@ -103,6 +106,10 @@ def prepare_study(model: Model, settings: EvalSettings) -> Study:
             f"--kv: found '{settings.kv}', needed an arm besides the exact baseline",
             hint="--kv K3V2,K4V2",
         )
+    streams = keys_and_values(config.num_key_value_heads, config.head_dim)
+    for arm, stream in product(arms, streams):
+        if arm.codec is not None:
+            check_stream(arm.codec, stream)
     tokenizer = TextTokenizer.load(model.checkpoint.folder)
     text = load_text(settings.text, model.checkpoint.source)
     bos_id = resolve_bos(tokenizer, settings.bos)

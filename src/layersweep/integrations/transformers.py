@@ -85,8 +85,8 @@ class CodedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers has no 
         """Rotate to the positions from `first` on, or back, in float32; also partial rotaries."""
         at = torch.arange(first, first + x_BHTD.shape[2], device=x_BHTD.device)[None]
         cos, sin = (table[0].float() for table in self.rotary(x_BHTD.float(), at))  # [T, R]
-        rotated, rest = x_BHTD.float().split([cos.shape[-1], x_BHTD.shape[3] - cos.shape[-1]], -1)
-        half = cos.shape[-1] // 2
+        size, x = cos.shape[-1], x_BHTD.float()
+        rotated, rest, half = x[..., :size], x[..., size:], size // 2
         turned = torch.cat((-rotated[..., half:], rotated[..., :half]), dim=-1)
         if back:  # the inverse of a rotation that some models scale
             rotated = (rotated * cos - turned * sin) / (cos * cos + sin * sin)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from layersweep.kernels.codecs import CODEC_LAYOUTS, MAX_VECTOR, CodecKernels, same
 from layersweep.kernels.nvrtc import KernelError, compile_cubin, read_source
 from layersweep.kernels.runtime import Argument, Module
 
@@ -25,30 +25,11 @@ LAYOUTS: dict[str, dict[str, str]] = {
     },
     "rope": dict.fromkeys(("rope_wide", "rope_wide_f32", "rope_any", "rope_any_f32"), "4P6q2iq"),
     "score": {"score_exact": "3Pi", "score": "4Pi"},
-    "lloyd": {
-        **dict.fromkeys(("lloyd_encode", "lloyd_encode_f32"), "6Pqi"),
-        **dict.fromkeys(("lloyd_decode", "lloyd_decode_f32"), "5Pqi"),
-    },
+    **CODEC_LAYOUTS,
 }
-MAX_VECTOR = 256
-_LLOYD_VECTORS = 32  # of a block, see lloyd.cu
 _NF4_WIDE = 256 * 8 * 4
 
 Nested = tuple[Tensor, Tensor, int, float]
-
-
-class Launcher(Protocol):
-    """Runs a kernel of one source; a Module on a GPU, an emulator in the tests."""
-
-    def launch(
-        self, name: str, grid: tuple[int, int, int], block: int, args: Sequence[Argument]
-    ) -> None: ...
-
-
-class Modules(Protocol):
-    """Compiles source `name` when it is first used. `dim`: head size, of lloyd alone."""
-
-    def __call__(self, name: str, dim: int = 0) -> Launcher: ...
 
 
 @functools.cache
@@ -77,16 +58,12 @@ def load_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
     return kernels
 
 
-class Kernels:
+class Kernels(CodecKernels):
     """Launches on the current stream of its device; arguments are asserted, not corrected.
 
     Rows are H or I elements long, multiples of 8, at 16-byte-aligned addresses. Tensors are
     contiguous unless a method says otherwise. H, I, D, N, R and T as in model/maths.py.
     """
-
-    def __init__(self, dtype: torch.dtype, module: Modules) -> None:
-        self.dtype = dtype
-        self._module = module
 
     def nf4_dequantize(
         self,
@@ -105,14 +82,14 @@ class Kernels:
         """
         count = out.numel()
         outer, table, outer_size, offset = nested or (None, None, 1, 0.0)
-        _same(packed, torch.uint8)
-        _same(absmax, torch.uint8 if nested else torch.float32)
-        _same(code, torch.float32)
-        _same(out, self.dtype)
+        same(packed, torch.uint8)
+        same(absmax, torch.uint8 if nested else torch.float32)
+        same(code, torch.float32)
+        same(out, self.dtype)
         assert packed.numel() == (count + 1) // 2 and absmax.numel() == -(-count // blocksize)
         if outer is not None and table is not None:
-            _same(outer, torch.float32)
-            _same(table, torch.float32)
+            same(outer, torch.float32)
+            same(table, torch.float32)
             assert outer.numel() * outer_size >= absmax.numel() and table.numel() == 256
         if count == 0:
             return
@@ -137,12 +114,12 @@ class Kernels:
         """
         count, width = out.shape
         _rows(out, self.dtype)
-        _same(weight, self.dtype)
+        same(weight, self.dtype)
         assert x.dtype == self.dtype and x.dim() == 2 and x.shape[1] == width and x.stride(1) == 1
         assert x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0 and weight.data_ptr() % 16 == 0
         assert weight.numel() == width and (rows is not None or len(x) >= count)
         if rows is not None:
-            _same(rows, torch.int64)
+            same(rows, torch.int64)
             assert len(rows) == count
         if count == 0:
             return
@@ -170,8 +147,8 @@ class Kernels:
         count, width = y.shape
         _rows(update, self.dtype)
         _rows(y, self.dtype)
-        _same(rows, torch.int64)
-        _same(weight, weight.dtype)
+        same(rows, torch.int64)
+        same(weight, weight.dtype)
         assert update.shape[1] == width and rows.numel() == weight.numel() == count
         assert weight.dtype in (self.dtype, torch.float32)
         name = "add_rows" if weight.dtype == self.dtype else "add_rows_f32"
@@ -187,8 +164,8 @@ class Kernels:
         count, width = hidden.shape
         _rows(hidden, self.dtype)
         _rows(update, self.dtype)
-        _same(unit, torch.int32)
-        _same(first_bad, torch.int32)
+        same(unit, torch.int32)
+        same(first_bad, torch.int32)
         assert update.shape == hidden.shape and len(unit) == count
         self._columns("leave_layer", count, width, (hidden, update, unit, first_bad, width, layer))
 
@@ -202,8 +179,8 @@ class Kernels:
         assert out.shape == x.shape and out.dtype == self.dtype and dim % 2 == 0
         assert x.dtype in (self.dtype, torch.float32) and x.stride(3) == out.stride(3) == 1
         assert heads < 65536 and batch < 65536 and dim <= MAX_VECTOR
-        _same(cos, self.dtype)
-        _same(sin, self.dtype)
+        same(cos, self.dtype)
+        same(sin, self.dtype)
         assert cos.shape == sin.shape and cos.shape[1] == dim and len(cos) >= first + tokens
         if x.numel() == 0:
             return
@@ -234,58 +211,12 @@ class Kernels:
         index wins among equal maxima. exact may be arm.
         """
         _logits(exact, target, out, 3)
-        _same(arm, torch.float32)
+        same(arm, torch.float32)
         assert arm.shape == exact.shape
         if len(exact):
             self._module("score").launch(
                 "score", (len(exact), 1, 1), 512, (exact, arm, target, out, exact.shape[1])
             )
-
-    def compile_lloyd(self, dim: int) -> None:
-        """Compile for head size `dim` now. Raises KernelError where that is not supported."""
-        if dim % 8 or not 8 <= dim <= MAX_VECTOR:
-            raise KernelError(f"vectors of {dim}: kernels take multiples of 8 up to {MAX_VECTOR}")
-        self._module("lloyd", dim)
-
-    def lloyd_encode(
-        self, x: Tensor, bits: int, weights: Tensor, middles: Tensor, nearest: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """x [N, D] (T or float32) -> codes uint8 [N, D bits / 8], scale float16 [N].
-
-        As kv.lloyd._encode_rows in torch on this device. weights float32 [D] are
-        rotate.rotation_weights; middles [2^(bits-1) - 1] and nearest [2^(bits-1)], float32, are
-        lloyd.boundaries and lloyd.nearest_values.
-        """
-        count, dim = x.shape
-        assert x.dtype in (self.dtype, torch.float32) and x.is_contiguous() and 1 <= bits <= 8
-        for table, size in ((weights, dim), (middles, 2 ** (bits - 1) - 1)):
-            _same(table, torch.float32)
-            assert table.numel() == size
-        _same(nearest, torch.float32)
-        assert nearest.numel() == 2 ** (bits - 1)
-        codes = torch.empty(count, dim * bits // 8, dtype=torch.uint8, device=x.device)
-        scale = torch.empty(count, dtype=torch.float16, device=x.device)
-        args = (x, weights, middles, nearest, codes, scale, count, bits)
-        self._vectors("lloyd_encode", x, args)
-        return codes, scale
-
-    def lloyd_decode(
-        self, codes: Tensor, scale: Tensor, bits: int, weights: Tensor, levels: Tensor, out: Tensor
-    ) -> None:
-        """Fill out [N, D] (T or float32) from what lloyd_encode returned, as Lloyd.decode does.
-
-        levels float32 [2^bits] are lloyd.signed_levels.
-        """
-        count, dim = out.shape
-        _same(codes, torch.uint8)
-        _same(scale, torch.float16)
-        _same(weights, torch.float32)
-        _same(levels, torch.float32)
-        assert out.dtype in (self.dtype, torch.float32) and out.is_contiguous()
-        assert codes.shape == (count, dim * bits // 8) and scale.numel() == count
-        assert weights.numel() == dim and levels.numel() == 2**bits
-        args = (codes, scale, weights, levels, out, count, bits)
-        self._vectors("lloyd_decode", out, args)
 
     def _columns(self, name: str, count: int, width: int, args: Sequence[Argument]) -> None:
         """Launch a kernel of rows.cu whose blocks take 8 elements per thread of one row."""
@@ -295,28 +226,16 @@ class Kernels:
         grid = (count, -(-width // (8 * threads)), 1)
         self._module("rows").launch(name, grid, threads, args)
 
-    def _vectors(self, name: str, vectors: Tensor, args: Sequence[Argument]) -> None:
-        count, dim = vectors.shape
-        assert dim % 8 == 0 and 8 <= dim <= MAX_VECTOR
-        if count:
-            suffix = "" if vectors.dtype == self.dtype else "_f32"
-            grid = (-(-count // _LLOYD_VECTORS), 1, 1)
-            self._module("lloyd", dim).launch(name + suffix, grid, 256, args)
-
-
-def _same(tensor: Tensor, dtype: torch.dtype) -> None:
-    assert tensor.dtype == dtype and tensor.is_contiguous(), (tensor.dtype, tensor.stride(), dtype)
-
 
 def _rows(tensor: Tensor, dtype: torch.dtype) -> None:
-    _same(tensor, dtype)
+    same(tensor, dtype)
     assert tensor.shape[1] % 8 == 0 and tensor.data_ptr() % 16 == 0, tuple(tensor.shape)
 
 
 def _logits(exact: Tensor, target: Tensor, out: Tensor, columns: int) -> None:
-    _same(exact, torch.float32)
-    _same(target, torch.int64)
-    _same(out, torch.float32)
+    same(exact, torch.float32)
+    same(target, torch.int64)
+    same(out, torch.float32)
     assert target.shape == exact.shape[:1] and out.shape == (len(exact), columns)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 FOLDER = Path(__file__).parent
+HEADERS = ("common.cuh", "rotation.cuh")
 
 
 class KernelError(RuntimeError):
@@ -20,20 +21,20 @@ class KernelError(RuntimeError):
 
 
 def read_source(name: str) -> str:
-    """Text of `name`.cu, or of common.cuh."""
+    """Text of `name`.cu, or of a header."""
     return (FOLDER / (name if "." in name else f"{name}.cu")).read_text("utf-8")
 
 
 def compile_cubin(source: str, capability: tuple[int, int], defines: Mapping[str, int]) -> bytes:
-    """`source`, which may include common.cuh, as machine code of sm_XY with macros `defines`.
+    """`source`, which may include HEADERS, as machine code of sm_XY with macros `defines`.
 
     Raises KernelError with the compiler's log, or when there is no NVRTC.
     """
     nvrtc = load_nvrtc()
     program = c_void_p()
-    texts = (c_char_p * 1)(read_source("common.cuh").encode())
-    names = (c_char_p * 1)(b"common.cuh")
-    args = (source.encode(), b"layersweep.cu", 1, texts, names)
+    texts = (c_char_p * len(HEADERS))(*(read_source(name).encode() for name in HEADERS))
+    names = (c_char_p * len(HEADERS))(*(name.encode() for name in HEADERS))
+    args = (source.encode(), b"layersweep.cu", len(HEADERS), texts, names)
     _check(nvrtc.nvrtcCreateProgram(byref(program), *args))
     options = [
         f"--gpu-architecture=sm_{capability[0]}{capability[1]}",

@@ -1,24 +1,29 @@
-"""The grammar of KV arms: "K3V2", "e8:K4V2@v=0.5@pb=2", "K2-4V2-4", "identity", "all".
+"""The grammar of KV arms: "K3V2", "e8:K4V2@v=0.5@pb=2", "K2-4V2-4", "int4", "identity", "all".
 
-    arm    := "exact" | "identity" [":" method] | [method ":"] "K" bits "V" bits option*
+    arm    := "exact" | "all" | "identity" [":" method option*] | fixed option*
+            | [(method | own) ":"] "K" bits "V" bits option*
+    own    := FILE ".py:" CLASS | the name of an entry point (kv.custom)
     option := "@" key "=" value
 
-Case does not matter. A name is resolved to what tables and files print: the method is spelled
-out, options are in one order, defaults are left out. Reading the grammar imports no torch.
+A fixed method has its bits in its name. Case does not matter, but in a file and its class. A name
+is resolved to what tables and files print: the method is spelled out, options are in one order,
+defaults are left out. Reading the grammar imports no torch.
 """
 
 from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.util
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NoReturn
 
 from layersweep.errors import InputError
+from layersweep.kv import custom
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,33 +33,68 @@ if TYPE_CHECKING:
 
 BITS = (1, 2, 3, 4, 5, 6, 8, 16)
 EXACT_BITS = 16
-DEFAULT_METHOD = "lloyd"
+DEFAULT_METHOD = "trellis"
 REFERENCE_BITS = ((3, 2), (4, 2))
 
 
 @dataclass(frozen=True)
 class Method:
-    """Where a method's dataclass lives, and the values of each option, the default one first."""
+    """Where a method's dataclass lives, and the values of each option, the default one first.
+
+    `fixed_bits`: of a method that is an arm by its name alone. `package`: what must be installed
+    for it, as (module, name to install).
+    """
 
     module: str
     dataclass: str
     options: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    fixed_bits: int | None = None
+    package: tuple[str, str] | None = None
 
     def build(self, key_bits: int, value_bits: int, options: dict[str, str]) -> Codec:
         kind = getattr(importlib.import_module(self.module), self.dataclass)
         codec: Codec = kind(key_bits, value_bits, **options)
         return codec
 
+    def identity(self, options: dict[str, str]) -> Codec:
+        bits = self.fixed_bits or EXACT_BITS
+        return self.build(bits, bits, options).identity()
 
+    @property
+    def pairs(self) -> tuple[tuple[int, int], ...]:
+        """The bits of keys and values that `all` takes."""
+        return ((self.fixed_bits, self.fixed_bits),) if self.fixed_bits else REFERENCE_BITS
+
+    @property
+    def installed(self) -> bool:
+        return self.package is None or importlib.util.find_spec(self.package[0]) is not None
+
+
+_GROUPS = (("group", ("64", "32", "128")),)
+_ROTATE = (("rotate", ("0", "1")),)
 METHODS = MappingProxyType(
     {
+        "trellis": Method(
+            "layersweep.kv.trellis", "Trellis", options=(("states", ("256", "1024")),)
+        ),
         "e8": Method("layersweep.kv.e8", "E8", options=(("v", ("0.6", "0.5")),)),
         "lloyd": Method("layersweep.kv.lloyd", "Lloyd"),
+        "turbo": Method("layersweep.kv.turbo", "Turbo"),
+        "voronoi": Method("layersweep.kv.voronoi", "Voronoi"),
+        "kivi": Method("layersweep.kv.kivi", "Kivi"),
+        "nexusquant": Method(
+            "layersweep.kv.nexusquant", "NexusQuant", package=("nexusquant", "nexusquant-kv")
+        ),
+        "int4": Method("layersweep.kv.uniform", "Uniform", _GROUPS, fixed_bits=4),
+        "int2": Method("layersweep.kv.uniform", "Uniform", _GROUPS, fixed_bits=2),
+        "q8_0": Method("layersweep.kv.ggml", "Ggml", _ROTATE, fixed_bits=8),
+        "q4_0": Method("layersweep.kv.ggml", "Ggml", _ROTATE, fixed_bits=4),
+        "fp8": Method("layersweep.kv.fp8", "Fp8", fixed_bits=8),
     }
 )
 _NAMES = ("exact", "identity", "all")
 _COUNTS = ("pb", "window", "sink")
-_PAIR = re.compile(r"k([0-9]+)(?:-([0-9]+))?v([0-9]+)(?:-([0-9]+))?")
+_PAIR = re.compile(r"k([0-9]+)(?:-([0-9]+))?v([0-9]+)(?:-([0-9]+))?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -62,7 +102,8 @@ class Arm:
     """One way to keep keys and values. `name` is resolved, `requested` what the user wrote.
 
     The first and last `protect` layers, the first `sink` and the last `window` tokens stay exact.
-    A stream with 16 bits is exact. `options` are the codec's own, defaults left out.
+    A stream with 16 bits is exact. `options` are the codec's own, defaults left out. `source` is
+    where somebody's own codec comes from, as the user wrote it.
     """
 
     name: str
@@ -74,14 +115,18 @@ class Arm:
     protect: int = 0
     window: int = 0
     sink: int = 0
+    source: str = ""
 
     @cached_property
     def codec(self) -> Codec | None:
-        """None for the exact cache. Loads torch."""
+        """None for the exact cache. Loads torch, or somebody's file: InputError if it cannot."""
         if self.method == "exact":
             return None
+        if self.source:
+            return custom.build(self.source, self.key_bits, self.value_bits)
         if self.method == "identity":
-            return METHODS[self.name.split(":")[1]].build(EXACT_BITS, EXACT_BITS, {}).identity()
+            of = self.name.split(":")[1].split("@")[0]
+            return METHODS[of].identity(dict(self.options))
         return METHODS[self.method].build(self.key_bits, self.value_bits, dict(self.options))
 
     @property
@@ -109,7 +154,7 @@ class Arm:
     def append(self, packed: Packed, x: Tensor, positions: Tensor) -> Packed:
         return self._need_codec().append(packed, x, positions)
 
-    def nbytes(self, packed: Packed) -> int:
+    def nbytes(self, packed: Packed) -> float:
         return self._need_codec().nbytes(packed)
 
     def _need_codec(self) -> Codec:
@@ -129,14 +174,14 @@ class Arm:
 EXACT = Arm("exact", "exact", "exact", EXACT_BITS, EXACT_BITS)
 
 
-def identity_arm(method: str) -> Arm:
-    """The transforms of `method` without its quantization."""
-    return parse(f"identity:{method}")
+def identity_arm(arm: Arm) -> Arm:
+    """The transforms of `arm` without its quantization, in every layer and token."""
+    return parse(f"identity:{arm.method}{_suffix(dict(arm.options))}")
 
 
 def parse(text: str) -> Arm:
     """The one arm that `text` describes. Raises InputError for anything else."""
-    arms = _expand(text)
+    arms = _expand(_Words.of(text))
     if len(arms) != 1:
         raise InputError(
             f"KV arm '{text}': found {len(arms)} arms, needed one",
@@ -152,57 +197,122 @@ def parse_arms(text: str) -> list[Arm]:
     """
     arms: dict[str, Arm] = {}
     for item in text.split(","):
-        for arm in _expand(item):
-            arms.setdefault(arm.name, arm)
+        for arm in _expand(_Words.of(item)):
+            first = arms.setdefault(arm.name, arm)
+            if first.source != arm.source:
+                raise InputError(
+                    f"KV arm '{arm.requested}': found '{first.requested}' with the same name "
+                    f"{arm.name}, needed a name for each",
+                    hint="give one of the classes another name",
+                )
     return [arm for arm in arms.values() if arm.method != "exact"]
 
 
-def _expand(text: str) -> list[Arm]:
-    requested = text.strip()
-    core, *options = requested.lower().split("@")
-    if not core:
-        raise InputError(f"KV arm '{requested}': found an empty name, needed one", hint=_existing())
-    method, colon, pair = core.rpartition(":")
-    if core in _NAMES or method == "identity":
-        if options:
-            raise InputError(f"KV arm '{requested}': '{core}' takes no options")
-        return _named(core, pair, requested)
-    if colon and method not in METHODS:
-        _refuse(requested, "method", method, METHODS)
-    match = _PAIR.fullmatch(pair)
+@dataclass(frozen=True)
+class _Words:
+    """What the user wrote, cut: "e8", "k3v2", ("pb=2",) of "e8:K3V2@pb=2"."""
+
+    requested: str
+    method: str
+    last: str
+    options: tuple[str, ...]
+    source: str
+
+    @classmethod
+    def of(cls, text: str) -> _Words:
+        requested = text.strip()
+        path, in_file, rest = requested.rpartition(".py:")
+        core, *options = rest.split("@")
+        head, _, last = core.rpartition(":")
+        lower, given = head.lower(), tuple(option.lower() for option in options)
+        if in_file:
+            source = path + in_file + head
+        else:  # without a method or with one of ours, no entry points need to be read
+            known = not head or lower in (*METHODS, *_NAMES)
+            source = "" if known or not custom.is_custom(lower) else lower
+        return cls(requested, lower, last if in_file else last.lower(), given, source)
+
+    def refuse(self, what: str, found: str, existing: Iterable[str]) -> NoReturn:
+        names = list(existing)
+        close = difflib.get_close_matches(found, names, n=1, cutoff=0.5)
+        guess = f"did you mean '{close[0]}'? " if close else ""
+        listed = ", ".join(names)
+        raise self.error(
+            f"unknown {what} '{found}', needed one of {listed}", hint=guess + _existing()
+        )
+
+    def error(self, message: str, hint: str = "") -> InputError:
+        return InputError(f"KV arm '{self.requested}': {message}", hint=hint or _existing())
+
+
+def _expand(words: _Words) -> list[Arm]:
+    method, last = words.method, words.last
+    if not last:
+        raise words.error("found an empty name, needed one")
+    if words.source:
+        if method in (*METHODS, *_NAMES):
+            raise words.error(f"found a class with the name of '{method}', needed another name")
+    elif method == "identity" or (not method and last in _NAMES):
+        return _named(words)
+    elif method and method not in METHODS:
+        words.refuse("method", method, METHODS)
+    match = _PAIR.fullmatch(last)
     if not match:
-        if pair in METHODS:
-            raise InputError(
-                f"KV arm '{requested}': found a method without bits, needed {pair}:K3V2",
-                hint=_existing(),
-            )
-        _refuse(requested, "name", pair, [*_NAMES, "k3v2", "k4v2"])
+        return [_fixed(words)]
     method = method or DEFAULT_METHOD
-    own, counts = _options(requested, method, options)
-    keys, values = _bits(requested, match[1], match[2]), _bits(requested, match[3], match[4])
-    return [_arm(requested, method, k, v, own, counts) for k in keys for v in values]
+    if method in METHODS and METHODS[method].fixed_bits:
+        raise words.error(f"found bits after {method}, needed {method} alone: it has its own")
+    own, counts = _options(words, method)
+    keys, values = _bits(words, match[1], match[2]), _bits(words, match[3], match[4])
+    return [_arm(words, method, k, v, own, counts) for k in keys for v in values]
 
 
-def _named(core: str, last: str, requested: str) -> list[Arm]:
-    if core == "all":
-        return [_arm(requested, m, k, v, {}, {}) for m in METHODS for k, v in REFERENCE_BITS]
-    if core == "exact":
-        return [Arm("exact", requested, "exact", EXACT_BITS, EXACT_BITS)]
-    of = DEFAULT_METHOD if core == "identity" else last
-    if of not in METHODS:
-        _refuse(requested, "method", of, METHODS)
-    return [Arm(f"identity:{of}", requested, "identity", EXACT_BITS, EXACT_BITS)]
+def _named(words: _Words) -> list[Arm]:
+    """exact, all, identity and identity:METHOD."""
+    if words.method == "identity" or words.last == "identity":
+        of = words.last if words.method else DEFAULT_METHOD
+        if of not in METHODS:
+            words.refuse("method", of, METHODS)
+        own, counts = _options(words, of)
+        if counts:
+            raise words.error(f"'identity' takes no {', '.join(counts)}")
+        name = f"identity:{of}{_suffix(own)}"
+        bits = EXACT_BITS
+        return [Arm(name, words.requested, "identity", bits, bits, tuple(own.items()))]
+    if words.options:
+        raise words.error(f"'{words.last}' takes no options")
+    if words.last == "exact":
+        return [replace(EXACT, requested=words.requested)]
+    return [
+        _arm(words, name, keys, values, {}, {})
+        for name, method in METHODS.items()
+        if method.installed
+        for keys, values in method.pairs
+    ]
+
+
+def _fixed(words: _Words) -> Arm:
+    """What has no K..V..: a method whose name stands for its bits, or a mistake."""
+    method, last = words.method, words.last
+    bits = METHODS[last].fixed_bits if last in METHODS and not method else None
+    if bits:
+        return _arm(words, last, bits, bits, *_options(words, last))
+    if not method and (last in METHODS or words.source):
+        raise words.error(f"found a method without bits, needed {words.source}{last}:K3V2")
+    if method:
+        raise words.error(f"unknown name '{last}' after '{method}', needed for example K3V2")
+    words.refuse("name", last, [*_NAMES, *METHODS, "k3v2", "k4v2"])
 
 
 def _arm(
-    requested: str, method: str, keys: int, values: int, own: dict[str, str], counts: dict[str, int]
+    words: _Words, method: str, keys: int, values: int, own: dict[str, str], counts: dict[str, int]
 ) -> Arm:
     if keys == values == EXACT_BITS:
-        return Arm("exact", requested, "exact", keys, values)
-    suffix = "".join(f"@{key}={value}" for key, value in (own | counts).items())
+        return replace(EXACT, requested=words.requested)
+    fixed = method in METHODS and METHODS[method].fixed_bits
     return Arm(
-        name=f"{method}:K{keys}V{values}{suffix}",
-        requested=requested,
+        name=method + ("" if fixed else f":K{keys}V{values}") + _suffix({**own, **counts}),
+        requested=words.requested,
         method=method,
         key_bits=keys,
         value_bits=values,
@@ -210,68 +320,64 @@ def _arm(
         protect=counts.get("pb", 0),
         window=counts.get("window", 0),
         sink=counts.get("sink", 0),
+        source=words.source,
     )
 
 
-def _options(
-    requested: str, method: str, options: list[str]
-) -> tuple[dict[str, str], dict[str, int]]:
-    """The codec's own options and the counts, each in their one order, defaults left out."""
-    own_values = dict(METHODS[method].options)
+def _suffix(options: Mapping[str, object]) -> str:
+    return "".join(f"@{key}={value}" for key, value in options.items())
+
+
+def _options(words: _Words, method: str) -> tuple[dict[str, str], dict[str, int]]:
+    """The codec's own options and the counts, each in their one order, defaults left out.
+
+    Whoever gets here is about to use the method: what it needs must be installed.
+    """
+    kind = METHODS.get(method)
+    if kind and kind.package and not kind.installed:
+        raise words.error(
+            f"found no package {kind.package[1]}, needed it for {method}",
+            hint=f"pip install {kind.package[1]}",
+        )
+    own_values = dict(kind.options) if kind else {}
     given: dict[str, str] = {}
-    for option in options:
+    for option in words.options:
         key, equals, value = option.partition("=")
         if key not in own_values and key not in _COUNTS:
-            _refuse(requested, f"option of '{method}'", key, [*own_values, *_COUNTS])
+            words.refuse(f"option of '{method}'", key, [*own_values, *_COUNTS])
         if not equals or key in given:
             found = "no value" if not equals else "it twice"
-            raise InputError(f"KV arm '{requested}': option '{key}' has {found}, needed @{key}=N")
+            raise words.error(f"option '{key}' has {found}, needed @{key}=N")
         given[key] = value
     for key, allowed in own_values.items():
         if given.get(key, allowed[0]) not in allowed:
-            needed = " or ".join(allowed)
-            raise InputError(f"KV arm '{requested}': found {key}={given[key]}, needed {needed}")
+            raise words.error(f"found {key}={given[key]}, needed {' or '.join(allowed)}")
     for key in _COUNTS:
         if not re.fullmatch(r"[0-9]{1,9}", given.get(key, "0")):
-            raise InputError(
-                f"KV arm '{requested}': found {key}={given[key]}, needed a whole number from 0",
-                hint=f"for example @{key}=2",
+            raise words.error(
+                f"found {key}={given[key]}, needed a whole number from 0", f"for example @{key}=2"
             )
     own = {key: given[key] for key, (default, *_) in own_values.items() if key in given}
     own = {key: value for key, value in own.items() if value != own_values[key][0]}
     return own, {key: int(given[key]) for key in _COUNTS if int(given.get(key, "0"))}
 
 
-def _bits(requested: str, first: str, last: str | None) -> list[int]:
+def _bits(words: _Words, first: str, last: str | None) -> list[int]:
     """The allowed numbers of bits from `first` to `last`, both of which must be allowed."""
     low, high = int(first), int(last or first)
     for found in (low, high):
         if found not in BITS:
-            raise InputError(
-                f"KV arm '{requested}': found {found} bits, needed one of "
-                + ", ".join(map(str, BITS)),
-                hint="16 keeps that stream exact",
-            )
+            listed = ", ".join(map(str, BITS))
+            raise words.error(f"found {found} bits, needed one of {listed}", "16 keeps it exact")
     if low > high:
-        raise InputError(
-            f"KV arm '{requested}': found the range {low}-{high}, needed the smaller number first"
-        )
+        raise words.error(f"found the range {low}-{high}, needed the smaller number first")
     return [bits for bits in BITS if low <= bits <= high]
 
 
-def _refuse(requested: str, what: str, found: str, existing: Iterable[str]) -> NoReturn:
-    names = list(existing)
-    close = difflib.get_close_matches(found, names, n=1, cutoff=0.5)
-    guess = f"did you mean '{close[0]}'? " if close else ""
-    listed = ", ".join(names)
-    raise InputError(
-        f"KV arm '{requested}': unknown {what} '{found}', needed one of {listed}",
-        hint=guess + _existing(),
-    )
-
-
 def _existing() -> str:
+    paired = [name for name, method in METHODS.items() if not method.fixed_bits]
+    fixed = [name for name, method in METHODS.items() if method.fixed_bits]
     return (
-        f"arms are exact, identity, all, or METHOD:K3V2 with METHOD one of {', '.join(METHODS)}; "
-        f"options @pb=N @window=N @sink=N"
+        f"arms are exact, identity, all, {', '.join(fixed)}, or METHOD:K3V2 with METHOD one of "
+        f"{', '.join(paired)} or FILE.py:CLASS; options @pb=N @window=N @sink=N"
     )

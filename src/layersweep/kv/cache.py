@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from layersweep.kv.arms import EXACT_BITS, Arm
-from layersweep.kv.codec import Codec, Packed, role_bits, wants_mean
+from layersweep.kv.basis import Basis
+from layersweep.kv.codec import Codec, Packed, basis_for, role_bits, wants_mean
 from layersweep.kv.rotate import add_rows
 from layersweep.kv.stream import Stream
 
@@ -28,17 +29,20 @@ class Encoded:
     codec: Codec
     packed: Packed
     positions: Tensor
+    basis: Basis | None = None
     _decoded: Tensor | None = field(default=None, repr=False)
 
     def decoded(self, dtype: torch.dtype) -> Tensor:
         if self._decoded is None:
-            self._decoded = self.codec.decode(self.packed, self.positions).to(dtype)
+            decoded = self.codec.decode(self.packed, self.positions)
+            self._decoded = (self.basis.leave(decoded) if self.basis else decoded).to(dtype)
         return self._decoded
 
     def select(self, index: int) -> Encoded:
         """Sequence `index` of the batch alone, packed bytes in memory of their own."""
         packed = self.packed.slice_batch(index, index + 1).own_memory()
-        return Encoded(self.codec, packed, self.positions[index : index + 1].clone())
+        at = self.positions[index : index + 1].clone()
+        return Encoded(self.codec, packed, at, self.basis)
 
 
 Shared = dict[Hashable, Encoded]
@@ -73,15 +77,16 @@ class CachedStream:
         return CachedStream(self.dtype, head, middle, tail)
 
     @property
-    def nbits(self) -> int:
-        """Measured size: the codec's bytes of the middle, 16 bits per exact element."""
+    def nbits(self) -> float:
+        """Measured size: the codec's bytes of the middle, 16 bits per exact element. NaN where
+        somebody's own codec does not say."""
         exact = sum(part.numel() for part in (self.head, self.tail) if part is not None)
-        packed = 0 if self.middle is None else self.middle.codec.nbytes(self.middle.packed)
+        packed: float = 0 if self.middle is None else self.middle.codec.nbytes(self.middle.packed)
         return exact * _EXACT_ELEMENT_BITS + 8 * packed
 
     @property
-    def nbytes(self) -> int:
-        return self.nbits // 8
+    def nbytes(self) -> float:
+        return self.nbits / 8
 
     @property
     def elements(self) -> int:
@@ -117,9 +122,10 @@ def store(
     key = (codec.sharing_key(stream), stream.name, start, stop)
     if key not in shared:
         at = positions[:, start:stop]
-        middle = x[:, :, start:stop]
+        basis = basis_for(codec, stream)
+        middle = x[:, :, start:stop] if basis is None else basis.enter(x[:, :, start:stop])
         mean = channel_mean(middle[:, :, :mean_tokens]) if wants_mean(codec) else None
-        shared[key] = Encoded(codec, codec.encode(middle, stream, at, mean), at)
+        shared[key] = Encoded(codec, codec.encode(middle, stream, at, mean), at, basis)
     return CachedStream(
         x.dtype,
         head=x[:, :, :start] if start else None,

@@ -12,6 +12,8 @@ from layersweep.kv.stream import Stream
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from layersweep.kv.basis import Basis
+
 
 @dataclass(frozen=True)
 class Packed:
@@ -90,6 +92,8 @@ class Codec(Protocol):
       packed form is larger than its method's (`simulated`) counts the method's fixed-rate size.
     - `mean` [B, H, D] float16 is subtracted and stored by codecs with `wants_mean`; append uses the
       stored one. Others raise InputError.
+    - codecs with `wants_basis` are given x in the coordinates of stream.basis, where there is one,
+      by their caller, who turns back what they decode.
     """
 
     @property
@@ -116,8 +120,8 @@ class Codec(Protocol):
     def append(self, packed: Packed, x: Tensor, positions: Tensor) -> Packed:
         """`packed` followed by x [B,H,T,D] at `positions`."""
 
-    def nbytes(self, packed: Packed) -> int:
-        """Bytes of the packed form, rounded up once per tensor."""
+    def nbytes(self, packed: Packed) -> float:
+        """Bytes of the packed form, rounded up once per tensor; NaN where nobody can say."""
 
     def sharing_key(self, stream: Stream) -> Hashable:
         """Equal keys promise equal encodings of equal input: K3V2 and K4V2 share their values."""
@@ -129,6 +133,21 @@ class Codec(Protocol):
 def wants_mean(codec: Codec) -> bool:
     """Whether a codec subtracts a channel mean that its caller measures; most do not."""
     return bool(getattr(codec, "wants_mean", False))
+
+
+def wants_basis(codec: Codec) -> bool:
+    """Whether a codec spreads its error evenly, so that coordinates decide where it goes."""
+    return bool(getattr(codec, "wants_basis", False))
+
+
+def key_group(codec: Codec) -> int:
+    """Tokens whose keys are encoded together; until the last is there, all of them are exact."""
+    return int(getattr(codec, "key_group", 1))
+
+
+def basis_for(codec: Codec, stream: Stream) -> Basis | None:
+    """Coordinates in which `codec` wants this stream, None for those that it comes in."""
+    return stream.basis if wants_basis(codec) else None
 
 
 def role_bits(codec: Codec, stream: Stream) -> int:
@@ -151,3 +170,15 @@ def check_input(codec: Codec, x: Tensor, stream: Stream, mean: Tensor | None) ->
         )
     if mean is not None:
         raise InputError(f"{codec.method}: a channel mean was given, this method keeps none")
+
+
+def check_stream(codec: Codec, stream: Stream) -> None:
+    """Raise InputError unless `codec` takes the stream, before anything is run: one zero goes
+    through it. A stream with 16 bits stays exact and never gets there."""
+    import torch
+
+    if role_bits(codec, stream) < 16:
+        x, mean = torch.zeros(1, stream.heads, 1, stream.dim), None
+        if wants_mean(codec):
+            mean = torch.zeros(1, stream.heads, stream.dim, dtype=torch.float16)
+        codec.encode(x, stream, torch.zeros(1, 1, dtype=torch.long), mean)

@@ -16,7 +16,7 @@ import importlib.metadata
 import importlib.util
 import math
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,26 @@ ENTRY_POINTS = "layersweep.kv_codecs"
 HINT = "see `layersweep codec check --help` and docs/codecs.md for an example of 30 lines"
 
 Maker = Callable[[int, int], Any]
+
+
+@dataclass(frozen=True)
+class Held:
+    """What somebody's encode returned, of whatever type, for every sequence of a batch."""
+
+    sequences: tuple[Any, ...]
+    tokens: int
+    each: int  # numbers that one uncompressed sequence has
+
+    @property
+    def elements(self) -> int:
+        return len(self.sequences) * self.each
+
+    def slice_batch(self, start: int, stop: int) -> Held:
+        return replace(self, sequences=self.sequences[start:stop])
+
+    def own_memory(self) -> Held:
+        """Every sequence was encoded from a copy of its own."""
+        return self
 
 
 @dataclass(frozen=True)
@@ -60,11 +80,23 @@ class CustomCodec:
     def encode(
         self, x: Tensor, stream: Stream, positions: Tensor, mean: Tensor | None = None
     ) -> Any:
-        return self.inner.encode(x, stream, positions, mean)
+        """One sequence at a time, as a copy that the codec may keep or write into."""
+        held = [
+            self.inner.encode(
+                x[i : i + 1].clone(), stream, positions[i : i + 1],
+                None if mean is None else mean[i : i + 1],
+            )
+            for i in range(len(x))
+        ]  # fmt: skip
+        return Held(tuple(held), x.shape[2], x[:1].numel())
 
     def decode(self, packed: Any, positions: Tensor) -> Tensor:
-        decoded: Tensor = self.inner.decode(packed, positions)
-        return decoded
+        import torch
+
+        parts = [
+            self.inner.decode(one, positions[i : i + 1]) for i, one in enumerate(packed.sequences)
+        ]
+        return torch.cat(parts)
 
     def append(self, packed: Any, x: Tensor, positions: Tensor) -> Any:
         if not hasattr(self.inner, "append"):
@@ -72,15 +104,21 @@ class CustomCodec:
                 f"{self.method}: found no method `append`, needed one: a cache is to grow",
                 hint=HINT,
             )
-        return self.inner.append(packed, x, positions)
+        held = [
+            self.inner.append(one, x[i : i + 1].clone(), positions[i : i + 1])
+            for i, one in enumerate(packed.sequences)
+        ]
+        return Held(tuple(held), packed.tokens + x.shape[2], packed.each + x[:1].numel())
 
     def nbytes(self, packed: Any) -> float:
         """NaN where the codec cannot say."""
-        return self.inner.nbytes(packed) if hasattr(self.inner, "nbytes") else math.nan
+        if not hasattr(self.inner, "nbytes"):
+            return math.nan
+        return math.fsum(self.inner.nbytes(one) for one in packed.sequences)
 
     def sharing_key(self, stream: Stream) -> Hashable:
-        bits = self.value_bits if stream.role == "value" else self.key_bits
-        return (self.method, self.version, bits)
+        """Both numbers of bits: nobody knows whether its values depend on those of the keys."""
+        return (self.method, self.version, self.key_bits, self.value_bits)
 
     def identity(self) -> Codec:
         """Unknown transforms have no noise floor of their own: that of a plain rotation."""

@@ -48,6 +48,13 @@ def group_bits(bits: int) -> float:
     return math.log2(even_integers + levels**_GROUP)
 
 
+def fixed_rate_bytes(packed: Packed) -> int:
+    """An index per group of 8 and an fp16 scale per vector."""
+    vectors = packed.codes.shape[:3].numel()
+    groups = packed.dim // _GROUP
+    return math.ceil(vectors * (groups * group_bits(packed.bits) + _SCALE_BITS) / 8)
+
+
 @dataclass(frozen=True)
 class E8:
     """See the module's text. `v` is "0.6" or "0.5".
@@ -99,9 +106,7 @@ class E8:
         return out.view(packed.codes.shape)
 
     def nbytes(self, packed: Packed) -> int:
-        vectors = packed.codes.shape[:3].numel()
-        groups = packed.dim // _GROUP
-        return math.ceil(vectors * (groups * group_bits(packed.bits) + _SCALE_BITS) / 8)
+        return fixed_rate_bytes(packed)
 
     def sharing_key(self, stream: Stream) -> Hashable:
         return (self.method, self.v, role_bits(self, stream))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from layersweep.kv.arms import Arm
 from layersweep.kv.cache import channel_mean, keeps_exact
-from layersweep.kv.codec import Packed, wants_mean
+from layersweep.kv.codec import Packed, basis_for, wants_mean
 from layersweep.kv.stream import Stream
 
 MEAN_TOKENS = 128  # a channel mean comes from the first tokens that are coded, and is frozen
@@ -25,10 +25,13 @@ class GrowingStream:
     def __init__(self, arm: Arm, stream: Stream, layer: int, num_layers: int) -> None:
         self.arm, self.stream = arm, stream
         self.codec = None if keeps_exact(arm, stream, layer, num_layers) else arm.codec
+        self.basis = None if self.codec is None else basis_for(self.codec, stream)
         self.packed: Packed | None = None
         self.head: Tensor | None = None
         self.tail: Tensor | None = None
-        self.tokens = 0
+        self.tokens = 0  # in all
+        self.coded = 0  # in `packed`, for `batch` sequences
+        self.batch = 0
 
     def append(self, x_BHTD: Tensor) -> None:
         """Add tokens, keys before RoPE. Raises InputError for shapes that the codec cannot take."""
@@ -51,31 +54,37 @@ class GrowingStream:
         middle = None
         if self.packed is not None:
             assert self.codec is not None
-            batch, count = self.packed.codes.shape[0], self.packed.tokens
-            at = self._positions(batch, 0 if self.head is None else self.head.shape[2], count)
-            middle = self.codec.decode(self.packed, at).to(dtype)
+            at = self._positions(self.batch, self._first, self.coded)
+            decoded = self.codec.decode(self.packed, at)
+            middle = (self.basis.leave(decoded) if self.basis else decoded).to(dtype)
         parts = [part for part in (self.head, middle, self.tail) if part is not None]
         return torch.cat([part.to(dtype) for part in parts], dim=2)
 
     @property
-    def nbits(self) -> int:
+    def nbits(self) -> float:
         """Measured size, exact tokens at 16 bits an element."""
         exact = sum(part.numel() for part in (self.head, self.tail) if part is not None)
-        packed = 0
+        packed: float = 0
         if self.packed is not None and self.codec is not None:
             packed = self.codec.nbytes(self.packed)
         return exact * _EXACT_BITS + 8 * packed
 
     def _encode(self, x_BHTD: Tensor) -> None:
         assert self.codec is not None
-        first = 0 if self.head is None else self.head.shape[2]
+        if self.basis:
+            x_BHTD = self.basis.enter(x_BHTD)
+        at = self._positions(len(x_BHTD), self._first + self.coded, x_BHTD.shape[2])
         if self.packed is None:
             mean = channel_mean(x_BHTD[:, :, :MEAN_TOKENS]) if wants_mean(self.codec) else None
-            at = self._positions(len(x_BHTD), first, x_BHTD.shape[2])
             self.packed = self.codec.encode(x_BHTD, self.stream, at, mean)
-            return
-        at = self._positions(len(x_BHTD), first + self.packed.tokens, x_BHTD.shape[2])
-        self.packed = self.codec.append(self.packed, x_BHTD, at)
+        else:
+            self.packed = self.codec.append(self.packed, x_BHTD, at)
+        self.batch, self.coded = len(x_BHTD), self.coded + x_BHTD.shape[2]
+
+    @property
+    def _first(self) -> int:
+        """Position of the first token that went through the codec."""
+        return 0 if self.head is None else self.head.shape[2]
 
     def _positions(self, batch: int, first: int, count: int) -> Tensor:
         return torch.arange(first, first + count).expand(batch, count)

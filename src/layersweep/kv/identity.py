@@ -19,6 +19,7 @@ class Identity:
 
     of: str
     randomized: bool
+    wants_basis: bool = False
 
     method = "identity"
     version = "1"

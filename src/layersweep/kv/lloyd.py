@@ -195,7 +195,7 @@ def _kernels(device: torch.device, dtype: torch.dtype, dim: int) -> Kernels | No
 
     try:
         kernels = load_kernels(device, dtype)
-        kernels.compile_lloyd(dim)
+        kernels.compile_vectors("lloyd", dim)
     except KernelError:
         return None
     return kernels

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from layersweep.kv.basis import Basis
 
 Role = Literal["key", "value", "latent"]
 
@@ -14,7 +17,8 @@ class Stream:
 
     `rope` says that the model rotates this stream by position after it has been read (a codec
     always sees it before that rotation). `window` is the number of past tokens that the layer
-    can attend to, None for all.
+    can attend to, None for all. `basis`: the layer's own coordinates for it, None for those that
+    it comes in; for codecs with `wants_basis`.
     """
 
     name: str
@@ -23,3 +27,12 @@ class Stream:
     role: Role
     rope: bool
     window: int | None = None
+    basis: Basis | None = None
+
+
+def keys_and_values(heads: int, dim: int) -> tuple[Stream, Stream]:
+    """What an attention layer with rotary keys keeps, `heads` its KV heads."""
+    return (
+        Stream("k", heads, dim, role="key", rope=True),
+        Stream("v", heads, dim, role="value", rope=False),
+    )

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from layersweep.checkpoint.config import ModelConfig
 from layersweep.kv.arms import Arm
+from layersweep.kv.basis import Basis, key_basis
 from layersweep.kv.cache import CachedStream, Shared, store
-from layersweep.kv.stream import Stream
+from layersweep.kv.codec import key_group, wants_basis
+from layersweep.kv.stream import Stream, keys_and_values
 from layersweep.model import maths
 from layersweep.model.compute import Compute, Scratch
 from layersweep.sweep.dense import DenseWeights
@@ -36,6 +39,7 @@ class LayerContext:
 
     config: ModelConfig
     layer: int
+    weights: DenseWeights
     cos: Tensor
     sin: Tensor
     compute: Compute
@@ -44,14 +48,17 @@ class LayerContext:
     cache_bits: dict[tuple[str, str], list[float]]
     # (sequence, branch, layer) -> cache; None in evaluations, which drop a layer's K/V
     caches: dict[tuple[int, int, int], BranchCache] | None = None
-    streams: tuple[Stream, Stream] = field(init=False)
 
-    def __post_init__(self) -> None:
-        heads, dim = self.config.num_key_value_heads, self.config.head_dim
-        self.streams = (
-            Stream("k", heads, dim, role="key", rope=True),
-            Stream("v", heads, dim, role="value", rope=False),
-        )
+    def streams(self, arm: Arm) -> tuple[Stream, Stream]:
+        """Keys, with the layer's own coordinates where the arm asks for them, and values."""
+        keys, values = keys_and_values(self.config.num_key_value_heads, self.config.head_dim)
+        wanted = arm.codec is not None and wants_basis(arm.codec)
+        return (replace(keys, basis=self.basis) if wanted else keys), values
+
+    @cached_property
+    def basis(self) -> Basis:
+        weights = self.weights
+        return key_basis(weights.q_proj, weights.k_proj, weights.input_norm, self.config.head_dim)
 
     def rope(self, x_BHTD: Tensor, first: int, out: Tensor) -> Tensor:
         return self.compute.ops.rope(x_BHTD, self.cos, self.sin, first, out)
@@ -62,7 +69,7 @@ class LayerContext:
         return self.scratch.take(batch, heads, tokens, dim, dtype=self.compute.dtype)
 
 
-def visit_attention(state: TileState, weights: DenseWeights, context: LayerContext) -> None:
+def visit_attention(state: TileState, context: LayerContext) -> None:
     """Attention and routing of one tile; the tile's hidden states are updated in place.
 
     It goes group by group, so that projections are held for a few sequences at a time.
@@ -70,17 +77,16 @@ def visit_attention(state: TileState, weights: DenseWeights, context: LayerConte
     routed = []
     for group in state.groups:
         with context.scratch.frame():
-            routed.append(_visit_group(state, group, weights, context))
+            routed.append(_visit_group(state, group, context))
     logits, share, experts = (torch.cat(parts) for parts in zip(*routed, strict=True))
     state.router_logits = logits
     state.routing = Routing.of(experts, share, context.config.num_local_experts)
 
 
-def _visit_group(
-    state: TileState, group: Group, weights: DenseWeights, context: LayerContext
-) -> tuple[Tensor, ...]:
+def _visit_group(state: TileState, group: Group, context: LayerContext) -> tuple[Tensor, ...]:
     """Router logits, weights and experts of a group's rows, after their attention."""
-    config, ops, dtype = context.config, context.compute.ops, context.compute.dtype
+    config, weights = context.config, context.weights
+    ops, dtype = context.compute.ops, context.compute.dtype
     hidden, eps = state.hidden[group.start : group.stop], config.rms_norm_eps
     count, take = len(hidden), context.scratch.take
     normed = take(count, config.hidden_size, dtype=dtype)
@@ -190,7 +196,7 @@ def _store(
     layers = context.config.num_hidden_layers
     stored = [
         store(arm, x, stream, positions, context.layer, layers, shared, mean_tokens)
-        for x, stream in zip(kv, context.streams, strict=True)
+        for x, stream in zip(kv, context.streams(arm), strict=True)
     ]
     counted = context.cache_bits.setdefault((tile_name, arm.name), [0.0, 0.0])
     counted[0] += sum(stream.nbits for stream in stored)
@@ -231,25 +237,31 @@ def _keep(
 def _attend_streaming(
     tile_name: str, branch: Branch, q: Tensor, kv: tuple[Tensor, Tensor], context: LayerContext
 ) -> Tensor:
-    """Every token reads the decoded K/V of every earlier token and of itself; with
-    `@window=W`, the last W tokens (itself included) exactly."""
-    tokens, window = q.shape[2], branch.arm.window
+    """Every token reads the decoded K/V of every earlier token and of itself; with `@window=W`,
+    the last W tokens (itself included) exactly, and exactly too the keys that wait until a group
+    of theirs is full."""
+    tokens, arm = q.shape[2], branch.arm
+    group = 1 if arm.codec is None else key_group(arm.codec)
     attention = context.compute.attention
-    stored = _store(tile_name, branch.arm, kv, {}, context, STREAMING_MEAN)
+    stored = _store(tile_name, arm, kv, {}, context, STREAMING_MEAN)
     q = context.rope(q, 0, q)
-    keys = context.take_like(kv[0], 2 * tokens if window else tokens)
-    if not window:
+    parts = 1 + (group > 1) + (arm.window > 0)
+    keys = context.take_like(kv[0], parts * tokens)
+    if parts == 1:
         return attention(q, context.rope(stored[0].decoded(), 0, keys), stored[1].decoded())
-    coded = _store("uncounted", replace(branch.arm, window=0), kv, {}, context, STREAMING_MEAN)
-    context.rope(coded[0].decoded(), 0, keys[:, :, :tokens])
-    context.rope(kv[0], 0, keys[:, :, tokens:])
-    values = torch.cat((coded[1].decoded(), kv[1]), dim=2)
+    coded = _store("uncounted", replace(arm, window=0), kv, {}, context, STREAMING_MEAN)
+    values = [coded[1].decoded()] * (1 + (group > 1)) + [kv[1]] * (arm.window > 0)
+    for part, own in enumerate(keys.chunk(parts, dim=2)):
+        context.rope(kv[0] if part else coded[0].decoded(), 0, own)
+    together = torch.cat(values, dim=2)
     key_at = torch.arange(tokens, device=q.device)
     pieces = []
     for first in range(0, tokens, QUERY_CHUNK):
         at = key_at[first : first + QUERY_CHUNK, None]
-        far = key_at <= at - window
-        near = (key_at > at - window) & (key_at <= at)
-        mask = torch.cat((far, near), dim=1)
-        pieces.append(attention(q[:, :, first : first + QUERY_CHUNK], keys, values, mask))
+        left = (at + 1 - arm.sink - arm.window).clamp(min=0)  # tokens that have left the window
+        exact_keys, exact_values = arm.sink + left // group * group, arm.sink + left
+        far, near = key_at < exact_keys, key_at >= exact_values
+        masks = [far, ~far & ~near, near] if group > 1 else [far, near]
+        mask = torch.cat(masks[:parts], dim=1) & (key_at <= at).repeat(1, parts)
+        pieces.append(attention(q[:, :, first : first + QUERY_CHUNK], keys, together, mask))
     return torch.cat(pieces, dim=2)

@@ -25,7 +25,6 @@ class DenseWeights:
         hidden, inner = config.hidden_size, config.intermediate_size
         heads = config.num_attention_heads * config.head_dim
         kv = config.num_key_value_heads * config.head_dim
-        self._heads, self._kv = heads, kv
         shapes = {
             "w13": (2 * inner, hidden), "w2": (hidden, inner), "qkv": (heads + 2 * kv, hidden),
             "o_proj": (hidden, heads), "router": (config.num_local_experts, hidden),
@@ -37,6 +36,8 @@ class DenseWeights:
             views[name] = self._memory[start:end].view(shape)
         self.w13, self.w2 = views["w13"], views["w2"]
         self.qkv, self.o_proj, self.router = views["qkv"], views["o_proj"], views["router"]
+        self.q_proj, self.k_proj = self.qkv[:heads], self.qkv[heads : heads + kv]
+        self.v_proj = self.qkv[heads + kv :]
         self.input_norm = views["input_norm"]
         self.post_attention_norm = views["post_attention_norm"]
         vocabulary = (config.vocab_size, hidden)
@@ -45,12 +46,8 @@ class DenseWeights:
         self.norm = self._memory[last : last + hidden]
 
     def fill_attention(self, block: Block) -> None:
-        heads, kv = self._heads, self._kv
-        parts = {"q_proj": self.qkv[:heads], "k_proj": self.qkv[heads : heads + kv],
-                 "v_proj": self.qkv[heads + kv :]}  # fmt: skip
-        for key in ("o_proj", "router", "input_norm", "post_attention_norm"):
-            parts[key] = getattr(self, key)
-        self._fill(block, parts)
+        keys = ("q_proj", "k_proj", "v_proj", "o_proj", "router", "input_norm")
+        self._fill(block, {key: getattr(self, key) for key in (*keys, "post_attention_norm")})
 
     def fill_expert(self, block: Block) -> None:
         inner = self.w2.shape[1]

@@ -172,11 +172,11 @@ class _Sweep:
         done: Callable[[], None] = lambda: None,
     ) -> None:
         context = LayerContext(
-            self.config, layer, self.cos, self.sin, self.compute, self.scratch,
+            self.config, layer, self.weights, self.cos, self.sin, self.compute, self.scratch,
             self.record.cache_bits, caches,
         )  # fmt: skip
         for state in states:
-            visit_attention(state, self.weights, context)
+            visit_attention(state, context)
             done()
         Routing.settle([state.routing for state in states if state.routing])
 

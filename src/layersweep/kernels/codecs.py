@@ -1,0 +1,212 @@
+"""Kernels of the KV codecs. They are compiled for a head size D, a multiple of 8 up to 256."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from layersweep.kernels.nvrtc import KernelError
+from layersweep.kernels.runtime import Argument
+
+# Trellis codes that have kernels: bits of a state, bits of a symbol.
+TRELLIS_CODES = tuple((window, bits) for window in (8, 10) for bits in (1, 2, 3, 4))
+CODEC_LAYOUTS: dict[str, dict[str, str]] = {
+    "lloyd": {
+        **dict.fromkeys(("lloyd_encode", "lloyd_encode_f32"), "6Pqi"),
+        **dict.fromkeys(("lloyd_decode", "lloyd_decode_f32"), "5Pqi"),
+    },
+    "trellis": {
+        **dict.fromkeys(("trellis_scale", "trellis_scale_f32"), "7P2q"),
+        **{f"trellis_encode_{window}_{bits}": "3Pq" for window, bits in TRELLIS_CODES},
+        **{f"trellis_decode_{window}_{bits}": "7P2q" for window, bits in TRELLIS_CODES},
+    },
+}
+MAX_VECTOR = 256
+_VECTORS = 32  # of a block of 256 threads, see rotation.cuh
+_DECODER_BLOCKS = 4096  # at most: each builds its own table
+
+
+class Launcher(Protocol):
+    """Runs a kernel of one source; a Module on a GPU, an emulator in the tests."""
+
+    def launch(
+        self, name: str, grid: tuple[int, int, int], block: int, args: Sequence[Argument]
+    ) -> None: ...
+
+
+class Modules(Protocol):
+    """Compiles source `name` when it is first used. `dim`: head size, of lloyd and trellis."""
+
+    def __call__(self, name: str, dim: int = 0) -> Launcher: ...
+
+
+class CodecKernels:
+    """The part of `Kernels` that serves kv/: N vectors of D numbers, N = batch x heads x tokens.
+
+    weights float32 [D] are rotate.rotation_weights everywhere. T: the module's compute dtype.
+    """
+
+    def __init__(self, dtype: torch.dtype, module: Modules) -> None:
+        self.dtype = dtype
+        self._module = module
+
+    def compile_vectors(self, name: str, dim: int) -> None:
+        """Compile "lloyd" or "trellis" for head size `dim` now. Raises KernelError."""
+        if dim % 8 or not 8 <= dim <= MAX_VECTOR:
+            raise KernelError(f"vectors of {dim}: kernels take multiples of 8 up to {MAX_VECTOR}")
+        self._module(name, dim)
+
+    def lloyd_encode(
+        self, x: Tensor, bits: int, weights: Tensor, middles: Tensor, nearest: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """x [N, D] (T or float32) -> codes uint8 [N, D bits / 8], scale float16 [N].
+
+        As kv.lloyd._encode_rows in torch on this device. middles [2^(bits-1) - 1] and nearest
+        [2^(bits-1)], float32, are lloyd.boundaries and lloyd.nearest_values.
+        """
+        count, dim = x.shape
+        assert x.is_contiguous() and 1 <= bits <= 8
+        for table, size in ((weights, dim), (middles, 2 ** (bits - 1) - 1)):
+            same(table, torch.float32)
+            assert table.numel() == size
+        same(nearest, torch.float32)
+        assert nearest.numel() == 2 ** (bits - 1)
+        codes = torch.empty(count, dim * bits // 8, dtype=torch.uint8, device=x.device)
+        scale = torch.empty(count, dtype=torch.float16, device=x.device)
+        args = (x, weights, middles, nearest, codes, scale, count, bits)
+        self._vectors("lloyd", "lloyd_encode" + self._suffix(x), x, args)
+        return codes, scale
+
+    def lloyd_decode(
+        self, codes: Tensor, scale: Tensor, bits: int, weights: Tensor, levels: Tensor, out: Tensor
+    ) -> None:
+        """Fill out [N, D] (T or float32) from what lloyd_encode returned, as Lloyd.decode does.
+
+        levels float32 [2^bits] are lloyd.signed_levels.
+        """
+        count, dim = out.shape
+        same(codes, torch.uint8)
+        same(scale, torch.float16)
+        same(weights, torch.float32)
+        same(levels, torch.float32)
+        assert out.is_contiguous()
+        assert codes.shape == (count, dim * bits // 8) and scale.numel() == count
+        assert weights.numel() == dim and levels.numel() == 2**bits
+        args = (codes, scale, weights, levels, out, count, bits)
+        self._vectors("lloyd", "lloyd_decode" + self._suffix(out), out, args)
+
+    def trellis_scale(
+        self,
+        x: Tensor,
+        mean: Tensor | None,
+        weights: Tensor,
+        thresholds: Tensor,
+        inverse: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """x [N, D] (T or float32) -> u float32 [N, D], scale uint8 [N], as kv.trellis._scale_rows.
+
+        mean float16 [M, D], N a multiple of M: each for N / M vectors, or None; thresholds float32
+        [255] and inverse float32 [256] are trellis.thresholds and trellis.inverse_scales.
+        """
+        count, dim = x.shape
+        assert x.is_contiguous() and weights.numel() == dim
+        assert thresholds.numel() == 255 and inverse.numel() == 256
+        for table in (weights, thresholds, inverse):
+            same(table, torch.float32)
+        u = torch.empty(count, dim, dtype=torch.float32, device=x.device)
+        scale = torch.empty(count, dtype=torch.uint8, device=x.device)
+        args = (x, mean, weights, thresholds, inverse, u, scale, count, _tokens(mean, count, dim))
+        self._vectors("trellis", "trellis_scale" + self._suffix(x), x, args)
+        return u, scale
+
+    def trellis_encode(self, u: Tensor, bits: int, levels: Tensor) -> Tensor:
+        """u float32 [N, D] -> codes uint8 [N, D bits / 8], as kv.trellis_search finds them.
+
+        levels float32 [2^L] with (L, bits) of TRELLIS_CODES, D bits >= L. u starts at a multiple
+        of 16 bytes.
+        """
+        count, dim = u.shape
+        window = _window(levels, bits, dim)
+        same(u, torch.float32)
+        assert u.data_ptr() % 16 == 0
+        codes = torch.empty(count, dim * bits // 8, dtype=torch.uint8, device=u.device)
+        if count:
+            vectors = 4 if window == 8 else 2  # of a block, see trellis.cu
+            name, grid = f"trellis_encode_{window}_{bits}", (-(-count // vectors), 1, 1)
+            self._module("trellis", dim).launch(name, grid, 64, (u, levels, codes, count))
+        return codes
+
+    def trellis_decode(
+        self,
+        codes: Tensor,
+        scale: Tensor,
+        mean: Tensor | None,
+        bits: int,
+        levels: Tensor,
+        scales: Tensor,
+        weights: Tensor,
+        out: Tensor,
+    ) -> None:
+        """Fill out float32 [N, D] from what trellis_scale and trellis_encode returned.
+
+        As kv.trellis._decode_rows. levels as in trellis_encode; scales float32 [256] are
+        trellis.scale_values; mean as in trellis_scale.
+        """
+        count, dim = out.shape
+        width, window = dim * bits // 8, _window(levels, bits, dim)
+        same(codes, torch.uint8)
+        same(scale, torch.uint8)
+        same(scales, torch.float32)
+        same(weights, torch.float32)
+        same(out, torch.float32)
+        assert codes.shape == (count, width) and scale.numel() == count
+        assert weights.numel() == dim and scales.numel() == 256
+        assert codes.data_ptr() % min(16, width & -width) == 0  # that of any row of a new tensor
+        tokens = _tokens(mean, count, dim)
+        args = (codes, scale, mean, levels, scales, weights, out, count, tokens)
+        name = f"trellis_decode_{window}_{bits}"
+        self._vectors("trellis", name, out, args, _DECODER_BLOCKS)
+
+    def _suffix(self, vectors: Tensor) -> str:
+        assert vectors.dtype in (self.dtype, torch.float32)
+        return "" if vectors.dtype == self.dtype else "_f32"
+
+    def _vectors(
+        self,
+        module: str,
+        name: str,
+        vectors: Tensor,
+        args: Sequence[Argument],
+        most_blocks: int = 2**31 - 1,
+    ) -> None:
+        count, dim = vectors.shape
+        assert dim % 8 == 0 and 8 <= dim <= MAX_VECTOR
+        if count:
+            grid = (min(-(-count // _VECTORS), most_blocks), 1, 1)
+            self._module(module, dim).launch(name, grid, 256, args)
+
+
+def same(tensor: Tensor, dtype: torch.dtype) -> None:
+    """Assert the type, and that the tensor is contiguous."""
+    assert tensor.dtype == dtype and tensor.is_contiguous(), (tensor.dtype, tensor.stride(), dtype)
+
+
+def _tokens(mean: Tensor | None, count: int, dim: int) -> int:
+    """Vectors for each row of the mean."""
+    if mean is None:
+        return 1
+    same(mean, torch.float16)
+    assert mean.dim() == 2 and mean.shape[1] == dim and count % len(mean) == 0
+    return max(1, count // len(mean))
+
+
+def _window(levels: Tensor, bits: int, dim: int) -> int:
+    """Bits of a state of the trellis with these levels."""
+    same(levels, torch.float32)
+    window = levels.numel().bit_length() - 1
+    assert levels.numel() == 2**window and (window, bits) in TRELLIS_CODES, (levels.shape, bits)
+    assert dim % 8 == 0 and dim <= MAX_VECTOR and dim * bits >= window, (dim, bits)
+    return window

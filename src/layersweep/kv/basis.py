@@ -1,0 +1,77 @@
+"""Coordinates for keys in which an error matters alike in every direction, from weights alone.
+
+A codec that rotates spreads its error evenly over a head vector. Keys vary far more in some
+directions than in others, and queries look at some more than at others. With x' = A x, coded with
+an even error and turned back, the error of scores, tr(Q E), is smallest where M = A^T A satisfies
+    M C M = Q,   C the covariance of keys, Q that of queries
+(minimum of tr(M C) tr(Q M^-1)). A = (L^T C L)^(-1/4) L^T with Q = L L^T is one such A.
+
+Nothing is measured and nothing is stored: a reader of the cache has the model. Behind RMSNorm with
+weights g, hidden states are taken as white, so C = W_k diag(g^2) W_k^T for each KV head. Queries
+meet keys turned by every distance; of their covariance only the mean over each RoPE pair is kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Of the mean variance, added to every direction: what weights do not show must not be blown up.
+FLOOR = 0.01
+_STEPS = 24  # Newton-Schulz squares its error; conditions up to D / FLOOR need 18 steps
+
+
+@dataclass(frozen=True, eq=False)
+class Basis:
+    """into, back float32 [H, D, D]: x' = x @ into, x = x' @ back for x [B, H, T, D]."""
+
+    into: Tensor
+    back: Tensor
+
+    def enter(self, x_BHTD: Tensor) -> Tensor:
+        """The same vectors in these coordinates, float32."""
+        return x_BHTD.float() @ self.into
+
+    def leave(self, x_BHTD: Tensor) -> Tensor:
+        return x_BHTD @ self.back
+
+
+def key_basis(q_proj: Tensor, k_proj: Tensor, norm: Tensor, dim: int) -> Basis:
+    """q_proj [Q D, H], k_proj [G D, H], norm [H] of the layer's input, `dim` D -> Basis of G heads.
+
+    Works on the weights' device without waiting for it.
+    """
+    groups = len(k_proj) // dim
+    keys, queries = [], []
+    for q, k in zip(q_proj.chunk(groups), k_proj.chunk(groups), strict=True):
+        k = k.float() * norm.float()
+        keys.append(k @ k.t())
+        queries.append(
+            (q.float() * norm.float()).square().sum(1).view(-1, 2, dim // 2).mean((0, 1))
+        )
+    seen = torch.stack(queries).double().repeat(1, 2)
+    scale = (seen / seen.mean(1, keepdim=True).clamp(min=1e-30)).clamp(min=FLOOR).sqrt()  # L
+    covariance = torch.stack(keys).double() * scale.unsqueeze(2) * scale.unsqueeze(1)
+    eye = torch.eye(dim, dtype=torch.float64, device=norm.device)
+    variance = covariance.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-30)
+    root, _ = square_roots(covariance / variance.view(-1, 1, 1) + FLOOR * eye)
+    fourth, inverse_fourth = square_roots(root)
+    into, back = scale.unsqueeze(2) * inverse_fourth, fourth / scale.unsqueeze(1)
+    return Basis(into.float().contiguous(), back.float().contiguous())
+
+
+def square_roots(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric positive [N, D, D] float64 -> its square root and the inverse of that.
+
+    Coupled Newton-Schulz: products alone, where an eigenvalue solver on a GPU makes the host wait
+    in every layer. Higham, "Functions of Matrices" (2008), section 6.
+    """
+    size = matrix.diagonal(dim1=1, dim2=2).sum(1).view(-1, 1, 1)  # no eigenvalue is above it
+    eye = torch.eye(matrix.shape[1], dtype=matrix.dtype, device=matrix.device)
+    root, inverse = matrix / size, eye.expand_as(matrix)
+    for _ in range(_STEPS):
+        step = (3 * eye - inverse @ root) / 2
+        root, inverse = root @ step, step @ inverse
+    return root * size.sqrt(), inverse / size.sqrt()

@@ -1,0 +1,151 @@
+"""`int4`, `int2`: the arithmetic of transformers' QuantizedCache with the quanto backend.
+
+For every group of consecutive channels of a head vector (64 by default), with L = 2^bits - 1:
+    zero = min(x), scale = (max(x) - min(x)) / L        both fp16
+    code = round((x - zero) / scale), kept within 0 ... L
+    x^ = scale * code + zero
+Bits per element: bits + 32 / group. At group 64: int4 4.5, int2 2.5.
+
+Source: MaxOptimizer and quantize_affine of optimum-quanto 0.2.7 with a floating shift (-zero), as
+QuantoQuantizedLayer of transformers 5.24 calls them (axis 0, q_group_size 64): affine, groups of
+consecutive numbers of the flat [B,H,T,D] tensor. What differs: quanto computes in the model's
+dtype, here float32 with fp16 scale and zero; its groups may run on into the next token, here a
+group that does not divide the head size is refused; QuantizedCache keeps up to 128 recent tokens
+exact (write @window=128) and quantizes everything again when they are full, here once; it gets
+keys after RoPE, here they come before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from layersweep.errors import InputError
+from layersweep.kv.codec import Codec, Packed, check_input, join_tokens, role_bits
+from layersweep.kv.identity import Identity
+from layersweep.kv.packing import pack_bits, unpack_bits
+from layersweep.kv.rotate import max_rows, row_chunks
+from layersweep.kv.stream import Stream
+
+# Adding and subtracting it rounds a float32 below 2^22 to the nearest integer, halves to even;
+# torch.round does the same and wakes all of torch's threads for any size.
+ROUNDER = 1.5 * 2**23
+SMALLEST_HALF = 2.0**-24  # divides where a scale has become 0; the vector then decodes to 0 or zero
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """See the module's text. Packed holds, per vector: codes, then fp16 scales, then fp16 zeros."""
+
+    key_bits: int
+    value_bits: int
+    group: str = "64"
+
+    version = "1"
+    simulated = False
+    encoder = "torch"
+
+    @property
+    def method(self) -> str:
+        return f"int{self.key_bits}"
+
+    def encode(
+        self, x: Tensor, stream: Stream, positions: Tensor, mean: Tensor | None = None
+    ) -> Packed:
+        check_input(self, x, stream, mean)
+        check_groups(self, stream, int(self.group), "smaller groups: @group=32")
+        return encode_tokens(x, role_bits(self, stream), int(self.group))
+
+    def append(self, packed: Packed, x: Tensor, positions: Tensor) -> Packed:
+        return join_tokens([packed, encode_tokens(x, packed.bits, int(self.group))])
+
+    def decode(self, packed: Packed, positions: Tensor) -> Tensor:
+        return decode_tokens(packed, int(self.group))
+
+    def nbytes(self, packed: Packed) -> int:
+        return packed.codes.numel()
+
+    def sharing_key(self, stream: Stream) -> Hashable:
+        return (self.method, self.group, role_bits(self, stream))
+
+    def identity(self) -> Codec:
+        return Untransformed(of=self.method)
+
+
+@dataclass(frozen=True)
+class Untransformed(Identity):
+    """The identity of a codec that transforms nothing: its noise floor is 0."""
+
+    randomized: bool = False
+
+    def _encode(self, x: Tensor) -> Packed:
+        codes = x.to(torch.float32, copy=True)
+        return Packed(bits=16, dim=x.shape[3], codes=codes, scale=None)
+
+    def decode(self, packed: Packed, positions: Tensor) -> Tensor:
+        return packed.codes
+
+
+def check_groups(codec: Codec, stream: Stream, size: int, hint: str) -> None:
+    """Raise InputError unless groups of `size` channels fill a head vector of the stream."""
+    if stream.dim % size:
+        raise InputError(
+            f"{codec.method}: stream '{stream.name}' has head size {stream.dim}, needed a "
+            f"multiple of {size}",
+            hint=hint,
+        )
+
+
+def encode_tokens(x: Tensor, bits: int, size: int) -> Packed:
+    """x [B,H,T,D] in groups of `size` channels -> Packed of D bits / 8 + 4 D / size bytes each."""
+    batch, heads, tokens, dim = x.shape
+    flat = x.reshape(-1, dim)
+    width = dim * bits // 8 + 4 * (dim // size)
+    codes = torch.empty(len(flat), width, dtype=torch.uint8, device=x.device)
+    for rows in row_chunks(len(flat), dim, x.device):
+        count = rows.stop - rows.start
+        parts = encode_groups(flat[rows].reshape(-1, size).t(), bits)
+        codes[rows] = torch.cat([part.view(torch.uint8).view(count, -1) for part in parts], dim=1)
+    return Packed(bits, dim, codes.view(batch, heads, tokens, width), scale=None)
+
+
+def decode_tokens(packed: Packed, size: int) -> Tensor:
+    """Inverse of encode_tokens: [B,H,T,D] float32."""
+    flat = packed.codes.reshape(-1, packed.codes.shape[3])
+    groups = packed.dim // size
+    code_bytes = packed.dim * packed.bits // 8
+    out = torch.empty(len(flat), packed.dim, dtype=torch.float32, device=flat.device)
+    for rows in row_chunks(len(flat), packed.dim, flat.device):
+        codes, scale, zero = torch.split(flat[rows], [code_bytes, 2 * groups, 2 * groups], dim=1)
+        x_SN = decode_groups(
+            codes.reshape(-1, size * packed.bits // 8), halves(scale), halves(zero), packed.bits
+        )
+        out[rows] = x_SN.t().reshape(-1, packed.dim)
+    return out.view(*packed.codes.shape[:3], packed.dim)
+
+
+def halves(two_bytes: Tensor) -> Tensor:
+    """uint8 bytes of fp16 numbers, of any shape -> the numbers [N]."""
+    return two_bytes.reshape(-1).clone().view(torch.float16)
+
+
+def encode_groups(x_SN: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Groups in columns, x [S, N] -> codes [N, S bits / 8] uint8, scale [N], zero [N] float16.
+
+    Codes are made for the rounded scale and zero that a reader has. NaN and infinity end in scale
+    or zero: max_rows keeps them.
+    """
+    x = torch.empty(x_SN.shape, dtype=torch.float32, device=x_SN.device).copy_(x_SN)
+    low, high, last = -max_rows(-x), max_rows(x), 2**bits - 1
+    scale, zero = ((high - low) / last).to(torch.float16), low.to(torch.float16)
+    x.sub_(zero.float()).div_(scale.float().clamp_(min=SMALLEST_HALF))
+    codes = x.add_(ROUNDER).sub_(ROUNDER).clamp_(0, last).int()
+    return pack_bits(codes, bits), scale, zero
+
+
+def decode_groups(codes: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
+    """Inverse of encode_groups, x^ [S, N] float32."""
+    return unpack_bits(codes, bits).float().mul_(scale.float()).add_(zero.float())
