@@ -25,6 +25,12 @@ def weights(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     return uneven(HEADS * DIM), torch.cat([uneven(DIM) for _ in range(GROUPS)]), norm
 
 
+def spread(metric: Tensor, c: Tensor, seen: Tensor) -> float:
+    """How far M C M / Q is from the same in all directions."""
+    directions = torch.linalg.eigvals(metric @ c @ metric / seen).real
+    return (torch.quantile(directions, 0.9) / torch.quantile(directions, 0.5)).item()
+
+
 def test_square_roots_equal_those_of_an_eigenvalue_solver() -> None:
     a = torch.randn(3, DIM, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     matrix = a @ a.transpose(1, 2) / DIM + FLOOR * torch.eye(DIM, dtype=torch.float64)
@@ -50,14 +56,9 @@ def test_it_solves_the_equation_that_it_comes_from() -> None:
         k = (k_proj.view(GROUPS, DIM, HIDDEN)[group] * norm).double()
         q = (q_proj.view(GROUPS, -1, 2, DIM // 2, HIDDEN)[group] * norm).double()
         seen = q.square().sum(-1).mean((0, 1)).repeat(2)
-
-        def spread(metric: Tensor, c: Tensor = k @ k.t(), seen: Tensor = seen) -> float:
-            directions = torch.linalg.eigvals(metric @ c @ metric / seen).real
-            return (torch.quantile(directions, 0.9) / torch.quantile(directions, 0.5)).item()
-
         into = basis.into[group].double()
-        assert spread(torch.eye(DIM, dtype=torch.float64)) > 20
-        assert spread(into @ into.t()) < 3
+        assert spread(torch.eye(DIM, dtype=torch.float64), k @ k.t(), seen) > 20
+        assert spread(into @ into.t(), k @ k.t(), seen) < 3
 
 
 def test_scores_lose_less_in_it() -> None:
