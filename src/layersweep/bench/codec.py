@@ -65,7 +65,7 @@ def bench_codecs(arms: Sequence[str], bench: Bench, say: Callable[[str], None]) 
         rows.append({
             "job": arm.name,
             "simulated": arm.simulated,
-            "encoder": arm.encoder,
+            "encoder": arm.encoder_on(bench.device),
             **distortion(arm, bench),
             "key_kl": key_divergence(arm, bench),
             **speeds(arm, bench),

@@ -31,10 +31,10 @@ CONTROL_WINDOWS = 4
 NAME = "perplexity"
 
 
-def arm_info(arm: Arm) -> ArmInfo:
+def arm_info(arm: Arm, device: torch.device) -> ArmInfo:
     return ArmInfo(
         arm.name, arm.requested, arm.method, arm.key_bits, arm.value_bits,
-        arm.codec_version or "", arm.simulated, arm.encoder,
+        arm.codec_version or "", arm.simulated, arm.encoder_on(device),
     )  # fmt: skip
 
 
@@ -129,13 +129,17 @@ class PerplexityJob:
         self._scored.clear()
 
     def measurements(
-        self, bits: dict[str, float | None], nonfinite: set[str], seed: int
+        self,
+        bits: dict[str, float | None],
+        nonfinite: set[str],
+        seed: int,
+        device: torch.device,
     ) -> PerplexityMeasurements:
         """Everything measured, for `summarize_perplexity`. `nonfinite` names dropped arms."""
         infos = [WindowInfo(w.index, w.article, w.tokens_sha) for w in self.windows]
         return PerplexityMeasurements(
             windows=infos,
-            arms=[arm_info(arm) for arm in self.arms],
+            arms=[arm_info(arm, device) for arm in self.arms],
             nll=self.nll,
             kl=self.kl,
             top1={name: float(share.mean()) for name, share in self.agree.items()},

@@ -31,7 +31,10 @@ def build_results(study: Study, outcome: Outcome, *, status: str, command: str) 
         if measured and study.perplexity:
             perplexity = summarize_perplexity(
                 study.perplexity.measurements(
-                    _bits(study, outcome), _nonfinite(study, outcome), study.settings.seed
+                    _bits(study, outcome),
+                    _nonfinite(study, outcome),
+                    study.settings.seed,
+                    study.model.compute.device,
                 )
             )
         if measured and study.needle:

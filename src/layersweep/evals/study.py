@@ -45,6 +45,9 @@ from layersweep.sweep.sequences import Sequence, Tile
 Caches = dict[tuple[int, int, int], BranchCache]
 
 
+SLOW = "on a CPU it needs numba; on a GPU kernels are for 1 to 4 bits and need NVRTC"
+
+
 @dataclass
 class Study:
     """A prepared evaluation: its jobs, tiles and plan."""
@@ -67,6 +70,12 @@ class Study:
         """Everything that is known before the run to be done in a simpler way than wanted."""
         notes = self.tokenizer.notes
         found = [Fallback("tokenizer", "tokenizer.json", "see why", note) for note in notes]
+        device = self.model.compute.device
+        found += [
+            Fallback(f"encoder of {arm.name}", "a compiled search", "plain torch, slower", SLOW)
+            for arm in self.arms
+            if arm.method == "trellis" and arm.encoder_on(device) == "torch"
+        ]
         return [*found, *self.model.compute.fallbacks]
 
     def open(self, say: Callable[[Fallback], None] = lambda fallback: None) -> Engine:

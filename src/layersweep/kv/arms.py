@@ -26,6 +26,7 @@ from layersweep.errors import InputError
 from layersweep.kv import custom
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from layersweep.kv.codec import Codec, Packed
@@ -138,9 +139,12 @@ class Arm:
     def codec_version(self) -> str | None:
         return None if self.codec is None else self.codec.version
 
-    @property
-    def encoder(self) -> str | None:
-        return None if self.codec is None else self.codec.encoder
+    def encoder_on(self, device: torch.device) -> str | None:
+        """What encodes on a device, for example "torch"; None for the exact cache."""
+        if self.codec is None:
+            return None
+        on_device = getattr(self.codec, "encoder_on", None)
+        return on_device(device) if on_device else self.codec.encoder
 
     def encode(
         self, x: Tensor, stream: Stream, positions: Tensor, mean: Tensor | None = None

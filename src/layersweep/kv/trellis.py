@@ -89,6 +89,14 @@ class Trellis:
     def encoder(self) -> str:
         return encoder_name()
 
+    def encoder_on(self, device: torch.device) -> str:
+        """What searches there: "cuda", "numba", or "torch", which is far slower than both."""
+        if device.type == "cpu":
+            return encoder_name()
+        codes = [self._code(bits) for bits in (self.key_bits, self.value_bits) if bits < 16]
+        found = all(_kernels(device, torch.float16, code) for code in codes)
+        return "cuda" if found else "torch"
+
     def encode(
         self, x: Tensor, stream: Stream, positions: Tensor, mean: Tensor | None = None
     ) -> Packed:
@@ -251,8 +259,10 @@ def _on_device(name: str, device: torch.device) -> Tensor:
 
 
 @cache
-def _kernels(device: torch.device, dtype: torch.dtype, code: Code, dim: int) -> Kernels | None:
-    """CUDA kernels, equal to torch bit for bit; None: there are none for this.
+def _kernels(
+    device: torch.device, dtype: torch.dtype, code: Code, dim: int | None = None
+) -> Kernels | None:
+    """CUDA kernels, equal to torch bit for bit, ready for head size `dim`; None: there are none.
 
     The engine says elsewhere that they are missing. A refusal is remembered, too.
     """
@@ -265,7 +275,8 @@ def _kernels(device: torch.device, dtype: torch.dtype, code: Code, dim: int) -> 
         return None
     try:
         kernels = load_kernels(device, dtype)
-        kernels.compile_vectors("trellis", dim)
+        if dim is not None:
+            kernels.compile_vectors("trellis", dim)
     except KernelError:
         return None
     return kernels
