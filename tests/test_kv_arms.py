@@ -56,6 +56,9 @@ def test_fields() -> None:
     assert arm.codec.sharing_key.__self__.v == "0.5"  # type: ignore[attr-defined]
     assert (arm.simulated, arm.codec_version) == (True, "1")
     assert arm.encoder_on(torch.device("cpu")) == "torch"
+    assert not parse("K4V2").simulated
+    exact = parse("exact")
+    assert (exact.codec, exact.simulated, exact.codec_version) == (None, False, None)
 
 
 def test_protected_layers() -> None:
