@@ -11,7 +11,7 @@ import torch
 
 from layersweep.errors import InputError
 from layersweep.kv import parse, parse_arms
-from layersweep.kv.arms import DEFAULT_METHOD
+from layersweep.kv.methods import DEFAULT_METHOD
 
 
 @pytest.mark.parametrize(

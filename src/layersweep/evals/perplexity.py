@@ -22,7 +22,8 @@ from layersweep.evals.measured import (
     WindowInfo,
 )
 from layersweep.evals.windows import Window
-from layersweep.kv.arms import EXACT, METHODS, Arm, identity_arm
+from layersweep.kv.arms import EXACT, Arm, identity_arm
+from layersweep.kv.methods import METHODS
 from layersweep.model import maths
 from layersweep.sweep.sequences import Branch, Sequence, Tile, tiles_of
 

@@ -13,17 +13,15 @@ defaults are left out. Reading the grammar imports no torch.
 from __future__ import annotations
 
 import difflib
-import importlib
-import importlib.util
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from types import MappingProxyType
 from typing import TYPE_CHECKING, NoReturn
 
 from layersweep.errors import InputError
 from layersweep.kv import custom
+from layersweep.kv.methods import BITS, DEFAULT_METHOD, EXACT_BITS, METHODS
 
 if TYPE_CHECKING:
     import torch
@@ -32,67 +30,6 @@ if TYPE_CHECKING:
     from layersweep.kv.codec import Codec, Packed
     from layersweep.kv.stream import Stream
 
-BITS = (1, 2, 3, 4, 5, 6, 8, 16)
-EXACT_BITS = 16
-DEFAULT_METHOD = "trellis"
-REFERENCE_BITS = ((3, 2), (4, 2))
-
-
-@dataclass(frozen=True)
-class Method:
-    """Where a method's dataclass lives, and the values of each option, the default one first.
-
-    `fixed_bits`: of a method that is an arm by its name alone. `package`: what must be installed
-    for it, as (module, name to install).
-    """
-
-    module: str
-    dataclass: str
-    options: tuple[tuple[str, tuple[str, ...]], ...] = ()
-    fixed_bits: int | None = None
-    package: tuple[str, str] | None = None
-
-    def build(self, key_bits: int, value_bits: int, options: dict[str, str]) -> Codec:
-        kind = getattr(importlib.import_module(self.module), self.dataclass)
-        codec: Codec = kind(key_bits, value_bits, **options)
-        return codec
-
-    def identity(self, options: dict[str, str]) -> Codec:
-        bits = self.fixed_bits or EXACT_BITS
-        return self.build(bits, bits, options).identity()
-
-    @property
-    def pairs(self) -> tuple[tuple[int, int], ...]:
-        """The bits of keys and values that `all` takes."""
-        return ((self.fixed_bits, self.fixed_bits),) if self.fixed_bits else REFERENCE_BITS
-
-    @property
-    def installed(self) -> bool:
-        return self.package is None or importlib.util.find_spec(self.package[0]) is not None
-
-
-_GROUPS = (("group", ("64", "32", "128")),)
-_ROTATE = (("rotate", ("0", "1")),)
-METHODS = MappingProxyType(
-    {
-        "trellis": Method(
-            "layersweep.kv.trellis", "Trellis", options=(("states", ("256", "1024")),)
-        ),
-        "e8": Method("layersweep.kv.e8", "E8", options=(("v", ("0.6", "0.5")),)),
-        "lloyd": Method("layersweep.kv.lloyd", "Lloyd"),
-        "turbo": Method("layersweep.kv.turbo", "Turbo"),
-        "voronoi": Method("layersweep.kv.voronoi", "Voronoi"),
-        "kivi": Method("layersweep.kv.kivi", "Kivi"),
-        "nexusquant": Method(
-            "layersweep.kv.nexusquant", "NexusQuant", package=("nexusquant", "nexusquant-kv")
-        ),
-        "int4": Method("layersweep.kv.uniform", "Uniform", _GROUPS, fixed_bits=4),
-        "int2": Method("layersweep.kv.uniform", "Uniform", _GROUPS, fixed_bits=2),
-        "q8_0": Method("layersweep.kv.ggml", "Ggml", _ROTATE, fixed_bits=8),
-        "q4_0": Method("layersweep.kv.ggml", "Ggml", _ROTATE, fixed_bits=4),
-        "fp8": Method("layersweep.kv.fp8", "Fp8", fixed_bits=8),
-    }
-)
 _NAMES = ("exact", "identity", "all")
 _COUNTS = ("pb", "window", "sink")
 _PAIR = re.compile(r"k([0-9]+)(?:-([0-9]+))?v([0-9]+)(?:-([0-9]+))?", re.IGNORECASE)

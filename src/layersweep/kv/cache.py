@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from layersweep.kv.arms import EXACT_BITS, Arm
+from layersweep.kv.arms import Arm
 from layersweep.kv.basis import Basis
 from layersweep.kv.codec import Codec, Packed, basis_for, role_bits, wants_mean
+from layersweep.kv.methods import EXACT_BITS
 from layersweep.kv.rotate import add_rows
 from layersweep.kv.stream import Stream
 
