@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 import threading
+from types import ModuleType
 
 import kernel_checks as check
 import pytest
 import torch
 
 from layersweep.kernels import Kernels, load_kernels
-from layersweep.kv import lloyd
+from layersweep.kv import lloyd, trellis
 from layersweep.kv.lloyd_tables import POSITIVE_LEVELS
 from layersweep.kv.stream import Stream
 
@@ -82,17 +83,38 @@ def test_lloyd_of_nonfinite_vectors(kernels: Kernels) -> None:
     check.check_lloyd_nonfinite(kernels, DEVICE, 128)
 
 
+@pytest.mark.parametrize("window", [8, 10])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+@pytest.mark.parametrize("dim", [128, 64, 80, 96, 256])
+def test_trellis(kernels: Kernels, dim: int, bits: int, window: int, seed: int) -> None:
+    check.check_trellis(kernels, DEVICE, 1001, dim, bits, window, seed)
+    check.check_trellis(kernels, DEVICE, 101, dim, bits, window, seed, ties=True)
+
+
+@pytest.mark.parametrize("dim", [128, 64, 80, 96, 256])
+def test_trellis_scale(kernels: Kernels, dim: int, seed: int) -> None:
+    check.check_trellis_scale(kernels, DEVICE, dim, seed)
+
+
+def test_trellis_of_nonfinite_vectors(kernels: Kernels) -> None:
+    check.check_trellis_nonfinite(kernels, DEVICE, 128)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("module", [lloyd, trellis])
 def test_the_codec_uses_the_kernels_and_changes_nothing(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    module: ModuleType, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x = torch.randn(2, 8, 1024, 128, device=DEVICE).to(dtype)
     positions = torch.arange(1024, device=DEVICE)
-    codec, stream = lloyd.Lloyd(3, 2), Stream("key", 8, 128, "key", True)
-    assert lloyd._kernels(DEVICE, dtype, 128) is not None
+    codec = module.Lloyd(3, 2) if module is lloyd else module.Trellis(3, 2)
+    stream, calls = Stream("key", 8, 128, "key", True), []
+    real = module._kernels
+    monkeypatch.setattr(module, "_kernels", lambda *key: calls.append(real(*key)) or calls[-1])
     fast = codec.encode(x.transpose(1, 2).contiguous().transpose(1, 2), stream, positions)
     decoded = codec.decode(fast, positions)
-    monkeypatch.setattr(lloyd, "_kernels", lambda *key: None)
+    assert len(calls) == 2 and None not in calls
+    monkeypatch.setattr(module, "_kernels", lambda *key: None)
     slow = codec.encode(x, stream, positions)
     assert fast.scale is not None and slow.scale is not None
     assert torch.equal(fast.codes, slow.codes) and torch.equal(fast.scale, slow.scale)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from layersweep.checkpoint import nf4
 from layersweep.kernels import Kernels, load_kernels
-from layersweep.kv import lloyd
+from layersweep.kv import lloyd, trellis
 from layersweep.kv.rotate import rotation_weights
 from layersweep.model import maths
 
@@ -105,6 +105,8 @@ def attention_cases(kernels: Kernels, dtype: torch.dtype) -> Iterator[Case]:
     floats = random(torch.float32, 8, 32, 2560, 128)
     yield "rope_from_float", lambda: kernels.rope(floats, out, cos, sin), 3 * floats.nbytes // 2
     yield from lloyd_cases(kernels, random(dtype, 8 * 8 * 1024 * 20, 128))
+    # Keys and values of a 1024-token prefix of Mixtral: 32 layers, 8 heads.
+    yield from trellis_cases(kernels, random(dtype, 2 * 32 * 8 * 1024, 128))
 
 
 def lloyd_cases(kernels: Kernels, x: Tensor) -> Iterator[Case]:
@@ -127,6 +129,26 @@ def lloyd_cases(kernels: Kernels, x: Tensor) -> Iterator[Case]:
                 partial(kernels.lloyd_decode, *args, target),
                 target.nbytes + packed,
             )
+
+
+def trellis_cases(kernels: Kernels, x: Tensor) -> Iterator[Case]:
+    weights = rotation_weights(128, True, DEVICE).view(-1)
+    mean = random(torch.float16, len(x) // 1024, 128)
+    out, scales = torch.empty_like(x, dtype=torch.float32), trellis.scale_values(DEVICE)
+    for window, bits in ((8, 2), (8, 3), (8, 4), (10, 3)):
+        code = trellis.Code(window, bits)
+        levels = code.levels(DEVICE)
+        tables = trellis.thresholds(code, 128, DEVICE), trellis.inverse_scales(code, DEVICE)
+        u, scale = kernels.trellis_scale(x, mean, weights, *tables)
+        codes = kernels.trellis_encode(u, bits, levels)
+        packed, name = codes.nbytes + scale.nbytes, f"{window}_{bits}"
+        if bits == 2:
+            work = partial(kernels.trellis_scale, x, mean, weights, *tables)
+            yield "trellis_scale", work, x.nbytes + u.nbytes
+        work = partial(kernels.trellis_encode, u, bits, levels)
+        yield f"trellis_encode_{name}", work, u.nbytes + packed
+        args = (codes, scale, mean, bits, levels, scales, weights, out)
+        yield f"trellis_decode_{name}", partial(kernels.trellis_decode, *args), out.nbytes + packed
 
 
 def score_cases(kernels: Kernels, dtype: torch.dtype) -> Iterator[Case]:
