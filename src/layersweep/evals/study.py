@@ -118,7 +118,7 @@ def prepare_study(model: Model, settings: EvalSettings) -> Study:
     streams = keys_and_values(config.num_key_value_heads, config.head_dim)
     for arm, stream in product(arms, streams):
         if arm.codec is not None:
-            check_stream(arm.codec, stream)
+            check_stream(arm.codec, stream, model.compute.device, model.compute.dtype)
     tokenizer = TextTokenizer.load(model.checkpoint.folder)
     text = load_text(settings.text, model.checkpoint.source)
     bos_id = resolve_bos(tokenizer, settings.bos)

@@ -10,6 +10,7 @@ from layersweep.errors import InputError
 from layersweep.kv.stream import Stream
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from layersweep.kv.basis import Basis
@@ -172,13 +173,15 @@ def check_input(codec: Codec, x: Tensor, stream: Stream, mean: Tensor | None) ->
         raise InputError(f"{codec.method}: a channel mean was given, this method keeps none")
 
 
-def check_stream(codec: Codec, stream: Stream) -> None:
+def check_stream(codec: Codec, stream: Stream, device: torch.device, dtype: torch.dtype) -> None:
     """Raise InputError unless `codec` takes the stream, before anything is run: one zero goes
-    through it. A stream with 16 bits stays exact and never gets there."""
+    through it, there and back. On a GPU that compiles the kernels, which a sweep would wait for.
+    A stream with 16 bits stays exact and never gets there."""
     import torch
 
     if role_bits(codec, stream) < 16:
-        x, mean = torch.zeros(1, stream.heads, 1, stream.dim), None
+        x, mean = torch.zeros(1, stream.heads, 1, stream.dim, dtype=dtype, device=device), None
         if wants_mean(codec):
-            mean = torch.zeros(1, stream.heads, stream.dim, dtype=torch.float16)
-        codec.encode(x, stream, torch.zeros(1, 1, dtype=torch.long), mean)
+            mean = torch.zeros(1, stream.heads, stream.dim, dtype=torch.float16, device=device)
+        at = torch.zeros(1, 1, dtype=torch.long, device=device)
+        codec.decode(codec.encode(x, stream, at, mean), at)
