@@ -117,3 +117,11 @@ def test_python_interface_returns_the_schema(model: Model) -> None:
     assert arm["bits_per_element"] == pytest.approx((20 * 16 + 44 * 2.625 + 16) / 64)
     assert results["protocol"]["exact_pair_fraction"] == pytest.approx(120 / (120 + 15 * 64))
     assert exact_pair_fraction(1024, 512) == pytest.approx(0.2, abs=1e-3)
+
+
+def test_a_slow_search_is_announced(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = replace(SMALL, kv="K3V2,e8:K3V2", tasks=("ppl",), gate="off")
+    assert "encoder" not in str(prepare_study(model, settings).fallbacks)
+    monkeypatch.setattr("layersweep.kv.trellis.encoder_name", lambda: "torch")
+    found = [f for f in prepare_study(model, settings).fallbacks if "encoder" in f.what]
+    assert [(f.what, f.used) for f in found] == [("encoder of trellis:K3V2", "plain torch, slower")]

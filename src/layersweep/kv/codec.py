@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
@@ -68,6 +68,26 @@ def join_tokens(parts: Sequence[Packed]) -> Packed:
         codes=torch.cat([part.codes for part in parts], dim=2),
         scale=torch.cat(scales, dim=2) if scales else None,
     )
+
+
+def pack_rows(
+    x: Tensor, bits: int, width: int, encode_rows: Callable[[Tensor], tuple[Tensor, Tensor]]
+) -> Packed:
+    """Packed form of x [B,H,T,D] by `encode_rows`, piece by piece.
+
+    encode_rows: [N, D] -> codes [N, width] uint8, scale [N] float16.
+    """
+    import torch
+
+    from layersweep.kv.rotate import row_chunks
+
+    flat = x.reshape(-1, x.shape[3])
+    codes = torch.empty(len(flat), width, dtype=torch.uint8, device=x.device)
+    scale = torch.empty(len(flat), dtype=torch.float16, device=x.device)
+    for rows in row_chunks(len(flat), flat.shape[1], x.device):
+        codes[rows], scale[rows] = encode_rows(flat[rows])
+    shape = x.shape[:3]
+    return Packed(bits, flat.shape[1], codes.view(*shape, width), scale.view(shape))
 
 
 class Codec(Protocol):

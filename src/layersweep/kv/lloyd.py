@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from layersweep.kv.codec import Codec, Packed, check_input, join_tokens, role_bits
+from layersweep.kv.codec import Codec, Packed, check_input, join_tokens, pack_rows, role_bits
 from layersweep.kv.identity import Identity
 from layersweep.kv.lloyd_tables import POSITIVE_LEVELS
 from layersweep.kv.packing import pack_bits, unpack_bits
@@ -133,20 +133,16 @@ class Lloyd:
 
 
 def _encode(x: Tensor, bits: int) -> Packed:
-    batch, heads, tokens, dim = x.shape
-    flat = x.reshape(-1, dim)
+    shape, dim = x.shape[:3], x.shape[3]
     width = dim * bits // 8
-    if kernels := _kernels(x.device, x.dtype, dim):
-        weights = rotation_weights(dim, True, x.device).view(-1)
-        tables = boundaries(bits, x.device), nearest_values(bits, x.device)
-        codes, scale = kernels.lloyd_encode(flat.contiguous(), bits, weights, *tables)
-    else:
-        codes = torch.empty(len(flat), width, dtype=torch.uint8, device=x.device)
-        scale = torch.empty(len(flat), dtype=torch.float16, device=x.device)
-        for rows in row_chunks(len(flat), dim, x.device):
-            codes[rows], scale[rows] = _encode_rows(flat[rows], bits)
-    codes, scale = codes.view(batch, heads, tokens, width), scale.view(batch, heads, tokens)
-    return Packed(bits, dim, codes, scale)
+    kernels = _kernels(x.device, x.dtype, dim)
+    if kernels is None:
+        return pack_rows(x, bits, width, lambda x_ND: _encode_rows(x_ND, bits))
+    weights = rotation_weights(dim, True, x.device).view(-1)
+    tables = boundaries(bits, x.device), nearest_values(bits, x.device)
+    flat = x.reshape(-1, dim).contiguous()
+    codes, scale = kernels.lloyd_encode(flat, bits, weights, *tables)
+    return Packed(bits, dim, codes.view(*shape, width), scale.view(shape))
 
 
 def _encode_rows(x_ND: Tensor, bits: int) -> tuple[Tensor, Tensor]:

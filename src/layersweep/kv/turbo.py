@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from layersweep.kv.codec import Packed, check_input, join_tokens, role_bits
+from layersweep.kv.codec import Packed, check_input, join_tokens, pack_rows, role_bits
 from layersweep.kv.lloyd import Lloyd, nearest_levels
 from layersweep.kv.packing import pack_bits
-from layersweep.kv.rotate import add_rows, rotate, row_chunks
+from layersweep.kv.rotate import add_rows, rotate
 from layersweep.kv.stream import Stream
 
 _SMALLEST_MEAN_SQUARE = 1e-36
@@ -43,16 +43,7 @@ class Turbo(Lloyd):
 
 
 def _encode(x: Tensor, bits: int) -> Packed:
-    batch, heads, tokens, dim = x.shape
-    flat = x.reshape(-1, dim)
-    width = dim * bits // 8
-    codes = torch.empty(len(flat), width, dtype=torch.uint8, device=x.device)
-    scale = torch.empty(len(flat), dtype=torch.float16, device=x.device)
-    for rows in row_chunks(len(flat), dim, x.device):
-        codes[rows], scale[rows] = _encode_rows(flat[rows], bits)
-    return Packed(
-        bits, dim, codes.view(batch, heads, tokens, width), scale.view(batch, heads, tokens)
-    )
+    return pack_rows(x, bits, x.shape[3] * bits // 8, lambda x_ND: _encode_rows(x_ND, bits))
 
 
 def _encode_rows(x_ND: Tensor, bits: int) -> tuple[Tensor, Tensor]:

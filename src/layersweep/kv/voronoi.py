@@ -26,7 +26,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from layersweep.kv.codec import Codec, Packed, check_input, join_tokens, role_bits
+from layersweep.kv.codec import Codec, Packed, check_input, join_tokens, pack_rows, role_bits
 from layersweep.kv.e8 import _first_of_group
 from layersweep.kv.identity import Identity
 from layersweep.kv.packing import pack_bits, unpack_bits
@@ -89,14 +89,8 @@ class Voronoi:
 
 
 def _encode(x: Tensor, bits: int) -> Packed:
-    dim = x.shape[3]
-    flat = x.reshape(-1, dim)
-    width = dim * bits // 8 + -(-dim // 32)
-    codes = torch.empty(len(flat), width, dtype=torch.uint8, device=x.device)
-    scale = torch.empty(len(flat), dtype=torch.float16, device=x.device)
-    for rows in row_chunks(len(flat), dim, x.device):
-        codes[rows], scale[rows] = _encode_rows(flat[rows], bits)
-    return Packed(bits, dim, codes.view(*x.shape[:3], width), scale.view(x.shape[:3]))
+    width = x.shape[3] * bits // 8 + -(-x.shape[3] // 32)
+    return pack_rows(x, bits, width, lambda x_ND: _encode_rows(x_ND, bits))
 
 
 def _encode_rows(x_ND: Tensor, bits: int) -> tuple[Tensor, Tensor]:
