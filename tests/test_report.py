@@ -171,6 +171,8 @@ def test_numbers_are_spelled_one_way():
     assert text.p_value(0.031) == "p=0.031"
     assert text.interval_percent([0.003, 0.0044], 2) == "[+0.30,+0.44]"
     assert text.count_of(58, 60, (0.8864, 0.9908)) == "58/60 [89-99 %]"
+    assert text.ratio(0.469, (0.381, 0.614)) == "0.47 [0.38,0.61]"
+    assert text.ratio(None, None) == "-"
     assert text.decimals_for([0.0004, None]) == 2
     assert text.decimals_for([0.00002]) == 3
 
@@ -214,6 +216,45 @@ def test_table_fits_eighty_columns_without_cutting_numbers(full):
     assert "\u2026" not in out
     arm = full["perplexity"]["arms"][3]
     assert f"{arm['delta_percent']:+.2f}" in out
+
+
+def rival_pair(results):
+    """lloyd:K3V2 - e8:K3V2 and, as it is printed, its ratio with its interval."""
+    pairs = results["perplexity"]["pairs"]
+    pair = next(p for p in pairs if (p["a"], p["b"]) == ("lloyd:K3V2", "e8:K3V2"))
+    low, high = pair["loss_ratio_ci95"]
+    return pair, f"{pair['loss_ratio']:.2f} [{low:.2f},{high:.2f}]"
+
+
+def test_loss_ratio_and_z_of_a_pair_are_in_every_report(full):
+    pair, ratio = rival_pair(full)
+    line = next(line for line in printed(full).splitlines() if "lloyd:K3V2 - e8:K3V2" in line)
+    assert line.endswith(f", z {pair['z']:.1f}  ratio {ratio}")
+    assert f", z {pair['z']:.1f}, loss ratio {ratio}" in markdown(full)
+    for out in (printed(full), markdown(full)):
+        assert rows.PAIR_NOTE in out
+    page = "|".join(read(html_page(full)).words)
+    assert "z|loss ratio, 95 % CI" in page
+    assert f"{pair['z']:.1f}|{ratio}".replace("-", "\u2212") in page
+
+
+def test_a_ratio_without_bounds_is_a_dash(full):
+    pair, ratio = rival_pair(full)
+    pair |= {"loss_ratio": None, "loss_ratio_ci95": None}
+    validate(full)
+    assert f", z {pair['z']:.1f}  ratio -\n" in re.sub(" +\n", "\n", printed(full))
+    assert f"z {pair['z']:.1f}, loss ratio -\n" in markdown(full)
+    assert ratio not in "".join(read(html_page(full)).words)
+
+
+def test_results_of_earlier_versions_are_still_read_and_printed(full):
+    for pair in full["perplexity"]["pairs"]:
+        for key in ("z", "loss_ratio", "loss_ratio_ci95"):
+            del pair[key]
+    validate(full)
+    assert ", z -  ratio -" in printed(full)
+    assert markdown(full)
+    assert html_page(full)
 
 
 def test_output_that_is_no_terminal_gets_the_full_table(full):

@@ -17,6 +17,7 @@ from layersweep.evals.statistics import (
     holm,
     iid_sem,
     lag1_autocorrelation,
+    loss_ratio,
     mcnemar_exact,
     paired_statistics,
     quantiles,
@@ -32,6 +33,14 @@ def clustered_study(rng, articles=24):
     groups = np.repeat(np.arange(articles), sizes)
     shared = rng.standard_normal(articles)[groups]
     return 0.5 + 0.7 * shared + 0.7 * rng.standard_normal(len(groups)), groups
+
+
+def two_arm_study(rng, articles=24):
+    """Losses of two arms on the same unequal articles; the first loses half of the second's 1.0."""
+    groups = np.repeat(np.arange(articles), rng.integers(1, 7, articles))
+    shared = rng.standard_normal(articles)[groups]
+    own = rng.standard_normal((2, len(groups)))
+    return 0.5 + 0.25 * shared + 0.4 * own[0], 1.0 + 0.5 * shared + 0.5 * own[1], groups
 
 
 def test_five_known_deltas():
@@ -95,6 +104,76 @@ def test_coverage_of_clustered_intervals():
         held_iid += abs(values.mean() - 0.5) <= 1.96 * iid_sem(values)
     assert 0.88 <= held / 200 <= 0.985
     assert held_iid / 200 < 0.86
+
+
+def test_loss_ratio_equals_scipy_over_the_sums_of_articles():
+    first, second, groups = two_arm_study(np.random.default_rng(8))
+    sums = [[arm[groups == group].sum() for group in range(24)] for arm in (first, second)]
+    theirs = stats.bootstrap(
+        sums,
+        lambda above, below, axis: above.sum(axis) / below.sum(axis),
+        paired=True,
+        n_resamples=10_000,
+        method="percentile",
+        rng=np.random.default_rng(1),
+    ).confidence_interval
+    found = loss_ratio(first, second, groups, seed=2)
+    assert found.value == pytest.approx(first.mean() / second.mean())
+    assert found.ci95 == pytest.approx((theirs.low, theirs.high), abs=0.01)
+
+
+def test_loss_ratio_has_the_linearized_spread_of_a_ratio_estimator():
+    """Many groups: r +- 1.96 sqrt(sum (A_g - r B_g)^2) / sum B_g (Cochran, section 6.4)."""
+    rng = np.random.default_rng(9)
+    second = 1.0 + 0.3 * rng.standard_normal(400)
+    first = 0.4 * second + 0.2 * rng.standard_normal(400)
+    ratio = first.sum() / second.sum()
+    half = 1.96 * math.sqrt(((first - ratio * second) ** 2).sum()) / second.sum()
+    found = loss_ratio(first, second, np.arange(400), seed=0)
+    assert found.ci95 == pytest.approx((ratio - half, ratio + half), abs=0.1 * half)
+
+
+def test_proportional_losses_have_their_factor_and_no_spread():
+    _, second, groups = two_arm_study(np.random.default_rng(5))
+    found = loss_ratio(0.25 * second, second, groups, seed=0)
+    assert (found.value, *found.ci95) == pytest.approx((0.25, 0.25, 0.25))
+    assert loss_ratio(second, second, groups, seed=0).ci95 == (1.0, 1.0)
+
+
+def test_a_gain_has_a_negative_ratio_and_the_seed_decides():
+    first, second, groups = two_arm_study(np.random.default_rng(6), articles=60)
+    gain = loss_ratio(-first, second, groups, seed=1)
+    loss = loss_ratio(first, second, groups, seed=1)
+    assert (gain.value, gain.ci95) == (-loss.value, pytest.approx([-b for b in loss.ci95[::-1]]))
+    assert loss == loss_ratio(first, second, groups, seed=1)
+    assert loss != loss_ratio(first, second, groups, seed=2)
+
+
+@pytest.mark.parametrize("offset", [-1.0, 0.0, 0.1])
+def test_a_denominator_that_is_not_clearly_positive_gives_none(offset):
+    first, second, groups = two_arm_study(np.random.default_rng(7))
+    assert loss_ratio(first, second, groups, seed=0) is not None
+    assert loss_ratio(first, second - second.mean() + offset, groups, seed=0) is None
+
+
+def test_no_ratio_without_two_groups_or_without_any_loss():
+    two = np.array([0.3, 0.4])
+    assert loss_ratio(two, two, np.array([0, 0]), seed=0) is None
+    assert loss_ratio(two, np.zeros(2), np.arange(2), seed=0) is None
+
+
+@pytest.mark.parametrize(("articles", "coverage"), [(10, 0.908), (24, 0.949)])
+def test_coverage_of_loss_ratios(articles, coverage):
+    """1000 studies: the share of intervals that hold the true ratio, 0.5. Few articles: short."""
+    rng = np.random.default_rng(30)
+    found = [
+        loss_ratio(*two_arm_study(rng, articles), seed=study, resamples=2000)
+        for study in range(1000)
+    ]
+    intervals = [ratio.ci95 for ratio in found if ratio is not None]
+    assert len(intervals) >= 950
+    held = np.mean([low <= 0.5 <= high for low, high in intervals])
+    assert held == pytest.approx(coverage, abs=0.01)
 
 
 def test_cluster_sem_matches_the_spread_of_means():

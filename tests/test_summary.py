@@ -74,6 +74,25 @@ def test_pairs_are_differences_of_arms(section):
         assert pair["mean_delta_nll"] == pytest.approx(means[pair["a"]] - means[pair["b"]])
 
 
+def test_pairs_hold_the_ratio_of_losses_and_the_z_of_the_difference(section):
+    means = {arm["arm"]: arm["mean_delta_nll"] for arm in section["arms"]}
+    for pair in section["pairs"]:
+        low, high = pair["loss_ratio_ci95"]
+        assert pair["loss_ratio"] == pytest.approx(means[pair["a"]] / means[pair["b"]])
+        assert low < pair["loss_ratio"] < high
+        assert pair["z"] == pytest.approx(pair["mean_delta_nll"] / pair["sem"])
+
+
+def test_a_pair_without_a_clear_loss_below_has_no_ratio(measured):
+    noise = 0.002 * np.random.default_rng(0).standard_normal(len(measured.windows))
+    lossless = measured.nll | {"e8:K4V2": measured.nll["exact"] + noise}
+    pairs = summarize_perplexity(replace(measured, nll=lossless))["pairs"]
+    for pair in pairs:
+        unbounded = pair["b"] == "e8:K4V2"
+        assert (pair["loss_ratio"] is None) == (pair["loss_ratio_ci95"] is None) == unbounded
+        assert pair["z"] is not None
+
+
 def test_noise_floor_names_the_worst_identity(measured):
     controls = {
         "exact": ControlMeasurement(np.zeros(4), np.zeros((4, 5), np.float32)),

@@ -51,6 +51,14 @@ class PairedStatistics:
 
 
 @dataclass(frozen=True)
+class LossRatio:
+    """How many times the second arm's loss the first arm loses, with its 95 % interval."""
+
+    value: float
+    ci95: tuple[float, float]
+
+
+@dataclass(frozen=True)
 class Quantiles:
     """Location of a heavy-tailed non-negative sample (KL per scored token, nats)."""
 
@@ -158,6 +166,33 @@ def bca_interval(
         ).confidence_interval
     low, high = float(interval.low), float(interval.high)
     return (low, high) if math.isfinite(low) and math.isfinite(high) else None
+
+
+def loss_ratio(
+    first: Floats, second: Floats, groups: Ints, *, seed: int, resamples: int = RESAMPLES
+) -> LossRatio | None:
+    """Ratio of two arms' mean deltas [n] against exact, on the same windows; groups are resampled.
+
+    r = sum_g A_g / sum_g B_g over the group sums A, B of both arms: the ratio estimator (Cochran,
+    Sampling Techniques, 3rd ed., section 6.2). A resample draws G of the G groups with
+    replacement, both arms of a group together, and takes the same ratio; the interval runs from
+    its 2.5 % to its 97.5 % quantile, the percentile bootstrap (Efron & Tibshirani, An
+    Introduction to the Bootstrap, 1993, section 13.3). Of the intervals that simulated studies
+    give, 95 % hold the truth with 24 groups and 91 % with 10 (tests/test_statistics.py).
+
+    None with fewer than two groups, and where any resampled denominator is not positive: that
+    `second` loses at all is then not certain, and the ratio has no bounds.
+    """
+    sums = np.stack([_group_sums(values, groups)[0] for values in (first, second)])  # [2, G]
+    count = sums.shape[1]
+    if count < 2:
+        return None
+    drawn = np.random.default_rng(seed).integers(count, size=(resamples, count))  # [R, G]
+    above, below = sums[:, drawn].sum(axis=-1)  # [R] each
+    if below.min() <= 0.0:
+        return None
+    low, high = np.quantile(above / below, [0.025, 0.975])
+    return LossRatio(float(sums[0].sum() / sums[1].sum()), (float(low), float(high)))
 
 
 def sign_test(values: Floats) -> float | None:

@@ -20,10 +20,12 @@ from layersweep.evals.measured import (
     TrialInfo,
 )
 from layersweep.evals.statistics import (
+    Ints,
     PairedStatistics,
     group_windows,
     holm,
     lag1_autocorrelation,
+    loss_ratio,
     mcnemar_exact,
     paired_statistics,
     quantiles,
@@ -47,7 +49,8 @@ def summarize_perplexity(measured: PerplexityMeasurements) -> Json:
     """The `perplexity` section. Deltas are arm - exact per window, in nats per token.
 
     p_holm adjusts the Wilcoxon p over the arms; `pairs` holds a - b for every two arms with Holm
-    over the pairs; lag1 is the largest lag-1 autocorrelation among the arms.
+    over the pairs, and the ratio of their losses; lag1 is the largest lag-1 autocorrelation among
+    the arms.
     """
     groups = group_windows([window.article for window in measured.windows])
     baseline = measured.nll[EXACT]
@@ -217,10 +220,22 @@ def _pairs(measured: PerplexityMeasurements, usable: Sequence[str]) -> list[Json
             "mean_delta_nll": paired.mean,
             "sem": paired.sem,
             "ci95": None if paired.ci95 is None else list(paired.ci95),
+            "z": paired.mean / paired.sem if paired.sem else None,
             "p": p,
+            **_loss_ratio(measured, a, b, groups),
         }
         for (a, b, paired), p in zip(found, adjusted, strict=True)
     ]
+
+
+def _loss_ratio(measured: PerplexityMeasurements, a: str, b: str, groups: Ints) -> Json:
+    """The loss of arm `a` against exact over that of `b`; nulls where that has no bounds."""
+    first, second = (measured.nll[arm] - measured.nll[EXACT] for arm in (a, b))
+    ratio = loss_ratio(first, second, groups, seed=measured.seed)
+    return {
+        "loss_ratio": None if ratio is None else ratio.value,
+        "loss_ratio_ci95": None if ratio is None else list(ratio.ci95),
+    }
 
 
 def _segments(measured: PerplexityMeasurements) -> list[Json]:

@@ -80,7 +80,11 @@ def markdown(results: Json) -> str:
         parts.append(_markdown_table([name for name, _ in COLUMNS], _cells(results)))
         parts.append(f"{rows.uncertainty_line(results)}. Not comparable with other protocols.")
         pairs = rows.pair_rows(results, every=False)
-        parts += [f"- {p.a} - {p.b}: {p.delta} % {p.interval}, {p.p}" for p in pairs]
+        parts += [
+            f"- {p.a} - {p.b}: {p.delta} % {p.interval}, {p.p}, z {p.z}, loss ratio {p.ratio}"
+            for p in pairs
+        ]
+        parts += [f"{rows.PAIR_NOTE}."] if pairs else []
     if results["needle"] is not None:
         parts.append(f"{rows.needle_title(results)}:")
         body = [[row.arm, row.count, row.against] for row in rows.needle_rows(results)]

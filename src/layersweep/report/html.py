@@ -131,12 +131,19 @@ def _pairs(results: Json) -> str:
     pairs = rows.pair_rows(results, every=True)
     if not pairs:
         return ""
-    body = [[f"{p.a} - {p.b}", _minus(p.delta), _minus(p.interval), p.p] for p in pairs]
+    head = ["pair", "difference %", "95 % CI", "Wilcoxon, Holm", "z", "loss ratio, 95 % CI"]
+    body = [
+        [f"{p.a} - {p.b}", _minus(p.delta), _minus(p.interval), p.p]
+        + [cell.replace("-", "\u2212") for cell in (p.z, p.ratio)]
+        for p in pairs
+    ]
     return figure(
         results,
         "Codec against codec",
-        scroll(table(["pair", "difference %", "95 % CI", "Wilcoxon, Holm"], body)),
-        "First arm minus second on the same windows: negative means that the first loses less.",
+        scroll(table(head, body)),
+        "First arm minus second on the same windows: negative means that the first loses less. "
+        "z is the difference over its SEM. The loss ratio is the first arm's loss against exact "
+        "over the second's; a dash where the second's is not clearly positive.",
     )
 
 
@@ -248,8 +255,9 @@ def _failures(results: Json) -> str:
 def _foot(results: Json) -> str:
     return (
         f"<footer>layersweep {escape(str(results['versions']['layersweep']))}, "
-        f"{escape(results['created'])}. Intervals are 95 %: BCa bootstrap for perplexity, Wilson "
-        "for needles. Every number on this page is in results.json.</footer>"
+        f"{escape(results['created'])}. Intervals are 95 %: BCa bootstrap for perplexity, "
+        "percentile bootstrap for loss ratios, Wilson for needles. Every number on this page is in "
+        "results.json.</footer>"
     )
 
 

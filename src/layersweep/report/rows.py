@@ -15,6 +15,9 @@ Json = dict[str, Any]
 
 TOY = "17 M toy model"
 SHOWN_PAIRS = 6
+PAIR_NOTE = (
+    "z of a pair: difference over its SEM; ratio: first loss over second loss, percentile bootstrap"
+)
 
 
 @dataclass(frozen=True)
@@ -51,13 +54,20 @@ class ArmRow:
 
 @dataclass(frozen=True)
 class PairRow:
-    """One codec against another on the same windows."""
+    """One codec against another on the same windows; `ratio` holds its interval."""
 
     a: str
     b: str
     delta: str
     interval: str
     p: str
+    z: str
+    ratio: str
+
+    @property
+    def line(self) -> str:
+        difference = f"{self.a} - {self.b}  {self.delta} % {self.interval}"
+        return f"{difference}  {self.p}, z {self.z}  ratio {self.ratio}"
 
 
 @dataclass(frozen=True)
@@ -132,6 +142,8 @@ def pair_rows(results: Json, *, every: bool) -> list[PairRow]:
             delta=text.signed(text.percent_of_nats(pair["mean_delta_nll"]), decimals),
             interval=text.interval_percent(pair["ci95"], decimals),
             p=text.p_value(pair["p"], "Holm p"),
+            z=text.fixed(pair.get("z"), 1),  # files of earlier versions have neither z nor ratio
+            ratio=text.ratio(pair.get("loss_ratio"), pair.get("loss_ratio_ci95")),
         )
         for pair in chosen
     ]

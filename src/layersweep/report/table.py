@@ -61,8 +61,10 @@ def _perplexity(results: Json, width: int) -> list[RenderableType]:
         cells = [Text(getattr(row, field)) for _, field in columns]
         table.add_row(*cells, style=None if row.ok else "red")
     lines: list[RenderableType] = [table]
-    for pair in rows.pair_rows(results, every=False):
-        lines.append(Text(f"{pair.a} - {pair.b}  {pair.delta} % {pair.interval}  {pair.p}"))
+    pairs = rows.pair_rows(results, every=False)
+    lines += [Text(pair.line) for pair in pairs]
+    if pairs:
+        lines.append(Text(rows.PAIR_NOTE, style="dim"))
     lines.append(Text(rows.uncertainty_line(results), style="dim"))
     return lines
 

@@ -41,6 +41,13 @@ def interval_percent(bounds: Sequence[float] | None, decimals: int) -> str:
     return f"[{low},{high}]"
 
 
+def ratio(value: float | None, bounds: Sequence[float] | None) -> str:
+    """A ratio is never printed without its 95 % interval: "0.47 [0.38,0.61]"."""
+    if value is None or bounds is None:
+        return MISSING
+    return f"{value:.2f} [{bounds[0]:.2f},{bounds[1]:.2f}]"
+
+
 def p_value(p: float | None, name: str = "p") -> str:
     if p is None:
         return f"{name} undefined"
