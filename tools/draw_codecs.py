@@ -25,7 +25,7 @@ def main(path: str) -> None:
     for row in rows:
         name, _, options = row["job"].partition("@")
         method = name.split(":")[0] + ("@" + options if options else "")
-        if row["bits_per_element"] < 5.2:
+        if (row["bits_per_element"] or 16) < 5.2:
             found[method].append((row["bits_per_element"], row["mse"]))
     matplotlib.rcParams.update({"svg.hashsalt": "layersweep", "font.size": 10})
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")

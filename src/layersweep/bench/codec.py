@@ -10,6 +10,7 @@ Three measurements of every method at every number of bits:
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from layersweep.kv.arms import Arm, parse
+from layersweep.kv.arms import Arm
 from layersweep.kv.cache import Shared, channel_mean, store
 from layersweep.kv.codec import Packed, wants_mean
 from layersweep.kv.stream import Stream
@@ -54,11 +55,10 @@ class Bench:
         return torch.arange(tokens, device=self.device)[None]
 
 
-def bench_codecs(arms: Sequence[str], bench: Bench, say: Callable[[str], None]) -> list[Json]:
-    """One row per arm, for example "trellis:K2V2"; its key bits are what is measured."""
+def bench_codecs(arms: Sequence[Arm], bench: Bench, say: Callable[[str], None]) -> list[Json]:
+    """One row per arm with a codec; its key bits are what is measured."""
     rows = []
-    for name in arms:
-        arm = parse(name)
+    for arm in arms:
         say(arm.name)
         if arm.codec is None:
             continue
@@ -81,7 +81,8 @@ def encode(arm: Arm, x: Tensor, stream: Stream, positions: Tensor) -> Packed:
 
 
 def distortion(arm: Arm, bench: Bench) -> Json:
-    """Bits from the packed bytes, and the error of decoded vectors over their energy."""
+    """Bits from the packed bytes (None where the codec does not say), and the error of decoded
+    vectors over their energy."""
     tokens = bench.vectors // HEADS
     x, stream, at = (
         bench.normal(1, HEADS, tokens, bench.dim),
@@ -93,8 +94,9 @@ def distortion(arm: Arm, bench: Bench) -> Json:
     x = x.double()
     dot, total = (x * decoded).sum(-1), x.square().sum(-1)
     best = decoded * (dot.sum() / decoded.square().sum())
+    nbytes = arm.nbytes(packed)
     return {
-        "bits_per_element": 8 * arm.nbytes(packed) / x.numel(),
+        "bits_per_element": None if math.isnan(nbytes) else 8 * nbytes / x.numel(),
         "mse": ((x - decoded).square().sum() / total.sum()).item(),
         "mse_before_gain": ((x - best).square().sum() / total.sum()).item(),
         "gain": (dot / total).mean().item(),

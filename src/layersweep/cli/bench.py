@@ -133,16 +133,16 @@ def codec(
     from layersweep.kv.arms import parse_arms
     from layersweep.sweep.model import resolve_device
 
-    arms = [arm.name for arm in parse_arms(kv)]
     place = resolve_device(device)
-    rows = bench_codecs(arms, Bench(dim, vectors, seed, place), _say)
+    rows = bench_codecs(parse_arms(kv), Bench(dim, vectors, seed, place), _say)
     table = Table(box=None, pad_edge=False)
     for name in ("arm", "bits", "MSE", "before gain", "key KL", "encoded/s", "decoded/s"):
         table.add_column(name, justify="left" if name == "arm" else "right")
     for row in rows:
         simulated = " (sim.)" if row["simulated"] else ""
+        bits = "?" if row["bits_per_element"] is None else f"{row['bits_per_element']:.3f}"
         table.add_row(
-            row["job"] + simulated, f"{row['bits_per_element']:.3f}", f"{row['mse']:.5f}",
+            row["job"] + simulated, bits, f"{row['mse']:.5f}",
             f"{row['mse_before_gain']:.5f}", f"{row['key_kl']:.4f}",
             f"{row['encode_vectors_per_s']:,.0f}", f"{row['decode_vectors_per_s']:,.0f}",
         )  # fmt: skip
