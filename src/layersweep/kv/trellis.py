@@ -10,7 +10,7 @@ Element t has the level TABLE[s_t], s_t the last L bits of the stream of symbols
 serves several neighbours, so D bits buy a code of D dimensions. The stream is a ring, hence exactly
 `bits` per element and no state to store. Levels are trained (tools/make_trellis_tables.py), and
 centroids: <u, c> is (1 - d) <u, u>, d the distortion. The gain g = 1 / (1 - d) brings <x, x^> back
-to <x, x>; without it scores flatten and sums of values shrink.
+to <x, x> on average; without it scores flatten and sums of values shrink.
 
 Bits per element: bits + 8 / D + 16 / T, T the tokens that share a mean.
 
