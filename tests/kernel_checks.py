@@ -11,7 +11,9 @@ from torch import Tensor
 
 from layersweep.checkpoint import nf4
 from layersweep.kernels import Kernels
-from layersweep.kv import lloyd, trellis
+from layersweep.kernels.codecs import TRELLIS_CODES
+from layersweep.kv import lloyd, trellis, trellis_scale
+from layersweep.kv.cache import mean_for
 from layersweep.kv.packing import pack_bits, unpack_bits
 from layersweep.kv.rotate import rotate_back, rotation_weights
 from layersweep.kv.trellis_search import search_oracle, states_of
@@ -212,47 +214,68 @@ def check_trellis(
     codes = torch.randint(0, 256, codes.shape, dtype=torch.uint8, device=device)
     scale = torch.randint(0, 255, (count,), dtype=torch.uint8, device=device)
     states = states_of(unpack_bits(codes, bits), len(levels), bits).long()
-    scales = trellis.scale_values(device)
-    wanted = rotate_back(levels[states] * scales[scale.long()], randomized=True)
+    scales = trellis_scale.scale_values(device)
     weights = rotation_weights(dim, True, device).view(-1)
-    for mean in (None, draw(seed + 2, 1, dim, device=device).half()):
+    for mean in (None, means_and_levels(seed + 2, 1, dim, device)):
+        factor = scales[scale.long()]
+        if mean is not None:
+            factor = factor * mean[0, dim].float()
+        wanted = rotate_back(levels[states] * factor, randomized=True)
         out = torch.empty(count, dim, dtype=torch.float32, device=device)
         kernels.trellis_decode(codes, scale, mean, bits, levels, scales, weights, out)
-        exactly(out, wanted if mean is None else wanted + mean.float(), seed)
+        exactly(out, wanted if mean is None else wanted + mean[0, :dim].float(), seed)
+
+
+def means_and_levels(seed: int, count: int, dim: int, device: torch.device) -> Tensor:
+    """Rows as kv.cache.mean_for gives them, float16 [count, dim + 1]."""
+    mean = draw(seed, count, dim + 1, device=device)
+    mean[:, dim] = mean[:, dim].exp()
+    return mean.half()
 
 
 def check_trellis_scale(kernels: Kernels, device: torch.device, dim: int, seed: int) -> None:
-    """What comes before the search, for T and float32, with one mean for all, several and none."""
-    code = trellis.Code(8, 2)
-    tables = (
-        rotation_weights(dim, True, device).view(-1),
-        trellis.thresholds(code, dim, device),
-        trellis.inverse_scales(code, device),
-    )
+    """What comes before and after the search, with one mean for all, with several and with none."""
+    weights = rotation_weights(dim, True, device).view(-1)
+    limits = trellis_scale.scale_thresholds(device)
     x = draw(seed, 42, dim, device=device)
     x *= draw(seed + 1, 42, 1, device=device).mul(4).exp()  # many sizes
     x[0], x[5], x[6, 2], x[7, 0], x[8, dim - 1], x[9] = 0.0, 1e-9, torch.nan, torch.inf, 3e38, 6e4
     for dtype in {torch.float32, kernels.dtype}:
         given = x.to(dtype)
         for means in (0, 1, 3):
-            mean = draw(seed + 2, means, dim, device=device).half() if means else None
-            u, scale = kernels.trellis_scale(given, mean, *tables)
+            mean = means_and_levels(seed + 2, means, dim, device) if means else None
+            centered, level = given, torch.ones(42, device=device)
             if mean is not None:
-                moved = given.float() - mean.float().repeat_interleave(42 // means, 0)
-            wanted_u, wanted = trellis._scale_rows(given if mean is None else moved, code)
-            exactly(scale, wanted, seed)
-            exactly(u, wanted_u.t(), seed)
-        assert (scale[6:8] == 255).all() and (u[6:8] == 0).all()
+                each = mean.float().repeat_interleave(42 // means, 0)
+                centered, level = given.float() - each[:, :dim], each[:, dim]
+            for code in (trellis.Code(window, bits) for window, bits in TRELLIS_CODES):
+                if dim * code.bits < code.window:
+                    continue
+                squares = trellis_scale.square_thresholds(code.gain, dim, device)
+                tables = weights, squares, trellis_scale.inverse_scales(code.gain, device)
+                u, size = kernels.trellis_scale(given, mean, *tables)
+                wanted_u, wanted_size = trellis._scale_rows(centered, level, code)
+                exactly(size, wanted_size, seed)
+                exactly(u, wanted_u.t(), seed)
+                codes = torch.randint(0, 256, (42, dim * code.bits // 8), device=device).byte()
+                levels = code.levels(device)
+                codes[::2] = kernels.trellis_encode(u, code.bits, levels)[::2]
+                scale = kernels.trellis_gain(u, codes, size, mean, code.bits, levels, limits)
+                symbols = unpack_bits(codes, code.bits)
+                dot = trellis._dot_rows(u.t().contiguous(), symbols, code)
+                exactly(scale, trellis_scale.reached(size, limits, level * dot).byte(), seed)
+                assert (scale[6:8] == 255).all() and (u[6:8] == 0).all()
+                assert mean is not None or scale[0] == 0
 
 
 def check_trellis_codec(kernels: Kernels, device: torch.device, bits: int, seed: int) -> None:
-    """The whole codec by kernels equals it by torch."""
+    """The whole codec by kernels equals it by torch; the mean with a level and without."""
     code = trellis.Code(8, bits)
     x = draw(seed, 2, 3, 20, 64, device=device).to(kernels.dtype)
-    mean = x.float().mean(2).half()
-    found = trellis._encode_by_kernels(kernels, x, code, mean)
-    for one, wanted in zip(found, trellis._encode_by_torch(x, code, mean), strict=True):
-        exactly(one, wanted, seed)
+    for mean in (x.float().mean(2).half(), mean_for(trellis.Trellis(bits, bits), x)):
+        found = trellis._encode_by_kernels(kernels, x, code, mean)
+        for one, wanted in zip(found, trellis._encode_by_torch(x, code, mean), strict=True):
+            exactly(one, wanted, seed)
 
 
 def check_trellis_nonfinite(kernels: Kernels, device: torch.device, dim: int) -> None:

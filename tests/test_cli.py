@@ -129,7 +129,7 @@ def test_eval_writes_a_valid_result_and_prints_the_arms(small_run: tuple[Path, s
     assert results["perplexity"]["underpowered"] is True
     assert [arm["arm"] for arm in results["perplexity"]["arms"]] == ["trellis:K3V2", "e8:K3V2"]
     assert results["perplexity"]["arms"][0]["bits_per_element"] == pytest.approx(
-        2.5 + 8 / 64 + 16 / 64
+        2.5 + 8 / 64 + 16 * 65 / 64 / 64
     )
     assert "trellis:K3V2" in out
     assert "NOT PUBLISHABLE" in out

@@ -13,7 +13,7 @@ from test_kv_codecs import codec_of, gaussians, keys, positions_of
 from torch import Tensor
 
 from layersweep.errors import InputError
-from layersweep.kv.cache import channel_mean
+from layersweep.kv.cache import mean_for
 from layersweep.kv.codec import Codec, Packed
 from layersweep.kv.trellis import Code
 from layersweep.kv.trellis_search import encoder_name, search, search_oracle, states_of
@@ -101,17 +101,18 @@ def test_compiled_and_torch_searches_agree_bit_for_bit(bits: int, ties: bool, se
 @pytest.mark.parametrize(
     ("arm", "before_gain", "after"),
     [
-        ("trellis:K2V2", 0.0751, 0.0811),
-        ("trellis:K3V3", 0.0202, 0.0206),
-        ("trellis:K4V4", 0.00543, 0.00546),
-        ("trellis:K2V2@states=1024", 0.0717, 0.0772),
-        ("trellis:K3V3@states=1024", 0.0188, 0.0191),
-        ("trellis:K4V4@states=1024", 0.00493, 0.00495),
+        ("trellis:K2V2", 0.0744, 0.0804),
+        ("trellis:K3V3", 0.0200, 0.0204),
+        ("trellis:K4V4", 0.00540, 0.00542),
+        ("trellis:K2V2@states=1024", 0.0711, 0.0765),
+        ("trellis:K3V3@states=1024", 0.0187, 0.0190),
+        ("trellis:K4V4@states=1024", 0.00490, 0.00492),
     ],
 )
 def test_error_of_gaussians(arm: str, before_gain: float, after: float) -> None:
     x = gaussians(1, 4, 4096, 128)
-    codec, mean = codec_of(arm), channel_mean(x)
+    codec = codec_of(arm)
+    mean = mean_for(codec, x)
     packed = encode(codec, x, mean)
     decoded = codec.decode(packed, positions_of(x))
     energy, dot = x.square().sum(), (x * decoded).sum()
@@ -120,7 +121,39 @@ def test_error_of_gaussians(arm: str, before_gain: float, after: float) -> None:
     assert (shrunk - x).square().sum() / energy == pytest.approx(before_gain, rel=0.006)
     assert dot / energy == pytest.approx(1, abs=0.001)
     bits = int(arm[9])
-    assert 8 * codec.nbytes(packed) / x.numel() == bits + 8 / 128 + 16 / 4096
+    assert 8 * codec.nbytes(packed) / x.numel() == bits + 8 / 128 + 16 * 129 / 128 / 4096
+
+
+@pytest.mark.parametrize(("bits", "spread"), [(2, 0.007), (3, 0.007), (4, 0.007), (8, 0.002)])
+def test_every_vector_keeps_its_product_with_itself(bits: int, spread: float) -> None:
+    """<x - m, x^ - m> is <x - m, x - m>: what rounding to 1/32 octave leaves is uniform within
+    1.08 %, 0.63 % rms. With 8 bits the guess was right and the code alone is off."""
+    x = gaussians(2, 2, 400, 64) * 3 + 7
+    codec = codec_of(f"trellis:K{bits}V{bits}")
+    mean = mean_for(codec, x)
+    assert mean is not None
+    assert mean[..., 64] == pytest.approx(3.0, abs=0.05)  # the level
+    decoded = codec.decode(encode(codec, x, mean), positions_of(x))
+    y, back = ((part - mean[..., :64].float().unsqueeze(2)).double() for part in (x, decoded))
+    ratio = (y * back).sum(-1) / y.square().sum(-1)
+    assert (ratio - 1).square().mean().sqrt() < spread
+    assert (ratio - 1).abs().max() < 0.0115
+    assert ratio.mean() == pytest.approx(1, abs=0.001)
+
+
+def test_the_level_of_one_token_and_of_none_around_the_mean() -> None:
+    """A sixteenth of the rms of x at least, and never 0: scales are relative to it."""
+    codec, x = codec_of("trellis:K3V2"), gaussians(1, 1, 1, 64)
+    mean = mean_for(codec, x)
+    assert mean is not None
+    assert mean[0, 0, 64] == pytest.approx(x.square().mean().sqrt().item() / 16, rel=1e-3)
+    packed = encode(codec, x, mean)
+    assert (codec.decode(packed, positions_of(x)) - x).abs().max() < 0.002  # fp16 of the mean
+    longer = codec.append(packed, 5 * x, positions_of(x, 1))
+    found = codec.decode(longer, positions_of(torch.cat((x, x), dim=2)))[:, :, 1:]
+    assert (found - 5 * x).norm() < 0.25 * (5 * x).norm()
+    nothing = mean_for(codec, torch.zeros(1, 1, 4, 64))
+    assert nothing is not None and nothing[0, 0, 64] == 2**-14
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 8])
@@ -140,9 +173,10 @@ def test_error_against_lloyd_at_fewer_bits(bits: int, dim: int) -> None:
 
 def test_a_mean_is_stored_once_and_counted() -> None:
     x = gaussians(2, 3, 100, 64) + 5
-    codec, mean = codec_of("trellis:K3V2"), channel_mean(x)
+    codec = codec_of("trellis:K3V2")
+    mean = mean_for(codec, x)
     packed = encode(codec, x, mean)
-    assert codec.nbytes(packed) == 2 * 3 * (100 * (64 * 3 // 8 + 1) + 2 * 64)
+    assert codec.nbytes(packed) == 2 * 3 * (100 * (64 * 3 // 8 + 1) + 2 * 65)
     without = codec.decode(encode(codec, x), positions_of(x))
     decoded = codec.decode(packed, positions_of(x))
     assert (decoded - x).square().mean() < 0.05 * (without - x).square().mean()
@@ -156,13 +190,13 @@ def test_a_mean_is_stored_once_and_counted() -> None:
 
 def test_sizes_at_the_edges_of_the_scale() -> None:
     codec, one = codec_of("trellis:K4V4"), gaussians(1, 1, 1, 64)
-    sizes = [0.0, 1e-30, 1e-6, 1e-4, 1.0, 4e4, 1e5, 1e30, torch.inf, torch.nan]
+    sizes = [0.0, 1e-30, 1e-7, 1e-5, 0.2, 1.0, 5.0, 5e5, 1e7, 1e30, torch.inf, torch.nan]
     x = torch.cat([one * size for size in sizes], dim=2)
     decoded = codec.decode(encode(codec, x), positions_of(x))[0, 0]
     assert (decoded[:3] == 0).all()
-    assert decoded[6:].isnan().all()
-    for row in (3, 4, 5):
-        assert (decoded[row] - x[0, 0, row]).norm() < 0.1 * x[0, 0, row].norm()
+    assert decoded[8:].isnan().all()
+    for row, error in ((3, 0.2), (4, 0.08), (5, 0.08), (6, 0.08), (7, 0.2)):
+        assert (decoded[row] - x[0, 0, row]).norm() < error * x[0, 0, row].norm()
     constant = torch.full((1, 1, 2, 64), 3.0)
     assert (codec.decode(encode(codec, constant), positions_of(constant)) - 3).abs().max() < 1
 

@@ -71,7 +71,8 @@ def test_the_baseline_does_not_depend_on_the_arms(
 def test_one_bit_keys_are_worse_than_three(model: Model) -> None:
     study, _ = measured(model, replace(SMALL, kv="K1V16,K3V16,K8V8", tasks=("ppl",), gate="off"))
     loss = {a: (n - study.perplexity.nll["exact"]).mean() for a, n in study.perplexity.nll.items()}
-    assert loss["trellis:K1V16"] > 3 * loss["trellis:K3V16"] > 0
+    assert loss["trellis:K1V16"] > 3 * abs(loss["trellis:K3V16"])
+    assert loss["trellis:K1V16"] > 0.01
     assert abs(loss["trellis:K8V8"]) < 1e-3
 
 
@@ -113,8 +114,9 @@ def test_python_interface_returns_the_schema(model: Model) -> None:
     validate(results)
     arm = results["perplexity"]["arms"][0]
     assert arm["arm"] == "trellis:K3V2@window=16@sink=4"
-    # 20 of 64 tokens exact at 16 bits, 44 at (3 + 2) / 2 and an 8-bit scale per 64, one mean
-    assert arm["bits_per_element"] == pytest.approx((20 * 16 + 44 * 2.625 + 16) / 64)
+    # 20 of 64 tokens exact at 16 bits, 44 at (3 + 2) / 2 and an 8-bit scale per 64,
+    # one mean and level
+    assert arm["bits_per_element"] == pytest.approx((20 * 16 + 44 * 2.625 + 16 * 65 / 64) / 64)
     assert results["protocol"]["exact_pair_fraction"] == pytest.approx(120 / (120 + 15 * 64))
     assert exact_pair_fraction(1024, 512) == pytest.approx(0.2, abs=1e-3)
 

@@ -19,7 +19,7 @@ import layersweep.sweep.attention as attention
 from layersweep.cli.app import run
 from layersweep.kv import Stream, parse
 from layersweep.kv.basis import Basis
-from layersweep.kv.cache import channel_mean
+from layersweep.kv.cache import mean_for
 from layersweep.model import maths
 
 PREFIX, HEADS, DIM, THETA = 1024, 2, 64, 1e6
@@ -61,22 +61,23 @@ def divergence(q: Tensor, exact: Tensor, coded: Tensor) -> float:
     return (p.exp() * (p - r)).sum(-1).mean().item()
 
 
-def through(name: str, k: Tensor, mean: Tensor | None = None) -> Tensor:
+def through(name: str, k: Tensor, mean: bool = False) -> Tensor:
     arm, at = parse(name), torch.arange(PREFIX).expand(len(k), -1)
+    assert arm.codec is not None
     stream = Stream("k", HEADS, DIM, role="key", rope=True)
-    return arm.decode(arm.encode(k, stream, at, mean), at)
+    return arm.decode(arm.encode(k, stream, at, mean_for(arm.codec, k) if mean else None), at)
 
 
 def scaled(name: str, k: Tensor, basis: Basis) -> Tensor:
     """Channels divided by the root of their deviation, not the basis: 16 / T bits more."""
-    mean = channel_mean(k).float().unsqueeze(2)
+    mean = k.mean(2, keepdim=True).half().float()
     size = (k - mean).square().mean(2, keepdim=True) ** 0.25
     return through(name, (k - mean) / size) * size + mean
 
 
 def in_basis(name: str, k: Tensor, basis: Basis) -> Tensor:
     inside = basis.enter(k)
-    return basis.leave(through(name, inside, channel_mean(inside)))
+    return basis.leave(through(name, inside, mean=True))
 
 
 def main() -> None:
@@ -86,7 +87,7 @@ def main() -> None:
         "rotation, Lloyd-Max": lambda bits, k, basis: through(f"lloyd:K{bits}V2", k),
         "rotation, trellis": lambda bits, k, basis: through(f"trellis:K{bits}V2", k),
         "channel mean, rotation, trellis": lambda bits, k, basis: through(
-            f"trellis:K{bits}V2", k, channel_mean(k)
+            f"trellis:K{bits}V2", k, mean=True
         ),
         "the same, channels scaled": lambda bits, k, basis: scaled(f"trellis:K{bits}V2", k, basis),
         "**basis, channel mean, rotation, trellis**": lambda bits, k, basis: in_basis(

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from layersweep.checkpoint import nf4
 from layersweep.kernels import Kernels, load_kernels
-from layersweep.kv import lloyd, trellis
+from layersweep.kv import lloyd, trellis, trellis_scale
 from layersweep.kv.rotate import rotation_weights
 from layersweep.model import maths
 
@@ -133,20 +133,28 @@ def lloyd_cases(kernels: Kernels, x: Tensor) -> Iterator[Case]:
 
 def trellis_cases(kernels: Kernels, x: Tensor) -> Iterator[Case]:
     weights = rotation_weights(128, True, DEVICE).view(-1)
-    mean = random(torch.float16, len(x) // 1024, 128)
-    out, scales = torch.empty_like(x, dtype=torch.float32), trellis.scale_values(DEVICE)
+    mean = random(torch.float16, len(x) // 1024, 129)
+    mean[:, 128] = 1  # the level
+    limits = trellis_scale.scale_thresholds(DEVICE)
+    out, scales = torch.empty_like(x, dtype=torch.float32), trellis_scale.scale_values(DEVICE)
     for window, bits in ((8, 2), (8, 3), (8, 4), (10, 3)):
         code = trellis.Code(window, bits)
         levels = code.levels(DEVICE)
-        tables = trellis.thresholds(code, 128, DEVICE), trellis.inverse_scales(code, DEVICE)
-        u, scale = kernels.trellis_scale(x, mean, weights, *tables)
+        tables = (
+            trellis_scale.square_thresholds(code.gain, 128, DEVICE),
+            trellis_scale.inverse_scales(code.gain, DEVICE),
+        )
+        u, size = kernels.trellis_scale(x, mean, weights, *tables)
         codes = kernels.trellis_encode(u, bits, levels)
+        scale = kernels.trellis_gain(u, codes, size, mean, bits, levels, limits)
         packed, name = codes.nbytes + scale.nbytes, f"{window}_{bits}"
         if bits == 2:
             work = partial(kernels.trellis_scale, x, mean, weights, *tables)
             yield "trellis_scale", work, x.nbytes + u.nbytes
         work = partial(kernels.trellis_encode, u, bits, levels)
         yield f"trellis_encode_{name}", work, u.nbytes + packed
+        work = partial(kernels.trellis_gain, u, codes, size, mean, bits, levels, limits)
+        yield f"trellis_gain_{name}", work, u.nbytes + packed
         args = (codes, scale, mean, bits, levels, scales, weights, out)
         yield f"trellis_decode_{name}", partial(kernels.trellis_decode, *args), out.nbytes + packed
 

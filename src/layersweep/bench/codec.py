@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from layersweep.kv.arms import Arm
-from layersweep.kv.cache import Shared, channel_mean, store
-from layersweep.kv.codec import Packed, wants_mean
+from layersweep.kv.cache import Shared, mean_for, store
+from layersweep.kv.codec import Packed
 from layersweep.kv.stream import Stream
 from layersweep.model import maths
 
@@ -76,8 +76,7 @@ def bench_codecs(arms: Sequence[Arm], bench: Bench, say: Callable[[str], None]) 
 def encode(arm: Arm, x: Tensor, stream: Stream, positions: Tensor) -> Packed:
     """As the cache does it: with a channel mean where the codec wants one."""
     assert arm.codec is not None
-    mean = channel_mean(x) if wants_mean(arm.codec) else None
-    return arm.codec.encode(x, stream, positions, mean)
+    return arm.codec.encode(x, stream, positions, mean_for(arm.codec, x))
 
 
 def distortion(arm: Arm, bench: Bench) -> Json:

@@ -21,12 +21,13 @@ CODEC_LAYOUTS: dict[str, dict[str, str]] = {
     "trellis": {
         **dict.fromkeys(("trellis_scale", "trellis_scale_f32"), "7P2q"),
         **{f"trellis_encode_{window}_{bits}": "3Pq" for window, bits in TRELLIS_CODES},
+        **{f"trellis_gain_{window}_{bits}": "7P2q" for window, bits in TRELLIS_CODES},
         **{f"trellis_decode_{window}_{bits}": "7P2q" for window, bits in TRELLIS_CODES},
     },
 }
 MAX_VECTOR = 256
 _VECTORS = 32  # of a block of 256 threads, see rotation.cuh
-_DECODER_BLOCKS = 4096  # at most: each builds its own table
+_TABLE_BLOCKS = 4096  # at most, of kernels whose blocks build a table each
 
 
 class Launcher(Protocol):
@@ -106,10 +107,11 @@ class CodecKernels:
         thresholds: Tensor,
         inverse: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """x [N, D] (T or float32) -> u float32 [N, D], scale uint8 [N], as kv.trellis._scale_rows.
+        """x [N, D] (T or float32) -> u [N, D] and size [N], float32, as kv.trellis._scale_rows.
 
-        mean float16 [M, D], N a multiple of M: each for N / M vectors, or None; thresholds float32
-        [255] and inverse float32 [256] are trellis.thresholds and trellis.inverse_scales.
+        mean float16 [M, D + 1], the last column a level, N a multiple of M: each for N / M vectors;
+        or None. thresholds float32 [255] and inverse float32 [256]: trellis_scale.square_thresholds
+        and trellis_scale.inverse_scales.
         """
         count, dim = x.shape
         assert x.is_contiguous() and weights.numel() == dim
@@ -117,10 +119,10 @@ class CodecKernels:
         for table in (weights, thresholds, inverse):
             same(table, torch.float32)
         u = torch.empty(count, dim, dtype=torch.float32, device=x.device)
-        scale = torch.empty(count, dtype=torch.uint8, device=x.device)
-        args = (x, mean, weights, thresholds, inverse, u, scale, count, _tokens(mean, count, dim))
+        size = torch.empty(count, dtype=torch.float32, device=x.device)
+        args = (x, mean, weights, thresholds, inverse, u, size, count, _tokens(mean, count, dim))
         self._vectors("trellis", "trellis_scale" + self._suffix(x), x, args)
-        return u, scale
+        return u, size
 
     def trellis_encode(self, u: Tensor, bits: int, levels: Tensor) -> Tensor:
         """u float32 [N, D] -> codes uint8 [N, D bits / 8], as kv.trellis_search finds them.
@@ -139,6 +141,33 @@ class CodecKernels:
             self._module("trellis", dim).launch(name, grid, 64, (u, levels, codes, count))
         return codes
 
+    def trellis_gain(
+        self,
+        u: Tensor,
+        codes: Tensor,
+        size: Tensor,
+        mean: Tensor | None,
+        bits: int,
+        levels: Tensor,
+        thresholds: Tensor,
+    ) -> Tensor:
+        """Scales uint8 [N] of what trellis_scale and trellis_encode returned.
+
+        As kv.trellis._encode_by_torch. thresholds float32 [255] are trellis_scale.scale_thresholds.
+        """
+        count, dim = u.shape
+        width, window = dim * bits // 8, _window(levels, bits, dim)
+        same(codes, torch.uint8)
+        for given in (u, size, thresholds):
+            same(given, torch.float32)
+        assert codes.shape == (count, width) and size.numel() == count and thresholds.numel() == 255
+        assert codes.data_ptr() % min(16, width & -width) == 0  # that of any row of a new tensor
+        scale = torch.empty(count, dtype=torch.uint8, device=u.device)
+        tokens = _tokens(mean, count, dim)
+        args = (u, codes, size, mean, levels, thresholds, scale, count, tokens)
+        self._vectors("trellis", f"trellis_gain_{window}_{bits}", u, args, _TABLE_BLOCKS)
+        return scale
+
     def trellis_decode(
         self,
         codes: Tensor,
@@ -150,10 +179,10 @@ class CodecKernels:
         weights: Tensor,
         out: Tensor,
     ) -> None:
-        """Fill out float32 [N, D] from what trellis_scale and trellis_encode returned.
+        """Fill out float32 [N, D] from what trellis_encode and trellis_gain returned.
 
         As kv.trellis._decode_rows. levels as in trellis_encode; scales float32 [256] are
-        trellis.scale_values; mean as in trellis_scale.
+        trellis_scale.scale_values; mean as in trellis_scale.
         """
         count, dim = out.shape
         width, window = dim * bits // 8, _window(levels, bits, dim)
@@ -168,7 +197,7 @@ class CodecKernels:
         tokens = _tokens(mean, count, dim)
         args = (codes, scale, mean, levels, scales, weights, out, count, tokens)
         name = f"trellis_decode_{window}_{bits}"
-        self._vectors("trellis", name, out, args, _DECODER_BLOCKS)
+        self._vectors("trellis", name, out, args, _TABLE_BLOCKS)
 
     def _suffix(self, vectors: Tensor) -> str:
         assert vectors.dtype in (self.dtype, torch.float32)
@@ -199,7 +228,7 @@ def _tokens(mean: Tensor | None, count: int, dim: int) -> int:
     if mean is None:
         return 1
     same(mean, torch.float16)
-    assert mean.dim() == 2 and mean.shape[1] == dim and count % len(mean) == 0
+    assert mean.dim() == 2 and mean.shape[1] == dim + 1 and count % len(mean) == 0
     return max(1, count // len(mean))
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from layersweep.kv.arms import Arm
 from layersweep.kv.basis import Basis
-from layersweep.kv.codec import Codec, Packed, basis_for, role_bits, wants_mean
+from layersweep.kv.codec import Codec, Packed, basis_for, role_bits, wants_level, wants_mean
 from layersweep.kv.methods import EXACT_BITS
 from layersweep.kv.rotate import add_rows
 from layersweep.kv.stream import Stream
@@ -125,7 +125,7 @@ def store(
         at = positions[:, start:stop]
         basis = basis_for(codec, stream)
         middle = x[:, :, start:stop] if basis is None else basis.enter(x[:, :, start:stop])
-        mean = channel_mean(middle[:, :, :mean_tokens]) if wants_mean(codec) else None
+        mean = mean_for(codec, middle[:, :, :mean_tokens])
         shared[key] = Encoded(codec, codec.encode(middle, stream, at, mean), at, basis)
     return CachedStream(
         x.dtype,
@@ -135,12 +135,24 @@ def store(
     )
 
 
-def channel_mean(x_BHTD: Tensor) -> Tensor:
-    """Mean over the tokens, [B, H, D] float16: 16 / T bits per element. Added in a fixed tree, so
-    that it does not depend on the batch. Removing it costs values nothing (attention weights sum
-    to 1), and of keys it takes the channels that stand out."""
-    total = add_rows(x_BHTD.float(), dim=2)
-    return (total / x_BHTD.shape[2]).to(torch.float16)
+def mean_for(codec: Codec, x_BHTD: Tensor) -> Tensor | None:
+    """Float16 means of x for a codec that wants them: [B, H, D], or with the level [B, H, D + 1].
+
+    Removing the mean costs values nothing (attention weights sum to 1), and of keys it takes the
+    channels that stand out. The level is the rms of all numbers around their channels' means; one
+    token leaves nothing around its mean, so it is at least 1/16 of the rms of x. Sums are added in
+    a fixed tree: they do not depend on the batch.
+    """
+    if not wants_mean(codec):
+        return None
+    x, tokens = x_BHTD.float(), x_BHTD.shape[2]
+    mean = add_rows(x, dim=2) / tokens
+    if not wants_level(codec):
+        return mean.to(torch.float16)
+    power = add_rows(add_rows(x * x, dim=2), dim=-1) / tokens
+    around = torch.maximum(power - add_rows(mean * mean, dim=-1), power / 256)
+    level = (around / x.shape[3]).sqrt().clamp(min=torch.finfo(torch.float16).tiny)
+    return torch.cat((mean, level.unsqueeze(-1)), dim=-1).to(torch.float16)
 
 
 def keeps_exact(arm: Arm, stream: Stream, layer: int, num_layers: int) -> bool:

@@ -22,7 +22,8 @@ class Packed:
 
     codes  [batch, heads, tokens, width]  what is stored per vector (uint8 where really packed)
     scale  [batch, heads, tokens]         one number per vector, None where the codec has none
-    mean   [batch, heads, dim] float16    subtracted from every vector before encoding, or None
+    mean   [batch, heads, dim] float16    subtracted from every vector before encoding, or None;
+                                          one column more where the codec has a level
     """
 
     bits: int
@@ -112,7 +113,8 @@ class Codec(Protocol):
     - nbytes counts all that a reader needs except tables shipped with the package. A codec whose
       packed form is larger than its method's (`simulated`) counts the method's fixed-rate size.
     - `mean` [B, H, D] float16 is subtracted and stored by codecs with `wants_mean`; append uses the
-      stored one. Others raise InputError.
+      stored one. Others raise InputError. With `wants_level`, too, a column D + 1 holds the rms
+      around the means, to which stored scales are relative.
     - codecs with `wants_basis` are given x in the coordinates of stream.basis, where there is one,
       by their caller, who turns back what they decode.
     """
@@ -154,6 +156,11 @@ class Codec(Protocol):
 def wants_mean(codec: Codec) -> bool:
     """Whether a codec subtracts a channel mean that its caller measures; most do not."""
     return bool(getattr(codec, "wants_mean", False))
+
+
+def wants_level(codec: Codec) -> bool:
+    """Whether a codec with a channel mean takes the size of what is left, as one more column."""
+    return bool(getattr(codec, "wants_level", False))
 
 
 def wants_basis(codec: Codec) -> bool:
@@ -202,6 +209,7 @@ def check_stream(codec: Codec, stream: Stream, device: torch.device, dtype: torc
     if role_bits(codec, stream) < 16:
         x, mean = torch.zeros(1, stream.heads, 1, stream.dim, dtype=dtype, device=device), None
         if wants_mean(codec):
-            mean = torch.zeros(1, stream.heads, stream.dim, dtype=torch.float16, device=device)
+            columns = stream.dim + wants_level(codec)
+            mean = torch.zeros(1, stream.heads, columns, dtype=torch.float16, device=device)
         at = torch.zeros(1, 1, dtype=torch.long, device=device)
         codec.decode(codec.encode(x, stream, at, mean), at)

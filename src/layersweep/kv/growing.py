@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from layersweep.kv.arms import Arm
-from layersweep.kv.cache import channel_mean, keeps_exact
-from layersweep.kv.codec import Packed, basis_for, wants_mean
+from layersweep.kv.cache import keeps_exact, mean_for
+from layersweep.kv.codec import Packed, basis_for
 from layersweep.kv.stream import Stream
 
 MEAN_TOKENS = 128  # a channel mean comes from the first tokens that are coded, and is frozen
@@ -75,7 +75,7 @@ class GrowingStream:
             x_BHTD = self.basis.enter(x_BHTD)
         at = self._positions(len(x_BHTD), self._first + self.coded, x_BHTD.shape[2])
         if self.packed is None:
-            mean = channel_mean(x_BHTD[:, :, :MEAN_TOKENS]) if wants_mean(self.codec) else None
+            mean = mean_for(self.codec, x_BHTD[:, :, :MEAN_TOKENS])
             self.packed = self.codec.encode(x_BHTD, self.stream, at, mean)
         else:
             self.packed = self.codec.append(self.packed, x_BHTD, at)

@@ -1,22 +1,25 @@
 """`trellis`: channel mean, random rotation, 8-bit scale, a tail-biting bitshift trellis code.
 
-Per head vector x of size D, with the channel mean m [D] of its sequence and head:
+Per head vector x of size D, with the channel mean m [D] and the level l of its sequence and head:
     y = rotate(x - m)              nearly Gaussian, whatever x was
-    q = 8 log2(g rms(y)), rounded  the stored scale is s = 2^(q / 8), one byte with an offset
-    u = g y / s                    rms 1, up to the rounding of q
+    u = g y / [g rms(y)]           [ ] rounds to one byte, relative to l; u has an rms close to 1
     b = the D symbols of `bits` bits whose levels c, all together, lie nearest to u
+    s = [<y, y> / <y, c>]          so that <x - m, x^ - m> = <x - m, x - m>, up to the rounding
     x^ = m + rotate_back(s c)
 Element t has the level TABLE[s_t], s_t the last L bits of the stream of symbols at t: every level
 serves several neighbours, so D bits buy a code of D dimensions. The stream is a ring, hence exactly
 `bits` per element and no state to store. Levels are trained (tools/make_trellis_tables.py), and
-centroids: <u, c> is (1 - d) <u, u>, d the distortion. The gain g = 1 / (1 - d) brings <x, x^> back
-to <x, x> on average; without it scores flatten and sums of values shrink.
+centroids: c is shorter than u, and without the gain in s scores flatten and sums of values shrink.
+The gain is g = 1 / (1 - distortion) on average, so that [g rms(y)] is s, or close to it: where
+codes are fine, rounding the scale costs nothing, because u was divided by what is stored.
 
-Bits per element: bits + 8 / D + 16 / T, T the tokens that share a mean.
+What a byte of scale stands for: kv/trellis_scale.py. A vector of scale 0 is its mean.
+
+Bits per element: bits + 8 / D + 16 (D + 1) / (D T), T the tokens that share mean and level. Without
+a mean, or with one of D columns, the level is 1.
 
 Sources: bitshift trellis and tail-biting by two passes, QTIP (arXiv 2406.11235); trellis coded
-quantization, Marcellin and Fischer (1990). Limits of the scale: below an rms of 1.5e-5 a vector
-becomes its mean; above 50,000, or not finite, it decodes to NaN, which the reader reports.
+quantization, Marcellin and Fischer (1990).
 """
 
 from __future__ import annotations
@@ -37,15 +40,20 @@ from layersweep.kv.identity import Identity
 from layersweep.kv.packing import pack_bits, unpack_bits
 from layersweep.kv.rotate import add_rows, rotate, rotate_back, rotation_weights, row_chunks
 from layersweep.kv.stream import Stream
+from layersweep.kv.trellis_scale import (
+    NOT_A_NUMBER,
+    inverse_scales,
+    reached,
+    scale_thresholds,
+    scale_values,
+    square_thresholds,
+)
 from layersweep.kv.trellis_search import encoder_name, search, states_of
 
 if TYPE_CHECKING:
     from layersweep.kernels import Kernels
 
 TABLES = Path(__file__).with_name("trellis_tables.safetensors")
-_STEPS = 8  # of the scale per octave
-_OFFSET = 128  # code of scale 1
-_ZERO, _NOT_A_NUMBER = 0, 255  # codes of the scales 0 and NaN
 # Vectors searched at a time x states: torch keeps a byte per vector, element and group of states.
 _SEARCH_STATES = 2**22
 
@@ -80,9 +88,10 @@ class Trellis:
     states: str = "256"
 
     method = "trellis"
-    version = "1"
+    version = "2"
     simulated = False
     wants_mean = True
+    wants_level = True
     wants_basis = True
 
     @property
@@ -137,12 +146,13 @@ class Trellis:
         shape, dim, device = packed.codes.shape[:3], packed.dim, packed.codes.device
         code, mean = self._code(packed.bits), packed.mean
         codes, scale = packed.codes.reshape(-1, packed.codes.shape[3]), packed.scale.reshape(-1)
+        means = None if mean is None else _mean_rows(mean, dim)
         out = torch.empty(len(codes), dim, dtype=torch.float32, device=device)
         if kernels := _kernels(device, torch.float16, code, dim):  # any T: the output is float32
             kernels.trellis_decode(
                 codes.contiguous(),
                 scale.contiguous(),
-                None if mean is None else mean.reshape(-1, dim),
+                means,
                 code.bits,
                 code.levels(device),
                 scale_values(device),
@@ -150,10 +160,11 @@ class Trellis:
                 out,
             )
             return out.view(*shape, dim)
+        factor = scale_values(device)[scale.int()] * _levels_of(means, len(codes), device)
         for rows in row_chunks(len(codes), dim, device):
-            out[rows] = _decode_rows(codes[rows], scale[rows], code)
+            out[rows] = _decode_rows(codes[rows], factor[rows], code)
         out = out.view(*shape, dim)
-        return out if mean is None else out.add_(mean.float().unsqueeze(2))
+        return out if mean is None else out.add_(mean[..., :dim].float().unsqueeze(2))
 
     def nbytes(self, packed: Packed) -> int:
         assert packed.scale is not None
@@ -167,62 +178,76 @@ class Trellis:
         return Identity(of=self.method, randomized=True, wants_basis=True)
 
 
-def scale_values(device: torch.device) -> Tensor:
-    """Stored scale of every code, float32 [256]."""
-    return _on_device("scales", device)
+def _mean_rows(mean: Tensor, dim: int) -> Tensor:
+    """mean [B, H, D or D + 1] -> [B H, D + 1], the level 1 where there is none."""
+    if mean.shape[2] == dim:
+        mean = torch.cat((mean, torch.ones_like(mean[..., :1])), dim=-1)
+    return mean.reshape(-1, dim + 1)
 
 
-@cache
-def inverse_scales(code: Code, device: torch.device) -> Tensor:
-    """g / s of every code, float32 [256]; 0 where the scale is 0 or NaN."""
-    values = [code.gain * 2 ** ((_OFFSET - q) / _STEPS) for q in range(256)]
-    values[_ZERO] = values[_NOT_A_NUMBER] = 0.0
-    return torch.tensor(values, dtype=torch.float32, device=device)
-
-
-@cache
-def thresholds(code: Code, dim: int, device: torch.device) -> Tensor:
-    """Sum of squares of a rotated vector from which each code 1 ... 255 is taken, float32 [255].
-
-    Comparing squares needs no root and no logarithm, which devices round differently.
-    """
-    least = (2 ** ((q - 0.5 - _OFFSET) / _STEPS) / code.gain for q in range(1, 256))
-    return torch.tensor([dim * rms * rms for rms in least], dtype=torch.float32, device=device)
+def _levels_of(means: Tensor | None, count: int, device: torch.device) -> Tensor:
+    """Level of each of `count` vectors, float32."""
+    if means is None:
+        return torch.ones(count, dtype=torch.float32, device=device)
+    return means[:, -1].float().repeat_interleave(count // len(means), output_size=count)
 
 
 def _encode_by_torch(x: Tensor, code: Code, mean: Tensor | None) -> tuple[Tensor, Tensor]:
     """x [B, H, T, D] -> codes [B H T, D bits / 8] uint8, scale [B H T] uint8."""
     dim, device = x.shape[3], x.device
-    flat = (x if mean is None else x.float() - mean.float().unsqueeze(2)).reshape(-1, dim)
+    means = None if mean is None else _mean_rows(mean, dim)
+    flat = (x if mean is None else x.float() - mean[..., :dim].float().unsqueeze(2)).reshape(
+        -1, dim
+    )
+    level = _levels_of(means, len(flat), device)
     codes = torch.empty(len(flat), dim * code.bits // 8, dtype=torch.uint8, device=device)
     scale = torch.empty(len(flat), dtype=torch.uint8, device=device)
     step = _SEARCH_STATES >> code.window
     for start in range(0, len(flat), step):
-        piece, its_scale = flat[start : start + step], scale[start : start + step]
+        piece, its_level = flat[start : start + step], level[start : start + step]
         u_DN = torch.empty(dim, len(piece), dtype=torch.float32, device=device)
-        for rows in row_chunks(len(piece), dim, device):
-            u_DN[:, rows], its_scale[rows] = _scale_rows(piece[rows], code)
+        size = torch.empty(len(piece), dtype=torch.float32, device=device)
+        chunks = list(row_chunks(len(piece), dim, device))
+        for rows in chunks:
+            u_DN[:, rows], size[rows] = _scale_rows(piece[rows], its_level[rows], code)
         symbols = search(u_DN, code.levels(device), code.bits)
+        for rows in chunks:
+            dot = _dot_rows(u_DN[:, rows], symbols[:, rows], code)
+            found = reached(size[rows], scale_thresholds(device), its_level[rows] * dot)
+            scale[start : start + step][rows] = found.to(torch.uint8)
         codes[start : start + step] = pack_bits(symbols, code.bits)
     return codes, scale
 
 
-def _scale_rows(x_ND: Tensor, code: Code) -> tuple[Tensor, Tensor]:
-    """x [N, D] without its mean -> u [D, N] float32, code of the scale [N] uint8."""
+def _scale_rows(x_ND: Tensor, level: Tensor, code: Code) -> tuple[Tensor, Tensor]:
+    """x [N, D] without its mean -> u [D, N] = v y and v <y, y> [N], float32, v about 1 / rms(y).
+
+    u is 0 where x is not finite or too large, and v <y, y> NaN.
+    """
     y_DN = rotate(x_ND, randomized=True)
-    edges = thresholds(code, len(y_DN), x_ND.device)
-    scale = torch.bucketize(add_rows(y_DN * y_DN), edges, right=True)  # NaN goes to the end
-    y_DN.mul_(inverse_scales(code, x_ND.device)[scale])
-    return y_DN.masked_fill_(scale == _NOT_A_NUMBER, 0.0), scale.to(torch.uint8)
+    square = add_rows(y_DN * y_DN)
+    guess = reached(square, square_thresholds(code.gain, len(y_DN), x_ND.device), level * level)
+    v = inverse_scales(code.gain, x_ND.device)[guess] / level
+    return y_DN.mul_(v).masked_fill_(guess == NOT_A_NUMBER, 0.0), square * v
 
 
-def _decode_rows(codes: Tensor, scale: Tensor, code: Code) -> Tensor:
-    """Codes and scales -> [N, D] float32 before the mean, a view of its transpose."""
-    levels = code.levels(codes.device)
-    states = states_of(unpack_bits(codes, code.bits), len(levels), code.bits)
-    c_DN = levels.index_select(0, states.view(-1)).view(states.shape)
-    c_DN.mul_(scale_values(codes.device)[scale.int()])
-    return rotate_back(c_DN, randomized=True)
+def _dot_rows(u_DN: Tensor, symbols_DN: Tensor, code: Code) -> Tensor:
+    """<u, c> [N], at least D / 4: a code that lies far from its vector, as happens with few bits in
+    all, gets a scale of no more than about 4 times the rms."""
+    return add_rows(_trellis_values(symbols_DN, code).mul_(u_DN)).clamp_(min=len(u_DN) / 4)
+
+
+def _trellis_values(symbols_DN: Tensor, code: Code) -> Tensor:
+    """Level of every element, float32 [D, N]."""
+    levels = code.levels(symbols_DN.device)
+    states = states_of(symbols_DN, len(levels), code.bits)
+    return levels.index_select(0, states.reshape(-1)).view(states.shape)
+
+
+def _decode_rows(codes: Tensor, factor: Tensor, code: Code) -> Tensor:
+    """Codes, and scales times levels -> [N, D] float32 before the mean, a view of its transpose."""
+    c_DN = _trellis_values(unpack_bits(codes, code.bits), code)
+    return rotate_back(c_DN.mul_(factor), randomized=True)
 
 
 def _encode_by_kernels(
@@ -231,28 +256,27 @@ def _encode_by_kernels(
     """As _encode_by_torch. Pieces are whole rows of the mean."""
     tokens, dim = x.shape[2:]
     flat = x.reshape(-1, dim).contiguous()
-    means = None if mean is None else mean.reshape(-1, dim)
+    means = None if mean is None else _mean_rows(mean, dim)
     codes = torch.empty(len(flat), dim * code.bits // 8, dtype=torch.uint8, device=x.device)
     scale = torch.empty(len(flat), dtype=torch.uint8, device=x.device)
     tables = (
         rotation_weights(dim, True, x.device).view(-1),
-        thresholds(code, dim, x.device),
-        inverse_scales(code, x.device),
+        square_thresholds(code.gain, dim, x.device),
+        inverse_scales(code.gain, x.device),
     )
+    levels, limits = code.levels(x.device), scale_thresholds(x.device)
     for group in row_chunks(len(flat) // max(1, tokens), tokens * dim, x.device):
         rows = slice(group.start * tokens, group.stop * tokens)
         own = None if means is None else means[group]
-        u_ND, scale[rows] = kernels.trellis_scale(flat[rows], own, *tables)
-        codes[rows] = kernels.trellis_encode(u_ND, code.bits, code.levels(x.device))
+        u_ND, size = kernels.trellis_scale(flat[rows], own, *tables)
+        codes[rows] = kernels.trellis_encode(u_ND, code.bits, levels)
+        scale[rows] = kernels.trellis_gain(u_ND, codes[rows], size, own, code.bits, levels, limits)
     return codes, scale
 
 
 @cache
 def _tables() -> dict[str, Tensor]:
-    tables = load_file(TABLES)
-    scales = [2 ** ((q - _OFFSET) / _STEPS) for q in range(256)]
-    scales[_ZERO], scales[_NOT_A_NUMBER] = 0.0, float("nan")
-    return tables | {"scales": torch.tensor(scales, dtype=torch.float32)}
+    return load_file(TABLES)
 
 
 @cache
