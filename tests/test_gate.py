@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 
 from layersweep.errors import CheckpointError, GateError
 from layersweep.evals.settings import EvalSettings
-from layersweep.evals.study import prepare_study, run_study
+from layersweep.evals.run import run_study
+from layersweep.evals.study import prepare_study
 from layersweep.sweep.model import load
 
 DEMO = Path(__file__).parents[1] / "src/layersweep/demo/model"

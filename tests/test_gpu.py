@@ -21,7 +21,8 @@ from layersweep.checkpoint.synth import MIXTRAL_8X7B, write_synthetic
 from layersweep.environment import Budget
 from layersweep.errors import GateError
 from layersweep.evals.settings import EvalSettings
-from layersweep.evals.study import Outcome, Study, prepare_study, run_study
+from layersweep.evals.run import Outcome, run_study
+from layersweep.evals.study import Study, prepare_study
 from layersweep.kernels import KernelError, Kernels
 from layersweep.kv import parse
 from layersweep.kv.arms import EXACT

@@ -11,7 +11,8 @@ import layersweep
 from layersweep.environment import Budget
 from layersweep.evals.results import exact_pair_fraction
 from layersweep.evals.settings import EvalSettings
-from layersweep.evals.study import Outcome, Study, prepare_study, run_study
+from layersweep.evals.run import Outcome, run_study
+from layersweep.evals.study import Study, prepare_study
 from layersweep.report.store import validate
 from layersweep.sweep.model import Model
 
@@ -45,7 +46,7 @@ def test_several_sweeps_within_a_smaller_budget_give_the_same_bits(
     model: Model, one_sweep: tuple[Study, Outcome]
 ) -> None:
     study, outcome = one_sweep
-    assert (outcome.sweeps, outcome.gate_sweeps, outcome.nonfinite) == (1, 0, {})
+    assert (outcome.sweeps, outcome.gate_sweeps, outcome.done.nonfinite) == (1, 0, {})
     assert outcome.bytes_read == sum(spec.stored_bytes for spec in model.specs)
     less = study.plan.device_bytes - study.plan.peaks["hidden states"] // 2
     for ram in (study.plan.placement.host_ring + 4 * 2**20, 2**30):
@@ -87,7 +88,7 @@ def test_streaming_costs_more_than_prefill_and_its_control_is_zero(
         cost = (study.perplexity.nll[arm] - exact).mean()
         prefill = (one_sweep[0].perplexity.nll[arm] - one_sweep[0].perplexity.nll["exact"]).mean()
         assert cost > prefill > 0
-    assert outcome.cache_bits["perplexity", "trellis:K3V2"][1] == 2 * 6 * 45 * 96 * 2 * 64
+    assert outcome.done.cache_bits["perplexity", "trellis:K3V2"][1] == 2 * 6 * 45 * 96 * 2 * 64
 
 
 def test_generation_agrees_with_teacher_forcing(

@@ -41,6 +41,11 @@ class BudgetError(InputError):
     """The request does not fit the memory budget: names needed, available and what fits."""
 
 
+class MachineError(LayersweepError):
+    """The machine failed while the run was under way: disk full, memory gone, a file that vanished
+    (exit 1). What was finished is kept."""
+
+
 class GateError(LayersweepError):
     """The gate refused the run (exit 3): a model that does not work must not be measured."""
 

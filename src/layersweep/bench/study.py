@@ -19,8 +19,9 @@ from layersweep.bench.ceilings import disk_rate, evict, gemm_ceiling
 from layersweep.evals.needle_job import TILE_TRIALS
 from layersweep.evals.perplexity import TILE_SEGMENTS
 from layersweep.evals.results import build_results
+from layersweep.evals.run import run_study
 from layersweep.evals.settings import EvalSettings
-from layersweep.evals.study import prepare_study, run_study
+from layersweep.evals.study import prepare_study
 from layersweep.report.store import write_results
 from layersweep.stream.plan import Plan
 from layersweep.stream.rates import planned_seconds

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -65,6 +65,7 @@ def evaluate(
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Commit of a hub model.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for results; none: no files.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of needles and resampling.")] = 0,
     json_output: Annotated[bool, typer.Option("--json", help="Only the JSON on stdout.")] = False,
 ) -> None:
@@ -96,7 +97,7 @@ def evaluate(
     machine = Machine(
         revision, vram, ram, device, dtype, weights, router_dtype, assume_capability
     )  # fmt: skip
-    results = _run(model, settings, machine, out)
+    results = _run(model, settings, machine, out, resume)
     if json_output:
         sys.stdout.write(json.dumps(results, allow_nan=False) + "\n")
     else:
@@ -105,29 +106,41 @@ def evaluate(
         print_report(Console(), results)
 
 
-def _run(source: str, settings: EvalSettings, machine: Machine, out: Path | None) -> dict[str, Any]:
+def _run(
+    source: str, settings: EvalSettings, machine: Machine, out: Path | None, resume: bool
+) -> dict[str, Any]:
     """Prepare, run and write; any failure leaves diagnosis.json in `out`."""
     from layersweep.cli.events import Events
     from layersweep.cli.output import RunFolder
 
-    folder = RunFolder(out)
     events = Events(Console(stderr=True))
     study = None
+    with RunFolder(out, resume=resume) as folder:
+        try:
+            study = _prepare(source, settings, machine, folder, events)
+            return _measure(study, folder, events)
+        except (Exception, KeyboardInterrupt) as failure:
+            if out is not None and folder.usable:
+                _diagnose(out, failure, study, events)
+            raise
+
+
+def _diagnose(out: Path, failure: BaseException, study: Study | None, events: Events) -> None:
+    """Write diagnosis.json and hint at it; the failure itself counts more than that."""
     try:
-        study = _prepare(source, settings, machine, events)
-        folder.start(study)
-        return _measure(study, folder, events)
-    except (Exception, KeyboardInterrupt) as failure:
-        if out is not None and folder.usable:
-            path = events.write_diagnosis(out, failure, study)
-            if isinstance(failure, LayersweepError):
-                failure.hint = f"{failure.hint}; details in {path}" if failure.hint else str(path)
-            else:
-                events.say(f"hint: details in {path}")
-        raise
+        path = events.write_diagnosis(out, failure, study)
+    except OSError as second:
+        events.say(f"note: {out}/diagnosis.json cannot be written ({second.strerror})")
+        return
+    if isinstance(failure, LayersweepError):
+        failure.hint = f"{failure.hint}; details in {path}" if failure.hint else str(path)
+    else:
+        events.say(f"hint: details in {path}")
 
 
-def _prepare(source: str, settings: EvalSettings, machine: Machine, events: Events) -> Study:
+def _prepare(
+    source: str, settings: EvalSettings, machine: Machine, folder: RunFolder, events: Events
+) -> Study:
     from layersweep.cli.events import budget_line, layout_line, paths_line, versions_line
     from layersweep.evals.study import prepare_study
     from layersweep.kv.arms import parse_arms
@@ -139,7 +152,8 @@ def _prepare(source: str, settings: EvalSettings, machine: Machine, events: Even
     events.say(layout_line(loaded.checkpoint))
     for note in loaded.checkpoint.notes:
         events.say(f"note: {note}")
-    study = prepare_study(loaded, settings)
+    study = prepare_study(loaded, settings, kept=folder.path is not None)
+    folder.start(study, events.say)
     events.say(paths_line(study))
     events.say(budget_line(study))
     events.say(versions_line())
@@ -151,17 +165,20 @@ def _prepare(source: str, settings: EvalSettings, machine: Machine, events: Even
 def _measure(study: Study, folder: RunFolder, events: Events) -> dict[str, Any]:
     from layersweep.cli.progress import SweepProgress
     from layersweep.evals.results import build_results
-    from layersweep.evals.study import Outcome, run_study
+    from layersweep.evals.run import Outcome, run_study
 
     command = "layersweep " + " ".join(shlex.quote(word) for word in sys.argv[1:])
-    with closing(study.open(events.say_fallback)) as engine:
+    with ExitStack() as stack:
+        engine = None
+        if not study.finished:
+            engine = stack.enter_context(closing(study.open(events.say_fallback)))
         try:
             with SweepProgress(events.console) as progress:
                 outcome = run_study(
                     study,
                     engine,
                     progress=progress,
-                    finished_sweep=lambda tiles: folder.append(study, tiles),
+                    finished_sweep=lambda sweep: folder.keep(study, sweep),
                 )
         except GateError:
             folder.finish(build_results(study, Outcome(), status="gate_failed", command=command))

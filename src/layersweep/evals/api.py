@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from layersweep.evals.results import build_results
+from layersweep.evals.run import run_study
 from layersweep.evals.settings import DEPTHS, TASKS, EvalSettings
-from layersweep.evals.study import prepare_study, run_study
+from layersweep.evals.study import prepare_study
 from layersweep.evals.windows import BosMode
 from layersweep.sweep.model import Model
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -138,13 +139,18 @@ class Gate:
         passed = peak_bytes <= planned_bytes
         self.checks.append(Check("peak within plan", passed, peak_bytes, planned_bytes))
 
-    def report(self) -> dict[str, object]:
+    def report(self) -> dict[str, Any]:
         """The `gate` section of results.json."""
         return {
             "passed": all(check.passed for check in self.checks),
             "checks": [asdict(check) for check in self.checks],
             "experts_used_per_layer": self.experts_used,
         }
+
+    def restore(self, report: dict[str, Any]) -> None:
+        """Take over the report of a run that passed."""
+        self.checks = [Check(**check) for check in report["checks"]]
+        self.experts_used = list(report["experts_used_per_layer"])
 
     def _require(self, check: Check, message: str, hint: str) -> None:
         self.checks.append(check)

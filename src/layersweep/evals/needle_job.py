@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,6 +90,30 @@ class NeedleJob:
                 self.correct[arm.name][index] = guess == answer
                 self.answer_nll[arm.name][index] = losses.mean().item()
         self._judged.clear()
+
+    def verdicts(self, first: int, count: int) -> list[dict[str, Any]]:
+        """All that came out of trials [first, first + count), as JSON."""
+        tables: dict[str, Mapping[str, Many[Any]]] = {
+            "outputs": self.outputs,
+            "correct": self.correct,
+            "answer_nll": self.answer_nll,
+        }
+        return [
+            {"trial": index}
+            | {
+                kind: {arm: row[index] for arm, row in table.items()}
+                for kind, table in tables.items()
+            }
+            for index in range(first, first + count)
+        ]
+
+    def restore(self, verdicts: Many[Mapping[str, Any]]) -> None:
+        """Put back what `verdicts` gave. Raises KeyError or IndexError where it does not fit."""
+        for verdict in verdicts:
+            for arm in self.outputs:
+                self.outputs[arm][verdict["trial"]] = verdict["outputs"][arm]
+                self.correct[arm][verdict["trial"]] = verdict["correct"][arm]
+                self.answer_nll[arm][verdict["trial"]] = verdict["answer_nll"][arm]
 
     def generate(self, run: RunTiles) -> None:
         """Greedy generation of NEW_TOKENS tokens for all trials and arms: a sweep per token.

@@ -7,12 +7,14 @@ which every read goes through the codec.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from layersweep.evals.measured import (
@@ -128,6 +130,33 @@ class PerplexityJob:
                 self.control_delta[name][index] = row[:, 0].mean() - baseline
                 self.control_kl[name][index] = row[:, 1]
         self._scored.clear()
+
+    def numbers(self, first: int, count: int) -> dict[str, NDArray[Any]]:
+        """All that was measured of windows [first, first + count), by name."""
+        return {
+            f"windows/{first}/{kind}/{arm}": table[first : first + count]
+            for kind, tables in self._tables().items()
+            for arm, table in tables.items()
+        }
+
+    def restore(self, first: int, count: int, numbers: Mapping[str, NDArray[Any]]) -> None:
+        """Put back what `numbers` gave. Raises KeyError or ValueError where it does not fit."""
+        given = {name: numbers[name] for name in self.numbers(first, count)}
+        for name, wanted in self.numbers(first, count).items():
+            if (found := given[name]).shape != wanted.shape or found.dtype != wanted.dtype:
+                raise ValueError(f"{name}: found {found.dtype} {found.shape}")
+        for name, wanted in self.numbers(first, count).items():
+            wanted[...] = given[name]
+
+    def _tables(self) -> dict[str, dict[str, NDArray[Any]]]:
+        """Everything measured: [windows] or [windows, scored]; controls have the first few."""
+        return {
+            "nll": self.nll,
+            "kl": self.kl,
+            "agree": self.agree,
+            "control_delta": self.control_delta,
+            "control_kl": self.control_kl,
+        }
 
     def measurements(
         self,

@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 
 from layersweep.environment import device_facts, versions
+from layersweep.evals.finished import Part
 from layersweep.evals.perplexity import NAME as PERPLEXITY
 from layersweep.evals.perplexity import TILE_SEGMENTS
-from layersweep.evals.study import Outcome, Study
+from layersweep.evals.run import Outcome
+from layersweep.evals.study import Study
 from layersweep.evals.summary import reasons_not_publishable, summarize_needle, summarize_perplexity
 from layersweep.kv.cache import bits_per_element
 from layersweep.stream.rates import planned_seconds
@@ -98,7 +100,7 @@ def _bits(study: Study, outcome: Outcome) -> dict[str, float | None]:
     nothing was measured, or somebody's own codec does not say what it stores."""
     found: dict[str, float | None] = {}
     for arm in study.arms:
-        bits, elements = outcome.cache_bits.get((PERPLEXITY, arm.name), [0.0, 0.0])
+        bits, elements = outcome.done.cache_bits.get((PERPLEXITY, arm.name), [0.0, 0.0])
         found[arm.name] = _number(bits_per_element(bits, elements)) if elements else None
     return found
 
@@ -107,7 +109,9 @@ def _nonfinite(study: Study, outcome: Outcome) -> set[str]:
     """Arms with a non-finite hidden state or score anywhere."""
     assert study.perplexity is not None
     scores = study.perplexity.nll.items()
-    return set(outcome.nonfinite) | {name for name, nll in scores if not np.isfinite(nll).all()}
+    return set(outcome.done.nonfinite) | {
+        name for name, nll in scores if not np.isfinite(nll).all()
+    }
 
 
 def _protocol(study: Study) -> Json:
@@ -159,6 +163,7 @@ def _performance(study: Study, outcome: Outcome) -> Json:
     """Ratios compare with the rates measured in this run. wall_s: from the first weight byte
     asked for until here, with results.json still to be written."""
     plan, model = study.plan, study.model
+    swept = [tile for tile in study.tiles if Part.of(tile) not in study.resumed]
     grown = study.meter.peak_bytes - study.meter.start_bytes
     sweep_s, ceiling = outcome.sweep_s, outcome.gemm_flops
     return {
@@ -168,7 +173,8 @@ def _performance(study: Study, outcome: Outcome) -> Json:
         "gate_sweeps": outcome.gate_sweeps,
         "weight_bytes_read": outcome.bytes_read,
         "h2d_bytes": outcome.h2d_bytes,
-        "tokens": sum(tile.rows for tile in study.tiles),
+        "tokens": sum(tile.rows for tile in swept),
+        "resumed_tiles": len(study.tiles) - len(swept),
         "flops": plan.flops,
         "achieved_tflops": plan.flops / sweep_s / 1e12 if sweep_s else None,
         "gemm_ceiling_tflops": ceiling / 1e12 if ceiling else None,

@@ -1,56 +1,53 @@
-"""One evaluation, from settings to results: prepare, plan, sweep, summarize.
+"""One evaluation before it runs: text, windows, needles, tiles and plan.
 
-Everything that can be refused is refused in `prepare_study`, from headers, tokenizer and
-text alone. `run_study` then reads the weights.
+Everything that can be refused is refused here, from headers, tokenizer and text alone; `run.py`
+then reads the weights.
 """
 
 from __future__ import annotations
 
 import json
-import math
-import time
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from layersweep.checkpoint.config import ModelConfig
-from layersweep.errors import Fallback, GateError, InputError
+from layersweep.errors import Fallback, InputError
+from layersweep.evals.finished import FinishedSweep, Part
 from layersweep.evals.gate import Card, Gate
 from layersweep.evals.meter import Meter
 from layersweep.evals.needle import make_trials
 from layersweep.evals.needle_job import NAME as NEEDLE
 from layersweep.evals.needle_job import NeedleJob
-from layersweep.evals.perplexity import NAME as PERPLEXITY
 from layersweep.evals.perplexity import PerplexityJob
 from layersweep.evals.settings import EvalSettings
+from layersweep.evals.sizing import sized_plan
 from layersweep.evals.text import SourceText, load_text
 from layersweep.evals.tokenizer import TextTokenizer, check_ids
 from layersweep.evals.windows import cut_windows, resolve_bos
-from layersweep.kv.arms import EXACT, Arm, parse_arms
+from layersweep.kv.arms import Arm, parse_arms
 from layersweep.kv.codec import check_stream
 from layersweep.kv.stream import keys_and_values
 from layersweep.probes import TILE_ROWS, cpu_gemm_rate, cuda_gemm_rate
 from layersweep.stream.plan import Plan
 from layersweep.stream.shapes import CPU_EXPERT_ROWS
-from layersweep.sweep.attention import BranchCache
-from layersweep.sweep.loop import Engine, Progress, SweepRecord, run_sweep
+from layersweep.sweep.loop import Engine
 from layersweep.sweep.model import Model
-from layersweep.sweep.sequences import Sequence, Tile
-
-Caches = dict[tuple[int, int, int], BranchCache]
-
+from layersweep.sweep.sequences import Tile
 
 SLOW = "on a CPU it needs numba; on a GPU kernels are for 1 to 4 bits and need NVRTC"
 
 
 @dataclass
 class Study:
-    """A prepared evaluation: its jobs, tiles and plan."""
+    """A prepared evaluation: its jobs, tiles and plan.
+
+    `plan` is for the sweeps that are left, behind those that are `done`; of these, an earlier
+    process computed `resumed`. `gemm_flops`: FLOP/s, where it has been measured.
+    """
 
     model: Model
     settings: EvalSettings
@@ -63,7 +60,45 @@ class Study:
     gate: Gate | None
     tiles: list[Tile]
     plan: Plan
+    gemm_flops: float | None = None
+    done: FinishedSweep = field(default_factory=lambda: FinishedSweep([]))
+    resumed: list[Part] = field(default_factory=list)
     meter: Meter = field(default_factory=Meter)
+
+    @property
+    def pending(self) -> list[Tile]:
+        """Tiles that no finished sweep had."""
+        return [tile for tile in self.tiles if Part.of(tile) not in self.done.parts]
+
+    @property
+    def to_generate(self) -> list[Tile]:
+        """Pending trials whose answers are generated, in sweeps of their own."""
+        return [t for t in self.pending if t.name == NEEDLE] if self.settings.generates else []
+
+    @property
+    def to_sweep(self) -> list[Tile]:
+        """Pending tiles that are read in one sweep."""
+        return [t for t in self.pending if t.name != NEEDLE or not self.settings.generates]
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left to compute."""
+        return not self.pending and (bool(self.tiles) or self.done.gate is not None)
+
+    @property
+    def lead(self) -> list[Tile]:
+        """The gate's tile, ahead of whatever is left to sweep."""
+        return [self.gate.tile()] if self.gate and not self.finished else []
+
+    def resume(self, sweeps: Iterable[FinishedSweep]) -> None:
+        """Go on behind sweeps that `finished.unpack` has put back, and plan what is left."""
+        for sweep in sweeps:
+            self.done.add(sweep)
+        self.resumed = list(self.done.parts)
+        if not self.finished:
+            self.plan = _plan(self.model, self.lead, self.to_sweep, self.gemm_flops)
+        elif self.gate and self.done.gate:
+            self.gate.restore(self.done.gate)
 
     @property
     def fallbacks(self) -> list[Fallback]:
@@ -85,29 +120,11 @@ class Study:
             return self.model.open(self.plan, say)
 
 
-@dataclass
-class Outcome:
-    """What the sweeps of a study left; the summary is made from this."""
+def prepare_study(model: Model, settings: EvalSettings, *, kept: bool = False) -> Study:
+    """Text, windows, needles, tiles and plan. Raises InputError for all that cannot work.
 
-    sweeps: int = 0
-    gate_sweeps: int = 0
-    cache_bits: dict[tuple[str, str], list[float]] = field(default_factory=dict)
-    nonfinite: dict[str, int] = field(default_factory=dict)
-    bytes_read: int = 0
-    h2d_bytes: int = 0
-    copy_s: float = 0.0
-    stall_s: float = 0.0
-    h2d_rate: float | None = None
-    started: float = 0.0
-    sweep_s: float = 0.0
-    peak_device_bytes: int = 0
-    host_pinned: bool = True
-    fallbacks: list[Fallback] = field(default_factory=list)
-    gemm_flops: float | None = None
-
-
-def prepare_study(model: Model, settings: EvalSettings) -> Study:
-    """Text, windows, needles, tiles and plan. Raises InputError for all that cannot work."""
+    `kept`: finished sweeps are written down, so that there should be enough of them (sizing.py).
+    """
     arms = parse_arms(settings.kv)
     config = model.checkpoint.config
     if not arms and settings.gate != "only":
@@ -134,15 +151,36 @@ def prepare_study(model: Model, settings: EvalSettings) -> Study:
         check_ids(ids, config.vocab_size)
         half = model.compute.dtype == torch.float16
         gate = Gate(config, ids, bos_id, _card(model.checkpoint.folder), half=half)
-    tiles = perplexity.tiles() if perplexity else []
-    if needle and not settings.generates:
-        tiles += needle.tiles()
     lead = [gate.tile()] if gate else []
-    _check_sliding_window(config.sliding_window, [*lead, *tiles])
-    plan = model.plan([*lead, *tiles])
+    tiles = perplexity.tiles() if perplexity else []
+    trials = needle.tiles() if needle else []
+    _check_sliding_window(config.sliding_window, [*lead, *tiles, *trials])
+    swept = tiles if settings.generates else [*tiles, *trials]
+    gemm_flops = gemm_rate(model) if kept else None
+    plan = _plan(model, lead, swept, gemm_flops)
     return Study(
-        model, settings, text, tokenizer, arms, bos_id, perplexity, needle, gate, tiles, plan
-    )
+        model, settings, text, tokenizer, arms, bos_id, perplexity, needle, gate,
+        [*tiles, *trials], plan, gemm_flops,
+    )  # fmt: skip
+
+
+def _plan(model: Model, lead: list[Tile], tiles: list[Tile], gemm_flops: float | None) -> Plan:
+    def plan_of(count: int) -> Plan:
+        return model.plan([*lead, *tiles], at_least=count)
+
+    if gemm_flops is None or not tiles:
+        return plan_of(1)
+    return sized_plan(plan_of, len(tiles), model.compute.device.type, gemm_flops)
+
+
+def gemm_rate(model: Model) -> float:
+    """FLOP/s of this machine on the expert's own product, the ceiling that a run is held to."""
+    config = model.checkpoint.config
+    if model.cpu:
+        shape = (CPU_EXPERT_ROWS, config.hidden_size, 2 * config.intermediate_size)
+        return cpu_gemm_rate(shape)
+    shape = (TILE_ROWS, config.hidden_size, 2 * config.intermediate_size)
+    return cuda_gemm_rate(str(model.compute.device), shape, 0.3)
 
 
 def _check_sliding_window(window: int | None, tiles: list[Tile]) -> None:
@@ -154,160 +192,6 @@ def _check_sliding_window(window: int | None, tiles: list[Tile]) -> None:
             "sequence, or none",
             hint=f"smaller --prefix and --niah-context: up to {window} tokens",
         )
-
-
-def run_study(
-    study: Study,
-    engine: Engine | None = None,
-    *,
-    progress: Progress = lambda phase, done, total: None,
-    finished_sweep: Callable[[list[Tile]], None] = lambda tiles: None,
-    gemm_flops: float | None = None,
-) -> Outcome:
-    """Run the sweeps. Raises GateError when the gate or the baseline fails.
-
-    `engine`: from `study.open`, whose memory the caller gives back; by default one of its own.
-    `finished_sweep(tiles)` is called as each sweep's results are complete. `gemm_flops`: the
-    machine's rate where it has been measured, else it is measured.
-    """
-    if engine is None:
-        with closing(study.open()) as own:
-            return run_study(study, own, progress=progress, finished_sweep=finished_sweep,
-                             gemm_flops=gemm_flops)  # fmt: skip
-    with study.meter.phase("ceiling"):
-        outcome = Outcome(gemm_flops=gemm_flops or _gemm_rate(study.model))
-        outcome.h2d_rate = engine.store.measure_h2d()
-    try:
-        with study.meter:
-            outcome.started = time.perf_counter()
-            _sweep_tiles(study, outcome, engine, progress, finished_sweep)
-            if study.needle and study.settings.generates:
-                _generate(study, outcome, engine, progress)
-                finished_sweep([])
-            outcome.sweep_s = time.perf_counter() - outcome.started
-    finally:
-        _account(study.model, outcome, engine)
-    if study.gate:
-        study.gate.check_peak(*_peaks(study, outcome))
-    return outcome
-
-
-def _account(model: Model, outcome: Outcome, engine: Engine) -> None:
-    """Take over what the engine counted."""
-    store = engine.store
-    outcome.bytes_read, outcome.h2d_bytes = store.bytes_read, store.h2d_bytes
-    outcome.copy_s, outcome.stall_s = store.copy_s, store.stall_s
-    outcome.host_pinned, outcome.fallbacks = store.host_pinned, store.fallbacks
-    if not model.cpu:
-        reserved = torch.cuda.max_memory_reserved(model.compute.device)
-        outcome.peak_device_bytes = reserved + model.context_bytes
-
-
-def _gemm_rate(model: Model) -> float:
-    """FLOP/s of this machine on the expert's own product, the ceiling that a run is held to."""
-    config = model.checkpoint.config
-    if model.cpu:
-        shape = (CPU_EXPERT_ROWS, config.hidden_size, 2 * config.intermediate_size)
-        return cpu_gemm_rate(shape)
-    shape = (TILE_ROWS, config.hidden_size, 2 * config.intermediate_size)
-    return cuda_gemm_rate(str(model.compute.device), shape, 0.3)
-
-
-def _peaks(study: Study, outcome: Outcome) -> tuple[int, int]:
-    """Measured and planned peak: of the device, or of what a CPU run adds to the host."""
-    plan = study.plan
-    if study.model.cpu:
-        grown = study.meter.peak_bytes - study.meter.start_bytes
-        return grown, plan.device_bytes + plan.host_bytes
-    return outcome.peak_device_bytes, plan.device_bytes
-
-
-def _sweep_tiles(
-    study: Study,
-    outcome: Outcome,
-    engine: Engine,
-    progress: Progress,
-    finished_sweep: Callable[[list[Tile]], None],
-) -> None:
-    lead = [study.gate.tile()] if study.gate else []
-    tiles = [*lead, *study.tiles]
-    for number, sweep in enumerate(study.plan.sweeps):
-        some = [tiles[index] for index in sweep if index >= len(lead)]
-        first = number == 0 and bool(lead)
-        record = run_sweep(
-            engine,
-            some,
-            lambda *what: _read(study, *what),
-            lead=lead[0] if first else None,
-            check=study.gate.check_layer if first and study.gate else None,
-            progress=progress,
-        )
-        outcome.sweeps += bool(some)
-        outcome.gate_sweeps += not some
-        _take(study, outcome, some, record)
-        finished_sweep(some)
-
-
-def _read(study: Study, tile: Tile, number: int, sequence: Sequence, logits: list[Tensor]) -> None:
-    if tile.name == PERPLEXITY and study.perplexity:
-        study.perplexity.read(tile, number, sequence, logits)
-    elif tile.name == NEEDLE and study.needle:
-        study.needle.read(tile, number, sequence, logits)
-    elif study.gate:
-        study.gate.check_logits(logits[0])
-
-
-def _generate(study: Study, outcome: Outcome, engine: Engine, progress: Progress) -> None:
-    assert study.needle is not None
-
-    def run(tiles: list[Tile], read: Callable[..., None], caches: Caches) -> None:
-        record = run_sweep(engine, tiles, read, caches=caches, progress=progress)
-        outcome.sweeps += 1
-        _take(study, outcome, tiles, record)
-
-    study.needle.generate(run)
-
-
-def _take(study: Study, outcome: Outcome, tiles: list[Tile], record: SweepRecord) -> None:
-    """Add a sweep's record; a baseline that became non-finite ends the run."""
-    for phase, seconds in record.seconds.items():
-        study.meter.phases[phase] = study.meter.phases.get(phase, 0.0) + seconds
-    with study.meter.phase("results to the host"):
-        if study.perplexity:
-            study.perplexity.settle()
-        if study.needle:
-            study.needle.settle()
-    for key, counted in record.cache_bits.items():
-        total = outcome.cache_bits.setdefault(key, [0.0, 0.0])
-        total[0] += counted[0]
-        total[1] += counted[1]
-    for (tile_index, sequence, branch), layer in record.nonfinite.items():
-        tile = tiles[tile_index]
-        if branch <= 0:
-            raise GateError(
-                f"{tile.name} {tile.first + sequence}: the exact baseline is not finite from "
-                f"layer {layer} on",
-                hint="try --dtype bfloat16 or float32; see diagnosis.json for the layer",
-            )
-        if branch <= len(study.arms):
-            name = study.arms[branch - 1].name
-            outcome.nonfinite[name] = min(layer, outcome.nonfinite.get(name, layer))
-    _check_baseline(study, tiles)
-
-
-def _check_baseline(study: Study, tiles: list[Tile]) -> None:
-    """Hidden states can be finite and the head's logits not: the baseline's losses say so."""
-    for tile in tiles:
-        if tile.name != PERPLEXITY or study.perplexity is None:
-            continue
-        losses = study.perplexity.nll[EXACT.name][tile.first : tile.first + len(tile.sequences)]
-        for offset, loss in enumerate(losses):
-            if not math.isfinite(loss):
-                raise GateError(
-                    f"perplexity {tile.first + offset}: the exact baseline's loss is {loss}, "
-                    "needed a finite number (its hidden states are finite, the head's logits not)",
-                    hint="try --dtype bfloat16 or float32",
-                )
 
 
 def _perplexity(

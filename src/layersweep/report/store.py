@@ -54,18 +54,24 @@ def write_results(directory: Path, results: Json) -> Path:
     return path
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Readers see the old file or the new one: temporary file beside it, fsync, rename."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Readers see the old file or the new one, after a power failure, too: temporary file beside
+    it, fsync, rename, fsync of the folder. Text gets a newline at its end."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    data = content if isinstance(content, bytes) else f"{content}\n".encode()
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.write("\n")
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
         os.chmod(temporary, 0o644)  # mkstemp gives 0600; a report is meant to be shown
         os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
     finally:
         Path(temporary).unlink(missing_ok=True)
 

@@ -40,7 +40,8 @@ HOST_RING = 2**30
 
 @dataclass(frozen=True)
 class Plan:
-    """`sweeps[i]` are the tiles (by index) of sweep i. `peaks` sums to `device_bytes`."""
+    """`sweeps[i]` are the tiles (by index) of sweep i, `reads[i]` and `copies[i]` the bytes that it
+    takes from files and to the device. `peaks` sums to `device_bytes`."""
 
     sweeps: tuple[tuple[int, ...], ...]
     peaks: dict[str, int]
@@ -48,11 +49,25 @@ class Plan:
     host_kept_bytes: int
     device_kept_bytes: int
     weight_bytes: int
-    bytes_to_read: int
-    bytes_to_copy: int
-    flops: float
+    reads: tuple[int, ...]
+    copies: tuple[int, ...]
+    sweep_flops: tuple[float, ...]
     vram: int
     ram: int
+
+    @property
+    def bytes_to_read(self) -> int:
+        """From the files, in all sweeps."""
+        return sum(self.reads)
+
+    @property
+    def bytes_to_copy(self) -> int:
+        """To the device, in all sweeps; 0 on the CPU."""
+        return sum(self.copies)
+
+    @property
+    def flops(self) -> float:
+        return sum(self.sweep_flops)
 
     @property
     def device_bytes(self) -> int:
@@ -86,8 +101,11 @@ def make_plan(
     specs: Sequence[BlockSpec],
     tiles: Sequence[TileShape],
     machine: Machine,
+    at_least: int = 1,
 ) -> Plan:
     """Cut `tiles` into sweeps that fit the machine's budgets, and place the weights.
+
+    `at_least`: sweeps wanted, for as many tiles.
 
     On the CPU both budgets are host memory and `vram` bounds the working set alone. Raises
     BudgetError with needed, available and what would fit.
@@ -104,7 +122,7 @@ def make_plan(
             hint=f"--vram {needed.replace(' ', '')}, or fewer arms in --kv, or a smaller "
             "--niah-context",
         )
-    sweeps = cut(sizes, machine.vram - fixed)
+    sweeps = cut(sizes, machine.vram - fixed, at_least)
     held = max(sum(sizes[index] for index in sweep) for sweep in sweeps)
     room = machine.vram - fixed - held
     placement = place(runs, machine, host_ring, room if len(sweeps) > 1 else None)
@@ -114,6 +132,8 @@ def make_plan(
     again = [run for run in runs if run.index not in placement.device]
     from_disk = [run for run in again if run.index not in placement.host]
     repeats = len(sweeps) - 1
+    flops = [tile_flops(config, tile) for tile in tiles]
+    copied = [sum(run.nbytes for run in runs), *[sum(run.nbytes for run in again)] * repeats]
     return Plan(
         sweeps=sweeps,
         peaks={"hidden states": held, **peaks},
@@ -121,12 +141,12 @@ def make_plan(
         host_kept_bytes=sum(runs[index].nbytes for index in placement.host),
         device_kept_bytes=on_device,
         weight_bytes=sum(run.nbytes for run in runs),
-        bytes_to_read=sum(run.stored_bytes for run in runs)
-        + repeats * sum(run.stored_bytes for run in from_disk),
-        bytes_to_copy=0
-        if machine.cpu
-        else sum(run.nbytes for run in runs) + repeats * sum(run.nbytes for run in again),
-        flops=sum(tile_flops(config, tile) for tile in tiles),
+        reads=(
+            sum(run.stored_bytes for run in runs),
+            *[sum(run.stored_bytes for run in from_disk)] * repeats,
+        ),
+        copies=(0,) * len(sweeps) if machine.cpu else tuple(copied),
+        sweep_flops=tuple(sum(flops[index] for index in sweep) for sweep in sweeps),
         vram=machine.vram,
         ram=machine.ram,
     )
@@ -188,10 +208,10 @@ def place(runs: Sequence[Run], machine: Machine, host_ring: int, room: int | Non
     )
 
 
-def cut(sizes: Sequence[int], room: int) -> tuple[tuple[int, ...], ...]:
-    """Consecutive tiles per sweep: as few sweeps as fit `room`, and those as even as they can
-    be, which leaves the most memory for weights that stay."""
-    fewest = len(_greedy(sizes, room))
+def cut(sizes: Sequence[int], room: int, at_least: int = 1) -> tuple[tuple[int, ...], ...]:
+    """Consecutive tiles per sweep: as few sweeps as fit `room`, or `at_least`, and those as even
+    as they can be, which leaves the most memory for weights that stay."""
+    fewest = max(at_least, len(_greedy(sizes, room)))
     low, high = max(sizes, default=0), room
     while low < high:  # the smallest room that needs no more sweeps
         middle = (low + high) // 2

@@ -60,13 +60,19 @@ MACHINES = {
 def planned_seconds(
     plan: Plan, device: str, gemm_flops: float, h2d: float | None, disk: float | None = None
 ) -> float:
-    """Seconds of a plan's sweeps: computing, copying and reading overlap, the longest counts.
+    """Seconds of a plan's sweeps."""
+    return sum(sweep_seconds(plan, device, gemm_flops, h2d, disk))
+
+
+def sweep_seconds(
+    plan: Plan, device: str, gemm_flops: float, h2d: float | None, disk: float | None = None
+) -> list[float]:
+    """Seconds of each sweep: computing, copying and reading overlap, the longest counts.
 
     Rates in FLOP/s and bytes/s; None where one is not known and not counted.
     """
-    seconds = [plan.flops / (gemm_flops * SWEEP_EFFICIENCY[device])]
-    if h2d:
-        seconds.append(plan.bytes_to_copy / h2d)
-    if disk:
-        seconds.append(plan.bytes_to_read / disk)
-    return max(seconds)
+    rate = gemm_flops * SWEEP_EFFICIENCY[device]
+    return [
+        max(flops / rate, copied / h2d if h2d else 0.0, read / disk if disk else 0.0)
+        for flops, copied, read in zip(plan.sweep_flops, plan.copies, plan.reads, strict=True)
+    ]

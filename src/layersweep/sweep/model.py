@@ -80,11 +80,13 @@ class Model:
             kernels=isinstance(self.compute.ops, CudaOps),
         )
 
-    def plan(self, tiles: Many[Tile]) -> Plan:
-        """Where `tiles` and weights go. Raises BudgetError for what cannot fit."""
+    def plan(self, tiles: Many[Tile], at_least: int = 1) -> Plan:
+        """Where `tiles` and weights go, in `at_least` sweeps if there are so many tiles. Raises
+        BudgetError for what cannot fit."""
         config = self.checkpoint.config
         width = config.num_attention_heads * config.head_dim
-        return make_plan(config, self.specs, [tile_shape(t, width) for t in tiles], self.machine)
+        shapes = [tile_shape(tile, width) for tile in tiles]
+        return make_plan(config, self.specs, shapes, self.machine, at_least)
 
     def open(self, plan: Plan, say: Callable[[Fallback], None] = lambda fallback: None) -> Engine:
         """Take the memory of a plan. Fallbacks are told to `say` as they happen."""

@@ -1,0 +1,203 @@
+"""Running a prepared study: its sweeps, what they leave, and when they must end.
+
+Every sweep is whole tiles; when it is done its numbers are complete, and can be kept.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from layersweep.errors import Fallback, GateError
+from layersweep.evals.finished import FinishedSweep, Part
+from layersweep.evals.needle_job import NAME as NEEDLE
+from layersweep.evals.perplexity import NAME as PERPLEXITY
+from layersweep.evals.study import Study, gemm_rate
+from layersweep.kv.arms import EXACT
+from layersweep.sweep.attention import BranchCache
+from layersweep.sweep.loop import Engine, Progress, SweepRecord, run_sweep
+from layersweep.sweep.model import Model
+from layersweep.sweep.sequences import Sequence, Tile
+
+Caches = dict[tuple[int, int, int], BranchCache]
+Finished = Callable[[FinishedSweep], None]
+
+
+@dataclass
+class Outcome:
+    """What the sweeps of a study left; the summary is made from this. `done` includes the sweeps
+    of an earlier process, everything else is of this one."""
+
+    sweeps: int = 0
+    gate_sweeps: int = 0
+    done: FinishedSweep = field(default_factory=lambda: FinishedSweep([]))
+    bytes_read: int = 0
+    h2d_bytes: int = 0
+    copy_s: float = 0.0
+    stall_s: float = 0.0
+    h2d_rate: float | None = None
+    started: float = 0.0
+    sweep_s: float = 0.0
+    peak_device_bytes: int = 0
+    host_pinned: bool = True
+    fallbacks: list[Fallback] = field(default_factory=list)
+    gemm_flops: float | None = None
+
+
+def run_study(
+    study: Study,
+    engine: Engine | None = None,
+    *,
+    progress: Progress = lambda phase, done, total: None,
+    finished_sweep: Finished = lambda sweep: None,
+    gemm_flops: float | None = None,
+) -> Outcome:
+    """Run the sweeps that are left. Raises GateError when the gate or the baseline fails.
+
+    `engine`: from `study.open`, whose memory the caller gives back; by default one of its own.
+    `finished_sweep` is called as each sweep's results are complete. `gemm_flops`: the machine's
+    rate where it has been measured, else it is measured.
+    """
+    if study.finished:
+        return Outcome(done=study.done)
+    if engine is None:
+        with closing(study.open()) as own:
+            return run_study(study, own, progress=progress, finished_sweep=finished_sweep,
+                             gemm_flops=gemm_flops)  # fmt: skip
+    with study.meter.phase("ceiling"):
+        known = gemm_flops or study.gemm_flops
+        outcome = Outcome(done=study.done, gemm_flops=known or gemm_rate(study.model))
+        outcome.h2d_rate = engine.store.measure_h2d()
+    try:
+        with study.meter:
+            outcome.started = time.perf_counter()
+            _sweep_tiles(study, outcome, engine, progress, finished_sweep)
+            if study.to_generate:
+                _generate(study, outcome, engine, progress, finished_sweep)
+            outcome.sweep_s = time.perf_counter() - outcome.started
+    finally:
+        _account(study.model, outcome, engine)
+    if study.gate:
+        study.gate.check_peak(*_peaks(study, outcome))
+    return outcome
+
+
+def _account(model: Model, outcome: Outcome, engine: Engine) -> None:
+    """Take over what the engine counted."""
+    store = engine.store
+    outcome.bytes_read, outcome.h2d_bytes = store.bytes_read, store.h2d_bytes
+    outcome.copy_s, outcome.stall_s = store.copy_s, store.stall_s
+    outcome.host_pinned, outcome.fallbacks = store.host_pinned, store.fallbacks
+    if not model.cpu:
+        reserved = torch.cuda.max_memory_reserved(model.compute.device)
+        outcome.peak_device_bytes = reserved + model.context_bytes
+
+
+def _peaks(study: Study, outcome: Outcome) -> tuple[int, int]:
+    """Measured and planned peak: of the device, or of what a CPU run adds to the host."""
+    plan = study.plan
+    if study.model.cpu:
+        grown = study.meter.peak_bytes - study.meter.start_bytes
+        return grown, plan.device_bytes + plan.host_bytes
+    return outcome.peak_device_bytes, plan.device_bytes
+
+
+def _sweep_tiles(
+    study: Study,
+    outcome: Outcome,
+    engine: Engine,
+    progress: Progress,
+    finished_sweep: Finished,
+) -> None:
+    lead = study.lead
+    tiles = [*lead, *study.to_sweep]
+    for number, sweep in enumerate(study.plan.sweeps):
+        some = [tiles[index] for index in sweep if index >= len(lead)]
+        first = number == 0 and bool(lead)
+        record = run_sweep(
+            engine,
+            some,
+            lambda *what: _read(study, *what),
+            lead=lead[0] if first else None,
+            check=study.gate.check_layer if first and study.gate else None,
+            progress=progress,
+        )
+        outcome.sweeps += bool(some)
+        outcome.gate_sweeps += not some
+        finished = _take(study, some, record)
+        outcome.done.add(finished)
+        finished_sweep(finished)
+
+
+def _read(study: Study, tile: Tile, number: int, sequence: Sequence, logits: list[Tensor]) -> None:
+    if tile.name == PERPLEXITY and study.perplexity:
+        study.perplexity.read(tile, number, sequence, logits)
+    elif tile.name == NEEDLE and study.needle:
+        study.needle.read(tile, number, sequence, logits)
+    elif study.gate:
+        study.gate.check_logits(logits[0])
+
+
+def _generate(
+    study: Study, outcome: Outcome, engine: Engine, progress: Progress, finished_sweep: Finished
+) -> None:
+    """All trials, a sweep per token: one unit, since caches are not kept on disk."""
+    assert study.needle is not None
+    whole = FinishedSweep([])
+
+    def run(tiles: list[Tile], read: Callable[..., None], caches: Caches) -> None:
+        record = run_sweep(engine, tiles, read, caches=caches, progress=progress)
+        outcome.sweeps += 1
+        whole.add(_take(study, tiles, record))
+
+    study.needle.generate(run)
+    whole.parts = [Part.of(tile) for tile in study.to_generate]
+    outcome.done.add(whole)
+    finished_sweep(whole)
+
+
+def _take(study: Study, tiles: list[Tile], record: SweepRecord) -> FinishedSweep:
+    """What a sweep leaves; a baseline that became non-finite ends the run."""
+    for phase, seconds in record.seconds.items():
+        study.meter.phases[phase] = study.meter.phases.get(phase, 0.0) + seconds
+    with study.meter.phase("results to the host"):
+        if study.perplexity:
+            study.perplexity.settle()
+        if study.needle:
+            study.needle.settle()
+    report = study.gate.report() if study.gate else None
+    finished = FinishedSweep([Part.of(tile) for tile in tiles], record.cache_bits, gate=report)
+    for (tile_index, sequence, branch), layer in record.nonfinite.items():
+        tile = tiles[tile_index]
+        if branch <= 0:
+            raise GateError(
+                f"{tile.name} {tile.first + sequence}: the exact baseline is not finite from "
+                f"layer {layer} on",
+                hint="try --dtype bfloat16 or float32; see diagnosis.json for the layer",
+            )
+        if branch <= len(study.arms):
+            name = study.arms[branch - 1].name
+            finished.nonfinite[name] = min(layer, finished.nonfinite.get(name, layer))
+    _check_baseline(study, tiles)
+    return finished
+
+
+def _check_baseline(study: Study, tiles: list[Tile]) -> None:
+    """Hidden states can be finite and the head's logits not: the baseline's losses say so."""
+    for tile in tiles:
+        if tile.name != PERPLEXITY or study.perplexity is None:
+            continue
+        losses = study.perplexity.nll[EXACT.name][tile.first : tile.first + len(tile.sequences)]
+        for offset, loss in enumerate(losses):
+            if not math.isfinite(loss):
+                raise GateError(
+                    f"perplexity {tile.first + offset}: the exact baseline's loss is {loss}, "
+                    "needed a finite number (its hidden states are finite, the head's logits not)",
+                    hint="try --dtype bfloat16 or float32",
+                )
