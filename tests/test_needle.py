@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import pytest
+import torch
 from builders_tokenizer import demo_text, load_kind
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,7 +21,10 @@ from layersweep.evals.needle import (
     generated_correctly,
     make_trials,
 )
+from layersweep.evals.needle_job import NeedleJob
+from layersweep.evals.summary import summarize_needle
 from layersweep.evals.tokenizer import TextTokenizer
+from layersweep.kv.arms import parse_arms
 
 TEXT = demo_text(120_000)
 DEPTHS = [0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95]
@@ -233,21 +238,116 @@ def test_too_little_text_is_refused_and_never_wrapped() -> None:
         )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("output", "correct"),
-    [
-        (" 1234567. And then 9", True),
-        (" 1234567", True),
-        ("is 1,234567", False),
-        ("12345678", False),
-        ("7: 1234567", False),
-        ("none", False),
-        ("", False),
-        ("\uff11\uff12\uff13\uff14\uff15\uff16\uff17", False),
-    ],
-)
-def test_the_first_maximal_digit_run_decides(output: str, correct: bool) -> None:
-    assert generated_correctly(output, "1234567") is correct
+OUTPUTS = {
+    " 1234567": True,
+    " 1234567. And then 9": True,
+    "The special magic number is\n\n1234567": True,
+    "x1234567y": True,
+    "-1234567": True,  # a sign is no digit
+    "1234567.0": True,
+    "1234567 7654321": True,  # the first number counts
+    "7654321 1234567": False,
+    "7: 1234567": False,
+    "1234568": False,
+    "12345678": False,
+    "01234567": False,
+    "123456": False,  # cut off by the limit on new tokens
+    "1234567123": False,
+    "1 234 567": False,
+    "1,234,567": False,
+    "is 1,234567": False,
+    "1_234_567": False,
+    "1234 567": False,
+    "123\u200b4567": False,  # a space of no width splits, too
+    "1.234567e6": False,
+    "one million": False,
+    "none": False,
+    "": False,
+    "\uff11\uff12\uff13\uff14\uff15\uff16\uff17": False,  # fullwidth digits are not the answer's
+    "\u0661\u0662\u0663 1234567": True,  # nor do they begin a run of digits
+    "123\uff14567": False,
+}
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_the_first_maximal_digit_run_decides(output: str) -> None:
+    assert generated_correctly(output, "1234567") is OUTPUTS[output]
+
+
+class Words:
+    """A tokenizer of four words."""
+
+    def decode(self, ids: list[int]) -> str:
+        return " ".join("abcd"[i] for i in ids)
+
+
+RIGHT = [[0.1, 0.2, 0.3, 0.4], [0.1, 0.6, 0.1, 0.2], [0.05, 0.05, 0.8, 0.1]]  # the answer d b c
+ONE_WRONG = [RIGHT[0], [0.5, 0.3, 0.1, 0.1], RIGHT[2]]
+TIE_WON = [RIGHT[0], [0.1, 0.4, 0.1, 0.4], RIGHT[2]]  # of equals the lowest id is the argmax
+TIE_LOST = [RIGHT[0], [0.4, 0.4, 0.1, 0.1], RIGHT[2]]
+ALL_WRONG = [[0.7, 0.1, 0.1, 0.1]] * 3
+
+
+def judge(branches: list[list[list[list[float]]]], arms: str) -> NeedleJob:
+    """A teacher-forced job of one trial per entry: what each branch, exact first, predicts."""
+    trial = Trial(0, 64, 0.5, 0.5, "red-fox", "1234567", (0, 1), (2, 0, 3, 1, 2), answer_length=3)
+    job = NeedleJob(
+        trials=[trial] * len(branches), arms=parse_arms(arms), tokenizer=Words(),  # type: ignore[arg-type]
+        streaming=False, contexts=[64], keys=1, mode="teacher",
+    )  # fmt: skip
+    (tile,) = job.tiles()
+    for number, predictions in enumerate(branches):
+        # a constant added to all logits of a position changes no probability
+        logits = [torch.tensor(rows).log() + 7.0 for rows in predictions]
+        job.read(tile, number, tile.sequences[number], logits)
+    job.settle()
+    return job
+
+
+def test_teacher_forcing_reads_the_rows_that_predict_the_answer() -> None:
+    job = judge([[RIGHT, RIGHT]], "lloyd:K3V2")
+    sequence = job.tiles()[0].sequences[0]
+    assert [branch.ids for branch in sequence.branches] == [(2, 0, 3, 1, 2)] * 2
+    # the row of token 0 predicts 3, the row of 3 predicts 1, the row of 1 predicts 2
+    assert [branch.read for branch in sequence.branches] == [(1, 4)] * 2
+
+
+def test_teacher_forcing_is_right_only_where_every_answer_token_is_the_first_guess() -> None:
+    arms = "lloyd:K4V4,lloyd:K3V3,lloyd:K2V2,lloyd:K3V2"
+    job = judge([[RIGHT, ONE_WRONG, TIE_WON, TIE_LOST, ALL_WRONG]], arms)
+    names = ["exact", *arms.split(",")]
+    assert [job.correct[name] for name in names] == [[True], [False], [True], [False], [False]]
+    outputs = [["d b c"], ["d a c"], ["d b c"], ["d a c"], ["a a a"]]
+    assert [job.outputs[name] for name in names] == outputs
+    # -ln of the answer's probabilities, mean over its three tokens: products 0.4 x 0.6 x 0.8, ...
+    products = [0.192, 0.4 * 0.3 * 0.8, 0.4 * 0.4 * 0.8, 0.4 * 0.4 * 0.8, 0.1**3]
+    for name, product in zip(names, products, strict=True):
+        assert job.answer_nll[name] == [pytest.approx(-math.log(product) / 3, abs=1e-6)]
+
+
+def test_eight_hand_made_trials_add_up() -> None:
+    """exact finds all; the arm loses six of eight, each for 0.231 nats a token."""
+    job = judge([[RIGHT, RIGHT]] * 2 + [[RIGHT, ONE_WRONG]] * 6, "lloyd:K3V2")
+    section = summarize_needle(job.measurements())
+    exact, arm = section["arms"]
+    assert section["baseline_gate"] == "passed"
+    assert (exact["correct"], arm["correct"], arm["n"]) == (8, 2, 8)
+    assert exact["wilson95"] == pytest.approx([0.6756, 1.0], abs=1e-4)  # 8 / (8 + 3.8415)
+    assert arm["wilson95"] == pytest.approx([0.0715, 0.5907], abs=1e-4)
+    assert (arm["lost"], arm["gained"], arm["mcnemar_p"]) == (6, 0, pytest.approx(2 / 64))
+    # ln(0.6 / 0.3) / 3 in six of eight, 0 in two; sd sqrt(0.75 x 0.25 x 8 / 7), over sqrt(8)
+    step = math.log(2) / 3
+    assert arm["answer_nll_delta"] == pytest.approx(0.75 * step, abs=1e-6)
+    assert arm["answer_nll_sem"] == pytest.approx(math.sqrt(0.75 * 0.25 / 7) * step, abs=1e-6)
+
+
+def test_an_arm_can_gain_needles_and_a_baseline_can_fail() -> None:
+    job = judge([[RIGHT, ALL_WRONG]] + [[ALL_WRONG, RIGHT]] * 4, "lloyd:K3V2")
+    section = summarize_needle(job.measurements())
+    exact, arm = section["arms"]
+    assert section["baseline_gate"] == "failed"
+    assert (exact["correct"], arm["correct"], arm["lost"], arm["gained"]) == (1, 4, 1, 4)
+    assert arm["mcnemar_p"] == pytest.approx(2 * (1 + 5) / 32)
 
 
 def test_wording_is_the_one_that_published_numbers_used() -> None:

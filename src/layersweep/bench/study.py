@@ -9,7 +9,6 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
@@ -19,7 +18,7 @@ from layersweep.bench.ceilings import disk_rate, evict, gemm_ceiling
 from layersweep.evals.needle_job import TILE_TRIALS
 from layersweep.evals.perplexity import TILE_SEGMENTS
 from layersweep.evals.results import build_results
-from layersweep.evals.run import run_study
+from layersweep.evals.run import StudyRun
 from layersweep.evals.settings import EvalSettings
 from layersweep.evals.study import prepare_study
 from layersweep.report.store import write_results
@@ -87,8 +86,8 @@ def _one_tile(settings: EvalSettings) -> EvalSettings:
 
 def _run(model: Model, settings: EvalSettings, ceilings: Ceilings, folder: Path) -> Json:
     study = prepare_study(model, settings)
-    with closing(study.open()) as engine:
-        outcome = run_study(study, engine, gemm_flops=ceilings.gemm)
+    with StudyRun(study) as run:
+        outcome = run.measure(gemm_flops=ceilings.gemm)
         results = build_results(study, outcome, status="complete", command="layersweep bench study")
         write_results(folder, results)
         wall = time.perf_counter() - outcome.started

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -165,20 +164,14 @@ def _prepare(
 def _measure(study: Study, folder: RunFolder, events: Events) -> dict[str, Any]:
     from layersweep.cli.progress import SweepProgress
     from layersweep.evals.results import build_results
-    from layersweep.evals.run import Outcome, run_study
+    from layersweep.evals.run import Outcome, StudyRun
 
     command = "layersweep " + " ".join(shlex.quote(word) for word in sys.argv[1:])
-    with ExitStack() as stack:
-        engine = None
-        if not study.finished:
-            engine = stack.enter_context(closing(study.open(events.say_fallback)))
+    with StudyRun(study, events.say_fallback) as running:
         try:
             with SweepProgress(events.console) as progress:
-                outcome = run_study(
-                    study,
-                    engine,
-                    progress=progress,
-                    finished_sweep=lambda sweep: folder.keep(study, sweep),
+                outcome = running.measure(
+                    progress=progress, finished_sweep=lambda sweep: folder.keep(study, sweep)
                 )
         except GateError:
             folder.finish(build_results(study, Outcome(), status="gate_failed", command=command))

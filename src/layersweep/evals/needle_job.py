@@ -80,6 +80,10 @@ class NeedleJob:
         scores = [branch.log_softmax(-1).gather(1, answer[:, None])[:, 0] for branch in logits]
         self._judged.append((index, torch.stack((best.double(), -torch.stack(scores).double()))))
 
+    def forget(self) -> None:
+        """Drop what was read and not settled."""
+        self._judged.clear()
+
     def settle(self) -> None:
         """Take over the trials read so far."""
         for index, judged in self._judged:

@@ -113,6 +113,10 @@ class PerplexityJob:
         target = torch.tensor(window.ids[window.prefix + 1 :], device=logits[0].device)
         self._scored.append((index, self.score(logits, target)))
 
+    def forget(self) -> None:
+        """Drop what was read and not settled."""
+        self._scored.clear()
+
     def settle(self) -> None:
         """Bring the numbers of all windows read so far to the host, in one copy."""
         if not self._scored:

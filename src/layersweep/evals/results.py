@@ -22,7 +22,7 @@ from layersweep.stream.rates import planned_seconds
 Json = dict[str, Any]
 
 SCHEMA = "layersweep.results/1"
-METRICS_VERSION = 1
+METRICS_VERSION = 2
 
 
 def build_results(study: Study, outcome: Outcome, *, status: str, command: str) -> Json:

@@ -5,19 +5,21 @@ Every sweep is whole tiles; when it is done its numbers are complete, and can be
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from layersweep.errors import Fallback, GateError
+from layersweep.errors import Fallback, GateError, MachineError
 from layersweep.evals.finished import FinishedSweep, Part
 from layersweep.evals.needle_job import NAME as NEEDLE
 from layersweep.evals.perplexity import NAME as PERPLEXITY
+from layersweep.evals.shrink import KEPT, of_the_host, out_of_memory, shrink
 from layersweep.evals.study import Study, gemm_rate
 from layersweep.kv.arms import EXACT
 from layersweep.sweep.attention import BranchCache
@@ -50,50 +52,108 @@ class Outcome:
     gemm_flops: float | None = None
 
 
-def run_study(
-    study: Study,
-    engine: Engine | None = None,
-    *,
-    progress: Progress = lambda phase, done, total: None,
-    finished_sweep: Finished = lambda sweep: None,
-    gemm_flops: float | None = None,
-) -> Outcome:
-    """Run the sweeps that are left. Raises GateError when the gate or the baseline fails.
+def run_study(study: Study, **given: Any) -> Outcome:
+    """`StudyRun.measure` with an engine of its own."""
+    with StudyRun(study) as run:
+        return run.measure(**given)
 
-    `engine`: from `study.open`, whose memory the caller gives back; by default one of its own.
-    `finished_sweep` is called as each sweep's results are complete. `gemm_flops`: the machine's
-    rate where it has been measured, else it is measured.
+
+class StudyRun:
+    """The engine of a study, open from the first sweep until the context is left: giving back
+    pinned memory takes a tenth of a second per GiB, and results need not wait for that.
+
+    Fallbacks are told to `say` as they happen.
     """
-    if study.finished:
-        return Outcome(done=study.done)
-    if engine is None:
-        with closing(study.open()) as own:
-            return run_study(study, own, progress=progress, finished_sweep=finished_sweep,
-                             gemm_flops=gemm_flops)  # fmt: skip
-    with study.meter.phase("ceiling"):
-        known = gemm_flops or study.gemm_flops
-        outcome = Outcome(done=study.done, gemm_flops=known or gemm_rate(study.model))
-        outcome.h2d_rate = engine.store.measure_h2d()
-    try:
+
+    def __init__(
+        self, study: Study, say: Callable[[Fallback], None] = lambda fallback: None
+    ) -> None:
+        self.study, self.say = study, say
+        self.engine: Engine | None = None
+
+    def __enter__(self) -> StudyRun:
+        if not self.study.finished:
+            self.engine = self.study.open(self.say)
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        if self.engine is not None:
+            self.engine.close()
+            self.engine = None
+
+    def measure(
+        self,
+        *,
+        progress: Progress = lambda phase, done, total: None,
+        finished_sweep: Finished = lambda sweep: None,
+        gemm_flops: float | None = None,
+    ) -> Outcome:
+        """Run the sweeps that are left. Where memory runs out, with fewer tiles in each.
+
+        `finished_sweep` is called as each sweep's results are complete. `gemm_flops`: the machine's
+        rate where it has been measured, else it is measured. Raises GateError when the gate or the
+        baseline fails, MachineError where no plan fits.
+        """
+        study = self.study
+        outcome = Outcome(done=study.done)
+        if study.finished:
+            return outcome
+        assert self.engine is not None
+        with study.meter.phase("ceiling"):
+            outcome.gemm_flops = gemm_flops or study.gemm_flops or gemm_rate(study.model)
+            outcome.h2d_rate = self.engine.store.measure_h2d()
         with study.meter:
             outcome.started = time.perf_counter()
+            while why := self._sweep_until_memory_ends(outcome, progress, finished_sweep):
+                self._reopen(outcome, why)
+            outcome.sweep_s = time.perf_counter() - outcome.started
+        if study.gate:
+            study.gate.check_peak(*_peaks(study, outcome))
+        return outcome
+
+    def _sweep_until_memory_ends(
+        self, outcome: Outcome, progress: Progress, finished_sweep: Finished
+    ) -> str | None:
+        """Why an allocation failed; None when all is done."""
+        study, engine = self.study, self.engine
+        assert engine is not None
+        try:
             _sweep_tiles(study, outcome, engine, progress, finished_sweep)
             if study.to_generate:
                 _generate(study, outcome, engine, progress, finished_sweep)
-            outcome.sweep_s = time.perf_counter() - outcome.started
-    finally:
-        _account(study.model, outcome, engine)
-    if study.gate:
-        study.gate.check_peak(*_peaks(study, outcome))
-    return outcome
+            return None
+        except Exception as failure:
+            if not out_of_memory(failure):
+                raise
+            why = " ".join(str(failure).split())[:160] or type(failure).__name__
+            if of_the_host(failure) and not study.model.cpu:
+                raise MachineError(f"the host ran out of memory: {why}", hint=KEPT) from failure
+        finally:
+            _account(study.model, outcome, engine)
+        return why  # here, where the failure's frames, and the tensors in them, are gone
+
+    def _reopen(self, outcome: Outcome, why: str) -> None:
+        """Give the memory back and go on with a plan that needs less."""
+        assert self.engine is not None
+        self.engine.close()
+        self.engine = None
+        gc.collect()
+        self.study.forget_unfinished()
+        smaller = shrink(self.study, why)
+        outcome.fallbacks.append(smaller)
+        self.say(smaller)
+        self.engine = self.study.open(self.say)
 
 
 def _account(model: Model, outcome: Outcome, engine: Engine) -> None:
     """Take over what the engine counted."""
     store = engine.store
-    outcome.bytes_read, outcome.h2d_bytes = store.bytes_read, store.h2d_bytes
-    outcome.copy_s, outcome.stall_s = store.copy_s, store.stall_s
-    outcome.host_pinned, outcome.fallbacks = store.host_pinned, store.fallbacks
+    outcome.bytes_read += store.bytes_read
+    outcome.h2d_bytes += store.h2d_bytes
+    outcome.copy_s += store.copy_s
+    outcome.stall_s += store.stall_s
+    outcome.host_pinned = outcome.host_pinned and store.host_pinned
+    outcome.fallbacks += store.fallbacks
     if not model.cpu:
         reserved = torch.cuda.max_memory_reserved(model.compute.device)
         outcome.peak_device_bytes = reserved + model.context_bytes
@@ -131,6 +191,7 @@ def _sweep_tiles(
         outcome.sweeps += bool(some)
         outcome.gate_sweeps += not some
         finished = _take(study, some, record)
+        study.gate_passed = True
         outcome.done.add(finished)
         finished_sweep(finished)
 

@@ -46,7 +46,8 @@ class Study:
     """A prepared evaluation: its jobs, tiles and plan.
 
     `plan` is for the sweeps that are left, behind those that are `done`; of these, an earlier
-    process computed `resumed`. `gemm_flops`: FLOP/s, where it has been measured.
+    process computed `resumed`. `gate_passed`: in this process. `gemm_flops`: FLOP/s, where it
+    has been measured.
     """
 
     model: Model
@@ -63,6 +64,7 @@ class Study:
     gemm_flops: float | None = None
     done: FinishedSweep = field(default_factory=lambda: FinishedSweep([]))
     resumed: list[Part] = field(default_factory=list)
+    gate_passed: bool = False
     meter: Meter = field(default_factory=Meter)
 
     @property
@@ -88,7 +90,17 @@ class Study:
     @property
     def lead(self) -> list[Tile]:
         """The gate's tile, ahead of whatever is left to sweep."""
-        return [self.gate.tile()] if self.gate and not self.finished else []
+        done = self.finished or self.gate_passed
+        return [self.gate.tile()] if self.gate and not done else []
+
+    def forget_unfinished(self) -> None:
+        """Drop what a sweep that failed has left in the jobs and the gate."""
+        if self.perplexity:
+            self.perplexity.forget()
+        if self.needle:
+            self.needle.forget()
+        if self.gate and not self.gate_passed:
+            self.gate.forget()
 
     def resume(self, sweeps: Iterable[FinishedSweep]) -> None:
         """Go on behind sweeps that `finished.unpack` has put back, and plan what is left."""

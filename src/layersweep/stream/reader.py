@@ -16,7 +16,7 @@ from torch import Tensor
 
 from layersweep.checkpoint import nf4
 from layersweep.checkpoint.header import StoredTensor
-from layersweep.errors import CheckpointError
+from layersweep.errors import CheckpointError, MachineError
 from layersweep.stream.blocks import STORED_DTYPES, BlockSpec, PlacedWeight
 from layersweep.stream.runs import Run
 
@@ -29,12 +29,14 @@ Task = Callable[[], None]
 class RunReader:
     """Makes the reading of a run into tasks, which may run on any thread.
 
-    A task raises CheckpointError for a file that ended early.
+    A task raises CheckpointError for a file that is gone or ended early, MachineError for one that
+    the system cannot read.
     """
 
     def __init__(self, specs: Sequence[BlockSpec]) -> None:
         self.specs = specs
         self._handles: dict[Path, int] = {}
+        self._opened: dict[Path, tuple[int, int]] = {}  # sizes and times of change
         self._lock = threading.Lock()
 
     def tasks(self, run: Run, target: Tensor) -> list[Task]:
@@ -93,7 +95,13 @@ class RunReader:
         view = memoryview(target.numpy().data)
         handle, done = self._handle(source.file), 0
         while done < len(view):
-            count = os.preadv(handle, [view[done:]], source.offset + start + done)
+            try:
+                count = os.preadv(handle, [view[done:]], source.offset + start + done)
+            except OSError as failure:
+                raise MachineError(
+                    f"{source.file}: tensor {source.name} cannot be read ({failure.strerror})",
+                    hint="check the disk, then go on with --resume if there is an --out",
+                ) from failure
             if count == 0:
                 raise CheckpointError(
                     f"{source.file.name}: tensor {source.name} ends after {start + done} bytes, "
@@ -116,14 +124,39 @@ class RunReader:
     def _handle(self, file: Path) -> int:
         with self._lock:
             if file not in self._handles:
-                self._handles[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+                try:
+                    self._handles[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+                except OSError as failure:
+                    raise CheckpointError(
+                        f"{file}: found no file that can be opened any more ({failure.strerror}), "
+                        "needed the one whose header was read",
+                        hint="put it back; a run with --out goes on with --resume",
+                    ) from failure
+                self._opened[file] = _state(self._handles[file])
             return self._handles[file]
+
+    def check_unchanged(self) -> None:
+        """Raises CheckpointError for a file that was written to since it was opened here: part of
+        what was read may be of another model."""
+        with self._lock:
+            for file, handle in self._handles.items():
+                if _state(handle) != self._opened[file]:
+                    raise CheckpointError(
+                        f"{file}: changed while it was read, needed the same bytes throughout",
+                        hint="leave the checkpoint alone while it is in use; start again",
+                    )
 
     def close(self) -> None:
         with self._lock:
             for handle in self._handles.values():
                 os.close(handle)
             self._handles.clear()
+            self._opened.clear()
+
+
+def _state(handle: int) -> tuple[int, int]:
+    status = os.fstat(handle)
+    return status.st_size, status.st_mtime_ns
 
 
 def _one_after_another(tasks: Sequence[Task]) -> None:
@@ -132,11 +165,19 @@ def _one_after_another(tasks: Sequence[Task]) -> None:
 
 
 def _check_scales(placed: PlacedWeight, arena: Tensor) -> None:
-    nested = placed.nested_absmax is not None
+    quant = placed.weight.quant
+    assert quant is not None
     slots = [(placed.nested_absmax, False), (placed.nested_quant_map, True)]
-    for slot, signed in slots if nested else [(placed.absmax, False)]:
+    checked = []
+    for slot, signed in slots if quant.nested else [(placed.absmax, False)]:
         assert slot is not None
         source = slot.source
         assert source is not None
         scales = arena[slot.offset : slot.offset + slot.nbytes].view(torch.float32)
         nf4.check_scales(scales, file=source.file.name, tensor=source.name, signed=signed)
+        checked.append(scales)
+    if quant.nested:
+        source = quant.nested.absmax
+        nf4.check_products(
+            *checked, quant.nested.offset, file=source.file.name, tensor=source.name
+        )

@@ -92,6 +92,7 @@ class BlockStore:
             self._host.start(skip=frozenset())
         try:
             yield
+            self._reader.check_unchanged()
         finally:
             if self._device:
                 self._device.stop()
