@@ -11,8 +11,8 @@ import torch
 from oracle_models import oracle_model, scored_with_cache
 from torch import Tensor
 
-from layersweep.evals.settings import EvalSettings
 from layersweep.evals.run import run_study
+from layersweep.evals.settings import EvalSettings
 from layersweep.evals.study import Study, prepare_study
 from layersweep.kv import parse
 from layersweep.kv.cache import store

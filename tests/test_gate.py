@@ -59,7 +59,8 @@ def test_the_bundled_model_passes_every_check() -> None:
     assert checks["peak within plan"]["passed"]
 
 
-CARD = r"^gate: NLL [0-9.]+ is [0-9.]+ away from the model card's 3\.1936$"
+CARD = r"^gate: NLL [0-9.]+ of the text is [0-9.]+ away from the model card's 3\.1936$"
+REPEATED = r"^gate: NLL [0-9.]+ of the repeated text is [0-9.]+ away from the model card's 1\.6566$"
 NAN = (
     r"^model-00003-of-00003\.safetensors: model\.layers\.4\.block_sparse_moe\.experts\.3\.w2"
     r"\.weight\.nested_absmax\[0\]: found nan, needed finite scales"
@@ -69,6 +70,7 @@ CAUGHT = {
     "router of layer 0 zero": (3, "^gate: layer 0: 2 distinct experts"),
     "router of layer 5 zero": (3, "^gate: layer 5: 2 distinct experts"),
     "w1 and w3 swapped in layer 0": (3, CARD),
+    "w1 and w3 swapped in layer 3": (3, REPEATED),
     "w1 and w3 swapped in all layers": (3, CARD),
     "rope_theta 10000": (3, r"^gate: a repeated text is only 0\.129 nats easier, needed 0\.5$"),
     "rope_theta 1e+07": (3, CARD),
@@ -87,7 +89,7 @@ CAUGHT = {
 def test_a_planted_fault_is_refused_by_the_command(fault: str, tmp_path: Path) -> None:
     """A card is there only for the faults that nothing else catches."""
     code, message = CAUGHT[fault]
-    folder = copy_demo(tmp_path / "model", card=message is CARD)
+    folder = copy_demo(tmp_path / "model", card=message in (CARD, REPEATED))
     planting["FAULTS"][fault](folder)
     found, said = planting["gate"](folder)
     assert found == code, said
@@ -162,3 +164,15 @@ def test_somebody_elses_card_is_not_ours(tmp_path: Path) -> None:
     for content in ("not json", "[]", '{"gate": {}}'):
         (folder / "card.json").write_text(content)
         run_gate(folder, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "card", ["[" * 100_000, '{"gate": {"nll": 1e999}}', '{"gate": {"tokens_sha": "", "nll": [], '
+             '"nll_repeated": 1}}', '{"gate": {"tokens_sha": "", "nll": 1' + "0" * 400 + "}}", "[]"]
+)  # fmt: skip
+def test_a_card_that_is_no_card_promises_nothing(tmp_path: Path, card: str) -> None:
+    folder = copy_demo(tmp_path / "model")
+    (folder / "card.json").write_text(card)
+    settings = EvalSettings(gate="only", text=text_file(tmp_path))
+    study = prepare_study(load(str(folder), device="cpu"), settings)
+    assert study.gate is not None and study.gate.card is None

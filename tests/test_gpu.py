@@ -5,6 +5,8 @@ python -m pytest -m gpu
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,10 +20,10 @@ from torch.profiler import ProfilerActivity, profile
 
 import layersweep
 from layersweep.checkpoint.synth import MIXTRAL_8X7B, write_synthetic
-from layersweep.environment import Budget
-from layersweep.errors import GateError
+from layersweep.environment import DEVICE_RESERVE, Budget
+from layersweep.errors import Fallback, GateError, MachineError
+from layersweep.evals.run import Outcome, StudyRun, run_study
 from layersweep.evals.settings import EvalSettings
-from layersweep.evals.run import Outcome, run_study
 from layersweep.evals.study import Study, prepare_study
 from layersweep.kernels import KernelError, Kernels
 from layersweep.kv import parse
@@ -248,6 +250,76 @@ def test_a_study_repeats_bit_for_bit_in_one_sweep_or_several() -> None:
     for arm in nll(first):
         assert np.array_equal(nll(first)[arm], nll(again)[arm])
         assert np.array_equal(nll(first)[arm], nll(several)[arm])
+
+
+def test_memory_that_ends_in_the_middle_halves_the_tiles_of_a_sweep() -> None:
+    """The allocator gets no more than it has, in layer 2; what is left of the run needs less."""
+    settings = replace(SMALL, segments=80, tasks=("ppl",))
+    whole, _ = measured(layersweep.load("demo", device="cuda", vram="4GiB"), settings)
+    study = prepare_study(layersweep.load("demo", device="cuda", vram="4GiB"), settings)
+    total = torch.cuda.get_device_properties(CUDA).total_memory
+    told: list[Fallback] = []
+    planned = study.plan.device_bytes
+
+    def take(phase: str, done: int, total_visits: int) -> None:
+        if done == 2 * (4 + 8) and not told:
+            torch.cuda.empty_cache()
+            held = torch.cuda.memory_reserved(CUDA)
+            torch.cuda.set_per_process_memory_fraction(held / total, CUDA)
+
+    with StudyRun(study, told.append) as run:
+        outcome = run.measure(progress=take)
+    assert [one.what for one in told] == ["device memory"] and told[0] in outcome.fallbacks
+    assert outcome.sweeps == 2 and outcome.gate_sweeps == 0
+    assert outcome.peak_device_bytes <= study.plan.device_bytes < planned
+    for arm in nll(whole):
+        assert np.array_equal(nll(whole)[arm], nll(study)[arm])
+
+
+OTHER = """
+import sys, torch
+free, _ = torch.cuda.mem_get_info()
+held = torch.empty(free - int(sys.argv[1]), dtype=torch.uint8, device="cuda")
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("fits", ["half of the tiles", "nothing"])
+def test_another_process_takes_the_memory_that_was_planned(
+    wide: Path, tmp_path: Path, fits: str
+) -> None:
+    """Between the plan and the run. Half of the tiles fit what it leaves, or not even one."""
+    text = tmp_path / "text.txt"
+    text.write_text("One sentence after another, and then some more of them. " * 30_000)
+    settings = EvalSettings(kv="lloyd:K3V2", tasks=("ppl",), segments=160, text=str(text))
+    model = load(str(wide), device="cuda", vram="14GiB")
+    wanted, _ = measured(model, settings)
+    study = prepare_study(model, settings)
+    whole, context = study.plan.device_bytes, model.context_bytes
+    keep = GIB // 2
+    if fits != "nothing":
+        half = whole - study.plan.peaks["hidden states"] // 2
+        keep = half - context + DEVICE_RESERVE + GIB // 8
+        assert keep < whole - context, (half, whole)
+    torch.cuda.empty_cache()
+    with subprocess.Popen(
+        [sys.executable, "-c", OTHER, str(keep)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout is not None and other.stdout.readline() == b"held\n"
+        told: list[Fallback] = []
+        if fits == "nothing":
+            with pytest.raises(MachineError, match="no smaller plan fits"), StudyRun(study) as run:
+                run.measure()
+        else:
+            with StudyRun(study, told.append) as run:
+                outcome = run.measure()
+            print(told, study.plan.device_bytes, outcome.peak_device_bytes)
+            assert told and outcome.sweeps >= 2
+            for arm in nll(wanted):
+                assert np.array_equal(nll(wanted)[arm], nll(study)[arm])
+        assert other.stdin is not None
+        other.stdin.close()
 
 
 def test_an_older_card_takes_its_paths_and_stays_within_the_plan_at_4096_tokens(wide: Path) -> None:

@@ -10,8 +10,8 @@ import pytest
 import layersweep
 from layersweep.environment import Budget
 from layersweep.evals.results import exact_pair_fraction
-from layersweep.evals.settings import EvalSettings
 from layersweep.evals.run import Outcome, run_study
+from layersweep.evals.settings import EvalSettings
 from layersweep.evals.study import Study, prepare_study
 from layersweep.report.store import validate
 from layersweep.sweep.model import Model

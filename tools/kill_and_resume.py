@@ -2,11 +2,12 @@
 
     python tools/kill_and_resume.py [--kills 25] [--seed N] [-- MODEL and options of `eval`]
 
-Every trial is a run of its own. It is killed (SIGKILL) at a moment drawn from the whole length of
-an undisturbed run, from its start to after its end, and so are its resumptions, until one comes
-through: at most 3 kills a trial. Prints one JSON line: kills by where they fell, trials, and those
-whose results.json has the numbers of the undisturbed run (everything but created, command,
-performance, where weights waited, and the measured peak in the gate).
+Every trial is a run of its own. It is killed (SIGKILL), and so are its resumptions, until one comes
+through: at most 3 kills a trial. A moment is drawn in two steps, since a run may be mostly start:
+behind which sweep, then after how long, up to the time that a sweep takes. Prints one JSON line:
+kills by where they fell, trials, and those whose results.json has the numbers of an undisturbed run
+(everything but created, command, performance, where weights waited, and the measured peak in the
+gate).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,29 +54,67 @@ def where(folder: Path) -> str:
         return "after the results"
     if not (folder / "manifest.json").exists():
         return "before the first sweep"
-    count = len(list((folder / "sweeps").glob("*.safetensors")))
-    return f"behind {count} sweeps"
+    return f"behind {finished(folder)} sweeps"
 
 
-def trial(arguments: list[str], folder: Path, length: float, dice: random.Random) -> list[str]:
+def finished(folder: Path) -> int:
+    return len(list((folder / "sweeps").glob("*.safetensors")))
+
+
+def trial(arguments: list[str], folder: Path, lone: Lone, dice: random.Random) -> list[str]:
     """Run, kill and resume until it is through; where the kills fell."""
     fell: list[str] = []
     while True:
         words = command(arguments, folder)
         if (folder / "manifest.json").exists():
             words.append("--resume")
-        process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        try:
-            limit = dice.uniform(0, 1.05 * length) if len(fell) < MOST_KILLS else None
-            _, said = process.communicate(timeout=limit)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.communicate()
-            fell.append(where(folder))
-            continue
+        behind = dice.randint(finished(folder), lone.sweeps)
+        wait = dice.uniform(0, lone.sweep_s)
+        if behind == finished(folder):  # from the start of the process on
+            wait += dice.uniform(0, lone.begin_s)
+        with subprocess.Popen(
+            words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        ) as process:
+            while process.poll() is None and finished(folder) < behind:
+                time.sleep(0.002)
+            try:
+                limit = wait if len(fell) < MOST_KILLS else None
+                _, said = process.communicate(timeout=limit)
+            except subprocess.TimeoutExpired:
+                process.send_signal(signal.SIGKILL)
+                process.communicate()
+                fell.append(where(folder))
+                continue
         if process.returncode:
-            raise SystemExit(f"a run ended with {process.returncode}:\n{said.decode()}")
+            raise SystemExit(f"a run ended with {process.returncode}:\n{said}")
         return fell
+
+
+@dataclass(frozen=True)
+class Lone:
+    """The undisturbed run: seconds until its folder is begun, of a sweep, and of all of it."""
+
+    begin_s: float
+    sweep_s: float
+    seconds: float
+    sweeps: int
+
+
+def lone_run(words: list[str], folder: Path) -> Lone:
+    started, begin, ends = time.perf_counter(), 0.0, [0.0]
+    with subprocess.Popen(words, stdout=subprocess.DEVNULL) as process:
+        while process.poll() is None:
+            now = time.perf_counter() - started
+            if not begin and (folder / "manifest.json").exists():
+                begin = now
+            if finished(folder) >= len(ends):
+                ends.append(now)
+            time.sleep(0.01)
+    if process.returncode:
+        raise SystemExit(f"the undisturbed run ended with {process.returncode}")
+    sweeps = len(ends) - 1
+    sweep_s = (ends[-1] - ends[1]) / (sweeps - 1) if sweeps > 1 else ends[-1] - begin
+    return Lone(begin, sweep_s, time.perf_counter() - started, sweeps)
 
 
 def main() -> None:
@@ -87,14 +127,11 @@ def main() -> None:
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory() as name:
         undisturbed = Path(name) / "undisturbed"
-        started = time.perf_counter()
-        subprocess.run(command(given.arguments, undisturbed), check=True, stdout=subprocess.DEVNULL)
-        length = time.perf_counter() - started
+        lone = lone_run(command(given.arguments, undisturbed), undisturbed)
         wanted = numbers(undisturbed)
-        sweeps = len(list((undisturbed / "sweeps").glob("*.safetensors")))
         while fell.total() < given.kills:
             folder = Path(name) / f"trial-{trials}"
-            fell.update(trial(given.arguments, folder, length, dice))
+            fell.update(trial(given.arguments, folder, lone, dice))
             trials += 1
             equal += numbers(folder) == wanted
             print(f"{fell.total()} kills, {equal} of {trials} runs equal", file=sys.stderr)
@@ -108,8 +145,8 @@ def main() -> None:
             "fell": dict(sorted(fell.items())),
             "runs": trials,
             "equal": equal,
-            "sweeps": sweeps,
-            "run_s": round(length, 1),
+            "sweeps": lone.sweeps,
+            "run_s": round(lone.seconds, 1),
             "seconds": round(time.perf_counter() - begun),
             "seed": given.seed,
         })

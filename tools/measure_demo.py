@@ -35,6 +35,7 @@ def needles(model: layersweep.Model, tokenizer: TextTokenizer, text: str, keys: 
     )  # fmt: skip
     job = NeedleJob(trials, [], tokenizer, False, (4096,), keys, "teacher")
     model.run(job.tiles(), job.read)
+    job.settle()
     found = sum(job.correct["exact"])
     return {
         "context": 4096,
@@ -55,12 +56,15 @@ def main() -> None:
     )  # fmt: skip
     job = PerplexityJob(windows, [], False)
     model.run(job.tiles(), job.read)
+    job.settle()
     nll = float(job.nll["exact"].mean())
     gate = Gate(model.checkpoint.config, tokenizer.encode(text[:8192]), None, None)
     model.run([gate.tile()], lambda tile, number, sequence, logits: gate.check_logits(logits[0]))
+    assert gate.copies_nll is not None
+    first, second = (round(value, 5) for value in gate.copies_nll)
     card = {
         "fingerprint": model.checkpoint.fingerprint,
-        "gate": {"tokens_sha": gate.tokens_sha, "nll": round(gate.first_copy_nll or math.nan, 5)},
+        "gate": {"tokens_sha": gate.tokens_sha, "nll": first, "nll_repeated": second},
         "held_out": {"windows": 80, "nll": round(nll, 5), "perplexity": round(math.exp(nll), 4)},
         "needle": [needles(model, tokenizer, text, keys) for keys in (1, 8)],
     }

@@ -8,7 +8,6 @@ quant_map equal to the NF4 table, but no JSON.
 
 from __future__ import annotations
 
-import json
 import math
 import struct
 from collections.abc import Callable, Mapping
@@ -16,7 +15,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from layersweep.checkpoint.header import StoredTensor
-from layersweep.checkpoint.problems import DOWNLOAD_AGAIN, Problem
+from layersweep.checkpoint.problems import DOWNLOAD_AGAIN, TWICE, Problem, show
+from layersweep.checkpoint.strict_json import UnusableJson, parse_json
 from layersweep.checkpoint.tables import CODES
 from layersweep.checkpoint.weights import Nested, Quant, Weight, packed_bytes
 
@@ -28,7 +28,10 @@ SUFFIXES = (*SCALES, *(STATE + kind for kind in KINDS))
 FLOATS = ("F16", "BF16", "F32")
 STORAGE = {"U8": 1, "I8": 1, "F16": 2, "BF16": 2, "F32": 4}
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+POSSIBLE_BLOCKS = tuple(1 << power for power in range(1, 21))
 LONGEST_STATE = 1 << 16
+# Not needed for decoding, but in a whole file one of these.
+KNOWN_DTYPES = {"dtype": ("float16", "bfloat16", "float32"), "nested_dtype": ("float32",)}
 
 Tensors = Mapping[str, StoredTensor]
 ReadValues = Callable[[StoredTensor], bytes]
@@ -194,9 +197,12 @@ class Classifier:
         if self.read is None:
             return _State(None, None, None)
         try:
-            fields = json.loads(self.read(tensor))
-        except (ValueError, RecursionError) as error:
-            self._problem(tensor, f"no JSON ({error})", "UTF-8 JSON of quant_state")
+            fields, repeated = parse_json(self.read(tensor))
+        except UnusableJson as error:
+            self._problem(tensor, str(error), "UTF-8 JSON of quant_state")
+            return None
+        if repeated:
+            self._problem(tensor, f"{repeated[0]}: {TWICE[0]}", TWICE[1])
             return None
         if not isinstance(fields, dict):
             self._problem(tensor, "JSON that is no object", "an object")
@@ -208,22 +214,26 @@ class Classifier:
     ) -> _State | None:
         before = len(self.problems)
         if fields.get("quant_type", kind) != kind:
-            self._problem(tensor, f"quant_type {fields['quant_type']!r}", repr(kind))
+            self._problem(tensor, f"quant_type {show(fields['quant_type'])}", repr(kind))
         if fields.get("shape", list(shape)) != list(shape):
             needed = f"{list(shape)}, the shape in config.json"
-            self._problem(tensor, f"shape {fields['shape']!r}", needed)
+            self._problem(tensor, f"shape {show(fields['shape'])}", needed)
+        for field, known in KNOWN_DTYPES.items():
+            if fields.get(field, known[0]) not in known:
+                found = f"{field} {show(fields[field])}"
+                self._problem(tensor, found, f"one of {', '.join(known)}")
         blocksize, inner = fields.get("blocksize"), fields.get("nested_blocksize")
         for field, value in (("blocksize", blocksize), ("nested_blocksize", inner)):
             if value is None and field == "nested_blocksize":
                 continue
-            if type(value) is not int or value <= 0 or value % 2 or value > 1 << 20:
-                self._problem(tensor, f"{field} {value!r}", "a positive even number")
+            if type(value) is not int or value not in POSSIBLE_BLOCKS:
+                self._problem(tensor, f"{field} {show(value)}", "a power of two from 2 to 2^20")
         offset = fields.get("nested_offset")
         if (inner is None) != (offset is None):
             found = "nested_blocksize" if offset is None else "nested_offset"
             self._problem(tensor, f"{found} alone", "nested_blocksize and nested_offset")
         elif offset is not None and not _is_finite(offset):
-            self._problem(tensor, f"nested_offset {offset!r}", "a finite number")
+            self._problem(tensor, f"nested_offset {show(offset)}", "a finite number")
         if len(self.problems) != before:
             return None
         assert isinstance(blocksize, int)

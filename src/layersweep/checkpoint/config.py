@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from layersweep.checkpoint.problems import Problem, problems_error
+from layersweep.checkpoint.problems import TWICE, Problem, problems_error, show
+from layersweep.checkpoint.strict_json import UnusableJson, parse_json
 from layersweep.errors import CheckpointError
 
 ARCHITECTURES = ("MixtralForCausalLM",)
 LARGEST_COUNT = 1 << 31
+SMALLEST_FLOAT32, LARGEST_FLOAT32 = 1.2e-38, 3.4e38  # what is computed with, without denormals
 HINT = "config.json must describe the tensors beside it; download both again"
 DEFAULT_ROPE_THETA = 1e6  # transformers' own default for Mixtral
 
@@ -60,12 +61,13 @@ def read_config(folder_or_json: Path | str) -> ModelConfig:
 def parse_config(raw: bytes, file: str) -> tuple[ModelConfig | None, list[Problem]]:
     """The configuration in the bytes of config.json, or everything that is wrong with them."""
     try:
-        fields = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        return None, [Problem(file, None, f"no JSON ({error})", "a JSON object", HINT)]
+        fields, repeated = parse_json(raw)
+    except UnusableJson as error:
+        return None, [Problem(file, None, str(error), "a JSON object", HINT)]
     if not isinstance(fields, dict):
         return None, [Problem(file, None, "JSON that is no object", "a JSON object", HINT)]
     reader = _Fields(fields, file)
+    reader.problems += [Problem(file, key, *TWICE, HINT) for key in repeated]
     architecture = reader.architecture()
     if architecture is None:
         return None, reader.problems
@@ -126,6 +128,9 @@ class _Fields:
         if config.num_experts_per_tok > config.num_local_experts:
             needed = f"at most num_local_experts = {config.num_local_experts}"
             self.problem("num_experts_per_tok", config.num_experts_per_tok, needed)
+        bos = config.bos_token_id
+        if bos is not None and bos >= config.vocab_size and not self.problems:
+            self.problem("bos_token_id", bos, f"below vocab_size = {config.vocab_size}")
         if config.head_dim % 2 and not self.problems:
             self.problem("head_dim", config.head_dim, "an even number (RoPE turns pairs)")
         if self.fields.get("hidden_act", "silu") != "silu":
@@ -144,10 +149,12 @@ class _Fields:
         return None if self.fields.get(field) is None else self.count(field)
 
     def number(self, field: str, value: object) -> float:
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            number = float(value) if abs(value) < 1e300 else math.inf
-            if 0 < number < math.inf:
-                return number
+        if (
+            isinstance(value, int | float)
+            and not isinstance(value, bool)
+            and SMALLEST_FLOAT32 <= value <= LARGEST_FLOAT32  # false for NaN
+        ):
+            return float(value)
         self.problem(field, value, "a positive number")
         return 1.0
 
@@ -196,5 +203,8 @@ class _Fields:
 
 
 def _show(value: object) -> str:
-    text = json.dumps(value, default=repr)
-    return "nothing" if value is None else text if len(text) <= 80 else text[:77] + "..."
+    """As JSON spells it, where it is short."""
+    if value is None:
+        return "nothing"
+    text = json.dumps(value)
+    return text if len(text) <= 80 else show(value)

@@ -11,8 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from layersweep.checkpoint.problems import DOWNLOAD_AGAIN, FileProblem, Problem
+from layersweep.checkpoint.problems import DOWNLOAD_AGAIN, FileProblem, Problem, show
+from layersweep.checkpoint.strict_json import LARGEST_JSON
 from layersweep.errors import CheckpointError
+
+LONGEST_NAME = 255  # bytes on every file system, so at most as many characters
 
 
 class ByteSource(Protocol):
@@ -102,8 +105,10 @@ class LocalFolder:
         path = str(self.folder / name)
         if not is_plain_name(name):
             hint = "shards must lie in the checkpoint's own folder"
-            raise FileProblem(Problem(path, None, f"file name {name!r}", "a plain name", hint))
+            found = f"file name {show(name)}"
+            raise FileProblem(Problem(path, None, found, "a plain name", hint))
         try:
+            os.lstat(self.root / name)  # costs a tenth of `resolve` where there is none
             real = (self.root / name).resolve(strict=True)
             status = real.stat()
         except (OSError, RuntimeError) as error:  # RuntimeError: a link to itself
@@ -127,5 +132,20 @@ class LocalFolder:
 
 
 def is_plain_name(name: str) -> bool:
-    """A file name without any folder: no separators, no drive, no dots alone, no NUL."""
-    return bool(name) and name not in (".", "..") and not set(name) & set("/\\:\0")
+    """A file name without any folder: no separators, no drive, no dots alone; printable, so it
+    holds no NUL, no line end and no lone surrogate, which no file system call takes."""
+    plain = name.isprintable() and not set(name) & set("/\\:")
+    return bool(name) and plain and name not in (".", "..") and len(name) <= LONGEST_NAME
+
+
+def read_small(folder: Folder, name: str) -> bytes:
+    """All of a JSON or text file. Raises FileProblem for one that is absent, must not be read,
+    cannot be read or is too large."""
+    source = folder.open(name)
+    try:
+        if source.size <= LARGEST_JSON:
+            return source.read(0, source.size)
+        found, needed = f"{source.size} bytes", f"at most {LARGEST_JSON}"
+    except OSError as error:
+        found, needed = str(error), "a readable file"
+    raise FileProblem(Problem(str(source.path), None, found, needed, DOWNLOAD_AGAIN))

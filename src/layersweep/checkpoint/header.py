@@ -7,13 +7,13 @@ Tensors must fill the rest of the file: no overlap, no hole, nothing left over.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from layersweep.checkpoint.files import ByteSource, LocalFile
-from layersweep.checkpoint.problems import DOWNLOAD_AGAIN, Problem, problems_error
+from layersweep.checkpoint.problems import DOWNLOAD_AGAIN, TWICE, Problem, problems_error, show
+from layersweep.checkpoint.strict_json import LARGEST_JSON, UnusableJson, parse_json
 
 ITEM_BYTES = {
     **{"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1},
@@ -21,7 +21,9 @@ ITEM_BYTES = {
     **{"U64": 8, "I64": 8, "F64": 8},
 }
 FLOAT_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
-LONGEST_HEADER = 100_000_000  # the format's own limit
+LONGEST_HEADER = LARGEST_JSON  # a third of the format's own limit
+MOST_DIMENSIONS = 64
+LARGEST_NUMBER = 2**63  # of a dimension or an offset, as every reader of the format has it
 NOT_SAFETENSORS = "needed is a safetensors file; " + DOWNLOAD_AGAIN
 
 
@@ -88,26 +90,18 @@ def scan_header(source: ByteSource) -> Header:
     raw = source.read(8, length)
     if len(raw) != length:
         return broken(f"{len(raw)} header bytes", f"{length}")
-    repeated: list[str] = []
     try:
-        entries = json.loads(raw, object_pairs_hook=lambda pairs: _unique(pairs, repeated))
-    except (ValueError, RecursionError) as error:
-        return broken(f"a header that is no JSON ({error})", "UTF-8 JSON")
+        entries, repeated = parse_json(raw)
+    except UnusableJson as error:
+        return broken(f"a header that is {error}", "UTF-8 JSON")
     if not isinstance(entries, dict):
         return broken("a JSON header that is no object", "an object of tensors")
     scan = _Scan(source, 8 + length)
     for name in repeated:
-        scan.problem(name, "the same key twice in the header", "every key once")
-    tensors = scan.tensors({key: value for key, value in entries.items() if key != "__metadata__"})
+        scan.problem(name, f"{TWICE[0]} in the header", TWICE[1])
+    scan.metadata(entries.pop("__metadata__", {}))
+    tensors = scan.tensors(entries)
     return Header(tensors, raw, scan.problems)
-
-
-def _unique(pairs: list[tuple[str, object]], repeated: list[str]) -> dict[str, object]:
-    entries = dict(pairs)
-    if len(entries) != len(pairs):
-        names = [name for name, _ in pairs]
-        repeated.extend(sorted({name for name in names if names.count(name) > 1}))
-    return entries
 
 
 class _Scan:
@@ -119,6 +113,12 @@ class _Scan:
 
     def problem(self, tensor: str | None, found: str, needed: str) -> None:
         self.problems.append(Problem(str(self.file), tensor, found, needed, DOWNLOAD_AGAIN))
+
+    def metadata(self, found: object) -> None:
+        """Free text, which nothing here reads; the format allows strings alone."""
+        texts = isinstance(found, dict) and all(isinstance(text, str) for text in found.values())
+        if not texts:
+            self.problem("__metadata__", show(found), "an object of strings")
 
     def tensors(self, entries: dict[str, object]) -> dict[str, StoredTensor]:
         found = (self._tensor(name, entry) for name, entry in entries.items())
@@ -135,13 +135,13 @@ class _Scan:
             return None
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
         if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
-            self.problem(name, f"dtype {dtype!r}", f"one of {', '.join(ITEM_BYTES)}")
+            self.problem(name, f"dtype {show(dtype)}", f"one of {', '.join(ITEM_BYTES)}")
             return None
-        if not _are_counts(shape):
-            self.problem(name, f"shape {shape!r}", "a list of non-negative integers")
+        if not _are_counts(shape) or len(shape) > MOST_DIMENSIONS:
+            self.problem(name, f"shape {show(shape)}", "a list of non-negative integers")
             return None
         if not _are_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-            self.problem(name, f"data_offsets {offsets!r}", "two ascending byte positions")
+            self.problem(name, f"data_offsets {show(offsets)}", "two ascending byte positions")
             return None
         nbytes, needed = offsets[1] - offsets[0], math.prod(shape) * ITEM_BYTES[dtype]
         if nbytes != needed:
@@ -167,4 +167,6 @@ class _Scan:
 
 
 def _are_counts(value: object) -> bool:
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+    return isinstance(value, list) and all(
+        type(item) is int and 0 <= item < LARGEST_NUMBER for item in value
+    )

@@ -30,6 +30,7 @@ __all__ = [
     "NF4_CODE",
     "NestedScales",
     "QuantizedTensor",
+    "check_products",
     "check_scales",
     "decode",
     "dequantize",
@@ -225,6 +226,21 @@ def check_scales(scales: Tensor, *, file: object, tensor: str, signed: bool) -> 
         f"{file}: {tensor}[{index}]: found {value}, needed {needed}",
         hint="the file is damaged or was quantized from damaged weights; download it again",
     )
+
+
+def check_products(
+    nested_absmax: Tensor, nested_quant_map: Tensor, offset: float, *, file: object, tensor: str
+) -> None:
+    """Raises CheckpointError when finite nested scales can make an infinite one."""
+    # Python's floats hold every product of two float32
+    largest = nested_absmax.max().item() * nested_quant_map.abs().max().item() + abs(offset)
+    limit = torch.finfo(torch.float32).max
+    if largest > limit:
+        raise CheckpointError(
+            f"{file}: {tensor}: found scales up to {largest:.1e}, which overflow, needed at most "
+            f"{limit:.1e}",
+            hint="the file is damaged or was quantized from damaged weights; download it again",
+        )
 
 
 def dynamic_map() -> Tensor:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from layersweep.errors import CheckpointError
 
 DOWNLOAD_AGAIN = "the file is damaged or incomplete: download it again"
+TWICE = ("the same key twice", "every key once")  # found and needed
+LONGEST_PART = 400  # of a sentence, in characters: a name in a file may have megabytes
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlist = _SHORT.maxdict = 8
+_SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 80
 
 
 @dataclass(frozen=True)
@@ -22,8 +29,8 @@ class Problem:
 
     def sentence(self) -> str:
         """ "model.safetensors: lm_head.weight: found ..., needed ..." in printable characters."""
-        where = self.file if self.tensor is None else f"{self.file}: {self.tensor}"
-        return printable(f"{where}: found {self.found}, needed {self.needed}")
+        where = self.file if self.tensor is None else f"{self.file}: {_cut(self.tensor)}"
+        return printable(f"{where}: found {_cut(self.found)}, needed {_cut(self.needed)}")
 
 
 class FileProblem(CheckpointError):
@@ -46,8 +53,19 @@ def problems_error(problems: Sequence[Problem]) -> CheckpointError:
     )
 
 
+def show(value: object) -> str:
+    """`value` as Python spells it, cut where it is long."""
+    return _SHORT.repr(value)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= LONGEST_PART else text[:LONGEST_PART] + "..."
+
+
 def printable(text: str) -> str:
     """`text` with control characters escaped: names come from files that anyone may have made."""
+    if text.isprintable():
+        return text
     return "".join(
         char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
     )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import re
+from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
 from layersweep.checkpoint.companions import SUFFIXES, Classifier
 from layersweep.checkpoint.config import ModelConfig, parse_config
-from layersweep.checkpoint.files import Folder
+from layersweep.checkpoint.files import Folder, read_small
 from layersweep.checkpoint.header import StoredTensor
 from layersweep.checkpoint.names import (
     IGNORED_SUFFIX,
@@ -19,13 +20,13 @@ from layersweep.checkpoint.names import (
     expert_weights,
     fused_experts,
 )
-from layersweep.checkpoint.problems import Problem
+from layersweep.checkpoint.problems import FileProblem, Problem
 from layersweep.checkpoint.shards import Shards, open_shards
+from layersweep.checkpoint.strict_json import UnusableJson, parse_json
 from layersweep.checkpoint.weights import Checkpoint, Weight
-from layersweep.errors import CheckpointError
 
 DISAGREE = "config.json and the tensors disagree; take both from the same model"
-LARGEST_JSON = 100_000_000
+_PLACE = re.compile(r"model\.layers\.(\d+)\.(?:\w+\.experts\.(\d+)\.)?")
 
 
 def scan_folder(
@@ -65,8 +66,11 @@ def _open_config(folder: Folder, problems: list[Problem]) -> tuple[ModelConfig |
         hint = "give the folder that holds config.json and the .safetensors files"
         problems.append(Problem(where, None, "no such file", needed, hint))
         return None, b""
-    file = folder.open("config.json")
-    raw = file.read(0, min(file.size, LARGEST_JSON))
+    try:
+        raw = read_small(folder, "config.json")
+    except FileProblem as error:
+        problems.append(error.problem)
+        return None, b""
     config, wrong = parse_config(raw, where)
     problems.extend(wrong)
     return config, raw
@@ -92,14 +96,15 @@ class _Layout:
 
     def weights(self) -> dict[str, Weight]:
         weights: dict[str, Weight] = {}
+        if not self._counts_fit():
+            return weights
         for wanted in dense_weights(self.config):
             if wanted.name == "lm_head" and self._tied(wanted):
                 continue
             self._add(weights, wanted)
         for layer in range(self.config.num_hidden_layers):
-            fused = fused_experts(self.config, layer)
-            if any(base in self.tensors for part in fused for base in part.bases):
-                for part in fused:
+            if self._is_fused(layer):
+                for part in fused_experts(self.config, layer):
                     self._add_fused(weights, part)
             else:
                 for wanted in expert_weights(self.config, layer):
@@ -110,6 +115,29 @@ class _Layout:
         self._check_leftovers()
         self._note_what_was_seen(weights)
         return weights
+
+    def _counts_fit(self) -> bool:
+        """Whether the shards name as many layers and experts as the config. Were it believed, its
+        2^31 layers would be looked for one by one."""
+        there = _experts_by_layer(self.tensors)
+        if self.config.num_hidden_layers > len(there):
+            self._too_many("num_hidden_layers", f"{len(there)} layers")
+            return False
+        for layer in range(self.config.num_hidden_layers):
+            experts = len(there[str(layer)])
+            if self.config.num_local_experts > experts and not self._is_fused(layer):
+                self._too_many("num_local_experts", f"{experts} experts of layer {layer}")
+                return False
+        return True
+
+    def _is_fused(self, layer: int) -> bool:
+        fused = fused_experts(self.config, layer)
+        return any(base in self.tensors for part in fused for base in part.bases)
+
+    def _too_many(self, field: str, there: str) -> None:
+        file, needed = f"{self.folder.label}/config.json", f"the {there} in the shards"
+        found = f"{field} = {getattr(self.config, field)}"
+        self.problems.append(Problem(file, None, found, needed, DISAGREE))
 
     def _read(self, tensor: StoredTensor) -> bytes:
         return self.shards.sources[tensor.file.name].read(tensor.offset, tensor.nbytes)
@@ -180,18 +208,25 @@ class _Layout:
             self.notes.append("the router is stored in 4 bits")
 
 
+def _experts_by_layer(names: Iterable[str]) -> defaultdict[str, set[str]]:
+    """Layer -> its experts that have names of their own (none where they are fused)."""
+    experts: defaultdict[str, set[str]] = defaultdict(set)
+    for place in filter(None, map(_PLACE.match, names)):
+        experts[place[1]].update(filter(None, [place[2]]))
+    return experts
+
+
 def _tokenizer_note(folder: Folder, config: ModelConfig) -> Iterable[str]:
     """A warning when the tokenizer knows more ids than the embedding has rows."""
     if "tokenizer.json" not in folder.names() or not folder.has_values:
         return
     try:
-        file = folder.open("tokenizer.json")
-        tokenizer = json.loads(file.read(0, min(file.size, LARGEST_JSON)))
+        tokenizer, _ = parse_json(read_small(folder, "tokenizer.json"))
         vocabulary = tokenizer["model"]["vocab"]
         ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
         added = [token["id"] for token in tokenizer.get("added_tokens") or ()]
-        largest = max([*ids, *added], default=-1)
-    except (ValueError, KeyError, TypeError, AttributeError, CheckpointError, RecursionError):
+        largest = max((one for one in (*ids, *added) if type(one) is int), default=-1)
+    except (UnusableJson, LookupError, TypeError, AttributeError, FileProblem):
         yield "tokenizer.json could not be read: its size was not compared with the vocabulary"
         return
     if largest >= config.vocab_size:

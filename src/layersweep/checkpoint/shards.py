@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 
-from layersweep.checkpoint.files import ByteSource, Folder, is_plain_name
+from layersweep.checkpoint.files import ByteSource, Folder, is_plain_name, read_small
 from layersweep.checkpoint.header import Header, StoredTensor, scan_header
-from layersweep.checkpoint.problems import DOWNLOAD_AGAIN, FileProblem, Problem
+from layersweep.checkpoint.problems import DOWNLOAD_AGAIN, TWICE, FileProblem, Problem, show
+from layersweep.checkpoint.strict_json import UnusableJson, parse_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
 CONVERT = "convert the model to safetensors, or take a revision that has them"
-LARGEST_INDEX = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -52,13 +51,15 @@ def read_weight_map(folder: Folder, problems: list[Problem]) -> dict[str, str]:
     if INDEX not in folder.names() or SINGLE in folder.names():
         return {}
     where = f"{folder.label}/{INDEX}"
-    source = folder.open(INDEX)
     try:
-        index = json.loads(source.read(0, min(source.size, LARGEST_INDEX)))
-    except (ValueError, RecursionError) as error:
-        found = f"no JSON ({error})"
-        problems.append(Problem(where, None, found, "a JSON object", DOWNLOAD_AGAIN))
+        index, repeated = parse_json(read_small(folder, INDEX))
+    except FileProblem as error:
+        problems.append(error.problem)
         return {}
+    except UnusableJson as error:
+        problems.append(Problem(where, None, str(error), "a JSON object", DOWNLOAD_AGAIN))
+        return {}
+    problems.extend(Problem(where, key, *TWICE, DOWNLOAD_AGAIN) for key in repeated)
     entries = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(entries, dict) or not entries:
         found = "no weight_map" if entries is None else "an unusable weight_map"
@@ -70,11 +71,11 @@ def read_weight_map(folder: Folder, problems: list[Problem]) -> dict[str, str]:
     for tensor, shard in entries.items():
         if isinstance(shard, str) and is_plain_name(shard) and shard.endswith(".safetensors"):
             weight_map[tensor] = shard
-        elif repr(shard) not in refused:
-            refused.add(repr(shard))
+        elif show(shard) not in refused:
+            refused.add(show(shard))
             needed = "the plain name of a .safetensors file in the same folder"
             hint = "the index leads out of the folder or to a pickle: do not use this checkpoint"
-            problems.append(Problem(where, tensor, f"shard {shard!r}", needed, hint))
+            problems.append(Problem(where, tensor, f"shard {show(shard)}", needed, hint))
     return weight_map
 
 

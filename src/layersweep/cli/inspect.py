@@ -38,7 +38,8 @@ def inspect(
             console.width = max(console.width, PLAIN_WIDTH)
         if checkpoint is not None:
             _show(console, checkpoint)
-        _show_problems(console, problems)
+        for problem in problems:  # not through rich: there may be 100,000
+            typer.echo(f"problem: {problem.sentence()}")
     if problems:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise CheckpointError(
@@ -155,11 +156,6 @@ def _ranges(numbers: list[int]) -> str:
         else:
             runs.append([number])
     return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
-
-
-def _show_problems(console: Console, problems: list[Problem]) -> None:
-    for problem in problems:
-        console.print(f"problem: {problem.sentence()}", soft_wrap=True)
 
 
 def _as_json(model: str, checkpoint: Checkpoint | None, problems: list[Problem]) -> dict[str, Any]:

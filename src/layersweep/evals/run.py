@@ -70,11 +70,23 @@ class StudyRun:
     ) -> None:
         self.study, self.say = study, say
         self.engine: Engine | None = None
+        self.fallbacks: list[Fallback] = []
 
     def __enter__(self) -> StudyRun:
         if not self.study.finished:
-            self.engine = self.study.open(self.say)
+            self._open()
         return self
+
+    def _open(self) -> None:
+        """Take the plan's memory; a smaller plan's where somebody else was faster."""
+        while self.engine is None:
+            try:
+                self.engine = self.study.open(self.say)
+            except Exception as failure:
+                why = self._memory_that_is_gone(failure)
+            else:
+                return
+            self._shrink(why)
 
     def __exit__(self, *failure: object) -> None:
         if self.engine is not None:
@@ -105,8 +117,9 @@ class StudyRun:
         with study.meter:
             outcome.started = time.perf_counter()
             while why := self._sweep_until_memory_ends(outcome, progress, finished_sweep):
-                self._reopen(outcome, why)
+                self._reopen(why)
             outcome.sweep_s = time.perf_counter() - outcome.started
+        outcome.fallbacks += self.fallbacks
         if study.gate:
             study.gate.check_peak(*_peaks(study, outcome))
         return outcome
@@ -123,26 +136,33 @@ class StudyRun:
                 _generate(study, outcome, engine, progress, finished_sweep)
             return None
         except Exception as failure:
-            if not out_of_memory(failure):
-                raise
-            why = " ".join(str(failure).split())[:160] or type(failure).__name__
-            if of_the_host(failure) and not study.model.cpu:
-                raise MachineError(f"the host ran out of memory: {why}", hint=KEPT) from failure
+            why = self._memory_that_is_gone(failure)
         finally:
             _account(study.model, outcome, engine)
         return why  # here, where the failure's frames, and the tensors in them, are gone
 
-    def _reopen(self, outcome: Outcome, why: str) -> None:
+    def _memory_that_is_gone(self, failure: Exception) -> str:
+        """The words of a failed allocation that a smaller plan may help. Raises anything else."""
+        if not out_of_memory(failure):
+            raise failure
+        why = " ".join(str(failure).split())[:160] or type(failure).__name__
+        if of_the_host(failure) and not self.study.model.cpu:
+            raise MachineError(f"the host ran out of memory: {why}", hint=KEPT) from failure
+        return why
+
+    def _reopen(self, why: str) -> None:
         """Give the memory back and go on with a plan that needs less."""
         assert self.engine is not None
         self.engine.close()
         self.engine = None
-        gc.collect()
         self.study.forget_unfinished()
-        smaller = shrink(self.study, why)
-        outcome.fallbacks.append(smaller)
-        self.say(smaller)
-        self.engine = self.study.open(self.say)
+        self._shrink(why)
+        self._open()
+
+    def _shrink(self, why: str) -> None:
+        gc.collect()
+        self.fallbacks.append(shrink(self.study, why))
+        self.say(self.fallbacks[-1])
 
 
 def _account(model: Model, outcome: Outcome, engine: Engine) -> None:

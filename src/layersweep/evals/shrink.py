@@ -45,6 +45,8 @@ def shrink(study: Study, why: str) -> Fallback:
     model, old = study.model, study.plan
     device = str(model.compute.device)
     where = "host" if model.cpu else "device"
+    if not model.cpu:
+        torch.cuda.empty_cache()
     try:
         host = ram_budget("auto")
         free = vram_budget("auto", device, host=host)

@@ -6,7 +6,6 @@ then reads the weights.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import product
@@ -15,6 +14,9 @@ from pathlib import Path
 import torch
 
 from layersweep.checkpoint.config import ModelConfig
+from layersweep.checkpoint.files import LocalFolder, read_small
+from layersweep.checkpoint.problems import FileProblem
+from layersweep.checkpoint.strict_json import UnusableJson, parse_json
 from layersweep.errors import Fallback, InputError
 from layersweep.evals.finished import FinishedSweep, Part
 from layersweep.evals.gate import Card, Gate
@@ -160,7 +162,7 @@ def prepare_study(model: Model, settings: EvalSettings, *, kept: bool = False) -
     gate = None
     if settings.gate != "off":
         ids = tokenizer.encode(text.text[:8192])
-        check_ids(ids, config.vocab_size)
+        check_ids([*([] if bos_id is None else [bos_id]), *ids], config.vocab_size)
         half = model.compute.dtype == torch.float16
         gate = Gate(config, ids, bos_id, _card(model.checkpoint.folder), half=half)
     lead = [gate.tile()] if gate else []
@@ -254,9 +256,8 @@ def _needle(
 
 def _card(folder: Path) -> Card | None:
     """What a bundled model's card promises; a file of that name may be somebody else's."""
-    path = folder / "card.json"
     try:
-        gate = json.loads(path.read_text("utf-8"))["gate"]
-        return Card(str(gate["tokens_sha"]), float(gate["nll"]))
-    except (OSError, ValueError, KeyError, TypeError):
+        gate = parse_json(read_small(LocalFolder.at(folder), "card.json"))[0]["gate"]
+        return Card(str(gate["tokens_sha"]), float(gate["nll"]), float(gate["nll_repeated"]))
+    except (InputError, FileProblem, UnusableJson, ValueError, KeyError, TypeError, OverflowError):
         return None

@@ -8,15 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Encoding, Tokenizer
 
+from layersweep.checkpoint.files import LocalFolder, read_small
+from layersweep.checkpoint.strict_json import UnusableJson, parse_json
 from layersweep.errors import InputError
+from layersweep.evals.chat import render
 
+MOST_GROWTH = 64  # published ones replace a character by one of three bytes
 SLOW_TOKENIZER_FILES = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
@@ -28,6 +33,7 @@ class TextTokenizer:
     tokenizer.json. `notes` are sentences that the run has to announce (fallbacks taken).
     """
 
+    file: Path
     tokenizer: Tokenizer = field(repr=False)
     parser: Tokenizer | None = field(repr=False)
     vocab_size: int
@@ -49,12 +55,14 @@ class TextTokenizer:
                 f"tokenizer: found no folder {folder}, needed one with tokenizer.json",
                 hint="give the folder of a checkpoint, or its hub id",
             )
-        data, notes = _tokenizer_json(folder)
-        settings = _read_json(folder / "tokenizer_config.json")
+        files = LocalFolder.at(folder)
+        settings = _read_json(files, "tokenizer_config.json")
+        data, notes = _tokenizer_json(files, settings)
         tokenizer = _build(data, folder / "tokenizer.json", parse_special=False)
-        bos_id, bos_by_default = _find_bos(folder, tokenizer, settings)
-        template = _read_chat_template(folder, settings)
+        bos_id, bos_by_default = _find_bos(files, tokenizer, settings)
+        template = _read_chat_template(files, settings)
         return cls(
+            file=folder / "tokenizer.json",
             tokenizer=tokenizer,
             parser=_build(data, folder / "tokenizer.json", parse_special=True)
             if template
@@ -64,17 +72,17 @@ class TextTokenizer:
             bos_id=bos_id,
             bos_by_default=bos_by_default,
             chat_template=template,
-            chat_tokens=_special_strings(folder, settings),
+            chat_tokens=_special_strings(files, settings),
             notes=notes,
         )
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`. No special token is added; "</s>" in the text stays text."""
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        return self._encode(self.tokenizer, text).ids
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """As `encode`, with each token's (first, last + 1) character in `text`."""
-        encoding = self.tokenizer.encode(text, add_special_tokens=False)
+        encoding = self._encode(self.tokenizer, text)
         return encoding.ids, encoding.offsets
 
     def encode_chat(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
@@ -85,8 +93,12 @@ class TextTokenizer:
         """
         if self.parser is None:
             raise InputError("tokenizer: found no chat template, needed one to encode a chat")
-        encoding: Encoding = self.parser.encode(text, add_special_tokens=False)
+        encoding = self._encode(self.parser, text)
         return encoding.ids, encoding.offsets
+
+    def _encode(self, tokenizer: Tokenizer, text: str) -> Encoding:
+        with _library_errors(self.file):
+            return tokenizer.encode(text, add_special_tokens=False)
 
     def holds_special(self, text: str) -> bool:
         """Whether `text` spells a special token, which a rendered chat would turn into one."""
@@ -95,7 +107,8 @@ class TextTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`, special tokens spelled out."""
-        return self.tokenizer.decode(list(ids), skip_special_tokens=False)
+        with _library_errors(self.file):
+            return self.tokenizer.decode(list(ids), skip_special_tokens=False)
 
     def render_chat(self, user_text: str) -> str:
         """One user message through the chat template, up to where the answer starts.
@@ -104,7 +117,7 @@ class TextTokenizer:
         """
         if self.chat_template is None:
             raise InputError("tokenizer: found no chat template, needed one to render a chat")
-        return _render(self.chat_template, user_text, self.chat_tokens)
+        return render(self.chat_template, user_text, self.chat_tokens)
 
 
 def check_ids(ids: Iterable[int], vocab_size: int) -> None:
@@ -120,34 +133,72 @@ def check_ids(ids: Iterable[int], vocab_size: int) -> None:
 
 
 def _build(data: bytes, path: Path, *, parse_special: bool) -> Tokenizer:
-    try:
+    with _library_errors(path):
         tokenizer = Tokenizer.from_buffer(data)
-    except Exception as error:  # the library raises nothing narrower than Exception
-        raise InputError(
-            f"{path}: found no readable tokenizer ({error}), needed a tokenizers JSON file",
-            hint="download the file again",
-        ) from error
+    _check_growth(tokenizer, path)
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = not parse_special
     return tokenizer
 
 
-def _tokenizer_json(folder: Path) -> tuple[bytes, tuple[str, ...]]:
+@contextmanager
+def _library_errors(path: Path) -> Iterator[None]:
+    """What the tokenizers library raises as an InputError: nothing narrower than Exception, and
+    not even that where its Rust code panics."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise InputError(
+            f"{path}: found no readable tokenizer ({error}), needed a tokenizers JSON file",
+            hint="download the file again",
+        ) from error
+
+
+def _check_growth(tokenizer: Tokenizer, path: Path) -> None:
+    """Replacements one after the other multiply a text: five of 20 characters by 3 million."""
+    for part in (tokenizer.normalizer, tokenizer.decoder):
+        growth, waiting = 1, [json.loads(part.__getstate__())] if part else []
+        while waiting:
+            step = waiting.pop()
+            waiting += step.get("normalizers", []) + step.get("decoders", [])
+            if step["type"] == "Replace":
+                beside = step["pattern"].get("String") in (None, "")  # may match nothing, anywhere
+                growth *= max(1, len(step["content"]) + beside)
+        if growth > MOST_GROWTH:
+            raise InputError(
+                f"{path}: found replacements that make a text {growth} times as long, needed at "
+                f"most {MOST_GROWTH}",
+                hint="the tokenizer would fill the memory: do not use this checkpoint",
+            )
+
+
+def _tokenizer_json(files: LocalFolder, settings: dict[str, Any]) -> tuple[bytes, tuple[str, ...]]:
     """tokenizer.json's bytes: the file's, or converted by transformers where it is absent."""
+    folder, names = files.folder, files.names()
     path = folder / "tokenizer.json"
-    if path.is_file():
-        return path.read_bytes(), ()
-    others = [name for name in SLOW_TOKENIZER_FILES if (folder / name).is_file()]
+    if "tokenizer.json" in names:
+        return read_small(files, "tokenizer.json"), ()
+    others = [name for name in SLOW_TOKENIZER_FILES if name in names]
     if not others:
         raise InputError(
             f"{path}: found no such file, needed the checkpoint's tokenizer",
             hint="copy tokenizer.json and tokenizer_config.json next to the weights",
         )
+    if "auto_map" in settings | _read_json(files, "config.json"):
+        raise InputError(
+            f"{path}: found no such file, but auto_map: a tokenizer that is the checkpoint's own "
+            "code, needed tokenizer.json",
+            hint="a checkpoint's code is never run; let its author save a tokenizer.json",
+        )
     from transformers import AutoTokenizer
 
     try:
-        converted = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        converted = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise InputError(
             f"{folder / others[0]}: found no tokenizer that transformers can read ({error}), "
@@ -165,25 +216,25 @@ def _tokenizer_json(folder: Path) -> tuple[bytes, tuple[str, ...]]:
     return backend.to_str().encode(), (note,)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(files: LocalFolder, name: str) -> dict[str, Any]:
     """A JSON object, empty where the file is absent."""
-    if not path.is_file():
+    if name not in files.names():
         return {}
+    path = files.folder / name
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        found, _ = parse_json(read_small(files, name))
+    except UnusableJson as error:
         raise InputError(
-            f"{path}: found no readable JSON ({error}), needed an object",
-            hint="download the file again",
+            f"{path}: found {error}, needed a JSON object", hint="download the file again"
         ) from error
     if not isinstance(found, dict):
         raise InputError(f"{path}: found a {type(found).__name__}, needed a JSON object")
     return found
 
 
-def _special_strings(folder: Path, settings: dict[str, Any]) -> dict[str, str]:
+def _special_strings(files: LocalFolder, settings: dict[str, Any]) -> dict[str, str]:
     """bos_token, eos_token, ... as strings; either file may hold them, plain or as objects."""
-    merged = _read_json(folder / "special_tokens_map.json") | settings
+    merged = _read_json(files, "special_tokens_map.json") | settings
     found = {}
     for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
         value = merged.get(name)
@@ -195,15 +246,16 @@ def _special_strings(folder: Path, settings: dict[str, Any]) -> dict[str, str]:
 
 
 def _find_bos(
-    folder: Path, tokenizer: Tokenizer, settings: dict[str, Any]
+    files: LocalFolder, tokenizer: Tokenizer, settings: dict[str, Any]
 ) -> tuple[int | None, bool]:
     """(id of BOS, whether the default call puts it first)."""
-    name = _special_strings(folder, settings).get("bos_token")
+    name = _special_strings(files, settings).get("bos_token")
     bos_id = tokenizer.token_to_id(name) if name is not None else None
     if bos_id is None:
-        configured = _read_json(folder / "config.json").get("bos_token_id")
+        configured = _read_json(files, "config.json").get("bos_token_id")
         bos_id = configured if isinstance(configured, int) else None
-    called = tokenizer.encode("a", add_special_tokens=True)
+    with _library_errors(files.folder / "tokenizer.json"):
+        called = tokenizer.encode("a", add_special_tokens=True)
     puts_first = bool(called.ids) and called.special_tokens_mask[0] == 1
     if bos_id is None and puts_first:
         bos_id = called.ids[0]
@@ -215,44 +267,27 @@ def _find_bos(
     return bos_id, by_default
 
 
-def _read_chat_template(folder: Path, settings: dict[str, Any]) -> str | None:
+def _read_chat_template(files: LocalFolder, settings: dict[str, Any]) -> str | None:
     """chat_template.jinja, else the tokenizer_config's (of a named list, "default")."""
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
+    name = "chat_template.jinja"
+    if name in files.names():
+        try:
+            return read_small(files, name).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"{files.folder / name}: found no UTF-8 ({error}), needed a template",
+                hint="download the file again",
+            ) from error
     template = settings.get("chat_template")
     if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template}
-        template = named.get("default")
-    return template if isinstance(template, str) else None
-
-
-def _render(template: str, user_text: str, tokens: dict[str, str]) -> str:
-    """The template in Jinja's sandbox, with the settings that published templates rely on."""
-    from datetime import datetime
-
-    from jinja2 import TemplateError
-    from jinja2.ext import loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def raise_exception(message: str) -> None:
-        raise TemplateError(message)
-
-    def strftime_now(pattern: str) -> str:
-        # a prompt must not change with the day it is run on
-        return datetime(2024, 7, 26).strftime(pattern)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
-    )
-    environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
-    messages = [{"role": "user", "content": user_text}]
-    try:
-        return environment.from_string(template).render(
-            messages=messages, add_generation_prompt=True, **tokens
+        named = [entry for entry in template if isinstance(entry, dict)]
+        template = next(
+            (one.get("template") for one in named if one.get("name") == "default"), None
         )
-    except TemplateError as error:
+    if template is not None and not isinstance(template, str):
         raise InputError(
-            f"chat template: found an error ({error}), needed one user message rendered",
+            f"{files.folder / 'tokenizer_config.json'}: found a chat_template that is no text, "
+            "needed a template or a list of named ones",
             hint="repair chat_template in tokenizer_config.json, or remove it",
-        ) from error
+        )
+    return template

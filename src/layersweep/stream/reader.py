@@ -168,16 +168,18 @@ def _check_scales(placed: PlacedWeight, arena: Tensor) -> None:
     quant = placed.weight.quant
     assert quant is not None
     slots = [(placed.nested_absmax, False), (placed.nested_quant_map, True)]
-    checked = []
     for slot, signed in slots if quant.nested else [(placed.absmax, False)]:
         assert slot is not None
         source = slot.source
         assert source is not None
         scales = arena[slot.offset : slot.offset + slot.nbytes].view(torch.float32)
         nf4.check_scales(scales, file=source.file.name, tensor=source.name, signed=signed)
-        checked.append(scales)
     if quant.nested:
         source = quant.nested.absmax
-        nf4.check_products(
-            *checked, quant.nested.offset, file=source.file.name, tensor=source.name
+        outer, table = (
+            arena[slot.offset : slot.offset + slot.nbytes].view(torch.float32)
+            for slot, _ in slots
+            if slot is not None
         )
+        offset = quant.nested.offset
+        nf4.check_products(outer, table, offset, file=source.file.name, tensor=source.name)

@@ -50,7 +50,13 @@ class BlockStore:
         self._say = say
         self._reader = RunReader(specs)
         self._host = HostStage(self.runs, self._reader, placement, pin=on_gpu, say=self._note)
-        self._device = DeviceStage(self._host, self.runs, placement, device) if on_gpu else None
+        self._device = None
+        if on_gpu:
+            try:
+                self._device = DeviceStage(self._host, self.runs, placement, device)
+            except Exception:
+                self._host.close()  # pinned memory stays so until it is told
+                raise
         self._run_of = [run.index for run in self.runs for _ in run.blocks]
         self._here: dict[int, tuple[Tensor, Arrival | Landed]] = {}
         self._left: dict[int, int] = {}  # blocks of a run that are still to be released

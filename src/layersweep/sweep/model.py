@@ -96,7 +96,11 @@ class Model:
         store = BlockStore(
             self.specs, plan.placement, self.compute.device, decode=self.compute.ops.decode, say=say
         )
-        return Engine(self.checkpoint.config, store, self.compute, plan.scratch)
+        try:
+            return Engine(self.checkpoint.config, store, self.compute, plan.scratch)
+        except Exception:
+            store.close()
+            raise
 
     def score(self, sequences: Many[Many[int]]) -> list[Tensor]:
         """Log-probability of every token but the first, float32 [len - 1] per sequence.
