@@ -74,7 +74,7 @@ def test_scores_lose_less_in_it() -> None:
         stream = Stream("k", GROUPS, DIM, role="key", rope=True, basis=basis)
         coded = store(arm, k, stream, at, 0, 1, {})
         lost.append(((coded.decoded() - k) @ q.transpose(-1, -2)).square().mean().item())
-        assert coded.nbits == 8 * GROUPS * (1000 * (DIM * 2 // 8 + 1) + 2 * DIM)
+        assert coded.nbits == 8 * GROUPS * (1000 * (DIM * 2 // 8 + 1) + 2 * (DIM + 1))
     assert lost[1] < 0.5 * lost[0]
 
 
