@@ -29,8 +29,9 @@ demo: $(VENV)/.installed
 	@echo "numbers: $(CURDIR)/$(DEMO_OUT)/results.json"
 	@echo "report:  $(CURDIR)/$(DEMO_OUT)/report.html  (open it in a browser)"
 
+# Whole files to a process per core: fixtures of a file are made once.
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 test-gpu: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m gpu

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 import runpy
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,15 +20,6 @@ from layersweep.sweep.model import load
 planting = runpy.run_path(str(Path(__file__).parents[1] / "tools/plant_faults.py"))
 DEMO, copy_demo, tensor = planting["DEMO"], planting["copy_demo"], planting["tensor"]
 ONLY_GATE = EvalSettings(gate="only")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Products of 512 rows are short: threads on busy cores would wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def text_file(folder: Path) -> str:

@@ -5,19 +5,16 @@ from __future__ import annotations
 import copy
 import itertools
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import layersweep
 from layersweep.cli.app import run
@@ -52,15 +49,6 @@ def numbers(folder: Path) -> Json:
         checks = results["gate"]["checks"]
         results["gate"]["checks"] = [c for c in checks if c["name"] != "peak within plan"]
     return results
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Two of them meet at a barrier after each of thousands of short operations."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -234,9 +222,7 @@ def test_resume_needs_a_folder_and_starts_in_an_empty_one(
 def test_killed_in_the_middle(undisturbed: Path, tmp_path: Path) -> None:
     """SIGKILL as soon as one sweep is there, which is somewhere in the second."""
     command = [sys.executable, "-m", "layersweep", "eval", "demo", *ARGUMENTS, "--out", "run"]
-    process = subprocess.Popen(
-        command, cwd=tmp_path, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
     sweeps = tmp_path / "run" / "sweeps"
     deadline = time.monotonic() + 120
     while not (sweeps / "0000.safetensors").exists():
