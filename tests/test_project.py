@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
+import runpy
 import shutil
 import stat
 import subprocess
@@ -317,3 +319,9 @@ def test_links_to_files_lead_somewhere() -> None:
     for page in pages:
         for target in re.findall(r"\]\(([^)#:]+?)(?:#[^)]*)?\)", page.read_text("utf-8")):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_table_of_reliability_is_what_was_measured() -> None:
+    tool = runpy.run_path(str(PROJECT / "tools/measure_reliability.py"))
+    lines = [json.loads(line) for line in tool["LINES"].read_text("utf-8").splitlines()]
+    assert tool["table"](lines) in (PROJECT / "docs/reliability.md").read_text("utf-8")

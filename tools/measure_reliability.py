@@ -74,8 +74,7 @@ def _row(line: Json) -> tuple[str, str, str] | None:
             return (
                 f"SIGKILL {line['kills']} times in {line['runs']} runs of {line['sweeps']} sweeps, "
                 f"{line['device']}, {line['dtype']} ({fell})",
-                f"{line['equal']} of {line['runs']} resumed runs equal the undisturbed one, bit for "
-                "bit",
+                f"{line['equal']} of {line['runs']} runs equal the undisturbed one, bit for bit",
                 "`tools/kill_and_resume.py`",
             )
         case {"reliability": "faults"}:
@@ -106,8 +105,8 @@ def _row(line: Json) -> tuple[str, str, str] | None:
             )
         case {"coverage": name}:
             return (
-                f"{line['studies']:,} simulated studies of {line['n']} windows, {name}, {line['groups']} "
-                f"{line['grouping']}",
+                f"{line['studies']:,} simulated studies of {line['n']} windows, {name}, "
+                f"{line['groups']} {line['grouping']}",
                 f"the 95 % interval held the truth in {100 * line['share']:.1f} %",
                 "`tools/measure_coverage.py`",
             )

@@ -145,13 +145,19 @@ def mean_for(codec: Codec, x_BHTD: Tensor) -> Tensor | None:
     """
     if not wants_mean(codec):
         return None
-    x, tokens = x_BHTD.float(), x_BHTD.shape[2]
-    mean = add_rows(x, dim=2) / tokens
+    tokens, dim = x_BHTD.shape[2:]
     if not wants_level(codec):
-        return mean.to(torch.float16)
-    power = add_rows(add_rows(x * x, dim=2), dim=-1) / tokens
-    around = torch.maximum(power - add_rows(mean * mean, dim=-1), power / 256)
-    level = (around / x.shape[3]).sqrt().clamp(min=torch.finfo(torch.float16).tiny)
+        return (add_rows(x_BHTD.float(), dim=2) / tokens).to(torch.float16)
+    # x and its squares in one tree: on a GPU its many short steps cost their launches
+    both = torch.empty(2, *x_BHTD.shape, dtype=torch.float32, device=x_BHTD.device)
+    both[0] = x_BHTD
+    torch.mul(both[0], both[0], out=both[1])
+    total, squares = add_rows(both, dim=3)
+    mean = total / tokens
+    square, power = add_rows(torch.stack((mean * mean, squares)), dim=-1)
+    power = power / tokens
+    around = torch.maximum(power - square, power / 256)
+    level = (around / dim).sqrt().clamp(min=torch.finfo(torch.float16).tiny)
     return torch.cat((mean, level.unsqueeze(-1)), dim=-1).to(torch.float16)
 
 
