@@ -149,18 +149,19 @@ def test_a_baseline_whose_logits_overflow_is_refused(tmp_path: Path) -> None:
         run_study(study)
 
 
-def test_somebody_elses_card_is_not_ours(tmp_path: Path) -> None:
-    folder = copy_demo(tmp_path / "model")
-    for content in ("not json", "[]", '{"gate": {}}'):
-        (folder / "card.json").write_text(content)
-        run_gate(folder, tmp_path)
+NO_CARDS = {
+    "not JSON": "not json",
+    "a list": "[]",
+    "empty": '{"gate": {}}',
+    "deep": "[" * 100_000,
+    "infinite": '{"gate": {"nll": 1e999}}',
+    "of a wrong type": '{"gate": {"tokens_sha": "", "nll": [], "nll_repeated": 1}}',
+    "too large": '{"gate": {"tokens_sha": "", "nll": 1' + "0" * 400 + ', "nll_repeated": 1}}',
+}
 
 
-@pytest.mark.parametrize(
-    "card", ["[" * 100_000, '{"gate": {"nll": 1e999}}', '{"gate": {"tokens_sha": "", "nll": [], '
-             '"nll_repeated": 1}}', '{"gate": {"tokens_sha": "", "nll": 1' + "0" * 400 + "}}", "[]"]
-)  # fmt: skip
-def test_a_card_that_is_no_card_promises_nothing(tmp_path: Path, card: str) -> None:
+@pytest.mark.parametrize("card", NO_CARDS.values(), ids=NO_CARDS)
+def test_somebody_elses_card_promises_nothing(tmp_path: Path, card: str) -> None:
     folder = copy_demo(tmp_path / "model")
     (folder / "card.json").write_text(card)
     settings = EvalSettings(gate="only", text=text_file(tmp_path))

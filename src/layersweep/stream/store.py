@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
@@ -50,13 +50,12 @@ class BlockStore:
         self._say = say
         self._reader = RunReader(specs)
         self._host = HostStage(self.runs, self._reader, placement, pin=on_gpu, say=self._note)
-        self._device = None
-        if on_gpu:
-            try:
+        with ExitStack() as undo:
+            undo.callback(self._host.close)  # pinned memory stays so until it is told
+            self._device = None
+            if on_gpu:
                 self._device = DeviceStage(self._host, self.runs, placement, device)
-            except Exception:
-                self._host.close()  # pinned memory stays so until it is told
-                raise
+            undo.pop_all()
         self._run_of = [run.index for run in self.runs for _ in run.blocks]
         self._here: dict[int, tuple[Tensor, Arrival | Landed]] = {}
         self._left: dict[int, int] = {}  # blocks of a run that are still to be released

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as Many
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -96,11 +97,11 @@ class Model:
         store = BlockStore(
             self.specs, plan.placement, self.compute.device, decode=self.compute.ops.decode, say=say
         )
-        try:
-            return Engine(self.checkpoint.config, store, self.compute, plan.scratch)
-        except Exception:
-            store.close()
-            raise
+        with ExitStack() as undo:
+            undo.callback(store.close)
+            engine = Engine(self.checkpoint.config, store, self.compute, plan.scratch)
+            undo.pop_all()
+        return engine
 
     def score(self, sequences: Many[Many[int]]) -> list[Tensor]:
         """Log-probability of every token but the first, float32 [len - 1] per sequence.
