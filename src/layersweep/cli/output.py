@@ -32,8 +32,8 @@ LINES = {PERPLEXITY: ("segments.jsonl", segment_lines), NEEDLE: ("needle.jsonl",
 class RunFolder:
     """A context: the folder is this process's own while it is open. `path` None writes nothing.
 
-    Refuses, before anything is read, a folder that holds a run
-    which is not to be resumed, or in which another process works.
+    Refuses, before anything is read, a folder that holds a run which is not to be resumed, or in
+    which another process works.
 
     Raises InputError for these, for a file in the folder's place, and for a folder that cannot be
     written; MachineError when a write fails later.
