@@ -79,6 +79,8 @@ def device_of(devices: str, shard: Shard) -> str:
     """
     from layersweep.errors import InputError
 
+    if shard.of == 1:
+        return devices
     names = devices.split(",")
     if len(names) == shard.local_size:
         return names[shard.local_rank]
