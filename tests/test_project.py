@@ -25,9 +25,9 @@ SOURCE = PROJECT / "src/layersweep"
 
 # Data flows from left to right; nothing imports from its right.
 ORDER = (
-    *("errors", "units", "environment", "probes", "demo", "kernels", "checkpoint", "stream"),
-    *("model", "kv", "sweep", "evals", "report", "integrations", "bench", "cli"),
-    "__main__",
+    *("errors", "units", "progress", "notebook", "environment", "probes", "demo", "kernels"),
+    *("checkpoint", "stream", "model", "kv", "sweep", "evals", "report", "api", "integrations"),
+    *("bench", "cli", "__main__"),
 )
 
 

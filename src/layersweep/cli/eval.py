@@ -162,9 +162,9 @@ def _prepare(
 
 
 def _measure(study: Study, folder: RunFolder, events: Events) -> dict[str, Any]:
-    from layersweep.cli.progress import SweepProgress
     from layersweep.evals.results import build_results
     from layersweep.evals.run import Outcome, StudyRun
+    from layersweep.progress import SweepProgress
 
     command = "layersweep " + " ".join(shlex.quote(word) for word in sys.argv[1:])
     with StudyRun(study, events.say_fallback) as running:
