@@ -25,7 +25,7 @@ SOURCE = PROJECT / "src/layersweep"
 
 # Data flows from left to right; nothing imports from its right.
 ORDER = (
-    *("errors", "units", "progress", "notebook", "environment", "probes", "demo", "kernels"),
+    *("errors", "units", "notebook", "progress", "environment", "probes", "demo", "kernels"),
     *("checkpoint", "stream", "model", "kv", "sweep", "evals", "report", "api", "integrations"),
     *("bench", "cli", "__main__"),
 )

@@ -7,6 +7,7 @@ its last state, finished bars, is what the saved notebook holds.
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 import warnings
@@ -27,6 +28,12 @@ def in_notebook() -> bool:
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython else None
     return getattr(shell, "kernel", None) is not None
+
+
+def in_notebook_shell() -> bool:
+    """Whether a cell's `!command` runs this: on a terminal, and with FORCE_COLOR, but what shows
+    it knows no cursor, so that a live bar would be written again below itself."""
+    return "JPY_PARENT_PID" in os.environ and not in_notebook()
 
 
 def tell(line: str) -> None:
@@ -99,7 +106,7 @@ class Bars:
     def _repr_html_(self) -> str:
         cell = 'style="text-align: left; padding: 0 1em 0 0; border: none; white-space: nowrap"'
         lines = "".join(
-            f"<tr><td {cell}>{escape(bar.phase)}</td>"
+            f'<tr style="background: none"><td {cell}>{escape(bar.phase)}</td>'
             f'<td {cell}><progress value="{bar.done}" max="{max(1, bar.total)}" '
             f'style="width: 18em; vertical-align: middle"></progress></td>'
             f"<td {cell}>{escape(bar.words)}</td></tr>"
