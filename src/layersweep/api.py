@@ -103,9 +103,7 @@ def evaluate(
             tell_fallback(fallback)
     with StudyRun(study, tell_fallback) as running, _shown(progress) as reporter:
         outcome = running.measure(progress=reporter)
-        return Results(
-            build_results(study, outcome, status="complete", command="layersweep.evaluate")
-        )
+        return Results(build_results(study, outcome, command="layersweep.evaluate"))
 
 
 def _shown(progress: bool | None) -> AbstractContextManager[Progress]:

@@ -26,11 +26,14 @@ PLAIN_EVERY_S = 30.0
 
 
 class SweepProgress:
-    """Call it as `progress(phase, done, total)`; use it as a context manager."""
+    """Call it as `progress(phase, done, total)`; use it as a context manager.
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
-        self._live = console.is_terminal and not in_notebook_shell()
+    `shown`: False in a process beside others of its host, which is as far as they are.
+    """
+
+    def __init__(self, console: Console, *, shown: bool = True) -> None:
+        self.console, self.shown = console, shown
+        self._live = shown and console.is_terminal and not in_notebook_shell()
         self._bars = Progress(
             TextColumn("{task.description:<8}"),
             BarColumn(bar_width=32),
@@ -60,6 +63,8 @@ class SweepProgress:
             self._bars.stop()
 
     def __call__(self, phase: str, done: int, total: int) -> None:
+        if not self.shown:
+            return
         if self._live:
             if phase not in self._tasks:
                 self._tasks[phase] = self._bars.add_task(phase, total=total)
