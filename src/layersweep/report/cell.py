@@ -14,7 +14,7 @@ from typing import Any
 
 from layersweep.errors import InputError
 from layersweep.report import figures, html, rows
-from layersweep.report.parts import how, scroll
+from layersweep.report.parts import scroll
 
 Json = dict[str, Any]
 
@@ -28,7 +28,7 @@ def results_cell(results: Json) -> str:
         body += [
             scroll(html.arm_table(results)),
             scroll(html.pair_table(results, every=False)),
-            how(rows.uncertainty_line(results)),
+            html.uncertainty(results),
         ]
     if results["needle"] is not None:
         title = rows.needle_title(results)

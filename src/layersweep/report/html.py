@@ -100,7 +100,7 @@ def _perplexity(results: Json) -> str:
             "depends on this protocol and is not comparable with other tools' protocols."
         ),
         figure(results, "Results per arm", scroll(arm_table(results))),
-        how(f"{rows.uncertainty_line(results)}.".replace(" %", "\u00a0%")),
+        uncertainty(results),
         figure(
             results,
             "Difference to the exact cache",
@@ -120,6 +120,11 @@ def _perplexity(results: Json) -> str:
         _controls(results),
     ]
     return section("Perplexity", "".join(parts))
+
+
+def uncertainty(results: Json) -> str:
+    """Where intervals come from, and what is too small to be seen."""
+    return how(f"{rows.uncertainty_line(results)}.".replace(" %", "\u00a0%"))
 
 
 def arm_table(results: Json) -> str:
