@@ -112,7 +112,8 @@ class Bars:
             f"<td {cell}>{escape(bar.words)}</td></tr>"
             for bar in self.by_phase.values()
         )
-        return f'<table style="margin: 0; border: none"><tbody>{lines}</tbody></table>'
+        place = "margin: 0.3em 0 0.3em 0.6em; border: none"
+        return f'<table style="{place}"><tbody>{lines}</tbody></table>'
 
 
 class NotebookProgress:
