@@ -37,7 +37,7 @@ class LayersweepError(Exception):
 
     def _render_traceback_(self) -> list[str]:
         """What IPython shows in place of a traceback, as on the command line: the message says
-        which argument, file or layer it is about. IPython 7, which Colab has, shows no notes."""
+        which argument, file or layer it is about, and not every IPython shows notes."""
         lines = [f"{type(self).__name__}: {self}"]
         return [*lines, f"hint: {self.hint}"] if self.hint else lines
 
