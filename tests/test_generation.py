@@ -190,8 +190,10 @@ def test_a_unit_is_kept_when_it_is_done(
     assert performance(tmp_path / "run")["resumed_tiles"] == 1
 
 
-def one_tile_a_unit(models: list[Model], tiles: list[Tile], arms: Any, at_least: int) -> Generation:
-    plan = plan_generation(models, tiles, arms, len(tiles))
+def one_tile_a_unit(
+    models: list[Model], tiles: list[Tile], arms: Any, at_least: int, lead: list[Tile]
+) -> Generation:
+    plan = plan_generation(models, tiles, arms, len(tiles), lead)
     assert len(plan.units) == len(tiles) == 2
     return plan
 
@@ -220,7 +222,7 @@ def test_kept_caches_are_copies_and_do_not_hold_what_they_decode() -> None:
         for x, stream in zip((k, v), keys_and_values(2, 64), strict=True)
     ]
     wanted = [stream.decoded() for stream in stored]
-    caches = KeptCaches(offload=True)
+    caches = KeptCaches(2**20)
     caches.keep_prefix((0, 1, 0), (stored[0], stored[1]))
     own = torch.randn(1, 2, 3, 64), torch.randn(1, 2, 3, 64)
     caches.extend((0, 1, 0), own)

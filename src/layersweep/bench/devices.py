@@ -138,14 +138,13 @@ def _measure(
     ceilings = measure_ceilings(model, cold=False, say=lambda line: None)
     run_study(prepare_study(model, one_tile(settings)), gemm_flops=ceilings.gemm)
     study = prepare_study(model, settings, shard=shard)
+    manifest = manifest_of(study)
     with StudyRun(study) as run:
         barrier.wait()
         outcome = run.measure(gemm_flops=ceilings.gemm)
         results = build_results(study, outcome, command="layersweep bench study")
         sweeps = {"sweeps/0000": pack(study.record, study.done)}
-        part = StudyPart(
-            device, str(shard), manifest_of(study), study.record.facts(), results, sweeps
-        )
+        part = StudyPart(device, str(shard), manifest, study.record.facts(), results, sweeps)
         floors = floor(study.plan, ceilings, outcome.h2d_rate)
         queue.put(Part(part, outcome.started, floors, study.plan.host_bytes))
 

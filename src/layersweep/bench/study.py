@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from layersweep.bench.ceilings import disk_rate, evict, gemm_ceiling
+from layersweep.environment import versions
 from layersweep.evals.needle_job import TILE_TRIALS
 from layersweep.evals.perplexity import TILE_SEGMENTS
 from layersweep.evals.results import build_results
@@ -86,6 +87,7 @@ def one_tile(settings: EvalSettings) -> EvalSettings:
 
 def _run(model: Model, settings: EvalSettings, ceilings: Ceilings, folder: Path) -> Json:
     study = prepare_study(model, settings)
+    versions()  # asks other programs once: a run has printed them before its clock starts
     with StudyRun(study) as run:
         outcome = run.measure(gemm_flops=ceilings.gemm)
         results = build_results(study, outcome, command="layersweep bench study")

@@ -42,17 +42,21 @@ class Stage:
 
 @dataclass(frozen=True)
 class Generation:
-    """How the trials of `tiles` are generated.
+    """How the trials of some tiles are generated.
 
     `units`: tiles that ride together, and whose trials are done together. `offload`: caches wait
     in host memory; `cache_bytes` of them at most.
     """
 
-    tiles: list[Tile]
     stages: list[Stage]
     units: list[list[Tile]]
     offload: bool
     cache_bytes: int
+
+    @property
+    def unit_cache_bytes(self) -> int:
+        """Of one unit."""
+        return self.cache_bytes // self.lanes
 
     @property
     def lanes(self) -> int:
@@ -61,18 +65,24 @@ class Generation:
 
 
 def plan_generation(
-    models: Sequence[Model], tiles: list[Tile], arms: Sequence[Arm], at_least: int = 1
+    models: Sequence[Model],
+    tiles: list[Tile],
+    arms: Sequence[Arm],
+    at_least: int = 1,
+    lead: Sequence[Tile] = (),
 ) -> Generation:
     """Place weights, caches and tiles; on several devices only if all weights stay there.
 
-    `models`: one checkpoint on each device; `at_least`: units wanted. Raises BudgetError where
+    `models`: one checkpoint on each device; `at_least`: units wanted; `lead`: the gate's tile, if
+    it rides with the first unit. Raises BudgetError where
     that cannot be, of them NoRoomTogether for several devices.
     """
-    caches = [_cache_bytes(models[0], tile, arms) for tile in tiles]
+    tiles = [*lead, *tiles]
+    caches = [0] * len(lead) + [_cache_bytes(models[0], tile, arms) for tile in tiles[len(lead) :]]
     if len(models) == 1:
-        return _on_one(models[0], tiles, caches, at_least)
+        return _on_one(models[0], tiles, caches, at_least, len(lead))
     for offload in (True,) if models[0].cpu else (False, True):
-        if found := _over_layers(models, tiles, caches, offload):
+        if found := _over_layers(models, tiles, caches, offload, len(lead)):
             return found
     weights = sum(spec.nbytes for spec in models[0].specs)
     rooms = ", ".join(format_bytes(model.vram.bytes) for model in models)
@@ -83,11 +93,13 @@ def plan_generation(
     )
 
 
-def _on_one(model: Model, tiles: list[Tile], caches: list[int], at_least: int) -> Generation:
+def _on_one(
+    model: Model, tiles: list[Tile], caches: list[int], at_least: int, leads: int
+) -> Generation:
     """As few units as memory allows: each of them visits all weights again for every token."""
     layers = range(model.checkpoint.config.num_hidden_layers)
     failure: BudgetError | None = None
-    for count in range(at_least, len(tiles) + 1):
+    for count in range(at_least, len(tiles) - leads + 1):
         for offload in (True,) if model.cpu else (False, True):
             held = sum(caches)
             while True:  # the plan of the units whose caches it makes room for
@@ -98,8 +110,8 @@ def _on_one(model: Model, tiles: list[Tile], caches: list[int], at_least: int) -
                     break
                 most = max(sum(caches[index] for index in unit) for unit in plan.sweeps)
                 if most >= held:
-                    units = [[tiles[index] for index in unit] for unit in plan.sweeps]
-                    return Generation(tiles, [Stage(model, layers, plan)], units, offload, held)
+                    stages = [Stage(model, layers, plan)]
+                    return Generation(stages, _units(plan, tiles, leads), offload, held)
                 held = most
     raise BudgetError(
         f"--niah-mode generate: needed {format_bytes(max(caches))} for the keys and values of one "
@@ -109,34 +121,46 @@ def _on_one(model: Model, tiles: list[Tile], caches: list[int], at_least: int) -
 
 
 def _over_layers(
-    models: Sequence[Model], tiles: list[Tile], caches: list[int], offload: bool
+    models: Sequence[Model], tiles: list[Tile], caches: list[int], offload: bool, leads: int
 ) -> Generation | None:
     """Each device its share of the layers, all of them resident; None where they do not fit."""
-    config, count = models[0].checkpoint.config, len(models)
-    held = min(count, len(tiles)) * max(caches)
+    config, count, units = models[0].checkpoint.config, len(models), len(tiles) - leads
+    held = min(count, units) * max(caches)
     every = range(config.num_hidden_layers)
     sizes = [sum(spec.nbytes for spec in models[0].blocks_of(range(i, i + 1))) for i in every]
     try:
-        rooms = [_room(model, every, tiles, held, offload, count) for model in models]
+        rooms = [_room(model, every, tiles, held, offload, units, count) for model in models]
         parts = spread_layers(sizes, rooms)
         if parts is None:
             return None
         stages = [
-            Stage(model, layers, _plan(model, layers, tiles, held, offload, len(tiles), count))
+            Stage(model, layers, _plan(model, layers, tiles, held, offload, units, count))
             for model, layers in zip(models, parts, strict=True)
         ]
     except BudgetError:
         return None
     if not all(stage.resident for stage in stages):
         return None
-    return Generation(tiles, stages, [[tile] for tile in tiles], offload, held)
+    return Generation(stages, _units(stages[0].plan, tiles, leads), offload, held)
+
+
+def _units(plan: Plan, tiles: list[Tile], leads: int) -> list[list[Tile]]:
+    """The tiles of each sweep; the gate's is no trial."""
+    units = [[tiles[index] for index in sweep if index >= leads] for sweep in plan.sweeps]
+    return [unit for unit in units if unit]
 
 
 def _room(
-    model: Model, layers: range, tiles: list[Tile], held: int, offload: bool, sharers: int
+    model: Model,
+    layers: range,
+    tiles: list[Tile],
+    held: int,
+    offload: bool,
+    units: int,
+    sharers: int,
 ) -> int:
     """Bytes of weights that may stay on one of several devices, beside what computes there."""
-    plan = _plan(model, layers, tiles, held, offload, len(tiles), sharers, visits=1)
+    plan = _plan(model, layers, tiles, held, offload, units, sharers, visits=1)
     machine = _machine(model, held, offload, sharers)
     if machine.cpu:
         return machine.ram - plan.placement.host_ring

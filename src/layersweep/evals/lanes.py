@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
+from layersweep.errors import Fallback
 from layersweep.evals.generation import Generation
 from layersweep.evals.needle_job import NEW_TOKENS, NeedleJob
 from layersweep.sweep.caches import KeptCaches
@@ -41,6 +42,7 @@ def generate_units(
     lead: Lead | None,
     progress: Progress,
     allows_another: Callable[[], bool],
+    say: Callable[[Fallback], None],
 ) -> Iterator[Generated]:
     """The units as they are done, until `allows_another` says no. `engines` as in the plan.
 
@@ -50,7 +52,13 @@ def generate_units(
     tokens = _Tokens(progress, NEW_TOKENS * len(generation.units))
 
     def unit(number: int) -> Generated:
-        return _unit(generation, engines, needle, number, lead if number == 0 else None, tokens)
+        host = generation.unit_cache_bytes if generation.offload else None
+        caches = KeptCaches(host, pin=not engines[0].compute.cpu, say=say)
+        try:
+            own = generation.units[number]
+            return _unit(engines, needle, own, caches, lead if number == 0 else None, tokens)
+        finally:
+            caches.close()
 
     count = len(generation.units)
     if generation.lanes == 1:
@@ -99,17 +107,16 @@ class _Tokens:
 
 
 def _unit(
-    generation: Generation,
     engines: Sequence[Engine],
     needle: NeedleJob,
-    number: int,
+    tiles: list[Tile],
+    caches: KeptCaches,
     lead: Lead | None,
     tokens: _Tokens,
 ) -> Generated:
-    caches = KeptCaches(generation.offload)
     whole, sweeps = SweepRecord(), 0
 
-    def run(tiles: list[Tile], read: LogitsReader) -> None:
+    def run(rides: list[Tile], read: LogitsReader) -> None:
         nonlocal sweeps
         first = lead if sweeps == 0 else None
 
@@ -117,13 +124,12 @@ def _unit(
             (first.read if first and tile is first.tile else read)(tile, *what)  # type: ignore[arg-type]
 
         record = run_sweep(
-            engines[0], tiles, reads, then=engines[1:], caches=caches, progress=tokens.sweep,
+            engines[0], rides, reads, then=engines[1:], caches=caches, progress=tokens.sweep,
             lead=first.tile if first else None, check=first.check if first else None,
         )  # fmt: skip
         whole.add(record)
         sweeps += 1
         tokens.one()
 
-    tiles = generation.units[number]
     needle.generate(run, tiles)
     return Generated(tiles, whole, sweeps, whole.moved_bytes + caches.moved_bytes)

@@ -165,7 +165,7 @@ class StudyRun:
             if study.sweeping:
                 _sweep_tiles(study, outcome, self.engines[0], listeners)
             else:
-                _generate(study, outcome, self.engines, listeners)
+                _generate(study, outcome, self.engines, listeners, self._note)
         except Exception as failure:
             why = self._memory_that_is_gone(failure)
         finally:
@@ -187,10 +187,13 @@ class StudyRun:
             raise MachineError(f"the host ran out of memory: {why}", hint=KEPT) from failure
         return why
 
+    def _note(self, fallback: Fallback) -> None:
+        self.fallbacks.append(fallback)
+        self.say(fallback)
+
     def _shrink(self, why: str) -> None:
         gc.collect()
-        self.fallbacks.append(shrink(self.study, why))
-        self.say(self.fallbacks[-1])
+        self._note(shrink(self.study, why))
 
 
 def _account(outcome: Outcome, engines: list[Engine], study: Study) -> None:
@@ -252,7 +255,13 @@ def _read(study: Study, tile: Tile, number: int, sequence: Sequence, logits: lis
         study.gate.check_logits(logits[0])
 
 
-def _generate(study: Study, outcome: Outcome, engines: list[Engine], listeners: Listeners) -> None:
+def _generate(
+    study: Study,
+    outcome: Outcome,
+    engines: list[Engine],
+    listeners: Listeners,
+    say: Callable[[Fallback], None],
+) -> None:
     """Trials unit by unit: a sweep per token, and caches are not kept on disk."""
     assert study.needle is not None and study.generation is not None
     lead = None
@@ -260,7 +269,7 @@ def _generate(study: Study, outcome: Outcome, engines: list[Engine], listeners: 
         lead = Lead(study.lead[0], study.gate.check_layer, lambda *what: _read(study, *what))
     units = generate_units(
         study.generation, engines, study.needle, lead=lead, progress=listeners.progress,
-        allows_another=listeners.limit.allows_another,
+        allows_another=listeners.limit.allows_another, say=say,
     )  # fmt: skip
     for unit in units:
         outcome.sweeps += unit.sweeps

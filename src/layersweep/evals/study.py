@@ -180,7 +180,8 @@ class Study:
         """Plan what is left. `at_least`: sweeps, or units of generation."""
         if self.to_generate:
             units = 1 if self.to_sweep else at_least
-            self.generation = plan_generation(self.models, self.to_generate, self.arms, units)
+            lead = [] if self.to_sweep else self.lead
+            self.generation = plan_generation(self.models, self.to_generate, self.arms, units, lead)
             self.plan = self.generation.stages[0].plan
         if self.sweeping:
             tiles = [*self.lead, *self.to_sweep]

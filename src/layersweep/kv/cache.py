@@ -6,7 +6,7 @@ tokens   0 ......... sink ................... T - window ......... T
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
 import torch
@@ -45,9 +45,9 @@ class Encoded:
         at = self.positions[index : index + 1].clone()
         return Encoded(self.codec, packed, at, self.basis)
 
-    def to(self, device: torch.device | str) -> Encoded:
-        """On another device, not decoded. The basis stays where its layer is computed."""
-        return Encoded(self.codec, self.packed.to(device), self.positions.to(device), self.basis)
+    def moved(self, move: Callable[[Tensor], Tensor]) -> Encoded:
+        """Elsewhere, not decoded. Positions and basis stay where their layer is computed."""
+        return Encoded(self.codec, self.packed.moved(move), self.positions, self.basis)
 
 
 Shared = dict[Hashable, Encoded]
@@ -81,10 +81,10 @@ class CachedStream:
         )
         return CachedStream(self.dtype, head, middle, tail)
 
-    def to(self, device: torch.device | str) -> CachedStream:
-        """On another device; not decoded, even where it is there already."""
-        head, tail = (None if part is None else part.to(device) for part in (self.head, self.tail))
-        middle = None if self.middle is None else self.middle.to(device)
+    def moved(self, move: Callable[[Tensor], Tensor]) -> CachedStream:
+        """Every tensor put elsewhere by `move`; not decoded, even where it stays."""
+        head, tail = (None if part is None else move(part) for part in (self.head, self.tail))
+        middle = None if self.middle is None else self.middle.moved(move)
         return CachedStream(self.dtype, head, middle, tail)
 
     @property

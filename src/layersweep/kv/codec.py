@@ -58,12 +58,10 @@ class Packed:
         scale, mean = (None if part is None else part.clone() for part in (self.scale, self.mean))
         return replace(self, codes=self.codes.clone(), scale=scale, mean=mean)
 
-    def to(self, device: torch.device | str) -> Packed:
-        """The same bytes on another device."""
-        scale, mean = (
-            None if part is None else part.to(device) for part in (self.scale, self.mean)
-        )
-        return replace(self, codes=self.codes.to(device), scale=scale, mean=mean)
+    def moved(self, move: Callable[[Tensor], Tensor]) -> Packed:
+        """The same bytes elsewhere."""
+        scale, mean = (None if part is None else move(part) for part in (self.scale, self.mean))
+        return replace(self, codes=move(self.codes), scale=scale, mean=mean)
 
     @property
     def held_bytes(self) -> int:

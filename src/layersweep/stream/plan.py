@@ -7,7 +7,7 @@ a request that cannot fit is refused before a weight is read.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from layersweep.checkpoint.config import ModelConfig
 from layersweep.errors import BudgetError
@@ -17,6 +17,7 @@ from layersweep.stream.runs import (
     Run,
     choose_spread,
     compute_ring,
+    layer_bytes,
     runs_of,
     staging_ring,
 )
@@ -111,10 +112,14 @@ def make_plan(
     `at_least`: sweeps wanted, for as many tiles. `visits`: of all weights by each of them, which
     generation needs for every token.
 
+    Memory that nothing else needs makes the ring of blocks on the device larger, by a layer at
+    most: the gate goes through a layer before the tiles do, and would wait for all of it.
+
     On the CPU both budgets are host memory and `vram` bounds the working set alone. Raises
     BudgetError with needed, available and what would fit.
     """
     runs = runs_of(specs)
+    whole = sum(run.nbytes for run in runs)
     host_ring = host_ring_bytes(runs, machine)
     peaks = _peaks(config, runs, tiles, machine)
     sizes = [tile_bytes(config, tile, machine.element) for tile in tiles]
@@ -130,24 +135,28 @@ def make_plan(
     held = max(sum(sizes[index] for index in sweep) for sweep in sweeps)
     walks = len(sweeps) * visits
     room = machine.vram - fixed - held
-    if walks > 1 and room + peaks.get("weights in flight", 0) >= sum(run.nbytes for run in runs):
+    if walks > 1 and room + peaks.get("weights in flight", 0) >= whole:
         room += peaks.pop("weights in flight", 0)  # what stays needs no ring
     placement = place(runs, machine, host_ring, room if walks > 1 else None)
     on_device = sum(runs[index].nbytes for index in placement.device)
+    if placement.device_ring:
+        more = min(room - on_device, layer_bytes(runs), whole - placement.device_ring)
+        placement = replace(placement, device_ring=placement.device_ring + more)
+        peaks["weights in flight"] = placement.device_ring
     if on_device:
         peaks["weights kept"] = on_device
     again = [run for run in runs if run.index not in placement.device]
     from_disk = [run for run in again if run.index not in placement.host]
     repeats = walks - 1
     flops = [tile_flops(config, tile) for tile in tiles]
-    copied = [sum(run.nbytes for run in runs), *[sum(run.nbytes for run in again)] * repeats]
+    copied = [whole, *[sum(run.nbytes for run in again)] * repeats]
     return Plan(
         sweeps=sweeps,
         peaks={"hidden states": held, **peaks},
         placement=placement,
         host_kept_bytes=sum(runs[index].nbytes for index in placement.host),
         device_kept_bytes=on_device,
-        weight_bytes=sum(run.nbytes for run in runs),
+        weight_bytes=whole,
         reads=(
             sum(run.stored_bytes for run in runs),
             *[sum(run.stored_bytes for run in from_disk)] * repeats,

@@ -50,15 +50,20 @@ def runs_of(specs: Sequence[BlockSpec], least: int = RUN_BYTES) -> list[Run]:
     return runs
 
 
-def compute_ring(runs: Sequence[Run]) -> int:
-    """Bytes that a sweep needs where it computes: one whole layer, two runs ahead of it, and a
-    third run's bytes that may be lost at the ring's end."""
+def layer_bytes(runs: Sequence[Run]) -> int:
+    """Of the largest layer."""
     layers: dict[int, int] = {}
     for run in runs:
         if run.layer is not None:
             layers[run.layer] = layers.get(run.layer, 0) + run.nbytes
+    return max(layers.values(), default=0)
+
+
+def compute_ring(runs: Sequence[Run]) -> int:
+    """Bytes that a sweep needs where it computes: one whole layer, two runs ahead of it, and a
+    third run's bytes that may be lost at the ring's end."""
     largest = max((run.nbytes for run in runs if run.layer is not None), default=0)
-    in_use = max(layers.values(), default=0) + (RUNS_AHEAD + 1) * largest
+    in_use = layer_bytes(runs) + (RUNS_AHEAD + 1) * largest
     return max(in_use, max(run.nbytes for run in runs))
 
 
