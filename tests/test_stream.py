@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import random
+import threading
+import time
 from collections import deque
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,7 +20,7 @@ from layersweep.checkpoint.header import StoredTensor
 from layersweep.checkpoint.weights import Weight
 from layersweep.errors import CheckpointError, Fallback
 from layersweep.stream.blocks import BlockSpec, PlacedWeight, Slot
-from layersweep.stream.host import HostStage
+from layersweep.stream.host import CACHED_READERS, READERS, HostStage, Readers
 from layersweep.stream.pinned import pinned_ring
 from layersweep.stream.reader import RunReader
 from layersweep.stream.ring import ByteRing
@@ -185,13 +188,13 @@ def test_a_file_is_dropped_from_the_page_cache_once_nothing_more_of_it_is_read(
     read_range, drop = RunReader._read_range, RunReader.drop
     monkeypatch.setattr(
         RunReader, "_read_range",
-        lambda self, source, *rest: (read_range(self, source, *rest),
-                                     read.append(source.file.parent.name)),
+        lambda self, source, *rest: (read.append(source.file.parent.name),
+                                     read_range(self, source, *rest))[1],
     )  # fmt: skip
     monkeypatch.setattr(
         RunReader,
         "drop",
-        lambda self, file: (read.append(f"drop {file.parent.name}"), drop(self, file)),
+        lambda self, file: (read.append(f"drop {file.parent.name}"), drop(self, file))[1],
     )
     for dropped in (False, True):
         read.clear()
@@ -207,3 +210,32 @@ def test_a_file_is_dropped_from_the_page_cache_once_nothing_more_of_it_is_read(
         if dropped:
             assert "a" not in read[read.index("drop a") :]
             assert read[-1] == "drop b"
+
+
+def test_few_readers_while_they_are_fast_and_many_while_they_wait() -> None:
+    readers, lock = Readers(), threading.Lock()
+    working = most = 0
+
+    def read(seconds: float, nbytes: int) -> int:
+        nonlocal working, most
+        with lock:
+            working += 1
+            most = max(most, working)
+        time.sleep(seconds)
+        with lock:
+            working -= 1
+        return nbytes
+
+    def wave(seconds: float, nbytes: int) -> int:
+        nonlocal most
+        most = 0
+        for done in [readers.submit(partial(read, seconds, nbytes)) for _ in range(48)]:
+            done.result()
+        return most
+
+    assert wave(0.02, 5 * 2**20) == READERS  # 0.25 GB/s each: a disk
+    wave(0.002, 2**30)  # 500 GB/s
+    assert readers.cached and wave(0.01, 2**10) == CACHED_READERS  # too small to tell
+    wave(0.02, 5 * 2**20)
+    assert not readers.cached and wave(0.02, 2**10) == READERS
+    readers.close()

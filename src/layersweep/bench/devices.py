@@ -1,8 +1,8 @@
 """`bench study --device cuda:0,cuda:1`: the study with a process for each device, against one in
 the same call, and whether both gave the same numbers.
 
-The clock runs from the first weight byte that any process asks for to the merged results.json in
-place. Kernels and contexts are warm, as in study.py.
+The clock runs from the first weight byte that any process asks for to results.json in place, of
+several devices the merged one. Kernels and contexts are warm, and so is what writes results.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import multiprocessing
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.queues import SimpleQueue
 from multiprocessing.synchronize import Barrier
@@ -22,9 +22,9 @@ from layersweep.evals.finished import pack
 from layersweep.evals.manifest import manifest_of
 from layersweep.evals.merge import StudyPart, merge
 from layersweep.evals.results import build_results
-from layersweep.evals.run import StudyRun, run_study
+from layersweep.evals.run import StudyRun
 from layersweep.evals.settings import EvalSettings
-from layersweep.evals.shard import Shard
+from layersweep.evals.shard import WHOLE, Shard
 from layersweep.evals.study import prepare_study
 from layersweep.report.store import write_results
 from layersweep.sweep.model import load
@@ -49,6 +49,7 @@ class Part:
 
     part: StudyPart
     started: float
+    ended: float
     floors: Json
     host_bytes: int
 
@@ -76,21 +77,25 @@ def _run(place: Place, devices: list[str], job: EvalSettings, folder: Path) -> t
     """The merged results of a process for each device, and the row that is printed."""
     context = multiprocessing.get_context("spawn")
     count = len(devices)
-    barrier, queue = context.Barrier(count), context.SimpleQueue()
+    barrier, queue = context.Barrier(count + 1), context.SimpleQueue()
     workers = [
         context.Process(
             target=_measure,
-            args=(place, device, job, Shard(rank + 1, count, rank, count), barrier, queue),
+            args=(place, device, job, Shard(rank + 1, count, rank, count), folder, barrier, queue),
         )
         for rank, device in enumerate(devices)
     ]
     for worker in workers:
         worker.start()
+    for part in [_next(queue, workers) for _ in workers]:  # of the warm-up
+        write_results(folder, merge([part.part], command="warm-up").results)
+    barrier.wait()
     parts = [_next(queue, workers) for _ in workers]
     parts.sort(key=lambda part: part.part.shard)
     merged = merge([part.part for part in parts], command="layersweep bench study")
     write_results(folder, merged.results)
-    wall = time.perf_counter() - min(part.started for part in parts)
+    ended = parts[0].ended if count == 1 else time.perf_counter()
+    wall = ended - min(part.started for part in parts)
     for worker in workers:
         worker.join()
     shards = merged.results["performance"].pop("shards")
@@ -122,10 +127,11 @@ def _measure(
     device: str,
     settings: EvalSettings,
     shard: Shard,
+    folder: Path,
     barrier: Barrier,
     queue: SimpleQueue[Part],
 ) -> None:
-    """One process: warm up, wait for the others, measure."""
+    """One process: warm up, wait for the others, measure. Alone, it writes the results."""
     model = load(
         place.source, vram=place.vram, ram=place.ram, device=device,
         assume_capability=place.assume_capability, sharers=shard.local_size,
@@ -136,17 +142,24 @@ def _measure(
         limit = parse_size(place.vram) / torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(limit, device)
     ceilings = measure_ceilings(model, cold=False, say=lambda line: None)
-    run_study(prepare_study(model, one_tile(settings)), gemm_flops=ceilings.gemm)
-    study = prepare_study(model, settings, shard=shard)
-    manifest = manifest_of(study)
-    with StudyRun(study) as run:
-        barrier.wait()
-        outcome = run.measure(gemm_flops=ceilings.gemm)
-        results = build_results(study, outcome, command="layersweep bench study")
-        sweeps = {"sweeps/0000": pack(study.record, study.done)}
-        part = StudyPart(device, str(shard), manifest, study.record.facts(), results, sweeps)
-        floors = floor(study.plan, ceilings, outcome.h2d_rate)
-        queue.put(Part(part, outcome.started, floors, study.plan.host_bytes))
+
+    def part(settings: EvalSettings, shard: Shard, ready: Callable[[], object]) -> Part:
+        study = prepare_study(model, settings, shard=shard)
+        manifest = manifest_of(study)
+        with StudyRun(study) as run:
+            ready()
+            outcome = run.measure(gemm_flops=ceilings.gemm)
+            results = build_results(study, outcome, command="layersweep bench study")
+            if shard.of == 1:
+                write_results(folder / device, results)
+            ended = time.perf_counter()
+            sweeps = {"sweeps/0000": pack(study.record, study.done)}
+            left = StudyPart(device, str(shard), manifest, study.record.facts(), results, sweeps)
+            floors = floor(study.plan, ceilings, outcome.h2d_rate)
+            return Part(left, outcome.started, ended, floors, study.plan.host_bytes)
+
+    queue.put(part(one_tile(settings), WHOLE, lambda: None))
+    queue.put(part(settings, shard, barrier.wait))
 
 
 def _numbers(results: Json) -> Json:

@@ -180,9 +180,12 @@ def _plan(
 ) -> Plan:
     machine = _machine(model, held, offload, sharers)
     shapes = [model.shape(tile) for tile in tiles]
-    return make_plan(
+    plan = make_plan(
         model.checkpoint.config, model.blocks_of(layers), shapes, machine, at_least, visits
     )
+    if offload:
+        return plan
+    return replace(plan, peaks={**plan.peaks, "kept caches": held // sharers})
 
 
 def _machine(model: Model, held: int, offload: bool, sharers: int) -> Machine:

@@ -8,23 +8,52 @@ caller:         take() -> the next run's bytes;  release(event) -> the oldest's 
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from torch import Tensor
 
 from layersweep.errors import Fallback
 from layersweep.stream.pinned import HostBuffer, pinned_ring
-from layersweep.stream.reader import RunReader
+from layersweep.stream.reader import RunReader, Task
 from layersweep.stream.ring import ByteRing
 from layersweep.stream.runs import Placement, Run, staging_ring
 from layersweep.units import format_bytes
 
-READERS = 16  # a disk's queue needs them; waiting for it they cost nothing
+# A disk's queue needs many readers, which wait and cost nothing. From the page cache few are as
+# fast, and more of them are in the way of the thread that launches kernels.
+READERS, CACHED_READERS = 16, 6
+CACHED_RATE = 1e9  # bytes/s of one reader from which on it reads from memory
+TIMED_BYTES = 4 * 2**20  # a piece that is large enough to tell
 AHEAD = 16  # runs whose reading may be under way; the ring is the real limit
+
+
+class Readers:
+    """Threads that read: few while that is fast, many while it waits for a disk."""
+
+    def __init__(self) -> None:
+        self._many = ThreadPoolExecutor(READERS, "block-reader")
+        self._few = ThreadPoolExecutor(CACHED_READERS, "cached-block-reader")
+        self.cached = False
+
+    def submit(self, task: Task) -> Future[None]:
+        return (self._few if self.cached else self._many).submit(self._run, task)
+
+    def _run(self, task: Task) -> None:
+        started = time.perf_counter()
+        nbytes = task()
+        if nbytes >= TIMED_BYTES:
+            self.cached = nbytes > CACHED_RATE * (time.perf_counter() - started)
+
+    def close(self) -> None:
+        """Once what was submitted is done."""
+        self._many.shutdown()
+        self._few.shutdown()
 
 
 class Event(Protocol):
@@ -66,7 +95,7 @@ class HostStage:
         self._filled: set[int] = set()
         self._buffer = self._open_ring()
         self._ring = ByteRing(self._buffer.bytes.numel())
-        self._pool = ThreadPoolExecutor(READERS, "block-reader")
+        self._readers = Readers()
         self._changed = threading.Condition()
         self._queue: deque[Arrival] = deque()
         self._freed: deque[Event | None] = deque()
@@ -140,7 +169,7 @@ class HostStage:
             self.bytes_read += arrival.run.stored_bytes
             self._keep(arrival.run)
             for file in self._last_uses.get(arrival.run.index, ()):
-                self._pool.submit(self.reader.drop, file)
+                self._readers.submit(partial(self.reader.drop, file))
         return arrival
 
     def release(self, event: Event | None = None) -> None:
@@ -150,7 +179,7 @@ class HostStage:
             self._changed.notify_all()
 
     def close(self) -> None:
-        self._pool.shutdown()
+        self._readers.close()
         for buffer in self._kept.values():
             buffer.close()
         self._kept.clear()
@@ -205,10 +234,10 @@ class HostStage:
         return Arrival(run, target, self._read(run, target), in_ring=True)
 
     def _read(self, run: Run, target: Tensor) -> list[Future[None]]:
-        return [self._pool.submit(task) for task in self.reader.tasks(run, target)]
+        return [self._readers.submit(task) for task in self.reader.tasks(run, target)]
 
     def _copied(self, run: Run, source: Tensor, target: Tensor) -> Arrival:
-        self._pool.submit(target.copy_, source).result()
+        target.copy_(source)
         return Arrival(run, target, [], in_ring=True)
 
     def _ring_bytes(self, run: Run) -> Tensor | None:
