@@ -55,7 +55,9 @@ def codec_of(name: str, layers: int) -> object:
 
 
 def test_baseline_nll_of_every_window_equals_transformers(study: Study, oracle: object) -> None:
-    for window, ours in zip(study.perplexity.windows, study.perplexity.nll["exact"], strict=True):
+    for window, ours in zip(
+        study.perplexity.windows, study.perplexity.numbers.nll["exact"], strict=True
+    ):
         ids = torch.tensor([window.ids])
         with torch.inference_mode():
             logits = oracle(ids).logits[0, window.prefix : -1]
@@ -83,7 +85,7 @@ def test_needle_answer_nll_equals_transformers(name: str, study: Study, oracle: 
     prefix = list(trial.prefix_ids)
     for arm, through in (("exact", None), (name, codec_of(name, 6))):
         scores = scored_with_cache(oracle, prefix, branch, through)[-trial.answer_length :]
-        ours = study.needle.answer_nll[arm][0]
+        ours = study.needle.numbers.answer_nll[arm][0]
         assert abs(ours - -scores.double().mean().item()) < 1e-4
 
 

@@ -208,7 +208,7 @@ def measured(model: Model, settings: EvalSettings) -> tuple[Study, Outcome]:
 
 def nll(study: Study) -> dict[str, np.ndarray]:
     assert study.perplexity is not None
-    return study.perplexity.nll
+    return study.perplexity.numbers.nll
 
 
 def test_cpu_and_gpu_agree_on_the_bundled_model() -> None:
@@ -224,7 +224,7 @@ def test_cpu_and_gpu_agree_on_the_bundled_model() -> None:
     assert np.abs(nll(single)["exact"] - nll(cpu)["exact"]).max() < 1e-4
     # Deltas: in float32 within the noise floor that the float16 run reports; in float16, where
     # keys near a boundary are coded differently, within the error of the windows' mean.
-    floor = np.abs(half.perplexity.control_delta["identity:lloyd"]).max()
+    floor = np.abs(half.perplexity.numbers.control_delta["identity:lloyd"]).max()
     for arm in ("lloyd:K3V2", "lloyd:K4V2"):
         deltas = [nll(study)[arm] - nll(study)["exact"] for study in (cpu, single, half)]
         apart = [delta - deltas[0] for delta in deltas[1:]]
@@ -233,8 +233,8 @@ def test_cpu_and_gpu_agree_on_the_bundled_model() -> None:
               f"float16 - CPU SEM {sem:.2e}, noise floor {floor:.2e} nats")  # fmt: skip
         assert abs(apart[0].mean()) < floor
         assert abs(apart[1].mean()) < 2 * sem
-    assert half.perplexity.control_delta["exact"].tolist() == [0.0] * 4
-    assert half.needle.correct == cpu.needle.correct
+    assert half.perplexity.numbers.control_delta["exact"].tolist() == [0.0] * 4
+    assert half.needle.numbers.correct == cpu.needle.numbers.correct
     assert outcome.peak_device_bytes <= half.plan.device_bytes
 
 

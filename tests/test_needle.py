@@ -316,19 +316,25 @@ def test_teacher_forcing_is_right_only_where_every_answer_token_is_the_first_gue
     arms = "lloyd:K4V4,lloyd:K3V3,lloyd:K2V2,lloyd:K3V2"
     job = judge([[RIGHT, ONE_WRONG, TIE_WON, TIE_LOST, ALL_WRONG]], arms)
     names = ["exact", *arms.split(",")]
-    assert [job.correct[name] for name in names] == [[True], [False], [True], [False], [False]]
+    assert [job.numbers.correct[name] for name in names] == [
+        [True],
+        [False],
+        [True],
+        [False],
+        [False],
+    ]
     outputs = [["d b c"], ["d a c"], ["d b c"], ["d a c"], ["a a a"]]
-    assert [job.outputs[name] for name in names] == outputs
+    assert [job.numbers.outputs[name] for name in names] == outputs
     # -ln of the answer's probabilities, mean over its three tokens: products 0.4 x 0.6 x 0.8, ...
     products = [0.192, 0.4 * 0.3 * 0.8, 0.4 * 0.4 * 0.8, 0.4 * 0.4 * 0.8, 0.1**3]
     for name, product in zip(names, products, strict=True):
-        assert job.answer_nll[name] == [pytest.approx(-math.log(product) / 3, abs=1e-6)]
+        assert job.numbers.answer_nll[name] == [pytest.approx(-math.log(product) / 3, abs=1e-6)]
 
 
 def test_eight_hand_made_trials_add_up() -> None:
     """exact finds all; the arm loses six of eight, each for 0.231 nats a token."""
     job = judge([[RIGHT, RIGHT]] * 2 + [[RIGHT, ONE_WRONG]] * 6, "lloyd:K3V2")
-    section = summarize_needle(job.measurements())
+    section = summarize_needle(job.numbers.measurements())
     exact, arm = section["arms"]
     assert section["baseline_gate"] == "passed"
     assert (exact["correct"], arm["correct"], arm["n"]) == (8, 2, 8)
@@ -343,7 +349,7 @@ def test_eight_hand_made_trials_add_up() -> None:
 
 def test_an_arm_can_gain_needles_and_a_baseline_can_fail() -> None:
     job = judge([[RIGHT, ALL_WRONG]] + [[ALL_WRONG, RIGHT]] * 4, "lloyd:K3V2")
-    section = summarize_needle(job.measurements())
+    section = summarize_needle(job.numbers.measurements())
     exact, arm = section["arms"]
     assert section["baseline_gate"] == "failed"
     assert (exact["correct"], arm["correct"], arm["lost"], arm["gained"]) == (1, 4, 1, 4)

@@ -21,7 +21,8 @@ import layersweep
 from layersweep.cli.app import run
 from layersweep.cli.output import RunFolder
 from layersweep.errors import InputError
-from layersweep.evals.finished import DamagedSweep, Part, unpack
+from layersweep.evals.finished import DamagedSweep, unpack
+from layersweep.evals.record import Part
 from layersweep.evals.settings import EvalSettings
 from layersweep.evals.sizing import DISK, LOSS_S, REPEATED_SHARE, sized_plan
 from layersweep.evals.study import prepare_study
@@ -129,14 +130,14 @@ def test_what_is_no_sweep_of_this_study(undisturbed: Path) -> None:
     )
     study = prepare_study(layersweep.load("demo", device="cpu"), settings)
     data = (undisturbed / "sweeps" / "0001.safetensors").read_bytes()
-    assert unpack(study, data).parts == [Part("perplexity", 20, 20)]
+    assert unpack(study.record, data).parts == [Part("perplexity", 20, 20)]
     other_tile = data.replace(b'\\"first\\": 20', b'\\"first\\": 21')
     other_arm = data.replace(b"trellis:K3V2", b"trellis:K4V2")
     results = (undisturbed / "results.json").read_bytes()
     for damaged in (data[: len(data) // 2], b"", data + b"0", results, other_tile, other_arm):
         assert damaged != data
         with pytest.raises(DamagedSweep):
-            unpack(study, damaged)
+            unpack(study.record, damaged)
 
 
 def test_generation_is_one_unit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

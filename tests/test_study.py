@@ -38,15 +38,17 @@ def one_sweep(model: Model) -> tuple[Study, Outcome]:
 
 
 def same_numbers(a: Study, b: Study) -> bool:
-    arms = a.perplexity.nll.keys() & b.perplexity.nll.keys()
-    return all(np.array_equal(a.perplexity.nll[arm], b.perplexity.nll[arm]) for arm in arms)
+    arms = a.perplexity.numbers.nll.keys() & b.perplexity.numbers.nll.keys()
+    return all(
+        np.array_equal(a.perplexity.numbers.nll[arm], b.perplexity.numbers.nll[arm]) for arm in arms
+    )
 
 
 def test_several_sweeps_within_a_smaller_budget_give_the_same_bits(
     model: Model, one_sweep: tuple[Study, Outcome]
 ) -> None:
     study, outcome = one_sweep
-    assert (outcome.sweeps, outcome.gate_sweeps, outcome.done.nonfinite) == (1, 0, {})
+    assert (outcome.sweeps, outcome.gate_sweeps, study.done.nonfinite) == (1, 0, {})
     assert outcome.bytes_read == sum(spec.stored_bytes for spec in model.specs)
     less = study.plan.device_bytes - study.plan.peaks["hidden states"] // 2
     for ram in (study.plan.placement.host_ring + 4 * 2**20, 2**30):
@@ -54,7 +56,7 @@ def test_several_sweeps_within_a_smaller_budget_give_the_same_bits(
         again, several = measured(small, SMALL)
         assert several.sweeps >= 2
         assert same_numbers(study, again)
-        assert again.needle.answer_nll == study.needle.answer_nll
+        assert again.needle.numbers.answer_nll == study.needle.numbers.answer_nll
         assert several.bytes_read == again.plan.bytes_to_read
 
 
@@ -65,13 +67,16 @@ def test_the_baseline_does_not_depend_on_the_arms(
     five, _ = measured(model, replace(SMALL, kv=arms, tasks=("ppl",), gate="off"))
     assert same_numbers(one_sweep[0], five)
     for study in (one_sweep[0], five):
-        assert np.array_equal(study.perplexity.control_delta["exact"], np.zeros(4))
-        assert not study.perplexity.control_kl["exact"].any()
+        assert np.array_equal(study.perplexity.numbers.control_delta["exact"], np.zeros(4))
+        assert not study.perplexity.numbers.control_kl["exact"].any()
 
 
 def test_one_bit_keys_are_worse_than_three(model: Model) -> None:
     study, _ = measured(model, replace(SMALL, kv="K1V16,K3V16,K8V8", tasks=("ppl",), gate="off"))
-    loss = {a: (n - study.perplexity.nll["exact"]).mean() for a, n in study.perplexity.nll.items()}
+    loss = {
+        a: (n - study.perplexity.numbers.nll["exact"]).mean()
+        for a, n in study.perplexity.numbers.nll.items()
+    }
     assert loss["trellis:K1V16"] > 3 * abs(loss["trellis:K3V16"])
     assert loss["trellis:K1V16"] > 0.01
     assert abs(loss["trellis:K8V8"]) < 1e-3
@@ -80,15 +85,18 @@ def test_one_bit_keys_are_worse_than_three(model: Model) -> None:
 def test_streaming_costs_more_than_prefill_and_its_control_is_zero(
     model: Model, one_sweep: tuple[Study, Outcome]
 ) -> None:
-    study, outcome = measured(model, replace(SMALL, cache_mode="streaming"))
-    exact = study.perplexity.nll["exact"]
-    assert np.abs(exact - one_sweep[0].perplexity.nll["exact"]).max() < 1e-5
-    assert np.array_equal(study.perplexity.control_delta["exact"], np.zeros(4))
+    study, _ = measured(model, replace(SMALL, cache_mode="streaming"))
+    exact = study.perplexity.numbers.nll["exact"]
+    whole = one_sweep[0].perplexity.numbers.nll
+    assert np.abs(exact - whole["exact"]).max() < 1e-5
+    assert np.array_equal(study.perplexity.numbers.control_delta["exact"], np.zeros(4))
     for arm in ("trellis:K3V2", "e8:K3V2"):
-        cost = (study.perplexity.nll[arm] - exact).mean()
-        prefill = (one_sweep[0].perplexity.nll[arm] - one_sweep[0].perplexity.nll["exact"]).mean()
+        cost = (study.perplexity.numbers.nll[arm] - exact).mean()
+        prefill = (
+            one_sweep[0].perplexity.numbers.nll[arm] - one_sweep[0].perplexity.numbers.nll["exact"]
+        ).mean()
         assert cost > prefill > 0
-    assert outcome.done.cache_bits["perplexity", "trellis:K3V2"][1] == 2 * 6 * 45 * 96 * 2 * 64
+    assert study.done.cache_bits["perplexity", "trellis:K3V2"][1] == 2 * 6 * 45 * 96 * 2 * 64
 
 
 def test_generation_agrees_with_teacher_forcing(
@@ -96,16 +104,16 @@ def test_generation_agrees_with_teacher_forcing(
 ) -> None:
     study, outcome = measured(model, replace(SMALL, niah_mode="generate", tasks=("niah",)))
     assert outcome.sweeps == 16
-    for arm, hits in study.needle.correct.items():
-        assert len(study.needle.outputs[arm]) == 2
+    for arm, hits in study.needle.numbers.correct.items():
+        assert len(study.needle.numbers.outputs[arm]) == 2
         for text, trial, hit in zip(
-            study.needle.outputs[arm], study.needle.trials, hits, strict=True
+            study.needle.numbers.outputs[arm], study.needle.trials, hits, strict=True
         ):
             assert hit == text.strip().startswith(trial.answer)
         # an arm whose every answer token is the argmax generates the answer
-        for teacher, generated in zip(one_sweep[0].needle.correct[arm], hits, strict=True):
+        for teacher, generated in zip(one_sweep[0].needle.numbers.correct[arm], hits, strict=True):
             assert generated or not teacher
-    assert sum(study.needle.correct["exact"]) >= 1
+    assert sum(study.needle.numbers.correct["exact"]) >= 1
 
 
 def test_python_interface_returns_the_schema(model: Model) -> None:

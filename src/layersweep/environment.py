@@ -62,6 +62,12 @@ class Budget:
     bytes: int
     source: str
 
+    def share(self, processes: int) -> Budget:
+        """What is left to one of several processes."""
+        if processes == 1:
+            return self
+        return Budget(self.bytes // processes, f"a share of {processes} of {self.source}")
+
 
 @functools.cache
 def versions() -> Mapping[str, str | None]:

@@ -7,6 +7,8 @@ import re
 from layersweep.errors import InputError
 
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?i?b?)", re.IGNORECASE)
+_PART = r"([0-9]+(?:\.[0-9]+)?)"
+_DURATION = re.compile(rf"(?:{_PART}h)?(?:{_PART}m)?(?:{_PART}s?)?")
 _POWER = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 
@@ -24,6 +26,22 @@ def parse_size(text: str, *, option: str = "size") -> int:
     number, unit = float(match[1]), match[2].lower().removesuffix("b")
     base = 1024 if unit.endswith("i") else 1000
     return int(number * base ** _POWER[unit.removesuffix("i")])
+
+
+def parse_duration(text: str, *, option: str = "duration") -> float:
+    """Seconds of "11h", "90m", "3600s", "1h30m" or "45".
+
+    Raises InputError when `text` is no time above 0.
+    """
+    match = _DURATION.fullmatch(text.strip().lower())
+    parts = match.groups(default="0") if match else ("0", "0", "0")
+    seconds = sum(float(part) * unit for part, unit in zip(parts, (3600, 60, 1), strict=True))
+    if seconds <= 0:
+        raise InputError(
+            f"{option}: found '{text}', needed a time above 0",
+            hint="write a number and a unit, for example 11h, 90m or 1h30m",
+        )
+    return seconds
 
 
 def format_bytes(count: float) -> str:

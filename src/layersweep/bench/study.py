@@ -88,7 +88,7 @@ def _run(model: Model, settings: EvalSettings, ceilings: Ceilings, folder: Path)
     study = prepare_study(model, settings)
     with StudyRun(study) as run:
         outcome = run.measure(gemm_flops=ceilings.gemm)
-        results = build_results(study, outcome, status="complete", command="layersweep bench study")
+        results = build_results(study, outcome, command="layersweep bench study")
         write_results(folder, results)
         wall = time.perf_counter() - outcome.started
     floors = floor(study.plan, ceilings, outcome.h2d_rate)

@@ -1,4 +1,4 @@
-"""`layersweep`: the commands, and the one place where a failure becomes an exit code."""
+"""`layersweep`: the commands, and one file for each."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from layersweep.cli.bench import bench
 from layersweep.cli.codec import codec
 from layersweep.cli.doctor import doctor
 from layersweep.cli.eval import evaluate
+from layersweep.cli.exits import exit_code, fail
 from layersweep.cli.inspect import inspect
+from layersweep.cli.merge import merge
 from layersweep.cli.plan import plan
 from layersweep.cli.report import compare, report
 from layersweep.cli.synth import synth
-from layersweep.errors import LayersweepError
 
 # typer carries a click of its own and exports this one of its exceptions: its base is "usage"
 UsageError: type[typer.BadParameter] = typer.BadParameter.__bases__[0]
@@ -32,6 +33,7 @@ app.command("eval")(evaluate)
 app.command("inspect")(inspect)
 app.command("plan")(plan)
 app.command("doctor")(doctor)
+app.command("merge")(merge)
 app.command("report")(report)
 app.command("compare")(compare)
 app.command("synth")(synth)
@@ -48,22 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(arguments: Sequence[str] | None = None) -> int:
     """The exit code of a command line."""
     try:
-        code = app(args=arguments, standalone_mode=False)
-        return code if isinstance(code, int) else 0
-    except LayersweepError as failure:
-        return fail(str(failure), failure.hint, failure.exit_code)
+        return exit_code(lambda: app(args=arguments, standalone_mode=False))
     except UsageError as failure:
         return fail(_usage(failure, arguments or sys.argv[1:]), _usage_hint(failure), 2)
-    except (KeyboardInterrupt, typer.Abort):
-        return fail("interrupted", "", 130)
-
-
-def fail(message: str, hint: str, code: int) -> int:
-    """One `error:` line and one `hint:` line on stderr."""
-    print("error: " + " ".join(message.split()), file=sys.stderr)
-    if hint:
-        print("hint: " + " ".join(hint.split()), file=sys.stderr)
-    return code
 
 
 def _usage(failure: typer.BadParameter, words: Sequence[str]) -> str:

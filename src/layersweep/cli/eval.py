@@ -3,38 +3,21 @@
 from __future__ import annotations
 
 import json
-import shlex
+import os
 import sys
-from dataclasses import asdict, dataclass
+import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from layersweep.errors import GateError, LayersweepError
-
-if TYPE_CHECKING:  # torch and scipy load only once the arguments are known to be good
-    from layersweep.cli.events import Events
-    from layersweep.cli.output import RunFolder
-    from layersweep.evals.settings import EvalSettings
-    from layersweep.evals.study import Study
+from layersweep.cli.command import command_line
+from layersweep.cli.job import Job, Machine, compute
+from layersweep.errors import InputError
+from layersweep.units import parse_duration
 
 DEFAULT_DEPTHS = "0.05,0.15,0.25,0.35,0.45,0.55,0.65,0.75,0.85,0.95"
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Where and how to compute; field names are the command's options."""
-
-    revision: str | None
-    vram: str
-    ram: str
-    device: str
-    dtype: str
-    weights: str
-    router_dtype: str
-    assume_capability: str | None
 
 
 def evaluate(
@@ -55,7 +38,7 @@ def evaluate(
     gate: Annotated[str, typer.Option(help="first, only or off.")] = "first",
     vram: Annotated[str, typer.Option(help="Device budget, for example 14GiB.")] = "auto",
     ram: Annotated[str, typer.Option(help="Host budget.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda:N, or cuda:0,cuda:1.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float16, bfloat16 or float32.")] = "auto",
     weights: Annotated[str, typer.Option(help="auto or native (as stored), or nf4.")] = "auto",
     router_dtype: Annotated[str, typer.Option(help="float32 or hidden.")] = "float32",
@@ -65,10 +48,15 @@ def evaluate(
     revision: Annotated[str | None, typer.Option(help="Commit of a hub model.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for results; none: no files.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    shard: Annotated[str | None, typer.Option(help="Compute part i of n, for example 2/8.")] = None,
+    stop_after: Annotated[
+        str | None, typer.Option(help="End between sweeps before this time, for example 11h.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of needles and resampling.")] = 0,
     json_output: Annotated[bool, typer.Option("--json", help="Only the JSON on stdout.")] = False,
 ) -> None:
     """Paired perplexity and needle-in-a-haystack of KV-cache codecs against the exact cache."""
+    began = time.monotonic()
     from layersweep.evals.settings import (
         EvalSettings,
         parse_counts,
@@ -96,7 +84,14 @@ def evaluate(
     machine = Machine(
         revision, vram, ram, device, dtype, weights, router_dtype, assume_capability
     )  # fmt: skip
-    results = _run(model, settings, machine, out, resume)
+    job = Job(
+        model, settings, machine, out, resume,
+        None if stop_after is None else parse_duration(stop_after, option="--stop-after"),
+        began, command_line(),
+    )  # fmt: skip
+    results = _compute(job, shard)
+    if results is None:  # another process has the rest, and prints it
+        return
     if json_output:
         sys.stdout.write(json.dumps(results, allow_nan=False) + "\n")
     else:
@@ -105,79 +100,31 @@ def evaluate(
         print_report(Console(), results)
 
 
-def _run(
-    source: str, settings: EvalSettings, machine: Machine, out: Path | None, resume: bool
-) -> dict[str, Any]:
-    """Prepare, run and write; any failure leaves diagnosis.json in `out`."""
-    from layersweep.cli.events import Events
-    from layersweep.cli.output import RunFolder
+def _compute(job: Job, shard: str | None) -> dict[str, Any] | None:
+    """Here, as one of several processes, or with a process for each device."""
+    from layersweep.cli.launch import launch
+    from layersweep.cli.shards import compute_rank
+    from layersweep.evals.shard import parse_shard, shard_of_rank
 
-    events = Events(Console(stderr=True))
-    study = None
-    with RunFolder(out, resume=resume) as folder:
-        try:
-            study = _prepare(source, settings, machine, folder, events)
-            return _measure(study, folder, events)
-        except (Exception, KeyboardInterrupt) as failure:
-            if out is not None and folder.usable:
-                _diagnose(out, failure, study, events)
-            raise
+    def say(line: str) -> None:
+        Console(stderr=True).print(line, highlight=False, markup=False, soft_wrap=True)
 
-
-def _diagnose(out: Path, failure: BaseException, study: Study | None, events: Events) -> None:
-    """Write diagnosis.json and hint at it; the failure itself counts more than that."""
-    try:
-        path = events.write_diagnosis(out, failure, study)
-    except OSError as second:
-        events.say(f"note: {out}/diagnosis.json cannot be written ({second.strerror})")
-        return
-    if isinstance(failure, LayersweepError):
-        failure.hint = f"{failure.hint}; details in {path}" if failure.hint else str(path)
-    else:
-        events.say(f"hint: details in {path}")
-
-
-def _prepare(
-    source: str, settings: EvalSettings, machine: Machine, folder: RunFolder, events: Events
-) -> Study:
-    from layersweep.cli.events import budget_line, layout_line, paths_line, versions_line
-    from layersweep.evals.study import prepare_study
-    from layersweep.kv.arms import parse_arms
-
-    parse_arms(settings.kv)  # the cheapest refusal first: no torch yet
-    from layersweep.sweep.model import load
-
-    loaded = load(source, **asdict(machine))
-    events.say(layout_line(loaded.checkpoint))
-    for note in loaded.checkpoint.notes:
-        events.say(f"note: {note}")
-    study = prepare_study(loaded, settings, kept=folder.path is not None)
-    folder.start(study, events.say)
-    events.say(paths_line(study))
-    events.say(budget_line(study))
-    events.say(versions_line())
-    for fallback in study.fallbacks:
-        events.say_fallback(fallback)
-    return study
-
-
-def _measure(study: Study, folder: RunFolder, events: Events) -> dict[str, Any]:
-    from layersweep.cli.progress import SweepProgress
-    from layersweep.evals.results import build_results
-    from layersweep.evals.run import Outcome, StudyRun
-
-    command = "layersweep " + " ".join(shlex.quote(word) for word in sys.argv[1:])
-    with StudyRun(study, events.say_fallback) as running:
-        try:
-            with SweepProgress(events.console) as progress:
-                outcome = running.measure(
-                    progress=progress, finished_sweep=lambda sweep: folder.keep(study, sweep)
-                )
-        except GateError:
-            folder.finish(build_results(study, Outcome(), status="gate_failed", command=command))
-            raise
-        results = build_results(study, outcome, status="complete", command=command)
-        folder.finish(results)
-    if folder.path is not None:
-        events.say(f"wrote {folder.path}/results.json, report.html, windows.csv")
-    return results
+    own = parse_shard(shard) if shard is not None else None
+    if own and job.out is None:
+        raise InputError(
+            f"--shard {shard}: found no --out, needed a folder for this part of the study",
+            hint=f"--out results/{own.folder}, then `layersweep merge` with the folders of all",
+        )
+    if "," in job.machine.device and (own or job.settings.gate == "only"):
+        raise InputError(
+            f"--device {job.machine.device}: found several devices with "
+            f"{'--shard' if own else '--gate only'}, needed one",
+            hint=f"--device {job.machine.device.split(',')[0]}",
+        )
+    if own:
+        return compute(job, own)
+    if rank := shard_of_rank(os.environ):
+        return compute_rank(job, rank, say)
+    if "," in job.machine.device:
+        return launch(job, say)
+    return compute(job)

@@ -15,6 +15,7 @@ from layersweep.checkpoint.layout import Checkpoint, Weight
 from layersweep.environment import host_memory, versions
 from layersweep.errors import Fallback
 from layersweep.evals.meter import host_bytes
+from layersweep.evals.shard import WHOLE, Shard
 from layersweep.evals.study import Study
 from layersweep.report.store import write_atomically
 from layersweep.units import format_bytes
@@ -25,12 +26,21 @@ LAST_EVENTS = 50
 class Events:
     """Says lines on stderr and remembers the last of them for diagnosis.json."""
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
+    def __init__(self, console: Console, shard: Shard = WHOLE) -> None:
+        self.console, self.shard = console, shard
         self._last: deque[dict[str, Any]] = deque(maxlen=LAST_EVENTS)
+
+    def say_once(self, line: str) -> None:
+        """What every process of a host would say alike: the first one does."""
+        self.note(line)
+        if self.shard.local_rank == 0:
+            self._print(line)
 
     def say(self, line: str) -> None:
         self.note(line)
+        self._print(f"{self.shard}: {line}" if self.shard.of > 1 else line)
+
+    def _print(self, line: str) -> None:
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def say_fallback(self, fallback: Fallback) -> None:

@@ -1,9 +1,11 @@
 """The folder of a run: what it belongs to, sweeps as they finish, results and report last.
 
 manifest.json          what the numbers belong to; --resume refuses a folder with another one
+study.json             the windows and needles, and which of them are this process's: for `merge`
 sweeps/0000.safetensors, ...   the numbers of finished sweeps, each whole or not there
 segments.jsonl, needle.jsonl   the same for people, a line per window or needle
 results.json, report.html, windows.csv
+shards/1-of-2, ...     the same for each of several processes (cli/shards.py)
 """
 
 from __future__ import annotations
@@ -19,14 +21,14 @@ from typing import Any
 from layersweep.errors import InputError, MachineError
 from layersweep.evals.finished import DamagedSweep, FinishedSweep, pack, unpack
 from layersweep.evals.manifest import differences, manifest_of
-from layersweep.evals.needle_job import NAME as NEEDLE
-from layersweep.evals.perplexity import NAME as PERPLEXITY
-from layersweep.evals.results import needle_lines, segment_lines
+from layersweep.evals.merge import Merged, StudyPart
+from layersweep.evals.record import NEEDLE, PERPLEXITY, Part, Record
 from layersweep.evals.study import Study
 from layersweep.report.store import write_atomically
 
-MANIFEST, SWEEPS, LOCK = "manifest.json", "sweeps", ".lock"
-LINES = {PERPLEXITY: ("segments.jsonl", segment_lines), NEEDLE: ("needle.jsonl", needle_lines)}
+MANIFEST, FACTS, SWEEPS, LOCK = "manifest.json", "study.json", "sweeps", ".lock"
+SHARDS = "shards"
+LINES = {PERPLEXITY: "segments.jsonl", NEEDLE: "needle.jsonl"}
 
 
 class RunFolder:
@@ -55,7 +57,13 @@ class RunFolder:
                 f"--out {path}: found the manifest of an earlier run, needed a folder without one",
                 hint="--resume goes on with that run; or name another folder, or delete this one",
             )
-        self._lock = _lock(path)
+        if (path / SHARDS).exists():
+            raise InputError(
+                f"--out {path}: found the shards of a run on several devices, needed a folder "
+                "without",
+                hint="--resume on as many devices goes on with that run; or name another folder",
+            )
+        self._lock = lock(path)
         self.usable = not (path / MANIFEST).exists()  # not yet: it may be somebody else's run
 
     def __enter__(self) -> RunFolder:
@@ -70,7 +78,7 @@ class RunFolder:
         if self.path is None:
             return
         manifest = manifest_of(study)
-        with _writing(self.path):
+        with writing(self.path):
             (self.path / SWEEPS).mkdir(exist_ok=True)
             if self.resume and (self.path / MANIFEST).exists():
                 self._check_manifest(manifest)
@@ -79,32 +87,25 @@ class RunFolder:
                 if self.resume:
                     say(f"note: {self.path} holds no run yet: nothing to resume, a new one starts")
                 write_atomically(self.path / MANIFEST, json.dumps(manifest, indent=1))
+            facts = {"shard": str(study.shard), **study.record.facts()}
+            write_atomically(self.path / FACTS, json.dumps(facts))
             self.usable = True
 
     def keep(self, study: Study, sweep: FinishedSweep) -> None:
         """Write down a sweep that has just finished: its numbers first, which count."""
         if self.path is None:
             return
-        with _writing(self.path):
+        with writing(self.path):
             number = 1 + max(self._numbers(), default=-1)
-            write_atomically(self.path / SWEEPS / f"{number:04}.safetensors", pack(study, sweep))
-            self._add_lines(study, sweep)
+            data = pack(study.record, sweep)
+            write_atomically(self.path / SWEEPS / f"{number:04}.safetensors", data)
+            add_lines(self.path, study.record, sweep.parts)
 
     def finish(self, results: dict[str, Any]) -> None:
         """results.json, report.html and windows.csv, each whole or not at all."""
-        if self.path is None:
-            return
-        from layersweep.report.html import write_html
-        from layersweep.report.store import write_results
-
-        with _writing(self.path):
-            write_results(self.path, results)
-            if results["status"] == "complete":
-                from layersweep.report.export import windows_csv
-
-                write_html(self.path, results)
-                if results["perplexity"] is not None:
-                    write_atomically(self.path / "windows.csv", windows_csv(results))
+        if self.path is not None:
+            with writing(self.path):
+                write_report(self.path, results)
 
     def _check_manifest(self, manifest: dict[str, Any]) -> None:
         assert self.path is not None
@@ -125,38 +126,109 @@ class RunFolder:
     def _put_back(self, study: Study, say: Callable[[str], None]) -> None:
         """Read the finished sweeps, and write their lines again: the last may be torn."""
         assert self.path is not None
-        for name, _ in LINES.values():
+        for name in LINES.values():
             (self.path / name).unlink(missing_ok=True)
         sweeps = []
         for number in sorted(self._numbers()):
             path = self.path / SWEEPS / f"{number:04}.safetensors"
             try:
-                sweeps.append(unpack(study, path.read_bytes()))
+                sweeps.append(unpack(study.record, path.read_bytes()))
             except DamagedSweep as failure:
                 say(f"note: {path}: {failure}; its tiles are computed again")
                 path.unlink()
                 continue
-            self._add_lines(study, sweeps[-1])
+            add_lines(self.path, study.record, sweeps[-1].parts)
         study.resume(sweeps)
         say(
             f"note: resumed behind {len(sweeps)} finished sweep(s): "
-            f"{len(study.resumed)} of {len(study.tiles)} tiles are there"
+            f"{len(study.resumed)} of {len(study.own)} tiles are there"
         )
 
     def _numbers(self) -> list[int]:
         assert self.path is not None
         return [int(path.stem) for path in (self.path / SWEEPS).glob("[0-9]*.safetensors")]
 
-    def _add_lines(self, study: Study, sweep: FinishedSweep) -> None:
-        assert self.path is not None
-        for part in sweep.parts:
-            name, lines_of = LINES[part.job]
-            with (self.path / name).open("a", encoding="utf-8") as stream:
-                lines = lines_of(study, part.first, part.count)
-                stream.writelines(json.dumps(line) + "\n" for line in lines)
+
+def add_lines(folder: Path, record: Record, parts: list[Part]) -> None:
+    """Append finished tiles to the files that people read while a run is under way."""
+    for part in parts:
+        with (folder / LINES[part.job]).open("a", encoding="utf-8") as stream:
+            stream.writelines(json.dumps(line) + "\n" for line in record.lines(part))
 
 
-def _lock(path: Path) -> int:
+def write_report(folder: Path, results: dict[str, Any]) -> None:
+    """results.json, and of a complete run report.html and windows.csv."""
+    from layersweep.report.html import write_html
+    from layersweep.report.store import write_results
+
+    write_results(folder, results)
+    if results["status"] == "complete":
+        from layersweep.report.export import windows_csv
+
+        write_html(folder, results)
+        if results["perplexity"] is not None:
+            write_atomically(folder / "windows.csv", windows_csv(results))
+
+
+def read_part(folder: Path) -> StudyPart:
+    """What a run has left in its folder. Raises InputError where it has not come to results."""
+    from layersweep.report.store import RESULTS_FILE, load_results
+
+    found: dict[str, Any] = {}
+    for name in (MANIFEST, FACTS, RESULTS_FILE):
+        path = folder / name
+        if not path.is_file():
+            raise InputError(
+                f"{folder}: found no {name}, needed the folder of a run that came to its end",
+                hint="run it again with --resume, or name the folder that `eval --out` wrote",
+            )
+        try:
+            found[name] = load_results(path) if name == RESULTS_FILE else _json_object(path)
+        except ValueError as failure:
+            if isinstance(failure, InputError):
+                raise
+            raise InputError(
+                f"{path}: cannot be read ({failure})", hint="run it again with --resume"
+            ) from failure
+    facts = found[FACTS]
+    sweeps = {
+        f"{SWEEPS}/{path.name}": path.read_bytes()
+        for path in sorted((folder / SWEEPS).glob("[0-9]*.safetensors"))
+    }
+    shard = str(facts.pop("shard", "1/1"))
+    return StudyPart(str(folder), shard, found[MANIFEST], facts, found[RESULTS_FILE], sweeps)
+
+
+def parts_of(folder: Path) -> list[Path]:
+    """The folders of the processes that computed a run: its own, or those in its shards."""
+    return sorted((folder / SHARDS).glob("*-of-*")) or [folder]
+
+
+def write_merged(folder: Path, merged: Merged, parts: list[Path]) -> None:
+    """The folder of a result that several processes computed, as one process would have left it."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        manifest = (parts[0] / MANIFEST).read_text("utf-8")
+        write_atomically(folder / MANIFEST, manifest.rstrip())
+        for name in LINES.values():
+            (folder / name).unlink(missing_ok=True)
+        facts = {"shard": "1/1", **merged.record.facts()}
+        write_atomically(folder / FACTS, json.dumps(facts))
+        data = pack(merged.record, merged.done)
+        write_atomically(folder / SWEEPS / "0000.safetensors", data)
+        done = sorted(merged.done.parts, key=merged.record.parts.index)
+        add_lines(folder, merged.record, done)
+        write_report(folder, merged.results)
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    content = json.loads(path.read_text("utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError(f"found {type(content).__name__}, needed an object")
+    return content
+
+
+def lock(path: Path, *, wait: bool = False) -> int:
     """A lock on the folder that ends with this process at the latest, however it ends."""
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -167,7 +239,7 @@ def _lock(path: Path) -> int:
             hint="name a folder that you may write to",
         ) from failure
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as failure:
         os.close(handle)
         raise InputError(
@@ -178,7 +250,7 @@ def _lock(path: Path) -> int:
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as failure:

@@ -22,10 +22,13 @@ PLAIN_EVERY_S = 30.0
 
 
 class SweepProgress:
-    """Call it as `progress(phase, done, total)`; use it as a context manager."""
+    """Call it as `progress(phase, done, total)`; use it as a context manager.
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
+    `shown`: False in a process beside others of its host, which is as far as they are.
+    """
+
+    def __init__(self, console: Console, *, shown: bool = True) -> None:
+        self.console, self.shown = console, shown
         self._bars = Progress(
             TextColumn("{task.description:<8}"),
             BarColumn(bar_width=32),
@@ -41,7 +44,7 @@ class SweepProgress:
         self._said = time.monotonic()
 
     def __enter__(self) -> SweepProgress:
-        if self.console.is_terminal:
+        if self.shown and self.console.is_terminal:
             self._bars.start()
         return self
 
@@ -51,10 +54,12 @@ class SweepProgress:
         failure: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self.console.is_terminal:
+        if self.shown and self.console.is_terminal:
             self._bars.stop()
 
     def __call__(self, phase: str, done: int, total: int) -> None:
+        if not self.shown:
+            return
         if self.console.is_terminal:
             if phase not in self._tasks:
                 self._tasks[phase] = self._bars.add_task(phase, total=total)

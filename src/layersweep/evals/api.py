@@ -58,4 +58,4 @@ def evaluate(
     )
     study = prepare_study(model, settings)
     outcome = run_study(study)
-    return build_results(study, outcome, status="complete", command="layersweep.evaluate")
+    return build_results(study, outcome, command="layersweep.evaluate")

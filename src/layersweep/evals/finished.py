@@ -9,34 +9,16 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from layersweep.evals.needle_job import NAME as NEEDLE
-from layersweep.evals.perplexity import NAME as PERPLEXITY
-from layersweep.sweep.sequences import Tile
-
-if TYPE_CHECKING:
-    from layersweep.evals.study import Study
+from layersweep.evals.record import NEEDLE, PERPLEXITY, Part, Record
 
 FORMAT = "layersweep.sweep/1"
-
-
-@dataclass(frozen=True)
-class Part:
-    """A tile by its job and by what it holds of it: windows or trials [first, first + count)."""
-
-    job: str
-    first: int
-    count: int
-
-    @classmethod
-    def of(cls, tile: Tile) -> Part:
-        return cls(tile.name, tile.first, len(tile.sequences))
 
 
 @dataclass
@@ -68,17 +50,17 @@ class DamagedSweep(Exception):
     """A file that does not hold what a finished sweep of this study holds."""
 
 
-def pack(study: Study, sweep: FinishedSweep) -> bytes:
-    """The file of a sweep of `study`: safetensors, everything else as JSON in its header."""
+def pack(record: Record, sweep: FinishedSweep) -> bytes:
+    """The file of a sweep of `record`: safetensors, everything else as JSON in its header."""
     arrays: dict[str, NDArray[Any]] = {}
     trials: list[dict[str, Any]] = []
     for part in sweep.parts:
         if part.job == PERPLEXITY:
-            assert study.perplexity is not None
-            arrays |= study.perplexity.numbers(part.first, part.count)
+            assert record.perplexity is not None
+            arrays |= record.perplexity.arrays(part.first, part.count)
         elif part.job == NEEDLE:
-            assert study.needle is not None
-            trials += study.needle.verdicts(part.first, part.count)
+            assert record.needle is not None
+            trials += record.needle.verdicts(part.first, part.count)
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     facts = {
         "parts": [asdict(part) for part in sweep.parts],
@@ -91,21 +73,21 @@ def pack(study: Study, sweep: FinishedSweep) -> bytes:
     return save(arrays, {"format": FORMAT, "facts": json.dumps(facts)})
 
 
-def unpack(study: Study, data: bytes) -> FinishedSweep:
-    """Put a sweep's numbers back into the jobs of `study`. Raises DamagedSweep."""
+def unpack(record: Record, data: bytes) -> FinishedSweep:
+    """Put a sweep's numbers back into `record`. Raises DamagedSweep."""
     try:
         arrays, facts = load(data), _facts(data)
         parts = [Part(**part) for part in facts["parts"]]
         if _digest(arrays) != facts["arrays_sha256"]:
             raise DamagedSweep("its numbers do not have the hash that was written with them")
-        unknown = [part for part in parts if part not in map(Part.of, study.tiles)]
+        unknown = [part for part in parts if part not in record.parts]
         if unknown:
             raise DamagedSweep(f"tile {unknown[0]} is none of this study's")
         for part in parts:
-            if part.job == PERPLEXITY and study.perplexity:
-                study.perplexity.restore(part.first, part.count, arrays)
-        if study.needle:
-            study.needle.restore(facts["trials"])
+            if part.job == PERPLEXITY and record.perplexity:
+                record.perplexity.restore(part.first, part.count, arrays)
+        if record.needle:
+            record.needle.restore(facts["trials"])
         bits = {(job, arm): [bits, elements] for job, arm, bits, elements in facts["cache_bits"]}
         return FinishedSweep(parts, bits, facts["nonfinite"], facts["gate"])
     except (SafetensorError, ValueError, KeyError, TypeError, IndexError) as failure:

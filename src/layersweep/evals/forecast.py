@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from layersweep.checkpoint.config import ModelConfig
 from layersweep.errors import InputError
 from layersweep.evals import needle_job, perplexity
+from layersweep.evals.record import CONTROL_WINDOWS, NEEDLE, PERPLEXITY
 from layersweep.evals.settings import EvalSettings
 from layersweep.kv.arms import EXACT, Arm
 from layersweep.stream.blocks import BlockSpec
@@ -39,10 +40,10 @@ def placeholder_tiles(settings: EvalSettings, arms: Many[Arm], count: int) -> li
     if "ppl" in settings.tasks:
         windows = []
         for index in range(count):
-            controls = perplexity.control_arms(arms) if index < perplexity.CONTROL_WINDOWS else []
+            controls = perplexity.control_arms(arms) if index < CONTROL_WINDOWS else []
             held = [*every, *(arm for _, arm in controls)]
             windows.append(_ride(held, settings.prefix, settings.continuation, settings))
-        tiles += tiles_of(perplexity.NAME, windows, perplexity.TILE_SEGMENTS)
+        tiles += tiles_of(PERPLEXITY, windows, perplexity.TILE_SEGMENTS)
     if "niah" in settings.tasks:
         per_context = len(settings.niah_depths) * settings.niah_per_depth
         trials = [
@@ -50,7 +51,7 @@ def placeholder_tiles(settings: EvalSettings, arms: Many[Arm], count: int) -> li
             for context in settings.niah_contexts
             for _ in range(per_context)
         ]
-        tiles += tiles_of(needle_job.NAME, trials, needle_job.TILE_TRIALS)
+        tiles += tiles_of(NEEDLE, trials, needle_job.TILE_TRIALS)
     return tiles
 
 
@@ -96,7 +97,7 @@ def forecast(
     rate = machine.gemm_flops * SWEEP_EFFICIENCY[machine.device] * machine.devices
     seconds = {
         name: sum(tile_flops(config, shape) for shape in shapes if shape.name == name) / rate
-        for name in (perplexity.NAME, needle_job.NAME)
+        for name in (PERPLEXITY, NEEDLE)
     }
     stored = sum(spec.stored_bytes for spec in specs)
     first_read = stored / machine.disk
@@ -107,7 +108,7 @@ def forecast(
         plan=plan,
         download_s=stored / machine.download,
         first_read_s=first_read,
-        perplexity_s=seconds[perplexity.NAME],
-        needle_s=seconds[needle_job.NAME],
+        perplexity_s=seconds[PERPLEXITY],
+        needle_s=seconds[NEEDLE],
         total_s=max(compute, first_read + again, transfer),
     )

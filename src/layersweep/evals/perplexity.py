@@ -7,22 +7,15 @@ which every read goes through the codec.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
-from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from layersweep.evals.measured import (
-    ArmInfo,
-    ControlMeasurement,
-    PerplexityMeasurements,
-    WindowInfo,
-)
+from layersweep.evals.measured import ArmInfo, WindowInfo
+from layersweep.evals.record import CONTROL_WINDOWS, PERPLEXITY, PerplexityNumbers
 from layersweep.evals.windows import Window
 from layersweep.kv.arms import EXACT, Arm, identity_arm
 from layersweep.kv.methods import METHODS
@@ -30,8 +23,6 @@ from layersweep.model import maths
 from layersweep.sweep.sequences import Branch, Sequence, Tile, tiles_of
 
 TILE_SEGMENTS = 20
-CONTROL_WINDOWS = 4
-NAME = "perplexity"
 
 
 def arm_info(arm: Arm, device: torch.device) -> ArmInfo:
@@ -66,29 +57,23 @@ class PerplexityJob:
     windows: list[Window]
     arms: list[Arm]
     streaming: bool
+    device: torch.device
     score: Callable[[list[Tensor], Tensor], Tensor] = maths.score_branches
     controls: list[tuple[str, Arm]] = field(init=False)
+    numbers: PerplexityNumbers = field(init=False)
     _scored: list[tuple[int, Tensor]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.controls = control_arms(self.arms)
-        count = len(self.windows)
-        scored = len(self.windows[0].ids) - self.windows[0].prefix - 1
-        self.nll = {name: np.full(count, np.nan) for name in ("exact", *self._arm_names)}
-        self.kl = {n: np.full((count, scored), np.nan, np.float32) for n in self._arm_names}
-        self.agree = {name: np.zeros(count) for name in self._arm_names}
-        held = min(CONTROL_WINDOWS, count)
-        self.control_delta = {name: np.full(held, np.nan) for name, _ in self.controls}
-        self.control_kl = {
-            name: np.full((held, scored), np.nan, np.float32) for name, _ in self.controls
-        }
-
-    @property
-    def _arm_names(self) -> list[str]:
-        return [arm.name for arm in self.arms]
+        self.numbers = PerplexityNumbers(
+            windows=[WindowInfo(w.index, w.article, w.tokens_sha) for w in self.windows],
+            arms=[arm_info(arm, self.device) for arm in self.arms],
+            scored=len(self.windows[0].ids) - self.windows[0].prefix - 1,
+            controls=[name for name, _ in self.controls],
+        )
 
     def tiles(self) -> list[Tile]:
-        return tiles_of(NAME, [self._sequence(w) for w in self.windows], TILE_SEGMENTS)
+        return tiles_of(PERPLEXITY, [self._sequence(w) for w in self.windows], TILE_SEGMENTS)
 
     def _sequence(self, window: Window) -> Sequence:
         arms = [EXACT, *self.arms]
@@ -122,66 +107,15 @@ class PerplexityJob:
         if not self._scored:
             return
         table = torch.cat([scores for _, scores in self._scored]).cpu().double().numpy()
-        first = 0
+        numbers, first = self.numbers, 0
         for index, scores in self._scored:
             rows, first = table[first : first + len(scores)], first + len(scores)
-            baseline = self.nll["exact"][index] = rows[0, :, 0].mean()
-            for name, row in zip(self._arm_names, rows[1:], strict=False):
-                self.nll[name][index] = row[:, 0].mean()
-                self.kl[name][index] = row[:, 1]
-                self.agree[name][index] = row[:, 2].mean()
+            baseline = numbers.nll[EXACT.name][index] = rows[0, :, 0].mean()
+            for arm, row in zip(self.arms, rows[1:], strict=False):
+                numbers.nll[arm.name][index] = row[:, 0].mean()
+                numbers.kl[arm.name][index] = row[:, 1]
+                numbers.agree[arm.name][index] = row[:, 2].mean()
             for (name, _), row in zip(self.controls, rows[1 + len(self.arms) :], strict=False):
-                self.control_delta[name][index] = row[:, 0].mean() - baseline
-                self.control_kl[name][index] = row[:, 1]
+                numbers.control_delta[name][index] = row[:, 0].mean() - baseline
+                numbers.control_kl[name][index] = row[:, 1]
         self._scored.clear()
-
-    def numbers(self, first: int, count: int) -> dict[str, NDArray[Any]]:
-        """All that was measured of windows [first, first + count), by name."""
-        return {
-            f"windows/{first}/{kind}/{arm}": table[first : first + count]
-            for kind, tables in self._tables().items()
-            for arm, table in tables.items()
-        }
-
-    def restore(self, first: int, count: int, numbers: Mapping[str, NDArray[Any]]) -> None:
-        """Put back what `numbers` gave. Raises KeyError or ValueError where it does not fit."""
-        given = {name: numbers[name] for name in self.numbers(first, count)}
-        for name, wanted in self.numbers(first, count).items():
-            if (found := given[name]).shape != wanted.shape or found.dtype != wanted.dtype:
-                raise ValueError(f"{name}: found {found.dtype} {found.shape}")
-        for name, wanted in self.numbers(first, count).items():
-            wanted[...] = given[name]
-
-    def _tables(self) -> dict[str, dict[str, NDArray[Any]]]:
-        """Everything measured: [windows] or [windows, scored]; controls have the first few."""
-        return {
-            "nll": self.nll,
-            "kl": self.kl,
-            "agree": self.agree,
-            "control_delta": self.control_delta,
-            "control_kl": self.control_kl,
-        }
-
-    def measurements(
-        self,
-        bits: dict[str, float | None],
-        nonfinite: set[str],
-        seed: int,
-        device: torch.device,
-    ) -> PerplexityMeasurements:
-        """Everything measured, for `summarize_perplexity`. `nonfinite` names dropped arms."""
-        infos = [WindowInfo(w.index, w.article, w.tokens_sha) for w in self.windows]
-        return PerplexityMeasurements(
-            windows=infos,
-            arms=[arm_info(arm, device) for arm in self.arms],
-            nll=self.nll,
-            kl=self.kl,
-            top1={name: float(share.mean()) for name, share in self.agree.items()},
-            bits_per_element=bits,
-            controls={
-                name: ControlMeasurement(self.control_delta[name], self.control_kl[name])
-                for name, _ in self.controls
-            },
-            status={n: "nonfinite" if n in nonfinite else "ok" for n in self._arm_names},
-            seed=seed,
-        )

@@ -7,12 +7,10 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
-import numpy as np
-
 from layersweep.environment import device_facts, versions
-from layersweep.evals.finished import Part
-from layersweep.evals.perplexity import NAME as PERPLEXITY
+from layersweep.evals.finished import FinishedSweep
 from layersweep.evals.perplexity import TILE_SEGMENTS
+from layersweep.evals.record import NEEDLE, PERPLEXITY, Part, Record, finite
 from layersweep.evals.run import Outcome
 from layersweep.evals.study import Study
 from layersweep.evals.summary import reasons_not_publishable, summarize_needle, summarize_perplexity
@@ -25,36 +23,22 @@ SCHEMA = "layersweep.results/1"
 METRICS_VERSION = 2
 
 
-def build_results(study: Study, outcome: Outcome, *, status: str, command: str) -> Json:
-    """The whole object. `status`: "complete" or "gate_failed" (then nothing was measured)."""
-    perplexity = needle = None
-    measured = status == "complete"
+def build_results(
+    study: Study, outcome: Outcome, *, command: str, gate_failed: bool = False
+) -> Json:
+    """The whole object. A job is summarized once all of its tiles are done: until then, and in one
+    process of several, the status is "partial"."""
+    status = "complete" if study.complete else "partial"
+    if gate_failed:
+        status = "gate_failed"
     with study.meter.phase("statistics"):
-        if measured and study.perplexity:
-            perplexity = summarize_perplexity(
-                study.perplexity.measurements(
-                    _bits(study, outcome),
-                    _nonfinite(study, outcome),
-                    study.settings.seed,
-                    study.model.compute.device,
-                )
-            )
-        if measured and study.needle:
-            needle = summarize_needle(study.needle.measurements())
-    checkpoint = study.model.checkpoint
-    reasons = reasons_not_publishable(
-        status=status,
-        weights="synthetic" if checkpoint.config.synthetic else checkpoint.weights_kind,
-        perplexity=perplexity,
-        needle=needle,
-    )
+        measured = measured_sections(study.record, study.done)
     return {
         "schema": SCHEMA,
         "metrics_version": METRICS_VERSION,
         "status": status,
-        "publishable": not reasons,
-        "reasons": reasons,
-        "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        **verdict(status, study.record, study.done, measured, weights_of(study)),
+        "created": now(),
         "command": command,
         "versions": dict(versions()),
         "device": device_facts(str(study.model.compute.device)),
@@ -63,18 +47,50 @@ def build_results(study: Study, outcome: Outcome, *, status: str, command: str) 
         "model": model_section(study),
         "protocol": _protocol(study),
         "gate": study.gate.report() if study.gate else None,
-        "perplexity": perplexity,
-        "needle": needle,
+        **measured,
         "performance": _performance(study, outcome),
     }
+
+
+def now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def measured_sections(record: Record, done: FinishedSweep) -> Json:
+    """`perplexity` and `needle`, each None until all of its tiles are done."""
+    perplexity = needle = None
+    missing = {part.job for part in record.parts if part not in done.parts}
+    if record.perplexity and PERPLEXITY not in missing:
+        bits = {info.arm: _bits(done, info.arm) for info in record.perplexity.arms}
+        perplexity = summarize_perplexity(
+            record.perplexity.measurements(bits, set(done.nonfinite), record.seed)
+        )
+    if record.needle and NEEDLE not in missing:
+        needle = summarize_needle(record.needle.measurements())
+    return {"perplexity": perplexity, "needle": needle}
+
+
+def verdict(status: str, record: Record, done: FinishedSweep, measured: Json, weights: str) -> Json:
+    """`publishable` and `reasons`."""
+    reasons = reasons_not_publishable(status=status, weights=weights, **measured)
+    if status == "partial":
+        finished = sum(part in done.parts for part in record.parts)
+        reasons.insert(0, f"{finished} of {len(record.parts)} tiles are done")
+    return {"publishable": not reasons, "reasons": reasons}
+
+
+def weights_of(study: Study) -> str:
+    """What the weights are, in the words of results.json."""
+    checkpoint = study.model.checkpoint
+    kind = checkpoint.weights_kind
+    if study.model.weights == "nf4" and kind != "nf4":
+        kind = f"nf4 made from {kind} while reading"
+    return "synthetic" if checkpoint.config.synthetic else kind
 
 
 def model_section(study: Study) -> Json:
     checkpoint = study.model.checkpoint
     config = checkpoint.config
-    kind = checkpoint.weights_kind
-    if study.model.weights == "nf4" and kind != "nf4":
-        kind = f"nf4 made from {kind} while reading"
     return {
         "source": checkpoint.source,
         "revision": checkpoint.revision,
@@ -83,7 +99,7 @@ def model_section(study: Study) -> Json:
         "layers": config.num_hidden_layers,
         "experts": config.num_local_experts,
         "experts_per_token": config.num_experts_per_tok,
-        "weights": "synthetic" if config.synthetic else kind,
+        "weights": weights_of(study),
         "router": checkpoint.router_kind,
         "bytes": checkpoint.nbytes,
     }
@@ -95,23 +111,11 @@ def _paths(study: Study, outcome: Outcome) -> Json:
     return asdict(study.model.paths) | {"host": host}
 
 
-def _bits(study: Study, outcome: Outcome) -> dict[str, float | None]:
-    """Measured bits per element of each arm's caches on the perplexity windows; None where
-    nothing was measured, or somebody's own codec does not say what it stores."""
-    found: dict[str, float | None] = {}
-    for arm in study.arms:
-        bits, elements = outcome.done.cache_bits.get((PERPLEXITY, arm.name), [0.0, 0.0])
-        found[arm.name] = _number(bits_per_element(bits, elements)) if elements else None
-    return found
-
-
-def _nonfinite(study: Study, outcome: Outcome) -> set[str]:
-    """Arms with a non-finite hidden state or score anywhere."""
-    assert study.perplexity is not None
-    scores = study.perplexity.nll.items()
-    return set(outcome.done.nonfinite) | {
-        name for name, nll in scores if not np.isfinite(nll).all()
-    }
+def _bits(done: FinishedSweep, arm: str) -> float | None:
+    """Measured bits per element of an arm's caches on the perplexity windows; None where nothing
+    was measured, or somebody's own codec does not say what it stores."""
+    bits, elements = done.cache_bits.get((PERPLEXITY, arm), [0.0, 0.0])
+    return finite(bits_per_element(bits, elements)) if elements else None
 
 
 def _protocol(study: Study) -> Json:
@@ -163,7 +167,7 @@ def _performance(study: Study, outcome: Outcome) -> Json:
     """Ratios compare with the rates measured in this run. wall_s: from the first weight byte
     asked for until here, with results.json still to be written."""
     plan, model = study.plan, study.model
-    swept = [tile for tile in study.tiles if Part.of(tile) not in study.resumed]
+    swept = [tile for tile in study.own if Part.of(tile) not in study.resumed]
     grown = study.meter.peak_bytes - study.meter.start_bytes
     sweep_s, ceiling = outcome.sweep_s, outcome.gemm_flops
     return {
@@ -174,7 +178,7 @@ def _performance(study: Study, outcome: Outcome) -> Json:
         "weight_bytes_read": outcome.bytes_read,
         "h2d_bytes": outcome.h2d_bytes,
         "tokens": sum(tile.rows for tile in swept),
-        "resumed_tiles": len(study.tiles) - len(swept),
+        "resumed_tiles": len(study.own) - len(swept),
         "flops": plan.flops,
         "achieved_tflops": plan.flops / sweep_s / 1e12 if sweep_s else None,
         "gemm_ceiling_tflops": ceiling / 1e12 if ceiling else None,
@@ -192,36 +196,3 @@ def _performance(study: Study, outcome: Outcome) -> Json:
         "vram_budget": model.vram.bytes,
         "ram_budget": model.ram.bytes,
     }
-
-
-def segment_lines(study: Study, first: int, count: int) -> list[Json]:
-    """Lines of segments.jsonl for `count` finished windows from `first` on."""
-    job = study.perplexity
-    assert job is not None
-    return [
-        {
-            "index": window.index,
-            "tokens_sha": window.tokens_sha,
-            "nll": {arm: _number(nll[window.index]) for arm, nll in job.nll.items()},
-        }
-        for window in job.windows[first : first + count]
-    ]
-
-
-def needle_lines(study: Study, first: int, count: int) -> list[Json]:
-    """Lines of needle.jsonl for `count` finished trials from `first` on."""
-    job = study.needle
-    assert job is not None
-    return [
-        {
-            "id": trial.id,
-            "answer": trial.answer,
-            "correct": {arm: hits[trial.id] for arm, hits in job.correct.items()},
-            "outputs": {arm: texts[trial.id] for arm, texts in job.outputs.items()},
-        }
-        for trial in job.trials[first : first + count]
-    ]
-
-
-def _number(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None

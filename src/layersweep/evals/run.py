@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from layersweep.errors import Fallback, GateError, MachineError
-from layersweep.evals.finished import FinishedSweep, Part
-from layersweep.evals.needle_job import NAME as NEEDLE
-from layersweep.evals.perplexity import NAME as PERPLEXITY
+from layersweep.evals.finished import FinishedSweep
+from layersweep.evals.record import NEEDLE, PERPLEXITY, Part
 from layersweep.evals.shrink import KEPT, of_the_host, out_of_memory, shrink
 from layersweep.evals.study import Study, gemm_rate
 from layersweep.kv.arms import EXACT
@@ -33,12 +32,10 @@ Finished = Callable[[FinishedSweep], None]
 
 @dataclass
 class Outcome:
-    """What the sweeps of a study left; the summary is made from this. `done` includes the sweeps
-    of an earlier process, everything else is of this one."""
+    """What the sweeps of a study took, in this process."""
 
     sweeps: int = 0
     gate_sweeps: int = 0
-    done: FinishedSweep = field(default_factory=lambda: FinishedSweep([]))
     bytes_read: int = 0
     h2d_bytes: int = 0
     copy_s: float = 0.0
@@ -50,6 +47,36 @@ class Outcome:
     host_pinned: bool = True
     fallbacks: list[Fallback] = field(default_factory=list)
     gemm_flops: float | None = None
+
+
+class TimeLimit:
+    """Ends a run between sweeps: none is begun that would end late if it took as long as the
+    longest so far. The first one always is.
+
+    `seconds` from `began` (time.monotonic) on.
+    """
+
+    def __init__(self, seconds: float, began: float | None = None) -> None:
+        self.seconds = seconds
+        self.began = time.monotonic() if began is None else began
+        self.longest, self._last, self.reached = 0.0, time.monotonic(), False
+
+    def allows_another(self) -> bool:
+        now = self._last = time.monotonic()
+        self.reached = self.longest > 0 and now + self.longest > self.began + self.seconds
+        return not self.reached
+
+    def took_one(self) -> None:
+        self.longest = max(self.longest, time.monotonic() - self._last)
+
+
+@dataclass
+class Listeners:
+    """Who is told of a run's progress, and what ends it early."""
+
+    progress: Progress
+    finished_sweep: Finished
+    limit: TimeLimit
 
 
 def run_study(study: Study, **given: Any) -> Outcome:
@@ -99,15 +126,17 @@ class StudyRun:
         progress: Progress = lambda phase, done, total: None,
         finished_sweep: Finished = lambda sweep: None,
         gemm_flops: float | None = None,
+        limit: TimeLimit | None = None,
     ) -> Outcome:
         """Run the sweeps that are left. Where memory runs out, with fewer tiles in each.
 
         `finished_sweep` is called as each sweep's results are complete. `gemm_flops`: the machine's
-        rate where it has been measured, else it is measured. Raises GateError when the gate or the
+        rate where it has been measured, else it is measured. `limit`: sweeps that might not end in
+        time are left. Raises GateError when the gate or the
         baseline fails, MachineError where no plan fits.
         """
         study = self.study
-        outcome = Outcome(done=study.done)
+        outcome = Outcome()
         if study.finished:
             return outcome
         assert self.engine is not None
@@ -116,7 +145,8 @@ class StudyRun:
             outcome.h2d_rate = self.engine.store.measure_h2d()
         with study.meter:
             outcome.started = time.perf_counter()
-            while why := self._sweep_until_memory_ends(outcome, progress, finished_sweep):
+            listeners = Listeners(progress, finished_sweep, limit or TimeLimit(math.inf))
+            while why := self._sweep_until_memory_ends(outcome, listeners):
                 self._reopen(why)
             outcome.sweep_s = time.perf_counter() - outcome.started
         outcome.fallbacks += self.fallbacks
@@ -124,16 +154,14 @@ class StudyRun:
             study.gate.check_peak(*_peaks(study, outcome))
         return outcome
 
-    def _sweep_until_memory_ends(
-        self, outcome: Outcome, progress: Progress, finished_sweep: Finished
-    ) -> str | None:
+    def _sweep_until_memory_ends(self, outcome: Outcome, listeners: Listeners) -> str | None:
         """Why an allocation failed; None when all is done."""
         study, engine = self.study, self.engine
         assert engine is not None
         try:
-            _sweep_tiles(study, outcome, engine, progress, finished_sweep)
+            _sweep_tiles(study, outcome, engine, listeners)
             if study.to_generate:
-                _generate(study, outcome, engine, progress, finished_sweep)
+                _generate(study, outcome, engine, listeners)
             return None
         except Exception as failure:
             why = self._memory_that_is_gone(failure)
@@ -192,12 +220,13 @@ def _sweep_tiles(
     study: Study,
     outcome: Outcome,
     engine: Engine,
-    progress: Progress,
-    finished_sweep: Finished,
+    listeners: Listeners,
 ) -> None:
     lead = study.lead
     tiles = [*lead, *study.to_sweep]
     for number, sweep in enumerate(study.plan.sweeps):
+        if not listeners.limit.allows_another():
+            return
         some = [tiles[index] for index in sweep if index >= len(lead)]
         first = number == 0 and bool(lead)
         record = run_sweep(
@@ -206,14 +235,15 @@ def _sweep_tiles(
             lambda *what: _read(study, *what),
             lead=lead[0] if first else None,
             check=study.gate.check_layer if first and study.gate else None,
-            progress=progress,
+            progress=listeners.progress,
         )
         outcome.sweeps += bool(some)
         outcome.gate_sweeps += not some
         finished = _take(study, some, record)
         study.gate_passed = True
-        outcome.done.add(finished)
-        finished_sweep(finished)
+        study.done.add(finished)
+        listeners.finished_sweep(finished)
+        listeners.limit.took_one()
 
 
 def _read(study: Study, tile: Tile, number: int, sequence: Sequence, logits: list[Tensor]) -> None:
@@ -225,22 +255,23 @@ def _read(study: Study, tile: Tile, number: int, sequence: Sequence, logits: lis
         study.gate.check_logits(logits[0])
 
 
-def _generate(
-    study: Study, outcome: Outcome, engine: Engine, progress: Progress, finished_sweep: Finished
-) -> None:
+def _generate(study: Study, outcome: Outcome, engine: Engine, listeners: Listeners) -> None:
     """All trials, a sweep per token: one unit, since caches are not kept on disk."""
     assert study.needle is not None
+    if not listeners.limit.allows_another():
+        return
     whole = FinishedSweep([])
 
     def run(tiles: list[Tile], read: Callable[..., None], caches: Caches) -> None:
-        record = run_sweep(engine, tiles, read, caches=caches, progress=progress)
+        record = run_sweep(engine, tiles, read, caches=caches, progress=listeners.progress)
         outcome.sweeps += 1
         whole.add(_take(study, tiles, record))
 
-    study.needle.generate(run)
+    study.needle.generate(run, study.to_generate)
     whole.parts = [Part.of(tile) for tile in study.to_generate]
-    outcome.done.add(whole)
-    finished_sweep(whole)
+    study.done.add(whole)
+    listeners.finished_sweep(whole)
+    listeners.limit.took_one()
 
 
 def _take(study: Study, tiles: list[Tile], record: SweepRecord) -> FinishedSweep:
@@ -274,7 +305,8 @@ def _check_baseline(study: Study, tiles: list[Tile]) -> None:
     for tile in tiles:
         if tile.name != PERPLEXITY or study.perplexity is None:
             continue
-        losses = study.perplexity.nll[EXACT.name][tile.first : tile.first + len(tile.sequences)]
+        nll = study.perplexity.numbers.nll[EXACT.name]
+        losses = nll[tile.first : tile.first + len(tile.sequences)]
         for offset, loss in enumerate(losses):
             if not math.isfinite(loss):
                 raise GateError(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import product
 from pathlib import Path
 
@@ -18,14 +19,15 @@ from layersweep.checkpoint.files import LocalFolder, read_small
 from layersweep.checkpoint.problems import FileProblem
 from layersweep.checkpoint.strict_json import UnusableJson, parse_json
 from layersweep.errors import Fallback, InputError
-from layersweep.evals.finished import FinishedSweep, Part
+from layersweep.evals.finished import FinishedSweep
 from layersweep.evals.gate import Card, Gate
 from layersweep.evals.meter import Meter
 from layersweep.evals.needle import make_trials
-from layersweep.evals.needle_job import NAME as NEEDLE
 from layersweep.evals.needle_job import NeedleJob
 from layersweep.evals.perplexity import PerplexityJob
+from layersweep.evals.record import NEEDLE, Part, Record
 from layersweep.evals.settings import EvalSettings
+from layersweep.evals.shard import WHOLE, Shard
 from layersweep.evals.sizing import sized_plan
 from layersweep.evals.text import SourceText, load_text
 from layersweep.evals.tokenizer import TextTokenizer, check_ids
@@ -47,9 +49,9 @@ SLOW = "on a CPU it needs numba; on a GPU kernels are for 1 to 4 bits and need N
 class Study:
     """A prepared evaluation: its jobs, tiles and plan.
 
-    `plan` is for the sweeps that are left, behind those that are `done`; of these, an earlier
-    process computed `resumed`. `gate_passed`: in this process. `gemm_flops`: FLOP/s, where it
-    has been measured.
+    `tiles` are all of the study; this process computes those of its `shard`. `plan` is for the
+    sweeps that are left, behind those that are `done`; of these, an earlier process computed
+    `resumed`. `gate_passed`: in this process. `gemm_flops`: FLOP/s, where it has been measured.
     """
 
     model: Model
@@ -62,6 +64,7 @@ class Study:
     needle: NeedleJob | None
     gate: Gate | None
     tiles: list[Tile]
+    shard: Shard
     plan: Plan
     gemm_flops: float | None = None
     done: FinishedSweep = field(default_factory=lambda: FinishedSweep([]))
@@ -69,10 +72,30 @@ class Study:
     gate_passed: bool = False
     meter: Meter = field(default_factory=Meter)
 
+    @cached_property
+    def record(self) -> Record:
+        """The numbers that the jobs fill, of all tiles."""
+        return Record(
+            [Part.of(tile) for tile in self.tiles],
+            self.settings.seed,
+            self.perplexity.numbers if self.perplexity else None,
+            self.needle.numbers if self.needle else None,
+        )
+
+    @cached_property
+    def own(self) -> list[Tile]:
+        """The tiles of this process."""
+        return own_tiles(self.model, self.tiles, self.shard)
+
     @property
     def pending(self) -> list[Tile]:
-        """Tiles that no finished sweep had."""
-        return [tile for tile in self.tiles if Part.of(tile) not in self.done.parts]
+        """Own tiles that no finished sweep had."""
+        return [tile for tile in self.own if Part.of(tile) not in self.done.parts]
+
+    @property
+    def complete(self) -> bool:
+        """Whether all tiles of the study are done, those of other processes, too."""
+        return all(part in self.done.parts for part in self.record.parts)
 
     @property
     def to_generate(self) -> list[Tile]:
@@ -86,8 +109,9 @@ class Study:
 
     @property
     def finished(self) -> bool:
-        """Whether nothing is left to compute."""
-        return not self.pending and (bool(self.tiles) or self.done.gate is not None)
+        """Whether nothing is left to compute here."""
+        gate_done = self.gate is None or self.done.gate is not None
+        return not self.pending and (bool(self.own) or gate_done)
 
     @property
     def lead(self) -> list[Tile]:
@@ -134,7 +158,9 @@ class Study:
             return self.model.open(self.plan, say)
 
 
-def prepare_study(model: Model, settings: EvalSettings, *, kept: bool = False) -> Study:
+def prepare_study(
+    model: Model, settings: EvalSettings, *, kept: bool = False, shard: Shard = WHOLE
+) -> Study:
     """Text, windows, needles, tiles and plan. Raises InputError for all that cannot work.
 
     `kept`: finished sweeps are written down, so that there should be enough of them (sizing.py).
@@ -160,22 +186,27 @@ def prepare_study(model: Model, settings: EvalSettings, *, kept: bool = False) -
     if "niah" in tasks:
         needle = _needle(settings, tokenizer, text.text, arms, config)
     gate = None
-    if settings.gate != "off":
+    if settings.gate != "off" and shard.has_gate:
         ids = tokenizer.encode(text.text[:8192])
         check_ids([*([] if bos_id is None else [bos_id]), *ids], config.vocab_size)
         half = model.compute.dtype == torch.float16
         gate = Gate(config, ids, bos_id, _card(model.checkpoint.folder), half=half)
     lead = [gate.tile()] if gate else []
-    tiles = perplexity.tiles() if perplexity else []
-    trials = needle.tiles() if needle else []
-    _check_sliding_window(config.sliding_window, [*lead, *tiles, *trials])
-    swept = tiles if settings.generates else [*tiles, *trials]
+    tiles = [*(perplexity.tiles() if perplexity else []), *(needle.tiles() if needle else [])]
+    _check_sliding_window(config.sliding_window, [*lead, *tiles])
+    own = own_tiles(model, tiles, shard)
+    swept = [tile for tile in own if tile.name != NEEDLE or not settings.generates]
     gemm_flops = gemm_rate(model) if kept else None
     plan = _plan(model, lead, swept, gemm_flops)
     return Study(
         model, settings, text, tokenizer, arms, bos_id, perplexity, needle, gate,
-        [*tiles, *trials], plan, gemm_flops,
+        tiles, shard, plan, gemm_flops,
     )  # fmt: skip
+
+
+def own_tiles(model: Model, tiles: list[Tile], shard: Shard) -> list[Tile]:
+    """The tiles of one of several processes, by their operations."""
+    return [tiles[index] for index in shard.choose([model.flops(tile) for tile in tiles])]
 
 
 def _plan(model: Model, lead: list[Tile], tiles: list[Tile], gemm_flops: float | None) -> Plan:
@@ -230,7 +261,9 @@ def _perplexity(
     )  # fmt: skip
     for window in windows:
         check_ids(window.ids, config.vocab_size)
-    return PerplexityJob(windows, arms, settings.streaming, model.compute.ops.score_branches)
+    return PerplexityJob(
+        windows, arms, settings.streaming, model.compute.device, model.compute.ops.score_branches
+    )
 
 
 def _needle(

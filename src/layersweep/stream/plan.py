@@ -177,7 +177,7 @@ def host_ring_bytes(runs: Sequence[Run], machine: Machine) -> int:
         use = "for one layer and two runs of blocks ahead"
     else:
         least = min(staging_ring(runs), whole)
-        wanted = max(least, min(HOST_RING, whole, machine.ram))
+        wanted = max(least, min(HOST_RING // machine.sharers, whole, machine.ram))
         use = "for two runs of blocks between file and device"
     if least > machine.ram:
         raise BudgetError(
@@ -197,14 +197,15 @@ def place(runs: Sequence[Run], machine: Machine, host_ring: int, room: int | Non
         if not machine.cpu:
             device = choose_spread(sizes, room)
         rest = [index for index in range(len(sizes)) if index not in device]
-        kept = choose_spread([sizes[index] for index in rest], machine.ram - host_ring)
+        store = machine.ram - host_ring if machine.sharers == 1 else 0  # else: the page cache
+        kept = choose_spread([sizes[index] for index in rest], store)
         host = frozenset(rest[index] for index in kept)
     return Placement(
         device=device,
         host=host,
         device_ring=0 if machine.cpu else min(compute_ring(runs), sum(sizes)),
         host_ring=host_ring,
-        drop_cache=bool(host) or machine.ram < sum(sizes),
+        drop_cache=bool(host) or machine.ram * machine.sharers < sum(sizes),
     )
 
 

@@ -18,7 +18,7 @@ from layersweep.model.compute import Compute, choose_compute
 from layersweep.model.ops import CudaOps
 from layersweep.stream.blocks import BlockSpec, block_specs
 from layersweep.stream.plan import Plan, make_plan
-from layersweep.stream.shapes import Machine
+from layersweep.stream.shapes import Machine, tile_flops
 from layersweep.stream.store import BlockStore
 from layersweep.sweep.loop import Engine, LogitsReader, run_sweep
 from layersweep.sweep.sequences import Branch, Sequence, Tile, tiles_of
@@ -42,7 +42,8 @@ class Paths:
 class Model:
     """A checkpoint, how to compute it, and the memory it may take. Holds no weights.
 
-    `context_bytes`: device memory that CUDA itself holds, part of the `vram` budget.
+    `context_bytes`: device memory that CUDA itself holds, part of the `vram` budget. `sharers`:
+    processes on this host that read the same files, `ram` is the share of one.
     """
 
     checkpoint: Checkpoint
@@ -53,6 +54,7 @@ class Model:
     weights: str
     router_dtype: str
     context_bytes: int = 0
+    sharers: int = 1
 
     @property
     def cpu(self) -> bool:
@@ -79,6 +81,7 @@ class Model:
             context=self.context_bytes,
             repeats_kv=self.compute.attention.repeats_kv,
             kernels=isinstance(self.compute.ops, CudaOps),
+            sharers=self.sharers,
         )
 
     def plan(self, tiles: Many[Tile], at_least: int = 1) -> Plan:
@@ -88,6 +91,11 @@ class Model:
         width = config.num_attention_heads * config.head_dim
         shapes = [tile_shape(tile, width) for tile in tiles]
         return make_plan(config, self.specs, shapes, self.machine, at_least)
+
+    def flops(self, tile: Tile) -> float:
+        """Operations of a tile in one sweep."""
+        config = self.checkpoint.config
+        return tile_flops(config, tile_shape(tile, config.num_attention_heads * config.head_dim))
 
     def open(self, plan: Plan, say: Callable[[Fallback], None] = lambda fallback: None) -> Engine:
         """Take the memory of a plan. Fallbacks are told to `say` as they happen."""
@@ -151,11 +159,13 @@ def load(
     weights: str = "auto",
     router_dtype: str = "float32",
     assume_capability: str | None = None,
+    sharers: int = 1,
 ) -> Model:
     """Open a checkpoint: headers, config and budgets; no weights are read.
 
     `source`: a folder, a hub id, or "demo". Sizes as "14GiB". `assume_capability` ("7.5") takes
-    the paths of an older GPU than the one at hand. Raises CheckpointError, InputError or
+    the paths of an older GPU than the one at hand. `sharers`: processes on this host that do the
+    same on other devices; each takes its part of `ram`. Raises CheckpointError, InputError or
     BudgetError, each with what was found and what was needed.
     """
     place = resolve_device(device)
@@ -163,7 +173,7 @@ def load(
     assumed = resolve_capability(assume_capability, place)
     _one_of("--weights", weights, ("auto", "native", "nf4"))
     _one_of("--router-dtype", router_dtype, ("float32", "hidden"))
-    host = ram_budget(ram)
+    host = ram_budget(ram).share(sharers)
     budget = vram_budget(vram, place, host=host)
     checkpoint = open_checkpoint(source, revision)
     compute = choose_compute(
@@ -180,6 +190,7 @@ def load(
         ram=host,
         weights=weights,
         router_dtype=router_dtype,
+        sharers=sharers,
     )
 
 
@@ -192,8 +203,8 @@ def resolve_device(device: str) -> str:
         return device
     if "," in device:
         raise InputError(
-            f"--device {device}: found several devices, this version computes on one",
-            hint="--device cuda:0",
+            f"--device {device}: found several devices, needed one for one process",
+            hint="`layersweep eval --device cuda:0,cuda:1` starts a process for each",
         )
     kind, _, index = device.partition(":")
     if kind != "cuda" or not (index or "0").isdigit():

@@ -1,0 +1,150 @@
+"""`--device cuda:0,cuda:1`: a process per device, as torchrun would start them, and their result.
+
+Processes and not threads: a sweep's many short launches would wait for each other's interpreter.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from multiprocessing.connection import wait
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from typing import Any
+
+from layersweep.cli.exits import exit_code
+from layersweep.cli.job import Job, compute
+from layersweep.cli.shards import Say, check_counts, collect, in_shards
+from layersweep.errors import InputError, LayersweepError, MachineError
+from layersweep.evals.shard import Shard
+
+PR_SET_PDEATHSIG = 1
+START_TIMEOUT_S = 3600.0  # of the slowest process, with its kernels to compile
+
+
+class WorkerError(LayersweepError):
+    """A worker's own failure, told once."""
+
+    def __init__(self, message: str, hint: str, code: int) -> None:
+        super().__init__(message, hint=hint)
+        self.exit_code = code
+
+
+def launch(job: Job, say: Say) -> dict[str, Any]:
+    """Compute `job` with a process for each of its devices; returns the results of all.
+
+    Without an --out the parts lie in a temporary folder. Raises what the first failing process
+    raised, MachineError for one that was killed; the others are ended then, and what they finished
+    is kept.
+    """
+    from layersweep.sweep.model import resolve_device
+
+    devices = job.machine.device.split(",")
+    if len(set(devices)) < len(devices) and set(devices) != {"cpu"}:
+        raise InputError(
+            f"--device {job.machine.device}: found a device twice, needed each once",
+            hint="--device cuda:0,cuda:1",
+        )
+    for device in devices:
+        resolve_device(device)
+    if job.out is not None:
+        _check_folder(job.out, len(devices), job.resume)
+    with tempfile.TemporaryDirectory(prefix="layersweep-") as temporary:
+        kept = replace(job, out=job.out or Path(temporary))
+        _run_workers(kept, len(devices))
+        results = collect(kept, len(devices), say if job.out is not None else lambda line: None)
+    assert results is not None  # every worker has come to its end
+    return results
+
+
+def _check_folder(out: Path, of: int, resume: bool) -> None:
+    check_counts(out, of)
+    if (out / "shards").exists() and not resume:
+        raise InputError(
+            f"--out {out}: found the shards of an earlier run, needed a folder without",
+            hint="--resume goes on with that run; or name another folder, or delete this one",
+        )
+
+
+def _run_workers(job: Job, count: int) -> None:
+    context = multiprocessing.get_context("spawn")
+    barrier, failures = context.Barrier(count), context.SimpleQueue()
+    workers = [
+        context.Process(
+            target=_work,
+            args=(job, Shard(rank + 1, count, rank, count, "--device"), barrier.wait, failures.put),
+            name=f"layersweep {rank + 1}/{count}",
+        )
+        for rank in range(count)
+    ]
+    try:
+        for worker in workers:
+            worker.start()
+        failed = _first_failure(workers)
+    except KeyboardInterrupt:  # the terminal has interrupted the workers, too
+        for worker in workers:
+            worker.join()
+        raise
+    finally:
+        for worker in workers:
+            if worker.is_alive():
+                worker.terminate()
+                worker.join()
+    if failed is None:
+        return
+    if not failures.empty():
+        raise WorkerError(*failures.get())
+    if (failed.exitcode or 0) < 0:
+        name = signal.Signals(-(failed.exitcode or 0)).name
+        raise MachineError(
+            f"{failed.name}: the process was ended by {name}"
+            + (", as the system does when host memory is gone" if name == "SIGKILL" else ""),
+            hint="with --out finished sweeps are kept: --resume goes on behind them",
+        )
+    sys.exit(failed.exitcode)  # its traceback has been printed
+
+
+def _first_failure(workers: list[SpawnProcess]) -> SpawnProcess | None:
+    """Wait for all workers, or for the first that fails."""
+    running = list(workers)
+    while running:
+        ended = wait([worker.sentinel for worker in running])
+        for worker in [worker for worker in running if worker.sentinel in ended]:
+            worker.join()
+            running.remove(worker)
+            if worker.exitcode:
+                return worker
+    return None
+
+
+def _work(
+    job: Job, shard: Shard, arrive: Callable[[float], object], tell: Callable[[Any], None]
+) -> None:
+    """A worker's whole life. All of them start their sweeps at the same time."""
+    _end_with_parent()
+
+    def failed(message: str, hint: str, code: int) -> int:
+        if code != 130:
+            tell((message, hint, code))
+        return code
+
+    def part() -> None:
+        compute(in_shards(job, shard), shard, lambda: arrive(START_TIMEOUT_S))
+
+    sys.exit(exit_code(part, failed))
+
+
+def _end_with_parent() -> None:
+    """Nobody would use the numbers of a worker whose parent was killed, and a resumed run would
+    find its folder locked."""
+    if sys.platform == "linux":
+        parent = os.getppid()
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it ended before that
+            os.kill(os.getpid(), signal.SIGKILL)

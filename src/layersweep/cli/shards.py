@@ -1,0 +1,86 @@
+"""Several processes on one study, each with a folder of its own in OUT/shards, and one result.
+
+No process waits for another, and none is told what others do: each knows its tiles by arithmetic
+(evals/shard.py). Whoever finds all parts there puts them together.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from layersweep.cli.job import Job, compute
+from layersweep.errors import InputError
+from layersweep.evals.shard import Shard
+
+Say = Callable[[str], None]
+
+
+def compute_rank(job: Job, shard: Shard, say: Say) -> dict[str, Any] | None:
+    """The part of a process that torchrun or srun has started; the last one of them returns the
+    results of all, the others None."""
+    if job.out is None:
+        raise InputError(
+            f"{shard.source}: found process {shard} of a study without --out, needed a folder that "
+            "all of them see",
+            hint="--out DIR; or unset RANK and WORLD_SIZE to compute the whole study here",
+        )
+    compute(in_shards(job, shard), shard)
+    return collect(job, shard.of, say)
+
+
+def in_shards(job: Job, shard: Shard) -> Job:
+    """`job`, written to the folder of a shard."""
+    assert job.out is not None
+    check_counts(job.out, shard.of)
+    return replace(job, out=job.out / "shards" / shard.folder)
+
+
+def check_counts(out: Path, of: int) -> None:
+    """Raises InputError where `out` holds a run of another number of processes."""
+    if (out / "manifest.json").exists() and not (out / "shards").exists():
+        raise InputError(
+            f"--out {out}: found a run of one process, needed a folder without, or one of {of}",
+            hint="go on with that run on one device; or name another folder",
+        )
+    others = sorted(
+        {path.name.partition("-of-")[2] for path in (out / "shards").glob("*-of-*")} - {str(of)}
+    )
+    if others:
+        raise InputError(
+            f"--out {out}: found the shards of a run of {others[0]} processes, needed {of}",
+            hint=f"go on with {others[0]} processes; or name another folder",
+        )
+
+
+def collect(job: Job, of: int, say: Say) -> dict[str, Any] | None:
+    """Put the parts in OUT/shards together, if all are there, and write OUT's own results.
+
+    Returns None while a process has not come to its end, or not all tiles are done there: with
+    --stop-after, OUT/results.json is then of status "partial".
+    """
+    from layersweep.cli.output import lock, read_part, write_merged
+    from layersweep.evals.merge import merge
+    from layersweep.report.store import RESULTS_FILE
+
+    assert job.out is not None
+    folders = [job.out / "shards" / Shard(number + 1, of).folder for number in range(of)]
+    handle = lock(job.out, wait=True)
+    try:
+        there = [folder for folder in folders if (folder / RESULTS_FILE).is_file()]
+        if len(there) < of:
+            say(f"note: {len(there)} of {of} parts are at their end in {job.out}/shards")
+            return None
+        merged = merge([read_part(folder) for folder in folders], command=job.command)
+        write_merged(job.out, merged, folders)
+    finally:
+        os.close(handle)
+    if merged.missing:
+        done = len(merged.record.parts) - len(merged.missing)
+        say(f"note: {done} of {len(merged.record.parts)} tiles are done; --resume goes on")
+    else:
+        say(f"wrote {job.out}/results.json, report.html, windows.csv")
+    return merged.results
