@@ -26,7 +26,7 @@ SOURCE = PROJECT / "src/layersweep"
 # Data flows from left to right; nothing imports from its right.
 ORDER = (
     *("errors", "units", "environment", "probes", "demo", "kernels", "checkpoint", "stream"),
-    *("model", "kv", "sweep", "evals", "report", "integrations", "bench", "cli"),
+    *("model", "kv", "sweep", "evals", "report", "integrations", "bench", "kaggle", "cli"),
     "__main__",
 )
 

@@ -51,7 +51,7 @@ class Written:
 def write_folders(folder: Path, push: Push) -> Written:
     """Everything below `folder`. Raises InputError for a folder that holds something else."""
     _clear(folder)
-    (folder / OURS).write_text(json.dumps({"schema": SCHEMA, "id": push.ident.of("")}) + "\n")
+    (folder / OURS).write_text(json.dumps({"schema": SCHEMA, "id": str(push.ident)}) + "\n")
     wheels = _write_wheelhouse(folder / "wheels", push)
     jobs = push.staged.jobs if push.staged else ()
     stages = [f"stage-{number}" for number in range(1, len(jobs) + 1)]

@@ -36,6 +36,9 @@ class Id:
             )
         return Id(match[1], match[2])
 
+    def __str__(self) -> str:
+        return f"{self.user}/{self.slug}"
+
     def of(self, job: str) -> str:
         """ "me/study-run" of job "run"."""
         return f"{self.user}/{self.slug}-{job}"

@@ -76,7 +76,9 @@ def _metadata_files() -> dict[str, bytes]:
             hint=HINT,
         )
     wheel = f"Wheel-Version: 1.0\nGenerator: layersweep\nRoot-Is-Purelib: true\nTag: {TAG}\n"
+    licence = found.read_text("licenses/LICENSE")
     return {
+        **({} if licence is None else {f"{_info()}/licenses/LICENSE": licence.encode()}),
         f"{_info()}/METADATA": (found.read_text("METADATA") or "").encode(),
         f"{_info()}/WHEEL": wheel.encode(),
         f"{_info()}/entry_points.txt": (found.read_text("entry_points.txt") or "").encode(),
