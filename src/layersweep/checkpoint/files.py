@@ -99,7 +99,9 @@ class LocalFolder:
                 hint=f"give {folder.parent} instead",
             )
         named = os.environ.get(LINKS, "").split(os.pathsep)
-        return LocalFolder(folder, folder.resolve(), links=tuple(_resolved(place) for place in named if place))
+        return LocalFolder(
+            folder, folder.resolve(), links=tuple(_resolved(place) for place in named if place)
+        )
 
     @property
     def label(self) -> str:

@@ -12,7 +12,6 @@ from layersweep.errors import InputError
 from layersweep.units import format_bytes, parse_duration
 
 if TYPE_CHECKING:
-    from layersweep.cli.kaggle_study import GPU_ALONE, check_study
     from layersweep.kaggle.folders import Push, Written
 
 QUOTA = (
@@ -90,17 +89,20 @@ def _next_steps(folder: Path, push: Push, written: Written) -> list[str]:
     """The commands that follow, in order."""
     ident = push.ident
     jobs = push.staged.jobs if push.staged else ()
-    sizes = [f"{name} {sum(job.values()) / 1e9:.1f} GB" for name, job in zip(written.stages, jobs)]
+    sizes = [
+        f"{name} {sum(job.values()) / 1e9:.1f} GB"
+        for name, job in zip(written.stages, jobs, strict=True)
+    ]
     wheels = [f"{path.name} {format_bytes(path.stat().st_size)}" for path in written.wheels]
     lines = [
         f"{folder}: {', '.join([*sizes, 'rehearse', 'run'])}; wheels: {', '.join(wheels)}",
         "next:",
         f"  kaggle datasets create -p {folder}/wheels        once; `kaggle datasets version` later",
     ]
-    for name in written.stages:
-        lines.append(f"  kaggle kernels push -p {folder}/{name}")
-    if written.stages:
-        lines.append(f"  kaggle kernels status {ident.of(written.stages[-1])}    until complete")
+    lines += [f"  kaggle kernels push -p {folder}/{name}" for name in written.stages]
+    lines += [
+        f"  kaggle kernels status {ident.of(name)}        until complete" for name in written.stages
+    ]
     lines += [
         f"  kaggle kernels push -p {folder}/rehearse        no GPU quota; wait for its last line",
         f"  kaggle kernels push -p {folder}/run",

@@ -6,7 +6,7 @@ import json
 import pprint
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,18 +53,7 @@ def write_folders(folder: Path, push: Push) -> Written:
     _clear(folder)
     (folder / OURS).write_text(json.dumps({"schema": SCHEMA, "id": str(push.ident)}) + "\n")
     wheels = _write_wheelhouse(folder / "wheels", push)
-    jobs = push.staged.jobs if push.staged else ()
-    stages = [f"stage-{number}" for number in range(1, len(jobs) + 1)]
-    for name, files in zip(stages, jobs, strict=True):
-        assert push.staged is not None
-        settings = {
-            "job": "stage",
-            "repository": push.staged.repository,
-            "commit": push.staged.commit,
-            "files": files,
-        }
-        metadata = kernel_metadata(push.ident, name, Sources(), gpu=False, internet=True)
-        _write_kernel(folder / name, metadata, settings)
+    stages = _write_stages(folder, push.ident, push.staged) if push.staged else []
     mounts = _mounts(push, stages)
     shared = {
         "model": str(push.model),
@@ -76,14 +65,8 @@ def write_folders(folder: Path, push: Push) -> Written:
     metadata = kernel_metadata(push.ident, "rehearse", mounts, gpu=False, internet=internet)
     _write_kernel(folder / "rehearse", metadata, rehearse)
     run = {"job": "run", **shared, "study": push.study, "gpus": push.gpus, "again": push.again}
-    if push.earlier:
-        kind, reference = push.earlier
-        mounts = Sources(
-            [*mounts.datasets, *([reference] if kind == "dataset" else [])],
-            [*mounts.kernels, *([reference] if kind == "kernel" else [])],
-            mounts.models,
-        )
-    metadata = kernel_metadata(push.ident, "run", mounts, gpu=push.gpus > 0, internet=internet)
+    earlier = _with_earlier(mounts, push.earlier)
+    metadata = kernel_metadata(push.ident, "run", earlier, gpu=push.gpus > 0, internet=internet)
     _write_kernel(folder / "run", metadata, run)
     return Written(stages, wheels)
 
@@ -105,9 +88,31 @@ def _mounts(push: Push, stages: list[str]) -> Sources:
     )
 
 
-def _write_kernel(
-    folder: Path, metadata: Mapping[str, Any], settings: Mapping[str, Any]
-) -> None:
+def _with_earlier(mounts: Sources, earlier: tuple[str, str] | None) -> Sources:
+    if earlier is None:
+        return mounts
+    kind, reference = earlier
+    if kind == "dataset":
+        return replace(mounts, datasets=[*mounts.datasets, reference])
+    return replace(mounts, kernels=[*mounts.kernels, reference])
+
+
+def _write_stages(folder: Path, ident: Id, staged: Staged) -> list[str]:
+    """A kernel for each job; their names."""
+    names = [f"stage-{number}" for number in range(1, len(staged.jobs) + 1)]
+    for name, files in zip(names, staged.jobs, strict=True):
+        settings = {
+            "job": "stage",
+            "repository": staged.repository,
+            "commit": staged.commit,
+            "files": files,
+        }
+        metadata = kernel_metadata(ident, name, Sources(), gpu=False, internet=True)
+        _write_kernel(folder / name, metadata, settings)
+    return names
+
+
+def _write_kernel(folder: Path, metadata: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     folder.mkdir()
     template = (Path(__file__).parent / "kernel.py").read_text("utf-8")
     (folder / "kernel.py").write_text(filled_in(template, settings), encoding="utf-8")

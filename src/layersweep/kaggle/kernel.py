@@ -77,7 +77,7 @@ def rehearse() -> None:
     layersweep("inspect", model)
     layersweep("eval", model, *study_arguments(SETTINGS["rehearsal"]))
     layersweep("plan", model, *SETTINGS["plan"])
-    say("rehearsed: what is left for the GPU is to compute. Now push `run`.")
+    say("rehearsed; what needs a GPU is left. Now push `run`.")
 
 
 def run() -> None:
@@ -86,7 +86,8 @@ def run() -> None:
     install()
     model = find_model()
     put_back()
-    layersweep("eval", model, *study_arguments(SETTINGS["study"]), "--out", str(RESULTS), "--resume")
+    study = study_arguments(SETTINGS["study"])
+    layersweep("eval", model, *study, "--out", str(RESULTS), "--resume")
     path = RESULTS / "results.json"
     status = json.loads(path.read_text("utf-8"))["status"] if path.exists() else "partial"
     say(f"status {status}: {RESULTS}")
@@ -205,15 +206,13 @@ def wheel_folder() -> Path:
 
 
 def find_model() -> str:
-    """`demo`, or the folder with the checkpoint; of links where its shards lie in several mounts."""
+    """`demo`, or the folder with the checkpoint; or links to it from several mounts."""
     if SETTINGS["model"] == "demo":
         return "demo"
     files = list(files_below(INPUT))
+    weights = {path.parent for path in files if path.name == INDEX or path.suffix == ".safetensors"}
     folders = [
-        path.parent
-        for path in files
-        if path.name == "config.json"
-        and any(near.name == INDEX or near.suffix == ".safetensors" for near in path.parent.iterdir())
+        path.parent for path in files if path.name == "config.json" and path.parent in weights
     ]
     if len(folders) != 1:
         stop(

@@ -1,9 +1,9 @@
 """Where the model comes from on Kaggle, and how its files are shared out to stage kernels.
 
-    demo                                     in the wheel
-    ORG/NAME                                 a hub id: staged by kernels of its own
-    dataset:OWNER/SLUG                       a Kaggle dataset: mounted
-    kaggle-model:OWNER/MODEL/FRAMEWORK/VARIATION/VERSION    a Kaggle model: mounted
+demo                                     in the wheel
+ORG/NAME                                 a hub id: staged by kernels of its own
+dataset:OWNER/SLUG                       a Kaggle dataset: mounted
+kaggle-model:OWNER/MODEL/FRAMEWORK/VARIATION/VERSION    a Kaggle model: mounted
 """
 
 from __future__ import annotations
@@ -17,7 +17,10 @@ from typing import Literal
 from layersweep.errors import InputError
 from layersweep.units import format_bytes
 
-GRAMMAR = "demo, ORG/NAME of the hub, dataset:OWNER/SLUG, or kaggle-model:OWNER/MODEL/FRAMEWORK/VARIATION/VERSION"
+GRAMMAR = (
+    "demo, ORG/NAME of the hub, dataset:OWNER/SLUG, or "
+    "kaggle-model:OWNER/MODEL/FRAMEWORK/VARIATION/VERSION"
+)
 JOB_BYTES = 19_000_000_000  # /kaggle/working keeps 20 GB of a kernel's output
 _NAME = r"[A-Za-z0-9][\w.-]*"
 _HUB_ID = re.compile(rf"{_NAME}/{_NAME}", re.ASCII)
@@ -100,7 +103,7 @@ def staged(repository: str, revision: str | None) -> Staged:
     if checkpoint is None:
         raise problems_error(problems)
     sizes = found.wanted(checkpoint)
-    return Staged(repository, found.files.commit, share_out(sizes))
+    return Staged(repository, found.files.commit, share_out(sizes, JOB_BYTES))
 
 
 def share_out(sizes: Mapping[str, int], limit: int = JOB_BYTES) -> tuple[dict[str, int], ...]:

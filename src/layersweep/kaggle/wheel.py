@@ -20,7 +20,9 @@ TAG = "py3-none-any"
 EPOCH = (1980, 1, 1, 0, 0, 0)  # the first that a zip can say
 HINT = "pip install layersweep or a clone of it, or give --wheel FILE"
 # The image has them for its own driver, and they are gigabytes.
-IMAGE_ALONE = re.compile(r"(torch|triton|nvidia[-_].*)", re.IGNORECASE)
+IMAGE_ALONE = re.compile(
+    r"torch|torchvision|torchaudio|(pytorch_)?triton|(nvidia|cuda)_.*", re.IGNORECASE
+)
 
 
 def write_wheel(folder: Path) -> Path:
@@ -40,7 +42,8 @@ def write_wheel(folder: Path) -> Path:
 def check_wheel(path: Path) -> str:
     """The package's name of a wheel file that may go beside ours. Raises InputError else."""
     name, *rest = path.name.removesuffix(".whl").split("-")
-    if path.suffix != ".whl" or len(rest) < 4 or not zipfile.is_zipfile(path):
+    named = path.suffix == ".whl" and len(rest) in (4, 5) and rest[0][:1].isdigit()
+    if not named or not zipfile.is_zipfile(path):
         raise InputError(
             f"--wheel {path}: found no wheel, needed NAME-VERSION-...-TAGS.whl",
             hint="`pip download --no-deps NAME` fetches one",
