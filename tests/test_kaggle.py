@@ -541,6 +541,32 @@ def test_a_run_on_two_devices_is_put_back_whole(mounts: Path) -> None:
         kernel.put_back()
 
 
+@pytest.mark.parametrize(("code", "sweeps"), [(3, 0), (1, 0), (2, 2), (1, 2), (0, 2)])
+def test_a_failed_run_with_finished_sweeps_keeps_its_output(
+    mounts: Path,
+    code: int,
+    sweeps: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for name in ("check_gpus", "install", "put_back"):
+        monkeypatch.setattr(kernel, name, lambda *_: None)
+    monkeypatch.setattr(kernel, "find_model", lambda: "demo")
+    monkeypatch.setattr(kernel, "layersweep", lambda *_: code)
+    monkeypatch.setattr(kernel, "SETTINGS", {"gpus": 0, "study": [], "again": "again"})
+    for part in range(sweeps):
+        manifest(kernel.RESULTS / f"shards/{part + 1}-of-2")
+    if code > 1 or (code and not sweeps):
+        with pytest.raises(SystemExit) as ended:
+            kernel.run()
+        assert ended.value.code == code
+        return
+    kernel.run()
+    said = capsys.readouterr().out
+    assert "status partial, 2 finished sweep(s)" in said and "again" in said
+    assert (f"the study failed with {code}" in said) == (code != 0)
+
+
 def test_mounts_that_are_not_there(mounts: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for find in (kernel.wheel_folder, kernel.find_model):
         with pytest.raises(SystemExit) as ended:

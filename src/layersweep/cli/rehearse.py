@@ -24,7 +24,7 @@ def rehearse_study(job: Job, layers: int) -> None:
             "numbers",
             hint="leave --out out",
         )
-    from layersweep.cli.events import Events, budget_line, layout_line, paths_line, versions_line
+    from layersweep.cli.events import Events, layout_line, paths_line, versions_line
     from layersweep.evals.rehearsal import rehearse
     from layersweep.kv.arms import parse_arms
 
@@ -36,7 +36,6 @@ def rehearse_study(job: Job, layers: int) -> None:
     events.say(layout_line(loaded.checkpoint))
     seen = rehearse(loaded, job.settings, layers)
     events.say(paths_line(seen.study))
-    events.say(budget_line(seen.study))
     events.say(versions_line())
     for line in _lines(seen):
         typer.echo(line)

@@ -74,9 +74,13 @@ def rehearse() -> None:
     windows and needles, two layers computed on the CPU, and the plan."""
     install()
     model = find_model()
-    layersweep("inspect", model)
-    layersweep("eval", model, *study_arguments(SETTINGS["rehearsal"]))
-    layersweep("plan", model, *SETTINGS["plan"])
+    for command, arguments in (
+        ("inspect", []),
+        ("eval", study_arguments(SETTINGS["rehearsal"])),
+        ("plan", SETTINGS["plan"]),
+    ):
+        if code := layersweep(command, model, *arguments):
+            raise SystemExit(code)
     say("rehearsed; what needs a GPU is left. Now push `run`.")
 
 
@@ -87,21 +91,30 @@ def run() -> None:
     model = find_model()
     put_back()
     study = study_arguments(SETTINGS["study"])
-    layersweep("eval", model, *study, "--out", str(RESULTS), "--resume")
+    code = layersweep("eval", model, *study, "--out", str(RESULTS), "--resume")
+    sweeps = len(list(RESULTS.rglob("sweeps/*.safetensors")))
+    if code > 1 or (code and not sweeps):  # 1: the machine; others would end a second time alike
+        raise SystemExit(code)
     path = RESULTS / "results.json"
     status = json.loads(path.read_text("utf-8"))["status"] if path.exists() else "partial"
-    say(f"status {status}: {RESULTS}")
+    if code:
+        status = "partial"
+        say(
+            f"the study failed with {code}, see above; this version ends as complete all the same, "
+            "so that its output, with the finished sweeps, can be mounted"
+        )
+    say(f"status {status}, {sweeps} finished sweep(s): {RESULTS}")
     if status == "partial":
         say(f"to go on, mount this output: {SETTINGS['again']}")
 
 
-def layersweep(*arguments: str) -> None:
-    """A command of layersweep; where it fails, the kernel ends with its exit code."""
+def layersweep(*arguments: str) -> int:
+    """The exit code of a command of layersweep; 1 where a signal ended it."""
     say("layersweep " + " ".join(arguments))
     done = subprocess.run([sys.executable, "-m", "layersweep", *arguments], env=environment())
     if done.returncode:
         say(f"`layersweep {arguments[0]}` ended with {done.returncode}")
-        raise SystemExit(done.returncode if done.returncode > 0 else 1)
+    return done.returncode if done.returncode >= 0 else 1
 
 
 def environment() -> dict[str, str]:
