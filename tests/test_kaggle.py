@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import contextlib
 import functools
@@ -11,6 +12,7 @@ import json
 import os
 import re
 import runpy
+import shlex
 import shutil
 import signal
 import threading
@@ -251,6 +253,25 @@ def test_the_client_accepts_the_wheels(
     assert (body["ownerSlug"], body["slug"]) == ("me", "study-wheels")
     assert body["title"] == "study wheels"
     assert body["isPrivate"] is True
+
+
+def test_the_client_has_the_commands_that_we_name(
+    tmp_path: Path, client: tuple[Any, list[Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    from kaggle import cli
+
+    parser = argparse.ArgumentParser()
+    commands = parser.add_subparsers(required=True)
+    commands.choices = cli.Help.kaggle_choices
+    for name in ("datasets", "kernels", "auth", "quota"):
+        getattr(cli, f"parse_{name}")(commands)
+    page = (TESTS.parent / "docs/kaggle.md").read_text("utf-8")
+    assert write(tmp_path / "k") == 0
+    printed = re.findall(r"(?m)^  (kaggle .*?)(?:    .*)?$", capsys.readouterr().out)
+    documented = re.findall(r"(?m)^kaggle .*$|(?<=`)kaggle [a-z]+ [a-z]+ -[^`]+", page)
+    assert len(printed) == 4 and len(documented) >= 9
+    for line in [*printed, *documented, "kaggle quota"]:
+        parser.parse_args(shlex.split(line)[1:])  # exits where it is unknown
 
 
 # --- what is refused ------------------------------------------------------------------------------

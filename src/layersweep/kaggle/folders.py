@@ -50,9 +50,10 @@ class Written:
 
 def write_folders(folder: Path, push: Push) -> Written:
     """Everything below `folder`. Raises InputError for a folder that holds something else."""
+    given = [check_wheel(path) for path in push.wheels]
     _clear(folder)
     (folder / OURS).write_text(json.dumps({"schema": SCHEMA, "id": str(push.ident)}) + "\n")
-    wheels = _write_wheelhouse(folder / "wheels", push)
+    wheels = _write_wheelhouse(folder / "wheels", push, build="layersweep" not in given)
     stages = _write_stages(folder, push.ident, push.staged) if push.staged else []
     mounts = _mounts(push, stages)
     shared = {
@@ -119,12 +120,11 @@ def _write_kernel(folder: Path, metadata: Mapping[str, Any], settings: Mapping[s
     (folder / KERNEL).write_text(json.dumps(metadata, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_wheelhouse(folder: Path, push: Push) -> list[Path]:
+def _write_wheelhouse(folder: Path, push: Push, *, build: bool) -> list[Path]:
     """Our wheel, those given besides, and files that the study needs: flat, since `kaggle
     datasets create` skips folders."""
-    names = [check_wheel(path) for path in push.wheels]
     folder.mkdir()
-    if "layersweep" not in names:
+    if build:
         write_wheel(folder)
     for path in push.wheels:
         shutil.copyfile(path, folder / path.name)
