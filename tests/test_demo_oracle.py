@@ -73,7 +73,7 @@ def test_delta_of_every_window_equals_transformers(name: str, study: Study, orac
         prefix, branch = list(window.ids[: window.prefix]), list(window.ids[window.prefix :])
         exact = -scored_with_cache(oracle, prefix, branch, None).double().mean().item()
         arm = -scored_with_cache(oracle, prefix, branch, codec_of(name, 6)).double().mean().item()
-        ours = job.nll[name][window.index] - job.nll["exact"][window.index]
+        ours = job.numbers.nll[name][window.index] - job.numbers.nll["exact"][window.index]
         assert abs(ours - (arm - exact)) < 1e-4
         assert abs(ours) > 1e-5
 
@@ -91,10 +91,10 @@ def test_needle_answer_nll_equals_transformers(name: str, study: Study, oracle: 
 
 def test_exact_control_is_zero_and_deltas_are_not(study: Study) -> None:
     job = study.perplexity
-    assert np.array_equal(job.control_delta["exact"], np.zeros(4))
-    assert np.array_equal(job.control_kl["exact"], np.zeros((4, 511), np.float32))
+    assert np.array_equal(job.numbers.control_delta["exact"], np.zeros(4))
+    assert np.array_equal(job.numbers.control_kl["exact"], np.zeros((4, 511), np.float32))
     for method in ("lloyd", "e8"):
-        assert 0 < np.abs(job.control_delta[f"identity:{method}"]).max() < 1e-5
+        assert 0 < np.abs(job.numbers.control_delta[f"identity:{method}"]).max() < 1e-5
 
 
 def test_e8_equals_the_published_package(study: Study, oracle: object) -> None:
@@ -111,5 +111,5 @@ def test_e8_equals_the_published_package(study: Study, oracle: object) -> None:
         prefix, branch = list(window.ids[: window.prefix]), list(window.ids[window.prefix :])
         exact = -scored_with_cache(oracle, prefix, branch, None).double().mean().item()
         arm = -scored_with_cache(oracle, prefix, branch, None, compress).double().mean().item()
-        ours = job.nll["e8:K3V2"][window.index] - job.nll["exact"][window.index]
+        ours = job.numbers.nll["e8:K3V2"][window.index] - job.numbers.nll["exact"][window.index]
         assert abs(ours - (arm - exact)) < 1e-4

@@ -41,6 +41,10 @@ class BudgetError(InputError):
     """The request does not fit the memory budget: names needed, available and what fits."""
 
 
+class NoRoomTogether(BudgetError):
+    """Several devices cannot hold the weights together, each its share of the layers."""
+
+
 class MachineError(LayersweepError):
     """The machine failed while the run was under way: disk full, memory gone, a file that vanished
     (exit 1). What was finished is kept."""

@@ -94,7 +94,7 @@ def paths_line(study: Study) -> str:
 
 def budget_line(study: Study) -> str:
     plan, model = study.plan, study.model
-    tiles = len(study.tiles)
+    tiles = len(study.own)
     return (
         f"[budget] vram {format_bytes(model.vram.bytes)} ({model.vram.source}), ram "
         f"{format_bytes(model.ram.bytes)} ({model.ram.source}); planned working set "

@@ -12,7 +12,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from multiprocessing.connection import wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import Any
 from layersweep.cli.exits import exit_code
 from layersweep.cli.job import Job, compute
 from layersweep.cli.shards import Say, check_counts, collect, in_shards
-from layersweep.errors import InputError, LayersweepError, MachineError
+from layersweep.errors import InputError, LayersweepError, MachineError, NoRoomTogether
 from layersweep.evals.shard import Shard
 
 PR_SET_PDEATHSIG = 1
@@ -53,6 +53,8 @@ def launch(job: Job, say: Say) -> dict[str, Any]:
         )
     for device in devices:
         resolve_device(device)
+    if (results := _over_layers(job, say)) is not None:
+        return results
     if job.out is not None:
         _check_folder(job.out, len(devices), job.resume)
     with tempfile.TemporaryDirectory(prefix="layersweep-") as temporary:
@@ -61,6 +63,30 @@ def launch(job: Job, say: Say) -> dict[str, Any]:
         results = collect(kept, len(devices), say if job.out is not None else lambda line: None)
     assert results is not None  # every worker has come to its end
     return results
+
+
+def _over_layers(job: Job, say: Say) -> dict[str, Any] | None:
+    """Answers that are generated visit all weights for every token. Where a device cannot keep them
+    but all of them together can, one process computes on all, each with its share of the layers;
+    None where that is not so, or not all there is to do."""
+    from layersweep.evals.study import prepare_study
+    from layersweep.sweep.model import load
+
+    if not job.settings.generates:
+        return None
+    if job.settings.tasks != ("niah",):
+        say("note: each device generates with weights of its own; --tasks niah alone shares them")
+        return None
+    model = load(job.source, **asdict(job.machine))
+    weights = sum(spec.nbytes for spec in model.specs)
+    if all(weights <= one.vram.bytes for one in (model, *model.beside)) and not model.cpu:
+        return None
+    try:
+        prepare_study(model, job.settings)
+    except NoRoomTogether as failure:
+        say(f"fallback: layers over devices: used a process for each: {failure}")
+        return None
+    return compute(job)
 
 
 def _check_folder(out: Path, of: int, resume: bool) -> None:

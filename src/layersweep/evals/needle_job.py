@@ -14,14 +14,13 @@ from layersweep.evals.needle import Trial, generated_correctly
 from layersweep.evals.record import NEEDLE, NeedleNumbers
 from layersweep.evals.tokenizer import TextTokenizer
 from layersweep.kv.arms import EXACT, Arm
-from layersweep.sweep.attention import BranchCache
 from layersweep.sweep.loop import LogitsReader
 from layersweep.sweep.sequences import Branch, Sequence, Tile, tiles_of
 
 TILE_TRIALS = 10
 NEW_TOKENS = 16
 
-RunTiles = Callable[[list[Tile], LogitsReader, dict[tuple[int, int, int], BranchCache]], None]
+RunTiles = Callable[[list[Tile], LogitsReader], None]
 
 
 @dataclass
@@ -103,10 +102,9 @@ class NeedleJob:
         """Greedy generation of NEW_TOKENS tokens for the trials of `tiles`, all arms: a sweep per
         token.
 
-        The first sweep reads each trial up to the answer and keeps its caches; each further
-        one adds a token to every branch.
+        The first sweep reads each trial up to the answer; `run` keeps its caches, to which each
+        further one adds a token of every branch.
         """
-        caches: dict[tuple[int, int, int], BranchCache] = {}
         chosen: dict[int, list[list[int]]] = {}
 
         def pick(tile: Tile, number: int, sequence: Sequence, logits: list[Tensor]) -> None:
@@ -121,9 +119,9 @@ class NeedleJob:
                 for tile in tiles
             ]
 
-        run(rides(self._question), pick, caches)
+        run(rides(self._question), pick)
         for _ in range(NEW_TOKENS - 1):
-            run(rides(lambda index: self._step(index, chosen[index])), pick, caches)
+            run(rides(lambda index: self._step(index, chosen[index])), pick)
         for index, tokens_of in chosen.items():
             for arm, tokens in zip(self._all, tokens_of, strict=True):
                 text = self.tokenizer.decode(tokens)

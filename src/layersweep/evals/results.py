@@ -166,7 +166,8 @@ def exact_pair_fraction(prefix: int, continuation: int) -> float:
 def _performance(study: Study, outcome: Outcome) -> Json:
     """Ratios compare with the rates measured in this run. wall_s: from the first weight byte
     asked for until here, with results.json still to be written."""
-    plan, model = study.plan, study.model
+    model = study.model
+    flops = sum(plan.flops for plan in study.plans)
     swept = [tile for tile in study.own if Part.of(tile) not in study.resumed]
     grown = study.meter.peak_bytes - study.meter.start_bytes
     sweep_s, ceiling = outcome.sweep_s, outcome.gemm_flops
@@ -177,20 +178,24 @@ def _performance(study: Study, outcome: Outcome) -> Json:
         "gate_sweeps": outcome.gate_sweeps,
         "weight_bytes_read": outcome.bytes_read,
         "h2d_bytes": outcome.h2d_bytes,
+        "moved_bytes": outcome.moved_bytes,
         "tokens": sum(tile.rows for tile in swept),
         "resumed_tiles": len(study.own) - len(swept),
-        "flops": plan.flops,
-        "achieved_tflops": plan.flops / sweep_s / 1e12 if sweep_s else None,
+        "flops": flops,
+        "achieved_tflops": flops / sweep_s / 1e12 if sweep_s else None,
         "gemm_ceiling_tflops": ceiling / 1e12 if ceiling else None,
-        "mfu": plan.flops / sweep_s / ceiling if ceiling and sweep_s else None,
+        "mfu": flops / sweep_s / ceiling if ceiling and sweep_s else None,
         "h2d_gbps": outcome.h2d_bytes / outcome.copy_s / 1e9 if outcome.copy_s else None,
         "compute_stall_fraction": min(1.0, outcome.stall_s / sweep_s) if sweep_s else None,
-        "peak_device_bytes": max(0, grown - plan.host_bytes)
+        "peak_device_bytes": max(0, grown - study.plan.host_bytes)
         if model.cpu
         else outcome.peak_device_bytes,
         "peak_host_bytes": study.meter.peak_bytes,
-        "planned_device_bytes": plan.device_bytes,
-        "planned_s": planned_seconds(plan, model.compute.device.type, ceiling, outcome.h2d_rate)
+        "planned_device_bytes": study.planned_device_bytes,
+        "planned_s": sum(
+            planned_seconds(plan, model.compute.device.type, ceiling, outcome.h2d_rate)
+            for plan in study.plans
+        )
         if ceiling
         else None,
         "vram_budget": model.vram.bytes,

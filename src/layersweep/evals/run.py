@@ -17,27 +17,27 @@ from torch import Tensor
 
 from layersweep.errors import Fallback, GateError, MachineError
 from layersweep.evals.finished import FinishedSweep
+from layersweep.evals.lanes import Lead, generate_units
 from layersweep.evals.record import NEEDLE, PERPLEXITY, Part
 from layersweep.evals.shrink import KEPT, of_the_host, out_of_memory, shrink
 from layersweep.evals.study import Study, gemm_rate
 from layersweep.kv.arms import EXACT
-from layersweep.sweep.attention import BranchCache
 from layersweep.sweep.loop import Engine, Progress, SweepRecord, run_sweep
-from layersweep.sweep.model import Model
 from layersweep.sweep.sequences import Sequence, Tile
 
-Caches = dict[tuple[int, int, int], BranchCache]
 Finished = Callable[[FinishedSweep], None]
 
 
 @dataclass
 class Outcome:
-    """What the sweeps of a study took, in this process."""
+    """What the sweeps of a study took, in this process. `h2d_bytes` of weights; `moved_bytes` of
+    hidden states between devices, and of caches that visit them."""
 
     sweeps: int = 0
     gate_sweeps: int = 0
     bytes_read: int = 0
     h2d_bytes: int = 0
+    moved_bytes: int = 0
     copy_s: float = 0.0
     stall_s: float = 0.0
     h2d_rate: float | None = None
@@ -96,7 +96,7 @@ class StudyRun:
         self, study: Study, say: Callable[[Fallback], None] = lambda fallback: None
     ) -> None:
         self.study, self.say = study, say
-        self.engine: Engine | None = None
+        self.engines: list[Engine] = []
         self.fallbacks: list[Fallback] = []
 
     def __enter__(self) -> StudyRun:
@@ -106,19 +106,22 @@ class StudyRun:
 
     def _open(self) -> None:
         """Take the plan's memory; a smaller plan's where somebody else was faster."""
-        while self.engine is None:
+        while not self.engines:
             try:
-                self.engine = self.study.open(self.say)
+                self.engines = self.study.open(self.say)
             except Exception as failure:
                 why = self._memory_that_is_gone(failure)
             else:
                 return
             self._shrink(why)
 
+    def _close(self) -> None:
+        for engine in self.engines:
+            engine.close()
+        self.engines = []
+
     def __exit__(self, *failure: object) -> None:
-        if self.engine is not None:
-            self.engine.close()
-            self.engine = None
+        self._close()
 
     def measure(
         self,
@@ -139,35 +142,41 @@ class StudyRun:
         outcome = Outcome()
         if study.finished:
             return outcome
-        assert self.engine is not None
         with study.meter.phase("ceiling"):
             outcome.gemm_flops = gemm_flops or study.gemm_flops or gemm_rate(study.model)
-            outcome.h2d_rate = self.engine.store.measure_h2d()
+            outcome.h2d_rate = self.engines[0].store.measure_h2d()
         with study.meter:
             outcome.started = time.perf_counter()
             listeners = Listeners(progress, finished_sweep, limit or TimeLimit(math.inf))
-            while why := self._sweep_until_memory_ends(outcome, listeners):
-                self._reopen(why)
+            while not (study.finished or listeners.limit.reached):
+                if not self.engines:
+                    self._open()
+                self._work(outcome, listeners)
             outcome.sweep_s = time.perf_counter() - outcome.started
         outcome.fallbacks += self.fallbacks
-        if study.gate:
+        if study.gate and study.done.gate:
             study.gate.check_peak(*_peaks(study, outcome))
         return outcome
 
-    def _sweep_until_memory_ends(self, outcome: Outcome, listeners: Listeners) -> str | None:
-        """Why an allocation failed; None when all is done."""
-        study, engine = self.study, self.engine
-        assert engine is not None
+    def _work(self, outcome: Outcome, listeners: Listeners) -> None:
+        """Sweep what is left to sweep, or generate; where memory ends, plan the rest anew."""
+        study, why = self.study, ""
         try:
-            _sweep_tiles(study, outcome, engine, listeners)
-            if study.to_generate:
-                _generate(study, outcome, engine, listeners)
-            return None
+            if study.sweeping:
+                _sweep_tiles(study, outcome, self.engines[0], listeners)
+            else:
+                _generate(study, outcome, self.engines, listeners)
         except Exception as failure:
             why = self._memory_that_is_gone(failure)
         finally:
-            _account(study.model, outcome, engine)
-        return why  # here, where the failure's frames, and the tensors in them, are gone
+            _account(outcome, self.engines, study)
+        # here, where the failure's frames, and the tensors in them, are gone
+        if why:
+            self._close()
+            study.forget_unfinished()
+            self._shrink(why)
+        elif not study.finished:
+            self._close()
 
     def _memory_that_is_gone(self, failure: Exception) -> str:
         """The words of a failed allocation that a smaller plan may help. Raises anything else."""
@@ -178,42 +187,34 @@ class StudyRun:
             raise MachineError(f"the host ran out of memory: {why}", hint=KEPT) from failure
         return why
 
-    def _reopen(self, why: str) -> None:
-        """Give the memory back and go on with a plan that needs less."""
-        assert self.engine is not None
-        self.engine.close()
-        self.engine = None
-        self.study.forget_unfinished()
-        self._shrink(why)
-        self._open()
-
     def _shrink(self, why: str) -> None:
         gc.collect()
         self.fallbacks.append(shrink(self.study, why))
         self.say(self.fallbacks[-1])
 
 
-def _account(model: Model, outcome: Outcome, engine: Engine) -> None:
-    """Take over what the engine counted."""
-    store = engine.store
-    outcome.bytes_read += store.bytes_read
-    outcome.h2d_bytes += store.h2d_bytes
-    outcome.copy_s += store.copy_s
-    outcome.stall_s += store.stall_s
-    outcome.host_pinned = outcome.host_pinned and store.host_pinned
-    outcome.fallbacks += store.fallbacks
-    if not model.cpu:
-        reserved = torch.cuda.max_memory_reserved(model.compute.device)
-        outcome.peak_device_bytes = reserved + model.context_bytes
+def _account(outcome: Outcome, engines: list[Engine], study: Study) -> None:
+    """Take over what the engines counted."""
+    for engine, model in zip(engines, study.models, strict=False):
+        store = engine.store
+        outcome.bytes_read += store.bytes_read
+        outcome.h2d_bytes += store.h2d_bytes
+        outcome.copy_s += store.copy_s
+        outcome.stall_s += store.stall_s
+        outcome.host_pinned = outcome.host_pinned and store.host_pinned
+        outcome.fallbacks += store.fallbacks
+        if not model.cpu:
+            reserved = torch.cuda.max_memory_reserved(model.compute.device)
+            peak = reserved + model.context_bytes
+            outcome.peak_device_bytes = max(outcome.peak_device_bytes, peak)
 
 
 def _peaks(study: Study, outcome: Outcome) -> tuple[int, int]:
     """Measured and planned peak: of the device, or of what a CPU run adds to the host."""
-    plan = study.plan
     if study.model.cpu:
         grown = study.meter.peak_bytes - study.meter.start_bytes
-        return grown, plan.device_bytes + plan.host_bytes
-    return outcome.peak_device_bytes, plan.device_bytes
+        return grown, study.planned_host_bytes
+    return outcome.peak_device_bytes, study.planned_device_bytes
 
 
 def _sweep_tiles(
@@ -239,11 +240,7 @@ def _sweep_tiles(
         )
         outcome.sweeps += bool(some)
         outcome.gate_sweeps += not some
-        finished = _take(study, some, record)
-        study.gate_passed = True
-        study.done.add(finished)
-        listeners.finished_sweep(finished)
-        listeners.limit.took_one()
+        _finish(study, some, record, listeners)
 
 
 def _read(study: Study, tile: Tile, number: int, sequence: Sequence, logits: list[Tensor]) -> None:
@@ -255,22 +252,28 @@ def _read(study: Study, tile: Tile, number: int, sequence: Sequence, logits: lis
         study.gate.check_logits(logits[0])
 
 
-def _generate(study: Study, outcome: Outcome, engine: Engine, listeners: Listeners) -> None:
-    """All trials, a sweep per token: one unit, since caches are not kept on disk."""
-    assert study.needle is not None
-    if not listeners.limit.allows_another():
-        return
-    whole = FinishedSweep([])
+def _generate(study: Study, outcome: Outcome, engines: list[Engine], listeners: Listeners) -> None:
+    """Trials unit by unit: a sweep per token, and caches are not kept on disk."""
+    assert study.needle is not None and study.generation is not None
+    lead = None
+    if study.lead and study.gate:
+        lead = Lead(study.lead[0], study.gate.check_layer, lambda *what: _read(study, *what))
+    units = generate_units(
+        study.generation, engines, study.needle, lead=lead, progress=listeners.progress,
+        allows_another=listeners.limit.allows_another,
+    )  # fmt: skip
+    for unit in units:
+        outcome.sweeps += unit.sweeps
+        outcome.moved_bytes += unit.moved_bytes
+        _finish(study, unit.tiles, unit.record, listeners)
 
-    def run(tiles: list[Tile], read: Callable[..., None], caches: Caches) -> None:
-        record = run_sweep(engine, tiles, read, caches=caches, progress=listeners.progress)
-        outcome.sweeps += 1
-        whole.add(_take(study, tiles, record))
 
-    study.needle.generate(run, study.to_generate)
-    whole.parts = [Part.of(tile) for tile in study.to_generate]
-    study.done.add(whole)
-    listeners.finished_sweep(whole)
+def _finish(study: Study, tiles: list[Tile], record: SweepRecord, listeners: Listeners) -> None:
+    """The numbers of `tiles` are complete: they are kept."""
+    finished = _take(study, tiles, record)
+    study.gate_passed = True
+    study.done.add(finished)
+    listeners.finished_sweep(finished)
     listeners.limit.took_one()
 
 

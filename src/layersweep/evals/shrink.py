@@ -45,6 +45,12 @@ def shrink(study: Study, why: str) -> Fallback:
     is too much, too.
     """
     model, old = study.model, study.plan
+    parts = len(old.sweeps)
+    if model.beside or (not study.sweeping and parts == len(study.to_generate)):
+        raise MachineError(
+            f"the device ran out of memory ({why}), and tiles are generated one at a time already",
+            hint=f"a smaller --niah-context, or --niah-mode teacher; {KEPT}",
+        )
     device = str(model.compute.device)
     where = "host" if model.cpu else "device"
     if not model.cpu:
@@ -55,7 +61,7 @@ def shrink(study: Study, why: str) -> Fallback:
         room = min(model.vram.bytes, old.device_bytes - 1, free.bytes + model.context_bytes)
         ram = model.ram if model.ram.bytes <= host.bytes else host
         study.model = replace(model, vram=Budget(room, f"what is free now ({why})"), ram=ram)
-        study.plan = study.model.plan([*study.lead, *study.to_sweep], at_least=2 * len(old.sweeps))
+        study.plan_rest(at_least=2 * parts)
     except BudgetError as failure:
         raise MachineError(
             f"the {where} ran out of memory ({why}), and no smaller plan fits: {failure}",

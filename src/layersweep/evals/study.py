@@ -7,6 +7,7 @@ then reads the weights.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
@@ -21,6 +22,7 @@ from layersweep.checkpoint.strict_json import UnusableJson, parse_json
 from layersweep.errors import Fallback, InputError
 from layersweep.evals.finished import FinishedSweep
 from layersweep.evals.gate import Card, Gate
+from layersweep.evals.generation import Generation, plan_generation
 from layersweep.evals.meter import Meter
 from layersweep.evals.needle import make_trials
 from layersweep.evals.needle_job import NeedleJob
@@ -42,6 +44,7 @@ from layersweep.sweep.loop import Engine
 from layersweep.sweep.model import Model
 from layersweep.sweep.sequences import Tile
 
+NEEDLE_TASK = "niah"
 SLOW = "on a CPU it needs numba; on a GPU kernels are for 1 to 4 bits and need NVRTC"
 
 
@@ -51,7 +54,9 @@ class Study:
 
     `tiles` are all of the study; this process computes those of its `shard`. `plan` is for the
     sweeps that are left, behind those that are `done`; of these, an earlier process computed
-    `resumed`. `gate_passed`: in this process. `gemm_flops`: FLOP/s, where it has been measured.
+    `resumed`. `generation` is how answers are generated, on `models`; `plan` is that of its first
+    stage where nothing else is left. `gate_passed`: in this process. `gemm_flops`: FLOP/s, where it
+    has been measured.
     """
 
     model: Model
@@ -66,6 +71,7 @@ class Study:
     tiles: list[Tile]
     shard: Shard
     plan: Plan
+    generation: Generation | None = None
     gemm_flops: float | None = None
     done: FinishedSweep = field(default_factory=lambda: FinishedSweep([]))
     resumed: list[Part] = field(default_factory=list)
@@ -114,6 +120,38 @@ class Study:
         return not self.pending and (bool(self.own) or gate_done)
 
     @property
+    def models(self) -> list[Model]:
+        """The model on each device, the first one's ahead."""
+        return [self.model, *self.model.beside]
+
+    @property
+    def sweeping(self) -> bool:
+        """Whether there is something to do before answers are generated."""
+        return bool(self.to_sweep) or not self.to_generate
+
+    @property
+    def plans(self) -> list[Plan]:
+        """Of all that this process does, one after the other."""
+        generation = [self.generation.stages[0].plan] if self.generation else []
+        return [self.plan] * (self.plan not in generation) + generation
+
+    @property
+    def planned_device_bytes(self) -> int:
+        stages = self.generation.stages if self.generation else []
+        return max(self.plan.device_bytes, *(stage.plan.device_bytes for stage in stages), 0)
+
+    @property
+    def planned_host_bytes(self) -> int:
+        """On the CPU: of all stages and caches, or of the sweeps before."""
+        plan, generation = self.plan, self.generation
+        together = 0
+        if generation:
+            plans = [stage.plan for stage in generation.stages]
+            together = generation.cache_bytes
+            together += sum(plan.device_bytes + plan.host_bytes for plan in plans)
+        return max(plan.device_bytes + plan.host_bytes, together)
+
+    @property
     def lead(self) -> list[Tile]:
         """The gate's tile, ahead of whatever is left to sweep."""
         done = self.finished or self.gate_passed
@@ -134,9 +172,22 @@ class Study:
             self.done.add(sweep)
         self.resumed = list(self.done.parts)
         if not self.finished:
-            self.plan = _plan(self.model, self.lead, self.to_sweep, self.gemm_flops)
+            self.plan_rest()
         elif self.gate and self.done.gate:
             self.gate.restore(self.done.gate)
+
+    def plan_rest(self, at_least: int = 1) -> None:
+        """Plan what is left. `at_least`: sweeps, or units of generation."""
+        if self.to_generate:
+            units = 1 if self.to_sweep else at_least
+            self.generation = plan_generation(self.models, self.to_generate, self.arms, units)
+            self.plan = self.generation.stages[0].plan
+        if self.sweeping:
+            tiles = [*self.lead, *self.to_sweep]
+            if at_least > 1 or self.gemm_flops is None:
+                self.plan = self.model.plan(tiles, at_least=at_least)
+            else:
+                self.plan = _plan(self.model, self.lead, self.to_sweep, self.gemm_flops)
 
     @property
     def fallbacks(self) -> list[Fallback]:
@@ -151,11 +202,19 @@ class Study:
         ]
         return [*found, *self.model.compute.fallbacks]
 
-    def open(self, say: Callable[[Fallback], None] = lambda fallback: None) -> Engine:
-        """Take the plan's memory, and measure the bus; close it when results are in place, since
-        giving back pinned memory takes a tenth of a second per GiB."""
-        with self.meter.phase("memory"):
-            return self.model.open(self.plan, say)
+    def open(self, say: Callable[[Fallback], None] = lambda fallback: None) -> list[Engine]:
+        """Take the memory of what comes next; close it when results are in place, since giving back
+        pinned memory takes a tenth of a second per GiB."""
+        with self.meter.phase("memory"), ExitStack() as undo:
+            if self.sweeping:
+                return [self.model.open(self.plan, say)]
+            assert self.generation is not None
+            engines = []
+            for stage in self.generation.stages:
+                engines.append(stage.model.open(stage.plan, say, stage.layers))
+                undo.callback(engines[-1].close)
+            undo.pop_all()
+            return engines
 
 
 def prepare_study(
@@ -166,6 +225,12 @@ def prepare_study(
     `kept`: finished sweeps are written down, so that there should be enough of them (sizing.py).
     """
     arms = parse_arms(settings.kv)
+    if model.beside and not (settings.generates and settings.tasks == (NEEDLE_TASK,)):
+        raise InputError(
+            f"--device: found {1 + len(model.beside)} devices in one process, needed one: only "
+            "--tasks niah --niah-mode generate shares the layers among them",
+            hint="`layersweep eval --device cuda:0,cuda:1` starts a process for each",
+        )
     config = model.checkpoint.config
     if not arms and settings.gate != "only":
         raise InputError(
@@ -194,14 +259,13 @@ def prepare_study(
     lead = [gate.tile()] if gate else []
     tiles = [*(perplexity.tiles() if perplexity else []), *(needle.tiles() if needle else [])]
     _check_sliding_window(config.sliding_window, [*lead, *tiles])
-    own = own_tiles(model, tiles, shard)
-    swept = [tile for tile in own if tile.name != NEEDLE or not settings.generates]
     gemm_flops = gemm_rate(model) if kept else None
-    plan = _plan(model, lead, swept, gemm_flops)
-    return Study(
+    study = Study(
         model, settings, text, tokenizer, arms, bos_id, perplexity, needle, gate,
-        tiles, shard, plan, gemm_flops,
+        tiles, shard, model.plan(lead), gemm_flops=gemm_flops,
     )  # fmt: skip
+    study.plan_rest()
+    return study
 
 
 def own_tiles(model: Model, tiles: list[Tile], shard: Shard) -> list[Tile]:

@@ -45,6 +45,10 @@ class Encoded:
         at = self.positions[index : index + 1].clone()
         return Encoded(self.codec, packed, at, self.basis)
 
+    def to(self, device: torch.device | str) -> Encoded:
+        """On another device, not decoded. The basis stays where its layer is computed."""
+        return Encoded(self.codec, self.packed.to(device), self.positions.to(device), self.basis)
+
 
 Shared = dict[Hashable, Encoded]
 
@@ -76,6 +80,18 @@ class CachedStream:
             None if part is None else part[one].clone() for part in (self.head, self.tail)
         )
         return CachedStream(self.dtype, head, middle, tail)
+
+    def to(self, device: torch.device | str) -> CachedStream:
+        """On another device; not decoded, even where it is there already."""
+        head, tail = (None if part is None else part.to(device) for part in (self.head, self.tail))
+        middle = None if self.middle is None else self.middle.to(device)
+        return CachedStream(self.dtype, head, middle, tail)
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of its tensors."""
+        exact = sum(part.nbytes for part in (self.head, self.tail) if part is not None)
+        return exact + (0 if self.middle is None else self.middle.packed.held_bytes)
 
     @property
     def nbits(self) -> float:

@@ -58,6 +58,19 @@ class Packed:
         scale, mean = (None if part is None else part.clone() for part in (self.scale, self.mean))
         return replace(self, codes=self.codes.clone(), scale=scale, mean=mean)
 
+    def to(self, device: torch.device | str) -> Packed:
+        """The same bytes on another device."""
+        scale, mean = (
+            None if part is None else part.to(device) for part in (self.scale, self.mean)
+        )
+        return replace(self, codes=self.codes.to(device), scale=scale, mean=mean)
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of its tensors, which may be more than what a simulated method would store."""
+        parts = (self.codes, self.scale, self.mean)
+        return sum(part.nbytes for part in parts if part is not None)
+
 
 def join_tokens(parts: Sequence[Packed]) -> Packed:
     """The parts one after the other along the tokens; same bits, dim, batch and heads."""

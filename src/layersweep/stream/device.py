@@ -115,9 +115,11 @@ class DeviceStage:
             self._changed.notify_all()
 
     def measure(self) -> float:
-        """Bytes per second from host ring to device ring, the best of three copies."""
-        source = self.host.ring_bytes[: min(MEASURED_BYTES, self._buffer.numel())]
-        target, best = self._buffer[: source.numel()], float("inf")
+        """Bytes per second from host ring to device, the best of three copies. Before a sweep."""
+        # where everything will stay there is no ring, but memory that is still empty
+        buffer = max((self._buffer, *self._kept.values()), key=len)
+        source = self.host.ring_bytes[: min(MEASURED_BYTES, len(buffer))]
+        target, best = buffer[: source.numel()], float("inf")
         with torch.cuda.stream(self._stream):
             for _ in range(4):  # the first one warms up
                 begun = mark(self.device)

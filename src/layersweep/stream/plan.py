@@ -40,8 +40,10 @@ HOST_RING = 2**30
 
 @dataclass(frozen=True)
 class Plan:
-    """`sweeps[i]` are the tiles (by index) of sweep i, `reads[i]` and `copies[i]` the bytes that it
-    takes from files and to the device. `peaks` sums to `device_bytes`."""
+    """`sweeps[i]` are the tiles (by index) of sweep i. `reads`, `copies` and `sweep_flops` are of
+    each walk over the weights, one per sweep unless it visits them more often: bytes from files,
+    bytes to the device, operations (of a token that is generated, none are counted). `peaks` sums
+    to `device_bytes`."""
 
     sweeps: tuple[tuple[int, ...], ...]
     peaks: dict[str, int]
@@ -102,10 +104,12 @@ def make_plan(
     tiles: Sequence[TileShape],
     machine: Machine,
     at_least: int = 1,
+    visits: int = 1,
 ) -> Plan:
     """Cut `tiles` into sweeps that fit the machine's budgets, and place the weights.
 
-    `at_least`: sweeps wanted, for as many tiles.
+    `at_least`: sweeps wanted, for as many tiles. `visits`: of all weights by each of them, which
+    generation needs for every token.
 
     On the CPU both budgets are host memory and `vram` bounds the working set alone. Raises
     BudgetError with needed, available and what would fit.
@@ -124,14 +128,17 @@ def make_plan(
         )
     sweeps = cut(sizes, machine.vram - fixed, at_least)
     held = max(sum(sizes[index] for index in sweep) for sweep in sweeps)
+    walks = len(sweeps) * visits
     room = machine.vram - fixed - held
-    placement = place(runs, machine, host_ring, room if len(sweeps) > 1 else None)
+    if walks > 1 and room + peaks.get("weights in flight", 0) >= sum(run.nbytes for run in runs):
+        room += peaks.pop("weights in flight", 0)  # what stays needs no ring
+    placement = place(runs, machine, host_ring, room if walks > 1 else None)
     on_device = sum(runs[index].nbytes for index in placement.device)
     if on_device:
         peaks["weights kept"] = on_device
     again = [run for run in runs if run.index not in placement.device]
     from_disk = [run for run in again if run.index not in placement.host]
-    repeats = len(sweeps) - 1
+    repeats = walks - 1
     flops = [tile_flops(config, tile) for tile in tiles]
     copied = [sum(run.nbytes for run in runs), *[sum(run.nbytes for run in again)] * repeats]
     return Plan(
@@ -145,8 +152,12 @@ def make_plan(
             sum(run.stored_bytes for run in runs),
             *[sum(run.stored_bytes for run in from_disk)] * repeats,
         ),
-        copies=(0,) * len(sweeps) if machine.cpu else tuple(copied),
-        sweep_flops=tuple(sum(flops[index] for index in sweep) for sweep in sweeps),
+        copies=(0,) * walks if machine.cpu else tuple(copied),
+        sweep_flops=tuple(
+            sum(flops[index] for index in sweep) if visit == 0 else 0.0
+            for sweep in sweeps
+            for visit in range(visits)
+        ),
         vram=machine.vram,
         ram=machine.ram,
     )
@@ -191,6 +202,7 @@ def place(runs: Sequence[Run], machine: Machine, host_ring: int, room: int | Non
     """Where runs wait. `room`: device bytes that nothing else needs; None where one sweep is all
     and nothing needs to be kept."""
     sizes = [run.nbytes for run in runs]
+    ring = min(compute_ring(runs), sum(sizes))
     device: frozenset[int] = frozenset()
     host: frozenset[int] = frozenset()
     if room is not None:
@@ -203,7 +215,7 @@ def place(runs: Sequence[Run], machine: Machine, host_ring: int, room: int | Non
     return Placement(
         device=device,
         host=host,
-        device_ring=0 if machine.cpu else min(compute_ring(runs), sum(sizes)),
+        device_ring=0 if machine.cpu or len(device) == len(runs) else ring,
         host_ring=host_ring,
         drop_cache=bool(host) or machine.ram * machine.sharers < sum(sizes),
     )

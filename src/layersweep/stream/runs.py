@@ -101,3 +101,35 @@ class Placement:
     device_ring: int
     host_ring: int
     drop_cache: bool = False
+
+
+def spread_layers(sizes: Sequence[int], rooms: Sequence[int]) -> list[range] | None:
+    """Consecutive layers for each device, at least one, each filled to the same share of its room
+    as nearly as whole layers allow; None where they do not fit together."""
+    if len(sizes) < len(rooms) or min(rooms) <= 0:
+        return None
+    low, high = 0.0, 1.0
+    best = _filled(sizes, rooms, high)
+    for _ in range(30):
+        middle = (low + high) / 2
+        if (found := _filled(sizes, rooms, middle)) is None:
+            low = middle
+        else:
+            best, high = found, middle
+    return best
+
+
+def _filled(sizes: Sequence[int], rooms: Sequence[int], share: float) -> list[range] | None:
+    """Layers in order, as many to each device as fit `share` of its room."""
+    parts, first = [], 0
+    for device, room in enumerate(rooms):
+        last, used = first, 0
+        most = len(sizes) - (len(rooms) - 1 - device)  # one for each device behind it
+        while last < most and used + sizes[last] <= share * room:
+            used += sizes[last]
+            last += 1
+        if last == first:
+            return None
+        parts.append(range(first, last))
+        first = last
+    return parts if first == len(sizes) else None

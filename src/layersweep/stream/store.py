@@ -149,7 +149,7 @@ def _check_rings(placement: Placement, runs: Sequence, on_gpu: bool) -> None:  #
     """A ring that cannot hold what is used at once would wait for ever."""
     whole = sum(run.nbytes for run in runs)
     rings = [("--ram", placement.host_ring, staging_ring(runs) if on_gpu else compute_ring(runs))]
-    if on_gpu:
+    if on_gpu and len(placement.device) < len(runs):
         rings.append(("--vram", placement.device_ring, compute_ring(runs)))
     for option, found, needed in rings:
         if found < min(needed, whole):

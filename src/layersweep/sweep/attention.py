@@ -16,21 +16,13 @@ from layersweep.kv.codec import key_group, wants_basis
 from layersweep.kv.stream import Stream, keys_and_values
 from layersweep.model import maths
 from layersweep.model.compute import Compute, Scratch
+from layersweep.sweep.caches import KeptCaches
 from layersweep.sweep.dense import DenseWeights
 from layersweep.sweep.sequences import Branch, Group, Tile
 from layersweep.sweep.state import Routing, TileState
 
 QUERY_CHUNK = 512
 STREAMING_MEAN = 128  # tokens that a channel mean comes from where later ones are not known yet
-
-
-@dataclass
-class BranchCache:
-    """What one layer keeps of one branch between sweeps: the prefix as its arm stores it,
-    and the exact keys (before RoPE) and values of the tokens since."""
-
-    prefix: tuple[CachedStream, CachedStream] | None
-    tail: tuple[Tensor, Tensor]
 
 
 @dataclass
@@ -46,8 +38,8 @@ class LayerContext:
     scratch: Scratch
     # (tile name, arm) -> [bits stored, elements they stand for]
     cache_bits: dict[tuple[str, str], list[float]]
-    # (sequence, branch, layer) -> cache; None in evaluations, which drop a layer's K/V
-    caches: dict[tuple[int, int, int], BranchCache] | None = None
+    # None in evaluations, which drop a layer's keys and values
+    caches: KeptCaches | None = None
 
     def streams(self, arm: Arm) -> tuple[Stream, Stream]:
         """Keys, with the layer's own coordinates where the arm asks for them, and values."""
@@ -169,16 +161,18 @@ def _history(
     """Keys (before RoPE) and values that a branch sees before its own: [B, G, S, D] each."""
     sequence = group.sequences[0]
     if sequence.past:
-        return _kept_history(tile, group, index, context)
+        assert context.caches is not None and len(group.sequences) == 1
+        key = (tile.first + group.first, index, context.layer)
+        return context.caches.history(key, context.compute.device)
     if not sequence.prefix:
         return prefix_kv
     arm = sequence.branches[index].arm
     stored = _store(tile.name, arm, prefix_kv, shared, context)
     if context.caches is not None:
         for offset, _ in enumerate(group.sequences):
-            one = tuple(stream.select(offset) for stream in stored)
             key = (tile.first + group.first + offset, index, context.layer)
-            context.caches[key] = BranchCache((one[0], one[1]), prefix_kv)
+            one = stored[0].select(offset), stored[1].select(offset)
+            context.caches.keep_prefix(key, one)
     return stored[0].decoded(), stored[1].decoded()
 
 
@@ -204,34 +198,15 @@ def _store(
     return stored[0], stored[1]
 
 
-def _kept_history(
-    tile: Tile, group: Group, index: int, context: LayerContext
-) -> tuple[Tensor, Tensor]:
-    assert context.caches is not None and len(group.sequences) == 1
-    cache = context.caches[tile.first + group.first, index, context.layer]
-    if cache.prefix is None:
-        return cache.tail
-    pairs = zip(cache.prefix, cache.tail, strict=True)
-    keys, values = (torch.cat((stream.decoded(), tail), dim=2) for stream, tail in pairs)
-    return keys, values
-
-
 def _keep(
     tile: Tile, group: Group, index: int, kv: tuple[Tensor, Tensor], context: LayerContext
 ) -> None:
     """Append a branch's own exact keys and values to its kept cache."""
     assert context.caches is not None
-    for offset, sequence in enumerate(group.sequences):
+    for offset, _ in enumerate(group.sequences):
         key = (tile.first + group.first + offset, index, context.layer)
-        own = tuple(x[offset : offset + 1].clone() for x in kv)
-        if sequence.past:
-            tail = context.caches[key].tail
-            both = tuple(torch.cat(pair, dim=2) for pair in zip(tail, own, strict=True))
-            context.caches[key].tail = (both[0], both[1])
-        elif key in context.caches:
-            context.caches[key].tail = (own[0], own[1])
-        else:
-            context.caches[key] = BranchCache(None, (own[0], own[1]))
+        own = kv[0][offset : offset + 1], kv[1][offset : offset + 1]
+        context.caches.extend(key, own)
 
 
 def _attend_streaming(

@@ -7,7 +7,10 @@ leaves: a broken model stops at its first broken layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Many
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -17,7 +20,8 @@ from layersweep.checkpoint.config import ModelConfig
 from layersweep.model import maths
 from layersweep.model.compute import Compute, Scratch
 from layersweep.stream.store import BlockStore
-from layersweep.sweep.attention import BranchCache, LayerContext, visit_attention
+from layersweep.sweep.attention import LayerContext, visit_attention
+from layersweep.sweep.caches import KeptCaches
 from layersweep.sweep.clock import PhaseClock
 from layersweep.sweep.dense import DenseWeights
 from layersweep.sweep.experts import visit_expert
@@ -46,24 +50,57 @@ class SweepRecord:
 
     `cache_bits[tile name, arm]` = [bits stored, elements]; `nonfinite` = (tile index, index of
     the sequence within the tile, branch or -1 for the prefix) -> first bad layer; `seconds` per
-    phase, by the device's own clock.
+    phase, by the device's own clock; `moved_bytes` of hidden states between devices.
     """
 
     cache_bits: dict[tuple[str, str], list[float]] = field(default_factory=dict)
     nonfinite: dict[tuple[int, int, int], int] = field(default_factory=dict)
     experts_used: list[int] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    moved_bytes: int = 0
+
+    def add(self, later: SweepRecord) -> None:
+        """Take over a later sweep of the same tiles."""
+        for key, counted in later.cache_bits.items():
+            total = self.cache_bits.setdefault(key, [0.0, 0.0])
+            total[0] += counted[0]
+            total[1] += counted[1]
+        for where, layer in later.nonfinite.items():
+            self.nonfinite[where] = min(layer, self.nonfinite.get(where, layer))
+        for phase, seconds in later.seconds.items():
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+        self.moved_bytes += later.moved_bytes
 
 
 class Engine:
-    """What sweeps of one model share: where blocks come from, and memory to compute in."""
+    """What sweeps of one model share: where blocks come from, and memory to compute in.
+
+    `layers`: those that this engine holds, all by default; the first one's has the embedding, too,
+    and the last one's the head. `turn`: whose sweep is using it.
+    """
 
     def __init__(
-        self, config: ModelConfig, store: BlockStore, compute: Compute, scratch_bytes: int
+        self,
+        config: ModelConfig,
+        store: BlockStore,
+        compute: Compute,
+        scratch_bytes: int,
+        layers: range | None = None,
     ) -> None:
         self.config, self.store, self.compute = config, store, compute
+        self.layers = layers or range(config.num_hidden_layers)
+        self.turn = threading.Lock()
         self.weights = DenseWeights(config, compute)
         self.scratch = Scratch(scratch_bytes, compute.device)
+
+    @contextmanager
+    def visited(self) -> Iterator[None]:
+        """One walk over this engine's blocks; other sweeps wait for their turn."""
+        with self.turn:
+            if not self.compute.cpu:
+                torch.cuda.set_device(self.compute.device)
+            with self.store.sweep():
+                yield
 
     def close(self) -> None:
         self.store.close()
@@ -74,12 +111,14 @@ def run_sweep(
     tiles: list[Tile],
     read_logits: LogitsReader,
     *,
+    then: Many[Engine] = (),
     lead: Tile | None = None,
     check: LayerCheck | None = None,
-    caches: dict[tuple[int, int, int], BranchCache] | None = None,
+    caches: KeptCaches | None = None,
     progress: Progress = lambda phase, done, total: None,
 ) -> SweepRecord:
-    """Visit every block once with all `tiles`.
+    """Visit every block once with all `tiles`, on `engine`, and `then` on those that hold the later
+    layers.
 
     `read_logits(tile, sequence index, sequence, logits per branch [rows, V] float32)` is
     called once per sequence at the end; the logits are gone when it returns. `check` sees the
@@ -87,43 +126,75 @@ def run_sweep(
     name) are kept between sweeps.
     """
     record = SweepRecord()
-    with torch.inference_mode(), engine.compute.numerics(), engine.store.sweep():
-        sweep = _Sweep(engine, record, caches, progress)
-        groups = [([lead] if lead else []), tiles]
-        states = [[sweep.state_of(tile) for tile in group] for group in groups]
-        sweep.embed([state for group in states for state in group])
-        for layer in range(engine.config.num_hidden_layers):
-            sweep.visit_layer(layer, states[0], states[1], check)
-        sweep.read_head([*states[0], *states[1]], read_logits)
-        for index, state in enumerate(states[1]):
-            bad = state.nonfinite().items()
-            record.nonfinite |= {(index, *where): layer for where, layer in bad}
-        record.seconds = sweep.clock.seconds()
+    config = engine.config
+    width = config.num_attention_heads * config.head_dim
+    groups = [
+        [TileState(tile, width) for tile in group] for group in ([lead] if lead else [], tiles)
+    ]
+    every = [*groups[0], *groups[1]]
+    visits = _Visits(progress, config, len(tiles))
+    with torch.inference_mode(), engine.compute.numerics(), ExitStack() as leave:
+        before = ExitStack()
+        for stage in (engine, *then):
+            # the next engine is entered before this one is left: no tile waits between them,
+            # where it would take the memory of the next
+            turn = leave.enter_context(ExitStack())
+            turn.enter_context(stage.visited())
+            sweep = _Sweep(stage, record, caches, visits, every)
+            if stage.layers[0] == 0:
+                sweep.embed(every)
+            else:
+                record.moved_bytes += sum(state.move(stage.compute.device) for state in every)
+            before.close()
+            before = turn
+            for layer in stage.layers:
+                sweep.visit_layer(layer, groups[0], groups[1], check)
+            if stage.layers[-1] == config.num_hidden_layers - 1:
+                sweep.read_head(every, read_logits)
+            for phase, seconds in sweep.clock.seconds().items():
+                record.seconds[phase] = record.seconds.get(phase, 0.0) + seconds
+    for index, state in enumerate(groups[1]):
+        bad = state.nonfinite().items()
+        record.nonfinite |= {(index, *where): layer for where, layer in bad}
     return record
 
 
+class _Visits:
+    """Progress: a visit is a tile's attention, or an expert with all tiles."""
+
+    def __init__(self, progress: Progress, config: ModelConfig, tiles: int) -> None:
+        self.progress, self.done = progress, 0
+        self.total = config.num_hidden_layers * (tiles + config.num_local_experts)
+
+    def __call__(self) -> None:
+        self.done += 1
+        self.progress("sweep", self.done, self.total)
+
+
 class _Sweep:
-    """One walk over the blocks. Blocks are numbered in sweep order: embed, layers, head."""
+    """One walk over an engine's blocks. They are numbered in sweep order: embed, layers, head."""
 
     def __init__(
         self,
         engine: Engine,
         record: SweepRecord,
-        caches: dict[tuple[int, int, int], BranchCache] | None,
-        progress: Progress,
+        caches: KeptCaches | None,
+        visited: _Visits,
+        states: list[TileState],
     ) -> None:
-        self.progress, self.visits = progress, 0
+        self.visited = visited
         self.config, self.store, self.compute = engine.config, engine.store, engine.compute
         self.weights, self.scratch = engine.weights, engine.scratch
         self.record, self.caches = record, caches
         self.per_layer = 1 + self.config.num_local_experts
+        # of the first layer here: behind the embedding, where that is here, too
+        self.first = 1 if engine.layers[0] == 0 else -engine.layers[0] * self.per_layer
         self.clock = PhaseClock(self.compute.device)
-        self.longest = 0
-
-    def state_of(self, tile: Tile) -> TileState:
-        longest = max(sequence.longest for sequence in tile.sequences)
-        self.longest = max(self.longest, longest)
-        return TileState(tile, self.config.num_attention_heads * self.config.head_dim)
+        sequences = [sequence for state in states for sequence in state.tile.sequences]
+        longest = max((sequence.longest for sequence in sequences), default=0)
+        positions = torch.arange(longest, device=self.compute.device)
+        cos, sin = maths.rope_table(self.config.rope_theta, self.config.head_dim, positions)
+        self.cos, self.sin = cos.to(self.compute.dtype), sin.to(self.compute.dtype)
 
     def embed(self, states: list[TileState]) -> None:
         device, dtype = self.compute.device, self.compute.dtype
@@ -133,20 +204,11 @@ class _Sweep:
             for state, rows in zip(states, ids, strict=True):
                 state.start(table[rows.to(device)].to(dtype))
             self.store.release(0)
-        positions = torch.arange(self.longest, device=device)
-        cos, sin = maths.rope_table(self.config.rope_theta, self.config.head_dim, positions)
-        self.cos, self.sin = cos.to(dtype), sin.to(dtype)
-
-    def visited(self, states: int) -> None:
-        """Report progress: a visit is a tile's attention, or an expert with all tiles."""
-        total = self.config.num_hidden_layers * (states + self.config.num_local_experts)
-        self.visits += 1
-        self.progress("sweep", self.visits, total)
 
     def visit_layer(
         self, layer: int, lead: list[TileState], rest: list[TileState], check: LayerCheck | None
     ) -> None:
-        first = 1 + layer * self.per_layer
+        first = self.first + layer * self.per_layer
         self.weights.fill_attention(self.store.get(first))
         if lead:
             with self.clock.phase("gate"):
@@ -155,20 +217,20 @@ class _Sweep:
                     self._experts(first + 1 + expert, expert, lead)
                 self._leave(layer, lead, check)
         with self.clock.phase("attention"):
-            self._attend(layer, rest, self.caches, lambda: self.visited(len(rest)))
+            self._attend(layer, rest, self.caches, self.visited)
             self.store.release(first)
         with self.clock.phase("experts"):
             for expert in range(self.config.num_local_experts):
                 self._experts(first + 1 + expert, expert, rest)
                 self.store.release(first + 1 + expert)
-                self.visited(len(rest))
+                self.visited()
             self._leave(layer, rest, None)
 
     def _attend(
         self,
         layer: int,
         states: list[TileState],
-        caches: dict[tuple[int, int, int], BranchCache] | None,
+        caches: KeptCaches | None,
         done: Callable[[], None] = lambda: None,
     ) -> None:
         context = LayerContext(
@@ -225,7 +287,7 @@ class _Sweep:
                         read_logits(state.tile, number, sequence, logits)
                     start += sequence.rows
                     done += 1
-                    self.progress("logits", done, total)
+                    self.visited.progress("logits", done, total)
 
     def _logits(self, hidden: Tensor, ranges: list[tuple[int, int]]) -> list[Tensor]:
         """Logits [rows, V] float32 of row ranges of a tile."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as Many
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from layersweep.model.compute import Compute, choose_compute
 from layersweep.model.ops import CudaOps
 from layersweep.stream.blocks import BlockSpec, block_specs
 from layersweep.stream.plan import Plan, make_plan
-from layersweep.stream.shapes import Machine, tile_flops
+from layersweep.stream.shapes import Machine, TileShape, tile_flops
 from layersweep.stream.store import BlockStore
 from layersweep.sweep.loop import Engine, LogitsReader, run_sweep
 from layersweep.sweep.sequences import Branch, Sequence, Tile, tiles_of
@@ -43,7 +43,8 @@ class Model:
     """A checkpoint, how to compute it, and the memory it may take. Holds no weights.
 
     `context_bytes`: device memory that CUDA itself holds, part of the `vram` budget. `sharers`:
-    processes on this host that read the same files, `ram` is the share of one.
+    processes on this host that read the same files, `ram` is the share of one. `beside`: the same
+    on further devices, for generation.
     """
 
     checkpoint: Checkpoint
@@ -55,6 +56,7 @@ class Model:
     router_dtype: str
     context_bytes: int = 0
     sharers: int = 1
+    beside: tuple[Model, ...] = ()
 
     @property
     def cpu(self) -> bool:
@@ -84,30 +86,53 @@ class Model:
             sharers=self.sharers,
         )
 
+    def shape(self, tile: Tile) -> TileShape:
+        """What a plan must know of a tile."""
+        config = self.checkpoint.config
+        return tile_shape(tile, config.num_attention_heads * config.head_dim)
+
     def plan(self, tiles: Many[Tile], at_least: int = 1) -> Plan:
         """Where `tiles` and weights go, in `at_least` sweeps if there are so many tiles. Raises
         BudgetError for what cannot fit."""
-        config = self.checkpoint.config
-        width = config.num_attention_heads * config.head_dim
-        shapes = [tile_shape(tile, width) for tile in tiles]
-        return make_plan(config, self.specs, shapes, self.machine, at_least)
+        shapes = [self.shape(tile) for tile in tiles]
+        return make_plan(self.checkpoint.config, self.specs, shapes, self.machine, at_least)
 
     def flops(self, tile: Tile) -> float:
         """Operations of a tile in one sweep."""
-        config = self.checkpoint.config
-        return tile_flops(config, tile_shape(tile, config.num_attention_heads * config.head_dim))
+        return tile_flops(self.checkpoint.config, self.shape(tile))
 
-    def open(self, plan: Plan, say: Callable[[Fallback], None] = lambda fallback: None) -> Engine:
-        """Take the memory of a plan. Fallbacks are told to `say` as they happen."""
+    def blocks_of(self, layers: range) -> list[BlockSpec]:
+        """Blocks of some consecutive layers, with the embedding before the first of all and the
+        head behind the last."""
+        last = self.checkpoint.config.num_hidden_layers - 1
+        ends = [layers[0] == 0, layers[-1] == last]
+        of = [spec for spec in self.specs if spec.layer is not None and spec.layer in layers]
+        return [*self.specs[:1] * ends[0], *of, *self.specs[-1:] * ends[1]]
+
+    def open(
+        self,
+        plan: Plan,
+        say: Callable[[Fallback], None] = lambda fallback: None,
+        layers: range | None = None,
+    ) -> Engine:
+        """Take the memory of a plan, which is of some `layers` alone where they are given.
+
+        Fallbacks are told to `say` as they happen.
+        """
+        layers = layers or range(self.checkpoint.config.num_hidden_layers)
         if not self.cpu:  # memory that is free in torch's cache must not count towards the peak
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.compute.device)
         store = BlockStore(
-            self.specs, plan.placement, self.compute.device, decode=self.compute.ops.decode, say=say
+            self.blocks_of(layers),
+            plan.placement,
+            self.compute.device,
+            decode=self.compute.ops.decode,
+            say=say,
         )
         with ExitStack() as undo:
             undo.callback(store.close)
-            engine = Engine(self.checkpoint.config, store, self.compute, plan.scratch)
+            engine = Engine(self.checkpoint.config, store, self.compute, plan.scratch, layers)
             undo.pop_all()
         return engine
 
@@ -163,11 +188,22 @@ def load(
 ) -> Model:
     """Open a checkpoint: headers, config and budgets; no weights are read.
 
-    `source`: a folder, a hub id, or "demo". Sizes as "14GiB". `assume_capability` ("7.5") takes
-    the paths of an older GPU than the one at hand. `sharers`: processes on this host that do the
-    same on other devices; each takes its part of `ram`. Raises CheckpointError, InputError or
-    BudgetError, each with what was found and what was needed.
+    `source`: a folder, a hub id, or "demo". Sizes as "14GiB". `device` "cuda:0,cuda:1": see
+    `beside`. `assume_capability` ("7.5") takes the paths of an older GPU than the one at hand.
+    `sharers`: processes on this host that do the same on other devices; each takes its part of
+    `ram`. Raises CheckpointError, InputError or BudgetError, each with what was found and what was
+    needed.
     """
+    if "," in device:
+        first, *others = [
+            load(
+                source, revision=revision, vram=vram, ram=ram, device=one, dtype=dtype,
+                weights=weights, router_dtype=router_dtype, assume_capability=assume_capability,
+                sharers=sharers,
+            )
+            for one in device.split(",")
+        ]  # fmt: skip
+        return replace(first, beside=tuple(others))
     place = resolve_device(device)
     kind = resolve_dtype(dtype, place)
     assumed = resolve_capability(assume_capability, place)

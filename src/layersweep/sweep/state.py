@@ -75,6 +75,14 @@ class TileState:
         self.unit_of_row = self.unit_of_row.to(hidden_NH.device)
         self.first_bad_layer = self.first_bad_layer.to(hidden_NH.device)
 
+    def move(self, device: torch.device) -> int:
+        """Go on between two layers on another device; the bytes that moved."""
+        self.hidden = self.hidden.to(device)
+        self.update = torch.zeros_like(self.hidden)
+        self.unit_of_row = self.unit_of_row.to(device)
+        self.first_bad_layer = self.first_bad_layer.to(device)
+        return self.hidden.nbytes
+
     def nonfinite(self) -> dict[tuple[int, int], int]:
         """{(sequence, branch): first non-finite layer}; branch -1 is the prefix."""
         layers = self.first_bad_layer.tolist()

@@ -1,0 +1,192 @@
+"""Needles whose answers are generated: a visit of all weights for every token.
+
+Transfers decide here, since a token's arithmetic is little. So weights stay on the device as far as
+they fit; where they fit several devices together, each holds its share of the layers, and units of
+tiles go from one to the next, one on each at a time. Keys and values are kept between the visits,
+in host memory where the devices have no room.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from layersweep.errors import BudgetError, NoRoomTogether
+from layersweep.evals.needle_job import NEW_TOKENS
+from layersweep.kv.arms import EXACT, Arm
+from layersweep.stream.plan import Plan, make_plan
+from layersweep.stream.runs import spread_layers
+from layersweep.stream.shapes import Machine
+from layersweep.sweep.model import Model
+from layersweep.sweep.sequences import Tile
+from layersweep.units import format_bytes
+
+# Bits of an element beside a codec's own, for scales and means. What is arithmetic alone holds
+# whole numbers.
+OVERHEAD_BITS, SIMULATED_BITS = 1.0, 32.0
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A device with the layers that it holds."""
+
+    model: Model
+    layers: range
+    plan: Plan
+
+    @property
+    def resident(self) -> bool:
+        """Whether its weights are read once and stay."""
+        return self.plan.device_kept_bytes + self.plan.host_kept_bytes == self.plan.weight_bytes
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How the trials of `tiles` are generated.
+
+    `units`: tiles that ride together, and whose trials are done together. `offload`: caches wait
+    in host memory; `cache_bytes` of them at most.
+    """
+
+    tiles: list[Tile]
+    stages: list[Stage]
+    units: list[list[Tile]]
+    offload: bool
+    cache_bytes: int
+
+    @property
+    def lanes(self) -> int:
+        """Units under way at once: one for each stage, so that none is idle."""
+        return min(len(self.stages), len(self.units))
+
+
+def plan_generation(
+    models: Sequence[Model], tiles: list[Tile], arms: Sequence[Arm], at_least: int = 1
+) -> Generation:
+    """Place weights, caches and tiles; on several devices only if all weights stay there.
+
+    `models`: one checkpoint on each device; `at_least`: units wanted. Raises BudgetError where that
+    cannot be, of them NoRoomTogether for several devices.
+    """
+    caches = [_cache_bytes(models[0], tile, arms) for tile in tiles]
+    if len(models) == 1:
+        return _on_one(models[0], tiles, caches, at_least)
+    for offload in (True,) if models[0].cpu else (False, True):
+        if found := _over_layers(models, tiles, caches, offload):
+            return found
+    weights = sum(spec.nbytes for spec in models[0].specs)
+    rooms = ", ".join(format_bytes(model.vram.bytes) for model in models)
+    raise NoRoomTogether(
+        f"--device: found {len(models)} devices of {rooms}, needed room for "
+        f"{format_bytes(weights)} of weights, each its share of the layers, beside what computes",
+        hint="one device streams them; or a smaller --niah-context",
+    )
+
+
+def _on_one(model: Model, tiles: list[Tile], caches: list[int], at_least: int) -> Generation:
+    """As few units as memory allows: each of them visits all weights again for every token."""
+    layers = range(model.checkpoint.config.num_hidden_layers)
+    failure: BudgetError | None = None
+    for count in range(at_least, len(tiles) + 1):
+        for offload in (True,) if model.cpu else (False, True):
+            held = sum(caches)
+            while True:  # the plan of the units whose caches it makes room for
+                try:
+                    plan = _plan(model, layers, tiles, held, offload, count)
+                except BudgetError as error:
+                    failure = error
+                    break
+                most = max(sum(caches[index] for index in unit) for unit in plan.sweeps)
+                if most >= held:
+                    units = [[tiles[index] for index in unit] for unit in plan.sweeps]
+                    return Generation(tiles, [Stage(model, layers, plan)], units, offload, held)
+                held = most
+    raise BudgetError(
+        f"--niah-mode generate: needed {format_bytes(max(caches))} for the keys and values of one "
+        f"tile beside what computes: {failure}",
+        hint="--niah-mode teacher keeps none; or a smaller --niah-context, or fewer arms",
+    )
+
+
+def _over_layers(
+    models: Sequence[Model], tiles: list[Tile], caches: list[int], offload: bool
+) -> Generation | None:
+    """Each device its share of the layers, all of them resident; None where they do not fit."""
+    config, count = models[0].checkpoint.config, len(models)
+    held = min(count, len(tiles)) * max(caches)
+    every = range(config.num_hidden_layers)
+    sizes = [sum(spec.nbytes for spec in models[0].blocks_of(range(i, i + 1))) for i in every]
+    try:
+        rooms = [_room(model, every, tiles, held, offload, count) for model in models]
+        parts = spread_layers(sizes, rooms)
+        if parts is None:
+            return None
+        stages = [
+            Stage(model, layers, _plan(model, layers, tiles, held, offload, len(tiles), count))
+            for model, layers in zip(models, parts, strict=True)
+        ]
+    except BudgetError:
+        return None
+    if not all(stage.resident for stage in stages):
+        return None
+    return Generation(tiles, stages, [[tile] for tile in tiles], offload, held)
+
+
+def _room(
+    model: Model, layers: range, tiles: list[Tile], held: int, offload: bool, sharers: int
+) -> int:
+    """Bytes of weights that may stay on one of several devices, beside what computes there."""
+    plan = _plan(model, layers, tiles, held, offload, len(tiles), sharers, visits=1)
+    machine = _machine(model, held, offload, sharers)
+    if machine.cpu:
+        return machine.ram - plan.placement.host_ring
+    return machine.vram - plan.device_bytes + plan.peaks["weights in flight"]
+
+
+def _plan(
+    model: Model,
+    layers: range,
+    tiles: list[Tile],
+    held: int,
+    offload: bool,
+    at_least: int,
+    sharers: int = 1,
+    visits: int = NEW_TOKENS,
+) -> Plan:
+    machine = _machine(model, held, offload, sharers)
+    shapes = [model.shape(tile) for tile in tiles]
+    return make_plan(
+        model.checkpoint.config, model.blocks_of(layers), shapes, machine, at_least, visits
+    )
+
+
+def _machine(model: Model, held: int, offload: bool, sharers: int) -> Machine:
+    """What `held` bytes of caches leave of the budgets; `sharers` stages have one host."""
+    machine = model.machine
+    if offload:
+        return replace(machine, ram=max(0, machine.ram - held) // sharers)
+    return replace(machine, vram=machine.vram - held // sharers, ram=machine.ram // sharers)
+
+
+def _cache_bytes(model: Model, tile: Tile, arms: Sequence[Arm]) -> int:
+    """Upper bound of the keys and values that all branches of a tile keep."""
+    config = model.checkpoint.config
+    elements = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    exact = 8.0 * model.compute.dtype.itemsize
+    total = 0.0
+    for sequence in tile.sequences:
+        own = sum(len(branch.ids) for branch in sequence.branches)
+        total += elements * own * exact
+        for arm in (EXACT, *arms):
+            total += elements * len(sequence.prefix) * _bits(arm, exact)
+    return int(total / 8)
+
+
+def _bits(arm: Arm, exact: float) -> float:
+    """Bits of an element of a prefix as it is held."""
+    if arm.codec is None:
+        return exact
+    if arm.simulated or arm.key_bits is None or arm.value_bits is None:
+        return max(exact, SIMULATED_BITS)
+    of = [exact if bits >= 16 else bits + OVERHEAD_BITS for bits in (arm.key_bits, arm.value_bits)]
+    return sum(of) / 2

@@ -1,0 +1,129 @@
+"""Running a generation: its units one after the other, or one on each stage at a time."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+
+from layersweep.evals.generation import Generation
+from layersweep.evals.needle_job import NEW_TOKENS, NeedleJob
+from layersweep.sweep.caches import KeptCaches
+from layersweep.sweep.loop import Engine, LayerCheck, LogitsReader, Progress, SweepRecord, run_sweep
+from layersweep.sweep.sequences import Tile
+
+
+@dataclass
+class Generated:
+    """A finished unit. `moved_bytes`: hidden states between devices, and caches to them."""
+
+    tiles: list[Tile]
+    record: SweepRecord
+    sweeps: int
+    moved_bytes: int
+
+
+@dataclass(frozen=True)
+class Lead:
+    """The gate's tile: it rides ahead of the first unit's first sweep."""
+
+    tile: Tile
+    check: LayerCheck
+    read: LogitsReader
+
+
+def generate_units(
+    generation: Generation,
+    engines: Sequence[Engine],
+    needle: NeedleJob,
+    *,
+    lead: Lead | None,
+    progress: Progress,
+    allows_another: Callable[[], bool],
+) -> Iterator[Generated]:
+    """The units as they are done, until `allows_another` says no. `engines` as in the plan.
+
+    On several stages a thread per lane walks its unit through them; an engine is one's own while
+    its layers are visited, so that lanes alternate.
+    """
+    tokens = _Tokens(progress, NEW_TOKENS * len(generation.units))
+
+    def unit(number: int) -> Generated:
+        return _unit(generation, engines, needle, number, lead if number == 0 else None, tokens)
+
+    count = len(generation.units)
+    if generation.lanes == 1:
+        for number in range(count):
+            if not allows_another():
+                return
+            yield unit(number)
+        return
+    with engines[0].compute.numerics(), ThreadPoolExecutor(generation.lanes, "lane") as lanes:
+        running: set[Future[Generated]] = set()
+        begun = 0
+        try:
+            while begun < count or running:
+                while begun < count and len(running) < generation.lanes:
+                    if not allows_another():
+                        count = begun
+                        break
+                    running.add(lanes.submit(unit, begun))
+                    begun += 1
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    yield future.result()
+        finally:
+            tokens.stop.set()
+
+
+class _Stopped(Exception):
+    """Another lane has failed, or the run was interrupted."""
+
+
+class _Tokens:
+    """Progress over all lanes; ends them where the run has ended."""
+
+    def __init__(self, progress: Progress, total: int) -> None:
+        self.progress, self.done, self.total = progress, 0, total
+        self.stop, self._lock = threading.Event(), threading.Lock()
+
+    def sweep(self, phase: str, done: int, total: int) -> None:
+        if self.stop.is_set():
+            raise _Stopped
+
+    def one(self) -> None:
+        with self._lock:
+            self.done += 1
+            self.progress("tokens", self.done, self.total)
+
+
+def _unit(
+    generation: Generation,
+    engines: Sequence[Engine],
+    needle: NeedleJob,
+    number: int,
+    lead: Lead | None,
+    tokens: _Tokens,
+) -> Generated:
+    caches = KeptCaches(generation.offload)
+    whole, sweeps = SweepRecord(), 0
+
+    def run(tiles: list[Tile], read: LogitsReader) -> None:
+        nonlocal sweeps
+        first = lead if sweeps == 0 else None
+
+        def reads(tile: Tile, *what: object) -> None:
+            (first.read if first and tile is first.tile else read)(tile, *what)  # type: ignore[arg-type]
+
+        record = run_sweep(
+            engines[0], tiles, reads, then=engines[1:], caches=caches, progress=tokens.sweep,
+            lead=first.tile if first else None, check=first.check if first else None,
+        )  # fmt: skip
+        whole.add(record)
+        sweeps += 1
+        tokens.one()
+
+    tiles = generation.units[number]
+    needle.generate(run, tiles)
+    return Generated(tiles, whole, sweeps, whole.moved_bytes + caches.moved_bytes)
