@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 import ast
-import contextlib
 import functools
 import importlib.metadata
-import io
 import json
 import os
 import re
@@ -32,7 +30,9 @@ import layersweep
 from layersweep.checkpoint import open_checkpoint
 from layersweep.checkpoint.layout import demo_folder
 from layersweep.cli.app import run
-from layersweep.errors import CheckpointError, InputError
+from layersweep.errors import BudgetError, CheckpointError, InputError
+from layersweep.evals.settings import EvalSettings
+from layersweep.evals.study import prepare_study
 from layersweep.kaggle import kernel, sources
 from layersweep.kaggle.folders import filled_in
 from layersweep.kaggle.metadata import Id
@@ -57,13 +57,23 @@ def write(folder: Path, *more: str, study: tuple[str, ...] = TINY) -> int:
 
 @functools.cache
 def least() -> tuple[str, str]:
-    """The smallest --vram that holds a tile of TINY, as the refusal of a smaller one names it."""
-    study = ["eval", "demo", "--kv", "e8:K3V2", *TINY, "--device", "cpu", "--vram", "1MiB"]
-    with contextlib.redirect_stderr(io.StringIO()) as said:
-        assert run(study) == 2
-    found = re.search(r"--vram ([\d.]+)MiB", said.getvalue())
-    assert found is not None
-    return "--vram", f"{float(found[1]) + 0.2}MiB"  # it is printed rounded
+    """The smallest --vram that holds a tile of TINY, from the refusals of smaller ones."""
+    settings = EvalSettings(
+        kv="e8:K3V2", segments=2, prefix=64, continuation=32, niah_contexts=(384,),
+        niah_depths=(0.5,), niah_per_depth=20,
+    )  # fmt: skip
+    size = "1MiB"
+    for _ in range(5):
+        model = layersweep.load("demo", device="cpu", vram=size)
+        try:
+            prepare_study(model, settings, kept=True)
+        except BudgetError as refusal:
+            found = re.search(r"needed ([\d.]+) MiB", str(refusal))
+            assert found is not None
+            size = f"{float(found[1]) + 0.1}MiB"  # it is printed rounded
+        else:
+            return "--vram", size
+    raise AssertionError(size)
 
 
 def metadata(folder: Path) -> dict[str, Any]:
