@@ -38,6 +38,7 @@ from layersweep.kaggle.folders import filled_in
 from layersweep.kaggle.metadata import Id
 from layersweep.kaggle.sources import JOB_BYTES, ModelSource, parse_model, share_out
 from layersweep.kaggle.wheel import write_wheel
+from layersweep.sweep.model import load
 
 TESTS = Path(__file__).parent
 TINY = (
@@ -64,7 +65,7 @@ def least() -> tuple[str, str]:
     )  # fmt: skip
     size = "1MiB"
     for _ in range(5):
-        model = layersweep.load("demo", device="cpu", vram=size)
+        model = load("demo", device="cpu", vram=size)
         try:
             prepare_study(model, settings, kept=True)
         except BudgetError as refusal:

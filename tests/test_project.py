@@ -25,9 +25,9 @@ SOURCE = PROJECT / "src/layersweep"
 
 # Data flows from left to right; nothing imports from its right.
 ORDER = (
-    *("errors", "units", "environment", "probes", "demo", "kernels", "checkpoint", "stream"),
-    *("model", "kv", "sweep", "evals", "report", "integrations", "bench", "kaggle", "cli"),
-    "__main__",
+    *("errors", "units", "notebook", "progress", "environment", "probes", "demo", "kernels"),
+    *("checkpoint", "stream", "model", "kv", "sweep", "evals", "report", "api", "integrations"),
+    *("bench", "kaggle", "cli", "__main__"),
 )
 
 
@@ -289,9 +289,10 @@ def readme_command_lines(text: str) -> list[str]:
     fenced = re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     lines = [line for block in fenced for line in block.replace("\\\n", " ").splitlines()]
     inline = re.findall(
-        r"`(layersweep [^`]+)`", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
+        r"`(!?layersweep [^`]+)`", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
     )
-    return [line for line in [*lines, *inline] if line.startswith("layersweep ")]
+    lines = [line.removeprefix("!") for line in [*lines, *inline]]  # ! in a notebook
+    return [line for line in lines if line.startswith("layersweep ")]
 
 
 def test_the_two_commands_are_in_the_readme_and_in_the_makefile() -> None:
@@ -301,7 +302,10 @@ def test_the_two_commands_are_in_the_readme_and_in_the_makefile() -> None:
         assert f"make {target}" in README
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/reproduce.md", "docs/kaggle.md"])
+PAGES = ["README.md", *(f"docs/{name}.md" for name in ("reproduce", "kaggle", "notebooks"))]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_documented_commands_and_options_exist(page: str) -> None:
     registered = get_command(app).commands  # type: ignore[attr-defined]
     lines = readme_command_lines((PROJECT / page).read_text("utf-8"))

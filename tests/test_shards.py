@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import runpy
@@ -230,7 +231,7 @@ def test_every_tile_is_somebodys_and_loads_are_even(costs: list[float], of: int)
     piles = share(costs, of)
     assert sorted(index for pile in piles for index in pile) == list(range(len(costs)))
     loads = [sum(costs[index] for index in pile) for pile in piles]
-    assert all(a >= b - 1e-9 for a, b in zip(loads, loads[1:], strict=False))
+    assert all(a >= b - 1e-9 for a, b in itertools.pairwise(loads))
     assert loads[0] <= sum(costs) / of + max(costs) + 1e-9  # Graham's bound for such lists
     chosen = [Shard(number + 1, of).choose(costs) for number in range(of)]
     assert chosen == piles and all(pile == sorted(pile) for pile in piles)

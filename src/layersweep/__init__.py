@@ -2,7 +2,8 @@
 
 model = layersweep.load("demo")          # headers only
 model.score([[1, 2, 3]])                 # log-probabilities, one sweep
-layersweep.evaluate(model, kv=["K3V2"])  # the results object of `layersweep eval`
+layersweep.evaluate(model, kv=["K3V2"])  # the results of `layersweep eval`, shown as its table
+layersweep.Results.read("results/first") # those of a run's folder
 layersweep.kv.parse("K3V2")              # a KV arm: encode, decode, append, nbytes
 """
 
@@ -15,16 +16,18 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from layersweep import kv
-    from layersweep.evals.api import evaluate
-    from layersweep.sweep.model import Model, load
+    from layersweep.api import evaluate, load
+    from layersweep.report.results import Results
+    from layersweep.sweep.model import Model
 
-__all__ = ["Model", "__version__", "evaluate", "kv", "load"]
+__all__ = ["Model", "Results", "__version__", "evaluate", "kv", "load"]
 
 _LAZY = {
     "Model": "layersweep.sweep.model",
     "kv": "layersweep.kv",
-    "load": "layersweep.sweep.model",
-    "evaluate": "layersweep.evals.api",
+    "load": "layersweep.api",
+    "evaluate": "layersweep.api",
+    "Results": "layersweep.report.results",
 }
 
 

@@ -16,6 +16,13 @@ class Fallback(NamedTuple):
     used: str
     why: str
 
+    def __str__(self) -> str:
+        return f"{self.what}: wanted {self.wanted}, used {self.used}: {self.why}"
+
+
+class LayersweepWarning(UserWarning):
+    """A note on a checkpoint, or a fallback, for callers from Python outside a notebook."""
+
 
 class LayersweepError(Exception):
     """Base class. `exit_code` is what the command line ends with."""
@@ -25,6 +32,14 @@ class LayersweepError(Exception):
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(message)
         self.hint = hint
+        if hint:
+            self.add_note(f"hint: {hint}")
+
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows in place of a traceback, as on the command line: the message says
+        which argument, file or layer it is about, and not every IPython shows notes."""
+        lines = [f"{type(self).__name__}: {self}"]
+        return [*lines, f"hint: {self.hint}"] if self.hint else lines
 
 
 class InputError(LayersweepError, ValueError):

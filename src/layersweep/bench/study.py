@@ -50,7 +50,7 @@ def bench_study(model: Model, settings: EvalSettings, *, cold: bool, say: Say) -
         for task in settings.tasks:
             say(f"{task}: warm-up")
             job = replace(settings, tasks=(task,))
-            _run(model, _one_tile(job), ceilings, Path(folder))
+            _run(model, one_tile(job), ceilings, Path(folder))
             if cold:
                 evict(model.checkpoint.files)
             say(f"{task}: measured run")
@@ -79,7 +79,7 @@ def long_text(segments: int, tokens: int) -> str:
     return text * (1 + 5 * max(segments, 100) * tokens // len(text))
 
 
-def _one_tile(settings: EvalSettings) -> EvalSettings:
+def one_tile(settings: EvalSettings) -> EvalSettings:
     per_depth = -(-TILE_TRIALS // len(settings.niah_depths))
     return replace(settings, segments=TILE_SEGMENTS, niah_per_depth=per_depth)
 

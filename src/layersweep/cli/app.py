@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -18,6 +19,9 @@ from layersweep.cli.merge import merge
 from layersweep.cli.plan import plan
 from layersweep.cli.report import compare, report
 from layersweep.cli.synth import synth
+from layersweep.notebook import in_notebook_shell
+
+NOTEBOOK_COLUMNS = "100"
 
 # typer carries a click of its own and exports this one of its exceptions: its base is "usage"
 UsageError: type[typer.BadParameter] = typer.BadParameter.__bases__[0]
@@ -46,6 +50,8 @@ app.add_typer(codec)
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and end the process: 0 done, 2 bad input, 3 the gate refused,
     130 interrupted, 1 anything that is our own mistake (with its traceback)."""
+    if in_notebook_shell():  # its terminal says 80 columns, its output scrolls sideways
+        os.environ.setdefault("COLUMNS", NOTEBOOK_COLUMNS)
     sys.exit(run(arguments))
 
 

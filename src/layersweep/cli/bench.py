@@ -60,18 +60,32 @@ def study(
     ] = False,
     vram: Vram = "14GiB",
     ram: Ram = "auto",
-    device: Device = "cuda",
+    device: Annotated[str, typer.Option(help="cuda, cuda:N, or cuda:0,cuda:1.")] = "cuda",
     assume_capability: Capability = None,
 ) -> None:
     """The paired study at full size: wall time over floor, stalls, peak memory."""
     from layersweep.bench.study import bench_study
     from layersweep.evals.settings import EvalSettings
 
-    loaded = _load(model, vram, ram, device, assume_capability)
     settings = EvalSettings(
         kv=kv, tasks=tuple(part.strip() for part in tasks.split(",")), segments=segments,
         niah_per_depth=niah_per_depth,
     )  # fmt: skip
+    if "," in device:
+        from layersweep.bench.devices import Place, bench_devices
+
+        if evict:
+            raise InputError(
+                f"--evict: found several devices in --device {device}, needed one",
+                hint="--device cuda:0: the disk is one",
+            )
+        rows = bench_devices(
+            Place(model, vram, ram, assume_capability), device.split(","), settings, _say
+        )
+        first = _load(model, vram, ram, device.split(",")[0], assume_capability)
+        _print("study", first, rows)
+        return
+    loaded = _load(model, vram, ram, device, assume_capability)
     _print("study", loaded, bench_study(loaded, settings, cold=evict, say=_say))
 
 
@@ -209,6 +223,9 @@ def _headline(row: dict[str, Any]) -> str:
     if "seconds_per_pass" in row:
         return f"{format_seconds(row['seconds_per_pass'])} per forward pass of 32 layers"
     words = [format_seconds(row["wall_s"])]
+    if "speedup" in row:
+        words.append(f"{row['speedup']:.2f} x as fast as one")
+        words.append("same numbers" if row["same_numbers"] else "OTHER NUMBERS")
     if "ratio" in row:
         words.append(f"{row['ratio']:.3f} x its floor of {format_seconds(row['floor_s'])}")
         words.append(f"stalled {row['compute_stall_fraction']:.2%}")

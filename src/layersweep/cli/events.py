@@ -44,8 +44,7 @@ class Events:
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def say_fallback(self, fallback: Fallback) -> None:
-        what, wanted, used, why = fallback
-        self.say(f"fallback: {what}: wanted {wanted}, used {used}: {why}")
+        self.say(f"fallback: {fallback}")
 
     def note(self, line: str) -> None:
         self._last.append({"time": round(time.time(), 3), "event": line})

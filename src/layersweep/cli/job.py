@@ -79,6 +79,8 @@ def device_of(devices: str, shard: Shard) -> str:
     """
     from layersweep.errors import InputError
 
+    if shard.of == 1:
+        return devices
     names = devices.split(",")
     if len(names) == shard.local_size:
         return names[shard.local_rank]
@@ -146,9 +148,9 @@ def _prepare(job: Job, shard: Shard, folder: RunFolder, events: Events) -> Study
 def _measure(
     job: Job, study: Study, folder: RunFolder, events: Events, ready: Callable[[], object]
 ) -> dict[str, Any]:
-    from layersweep.cli.progress import SweepProgress
     from layersweep.evals.results import build_results
     from layersweep.evals.run import Outcome, StudyRun, TimeLimit
+    from layersweep.progress import SweepProgress
 
     limit = TimeLimit(float("inf") if job.stop_after is None else job.stop_after, job.began)
     with StudyRun(study, events.say_fallback) as running:

@@ -22,11 +22,11 @@ QUOTA = (
 
 def kaggle(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write.")],
+    ident: Annotated[str, typer.Option("--id", help="USER/SLUG that all ids begin with.")],
     study: Annotated[
         list[str] | None,
         typer.Argument(metavar="[-- EVAL OPTIONS]", help="Options of `layersweep eval`."),
     ] = None,
-    ident: Annotated[str, typer.Option("--id", help="USER/SLUG that all ids begin with.")] = "",
     model: Annotated[
         str,
         typer.Option(help="demo, hub id, dataset:OWNER/SLUG or kaggle-model:O/M/F/V/VERSION."),

@@ -24,6 +24,7 @@ from layersweep.evals.manifest import differences, manifest_of
 from layersweep.evals.merge import Merged, StudyPart
 from layersweep.evals.record import NEEDLE, PERPLEXITY, Part, Record
 from layersweep.evals.study import Study
+from layersweep.report.files import write_report
 from layersweep.report.store import write_atomically
 
 MANIFEST, FACTS, SWEEPS, LOCK = "manifest.json", "study.json", "sweeps", ".lock"
@@ -154,20 +155,6 @@ def add_lines(folder: Path, record: Record, parts: list[Part]) -> None:
     for part in parts:
         with (folder / LINES[part.job]).open("a", encoding="utf-8") as stream:
             stream.writelines(json.dumps(line) + "\n" for line in record.lines(part))
-
-
-def write_report(folder: Path, results: dict[str, Any]) -> None:
-    """results.json, and of a complete run report.html and windows.csv."""
-    from layersweep.report.html import write_html
-    from layersweep.report.store import write_results
-
-    write_results(folder, results)
-    if results["status"] == "complete":
-        from layersweep.report.export import windows_csv
-
-        write_html(folder, results)
-        if results["perplexity"] is not None:
-            write_atomically(folder / "windows.csv", windows_csv(results))
 
 
 def read_part(folder: Path) -> StudyPart:

@@ -23,7 +23,7 @@ def synth(
 ) -> None:
     """Write a synthetic NF4 checkpoint in the published layout, marked as synthetic."""
     from layersweep.checkpoint.synth import SHAPES, write_synthetic
-    from layersweep.cli.progress import SweepProgress
+    from layersweep.progress import SweepProgress
 
     if shape not in SHAPES:
         close = difflib.get_close_matches(shape, SHAPES, n=1)

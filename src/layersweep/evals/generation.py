@@ -65,8 +65,8 @@ def plan_generation(
 ) -> Generation:
     """Place weights, caches and tiles; on several devices only if all weights stay there.
 
-    `models`: one checkpoint on each device; `at_least`: units wanted. Raises BudgetError where that
-    cannot be, of them NoRoomTogether for several devices.
+    `models`: one checkpoint on each device; `at_least`: units wanted. Raises BudgetError where
+    that cannot be, of them NoRoomTogether for several devices.
     """
     caches = [_cache_bytes(models[0], tile, arms) for tile in tiles]
     if len(models) == 1:
@@ -140,7 +140,8 @@ def _room(
     machine = _machine(model, held, offload, sharers)
     if machine.cpu:
         return machine.ram - plan.placement.host_ring
-    return machine.vram - plan.device_bytes + plan.peaks["weights in flight"]
+    of_weights = ("weights in flight", "weights kept")
+    return machine.vram - sum(size for name, size in plan.peaks.items() if name not in of_weights)
 
 
 def _plan(

@@ -46,17 +46,22 @@ def html_page(results: Json) -> str:
 
 def _head(results: Json) -> str:
     model, _, weights = rows.caption(results).model.partition("  ")
-    notes = "".join(f"<li>{escape(line)}</li>" for line in rows.warnings(results))
-    notes = f'<div class="notice"><strong>Note</strong><ul>{notes}</ul></div>' if notes else ""
     return (
         '<p class="kicker">layersweep report</p>'
         f'<h1>What a quantized KV cache costs<br><span class="whose">{escape(model)}</span></h1>'
         f'<p class="lead">{escape(weights[:1].upper() + weights[1:])}.</p>'
-        f"{_verdict(results)}{notes}"
+        f"{verdict(results)}{notes(results)}"
     )
 
 
-def _verdict(results: Json) -> str:
+def notes(results: Json) -> str:
+    """What must be known before a number is used; empty where there is nothing."""
+    lines = "".join(f"<li>{escape(line)}</li>" for line in rows.warnings(results))
+    return f'<div class="notice"><strong>Note</strong><ul>{lines}</ul></div>' if lines else ""
+
+
+def verdict(results: Json) -> str:
+    """Whether the numbers may leave the house, and what is missing."""
     if results["publishable"]:
         line = rows.verdict(results)
         return f'<div class="notice good"><strong>Publishable</strong>{escape(line[11:])}</div>'
@@ -94,8 +99,8 @@ def _perplexity(results: Json) -> str:
             "A positive difference means the quantized cache predicts worse. The perplexity itself "
             "depends on this protocol and is not comparable with other tools' protocols."
         ),
-        figure(results, "Results per arm", scroll(_arm_table(results))),
-        how(f"{rows.uncertainty_line(results)}.".replace(" %", "\u00a0%")),
+        figure(results, "Results per arm", scroll(arm_table(results))),
+        uncertainty(results),
         figure(
             results,
             "Difference to the exact cache",
@@ -117,7 +122,13 @@ def _perplexity(results: Json) -> str:
     return section("Perplexity", "".join(parts))
 
 
-def _arm_table(results: Json) -> str:
+def uncertainty(results: Json) -> str:
+    """Where intervals come from, and what is too small to be seen."""
+    return how(f"{rows.uncertainty_line(results)}.".replace(" %", "\u00a0%"))
+
+
+def arm_table(results: Json) -> str:
+    """One row per arm, the table of the terminal."""
     head = ["arm", "bits", "size", "ppl", "delta %", "95 % CI", "SEM", "z", "worse"]
     head += ["KL mean/p99.9", "top-1 %"]
     body = [
@@ -127,8 +138,9 @@ def _arm_table(results: Json) -> str:
     return table(head, [[_minus(cell) for cell in line] for line in body])
 
 
-def _pairs(results: Json) -> str:
-    pairs = rows.pair_rows(results, every=True)
+def pair_table(results: Json, *, every: bool) -> str:
+    """Codec against codec: all pairs, or the few that the terminal has; empty without pairs."""
+    pairs = rows.pair_rows(results, every=every)
     if not pairs:
         return ""
     head = ["pair", "difference %", "95 % CI", "Wilcoxon, Holm", "z", "loss ratio, 95 % CI"]
@@ -137,10 +149,17 @@ def _pairs(results: Json) -> str:
         + [cell.replace("-", "\u2212") for cell in (p.z, p.ratio)]
         for p in pairs
     ]
+    return table(head, body)
+
+
+def _pairs(results: Json) -> str:
+    pairs = pair_table(results, every=True)
+    if not pairs:
+        return ""
     return figure(
         results,
         "Codec against codec",
-        scroll(table(head, body)),
+        scroll(pairs),
         "First arm minus second on the same windows: negative means that the first loses less. "
         "z is the difference over its SEM. The loss ratio is the first arm's loss against exact "
         "over the second's; a dash where the second's is not clearly positive.",
@@ -193,13 +212,22 @@ def _windows(results: Json) -> str:
     )
 
 
-def _needle(results: Json) -> str:
-    failure = rows.needle_failure(results)
-    notice = f'<div class="notice bad"><strong>{escape(failure)}</strong></div>' if failure else ""
+def needle_table(results: Json) -> str:
+    """One row per arm: needles found, and against the exact cache."""
     body = [
         [row.arm, row.count, row.against.replace("+-", "\u00b1 ")]
         for row in rows.needle_rows(results)
     ]
+    return table(["arm", "found", "against exact"], body, words=True)
+
+
+def needle_notice(results: Json) -> str:
+    """The baseline's failure, which makes the arms' needles say nothing; empty where it passed."""
+    failure = rows.needle_failure(results)
+    return f'<div class="notice bad"><strong>{escape(failure)}</strong></div>' if failure else ""
+
+
+def _needle(results: Json) -> str:
     title = rows.needle_title(results)
     parts = [
         how(
@@ -207,11 +235,11 @@ def _needle(results: Json) -> str:
             "cache shows what the model can do at all; lost and gained count needles on which an "
             "arm differs from it."
         ),
-        notice,
+        needle_notice(results),
         figure(
             results,
             title[:1].upper() + title[1:],
-            scroll(table(["arm", "found", "against exact"], body, words=True)),
+            scroll(needle_table(results)),
             needle=True,
         ),
         figure(

@@ -16,6 +16,7 @@ from layersweep.errors import Fallback, InputError
 from layersweep.kv.arms import EXACT
 from layersweep.model.compute import Compute, choose_compute
 from layersweep.model.ops import CudaOps
+from layersweep.notebook import tell_fallback
 from layersweep.stream.blocks import BlockSpec, block_specs
 from layersweep.stream.plan import Plan, make_plan
 from layersweep.stream.shapes import Machine, TileShape, tile_flops
@@ -23,6 +24,7 @@ from layersweep.stream.store import BlockStore
 from layersweep.sweep.loop import Engine, LogitsReader, run_sweep
 from layersweep.sweep.sequences import Branch, Sequence, Tile, tiles_of
 from layersweep.sweep.shapes import tile_shape
+from layersweep.units import format_bytes
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 SCORE_TILE = 20
@@ -57,6 +59,22 @@ class Model:
     context_bytes: int = 0
     sharers: int = 1
     beside: tuple[Model, ...] = ()
+
+    def __repr__(self) -> str:
+        """What it is, how it is computed, and what it may take: a line each."""
+        dtype = str(self.compute.dtype).removeprefix("torch.")
+        config = self.checkpoint.config
+        return "\n".join(
+            [
+                f"{self.checkpoint.source}: {config.architecture}, {config.num_hidden_layers} "
+                f"layers, {config.num_local_experts} experts ({config.num_experts_per_tok} per "
+                f"token), {self.checkpoint.weights_kind}, {format_bytes(self.checkpoint.nbytes)}",
+                f"device {self.compute.device}, {dtype}; kernels: {self.paths.kernels}; "
+                f"attention: {self.paths.attention}",
+                f"vram {format_bytes(self.vram.bytes)} ({self.vram.source}), "
+                f"ram {format_bytes(self.ram.bytes)} ({self.ram.source})",
+            ]
+        )
 
     @property
     def cpu(self) -> bool:
@@ -165,7 +183,7 @@ class Model:
     def run(self, tiles: list[Tile], read: LogitsReader) -> None:
         """Sweep `tiles` in as many sweeps as the budget needs."""
         plan = self.plan(tiles)
-        engine = self.open(plan)
+        engine = self.open(plan, tell_fallback)
         try:
             for sweep in plan.sweeps:
                 run_sweep(engine, [tiles[index] for index in sweep], read)

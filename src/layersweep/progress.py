@@ -1,4 +1,7 @@
-"""Progress: a bar with ETA on a terminal, a plain line every 30 s otherwise. Never on stdout."""
+"""Progress: a bar with ETA on a terminal, a plain line every 30 s otherwise. Never on stdout.
+
+A notebook has its own (notebook.py).
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from layersweep.notebook import in_notebook_shell
 from layersweep.units import format_seconds
 
 PLAIN_EVERY_S = 30.0
@@ -29,6 +33,7 @@ class SweepProgress:
 
     def __init__(self, console: Console, *, shown: bool = True) -> None:
         self.console, self.shown = console, shown
+        self._live = shown and console.is_terminal and not in_notebook_shell()
         self._bars = Progress(
             TextColumn("{task.description:<8}"),
             BarColumn(bar_width=32),
@@ -44,7 +49,7 @@ class SweepProgress:
         self._said = time.monotonic()
 
     def __enter__(self) -> SweepProgress:
-        if self.shown and self.console.is_terminal:
+        if self._live:
             self._bars.start()
         return self
 
@@ -54,13 +59,13 @@ class SweepProgress:
         failure: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self.shown and self.console.is_terminal:
+        if self._live:
             self._bars.stop()
 
     def __call__(self, phase: str, done: int, total: int) -> None:
         if not self.shown:
             return
-        if self.console.is_terminal:
+        if self._live:
             if phase not in self._tasks:
                 self._tasks[phase] = self._bars.add_task(phase, total=total)
             self._bars.update(self._tasks[phase], completed=done)

@@ -1,0 +1,248 @@
+"""Answers that are generated: where weights, caches and tiles go, and that it changes no number."""
+
+from __future__ import annotations
+
+import json
+import runpy
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from mixtral_shapes import MIXTRAL, mixtral_specs
+
+from layersweep.cli.app import run
+from layersweep.errors import BudgetError, NoRoomTogether
+from layersweep.evals.generation import Generation, plan_generation
+from layersweep.kv.arms import EXACT, parse_arms
+from layersweep.stream.blocks import BlockSpec
+from layersweep.stream.runs import spread_layers
+from layersweep.stream.shapes import Machine
+from layersweep.sweep.caches import KeptCaches
+from layersweep.sweep.model import Model
+from layersweep.sweep.sequences import Branch, Sequence, Tile, tiles_of
+from layersweep.sweep.shapes import tile_shape
+
+GIB = 2**30
+SPECS = mixtral_specs()
+ARMS = parse_arms("K3V2,K4V2")
+
+numbers = runpy.run_path(str(Path(__file__).parents[1] / "tools/kill_and_resume.py"))["numbers"]
+
+
+@dataclass
+class Card:
+    """A full-size Mixtral on a card that is not there: what planning asks of a Model."""
+
+    vram: Any
+    ram: Any
+    cpu: bool = False
+    specs: tuple[BlockSpec, ...] = tuple(SPECS)
+    checkpoint: Any = field(default_factory=lambda: SimpleNamespace(config=MIXTRAL))
+    compute: Any = field(default_factory=lambda: SimpleNamespace(dtype=torch.float16))
+
+    @property
+    def machine(self) -> Machine:
+        return Machine(
+            self.vram.bytes, self.ram.bytes, element=2, cpu=False, context=650 * 2**20,
+            repeats_kv=False,
+        )  # fmt: skip
+
+    def shape(self, tile: Tile) -> Any:
+        return tile_shape(tile, MIXTRAL.num_attention_heads * MIXTRAL.head_dim)
+
+    blocks_of = Model.blocks_of
+
+
+def cards(count: int, vram: int = 14, ram: int = 27) -> list[Any]:
+    size = SimpleNamespace(bytes=vram * GIB), SimpleNamespace(bytes=ram * GIB)
+    return [Card(*size) for _ in range(count)]
+
+
+def trials(context: int, count: int = 60) -> list[Tile]:
+    every = [EXACT, *ARMS]
+    one = Sequence((0,) * (context - 60), tuple(Branch(arm, (0,) * 60, (58, 59)) for arm in every))
+    return tiles_of("needle", [one] * count, 10)
+
+
+def test_two_t4s_hold_mixtral_together_and_read_it_once() -> None:
+    plan = plan_generation(cards(2), trials(2048), ARMS)
+    assert [stage.layers for stage in plan.stages] == [range(16), range(16, 32)]
+    assert all(stage.resident for stage in plan.stages)
+    assert all(stage.plan.device_bytes <= 14 * GIB for stage in plan.stages)
+    weights = sum(spec.nbytes for spec in SPECS)
+    # the 96 walks over the weights (16 for each of 6 tiles) copy each of them once
+    assert sum(sum(stage.plan.copies) for stage in plan.stages) == weights
+    assert sum(stage.plan.bytes_to_read for stage in plan.stages) == sum(
+        spec.stored_bytes for spec in SPECS
+    )
+    assert len(plan.stages[0].plan.copies) == 96
+    assert plan.offload and plan.lanes == 2
+    # 10 trials of 1,988 tokens in 2 lanes: exact at 16 bits, K3V2 at 3.5, K4V2 at 4, 180 own tokens
+    held = 2 * 10 * 2 * 32 * 1024 * (1988 * (16 + 3.5 + 4) + 180 * 16) / 8
+    assert plan.cache_bytes == int(held)
+
+
+def test_one_t4_streams_what_does_not_fit() -> None:
+    plan = plan_generation(cards(1), trials(2048), ARMS)
+    (stage,) = plan.stages
+    assert not stage.resident and stage.plan.device_kept_bytes > 8 * GIB
+    assert stage.plan.host_kept_bytes > 0
+    assert plan.cache_bytes + stage.plan.host_bytes <= 27 * GIB
+    assert sum(len(unit) for unit in plan.units) == 6
+
+
+def test_cards_that_are_too_small_together() -> None:
+    with pytest.raises(NoRoomTogether, match=r"found 2 devices of 12\.00 GiB, 12\.00 GiB"):
+        plan_generation(cards(2, vram=12), trials(2048), ARMS)
+    with pytest.raises(BudgetError, match="for the keys and values of one tile"):
+        plan_generation(cards(1, ram=4), trials(4096), ARMS)
+
+
+def test_a_large_card_keeps_all_and_the_caches_too() -> None:
+    plan = plan_generation(cards(1, vram=138), trials(4096), ARMS)
+    assert plan.stages[0].resident and not plan.offload and len(plan.units) == 1
+    assert "weights in flight" not in plan.stages[0].plan.peaks
+
+
+@given(
+    st.lists(st.integers(1, 100), min_size=1, max_size=40),
+    st.lists(st.integers(1, 1000), min_size=1, max_size=5),
+)
+def test_layers_over_devices(sizes: list[int], rooms: list[int]) -> None:
+    parts = spread_layers(sizes, rooms)
+    if parts is None:  # nor does filling each to the brim
+        first = 0
+        for device, room in enumerate(rooms):
+            used, most = 0, len(sizes) - (len(rooms) - 1 - device)
+            while first < most and used + sizes[first] <= room:
+                used, first = used + sizes[first], first + 1
+            if used == 0:
+                return
+        assert first < len(sizes)
+        return
+    assert [layer for part in parts for layer in part] == list(range(len(sizes)))
+    assert len(parts) == len(rooms) and all(len(part) for part in parts)
+    for part, room in zip(parts, rooms, strict=True):
+        assert sum(sizes[layer] for layer in part) <= room
+
+
+def test_even_devices_get_even_shares() -> None:
+    assert spread_layers([10] * 32, [200, 200]) == [range(16), range(16, 32)]
+    assert spread_layers([10] * 32, [300, 100]) == [range(24), range(24, 32)]
+
+
+ARGUMENTS = (
+    "--kv", "K3V2,e8:K3V2", "--tasks", "niah", "--niah-mode", "generate", "--niah-context", "512",
+    "--niah-depths", "0.3,0.7", "--niah-per-depth", "6",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("generated") / "one"
+    assert run(["eval", "demo", *ARGUMENTS, "--device", "cpu", "--out", str(folder)]) == 0
+    return folder
+
+
+def performance(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "results.json").read_text())["performance"]
+    return found
+
+
+def test_layers_over_two_devices_give_the_bits_of_one(alone: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "two"
+    assert run(["eval", "demo", *ARGUMENTS, "--device", "cpu,cpu", "--out", str(folder)]) == 0
+    assert numbers(folder) == numbers(alone)
+    one, two = performance(alone), performance(folder)
+    assert (one["sweeps"], two["sweeps"]) == (16, 32)  # two tiles: together, or one on each stage
+    assert two["weight_bytes_read"] == one["weight_bytes_read"]  # each block by one stage, once
+    assert one["moved_bytes"] == 0 < two["moved_bytes"]  # hidden states cross between the stages
+    assert not (folder / "shards").exists()
+
+
+def test_a_unit_is_kept_when_it_is_done(
+    alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from layersweep.evals import lanes
+
+    real, sweeps = lanes.run_sweep, 0
+
+    def sweep(*args: Any, **named: Any) -> Any:
+        nonlocal sweeps
+        sweeps += 1
+        if sweeps > 16 + 3:
+            raise KeyboardInterrupt
+        return real(*args, **named)
+
+    words = ["eval", "demo", *ARGUMENTS, "--device", "cpu", "--out", str(tmp_path / "run")]
+    with monkeypatch.context() as patch:
+        patch.setattr(lanes, "run_sweep", sweep)
+        # caches of one tile alone fit
+        patch.setattr("layersweep.evals.study.plan_generation", one_tile_a_unit)
+        assert run(words) == 130
+    assert run([*words, "--resume"]) == 0
+    assert numbers(tmp_path / "run") == numbers(alone)
+    assert performance(tmp_path / "run")["resumed_tiles"] == 1
+
+
+def one_tile_a_unit(models: list[Model], tiles: list[Tile], arms: Any, at_least: int) -> Generation:
+    plan = plan_generation(models, tiles, arms, len(tiles))
+    assert len(plan.units) == len(tiles) == 2
+    return plan
+
+
+def test_stop_after_ends_between_units(alone: Path, tmp_path: Path) -> None:
+    words = ["eval", "demo", *ARGUMENTS, "--device", "cpu", "--out", str(tmp_path / "run")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("layersweep.evals.study.plan_generation", one_tile_a_unit)
+        assert run([*words, "--stop-after", "1s"]) == 0
+    stopped = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert (stopped["status"], stopped["performance"]["sweeps"]) == ("partial", 16)
+    assert run([*words, "--resume"]) == 0
+    assert numbers(tmp_path / "run") == numbers(alone)
+
+
+def test_kept_caches_are_copies_and_do_not_hold_what_they_decode() -> None:
+    from layersweep.kv.cache import store
+    from layersweep.kv.stream import keys_and_values
+
+    torch.manual_seed(0)
+    arm = parse_arms("lloyd:K3V2")[0]
+    k, v = torch.randn(2, 1, 2, 40, 64)
+    positions = torch.arange(40)[None]
+    stored = [
+        store(arm, x, stream, positions, 0, 4, {}).select(0)
+        for x, stream in zip((k, v), keys_and_values(2, 64), strict=True)
+    ]
+    wanted = [stream.decoded() for stream in stored]
+    caches = KeptCaches(offload=True)
+    caches.keep_prefix((0, 1, 0), (stored[0], stored[1]))
+    own = torch.randn(1, 2, 3, 64), torch.randn(1, 2, 3, 64)
+    caches.extend((0, 1, 0), own)
+    keys, values = caches.history((0, 1, 0), torch.device("cpu"))
+    assert torch.equal(keys, torch.cat((wanted[0], own[0]), 2))
+    assert torch.equal(values, torch.cat((wanted[1], own[1]), 2))
+    kept = caches._kept[0, 1, 0].prefix
+    assert kept is not None and all(s.middle and s.middle._decoded is None for s in kept)
+    assert caches.moved_bytes == 0  # nothing leaves the host
+
+
+def test_bits_of_arms_that_are_arithmetic_alone() -> None:
+    tiles = trials(2048, 10)
+    packed = plan_generation(cards(1, 138), tiles, parse_arms("K3V2")).cache_bytes
+    simulated = plan_generation(cards(1, 138), tiles, parse_arms("e8:K3V2")).cache_bytes
+    assert simulated > 2 * packed
+
+
+def test_machines_of_several_stages_share_the_host() -> None:
+    models = cards(2)
+    plan = plan_generation(models, trials(2048), ARMS)
+    assert plan.cache_bytes + sum(s.plan.host_bytes for s in plan.stages) <= models[0].ram.bytes
+    small = [replace(model, ram=SimpleNamespace(bytes=6 * GIB)) for model in models]
+    with pytest.raises(NoRoomTogether):  # the caches have no place
+        plan_generation(small, trials(2048), ARMS)
