@@ -27,7 +27,7 @@ SOURCE = PROJECT / "src/layersweep"
 ORDER = (
     *("errors", "units", "notebook", "progress", "environment", "probes", "demo", "kernels"),
     *("checkpoint", "stream", "model", "kv", "sweep", "evals", "report", "api", "integrations"),
-    *("bench", "cli", "__main__"),
+    *("bench", "kaggle", "cli", "__main__"),
 )
 
 
@@ -302,7 +302,10 @@ def test_the_two_commands_are_in_the_readme_and_in_the_makefile() -> None:
         assert f"make {target}" in README
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/reproduce.md", "docs/notebooks.md"])
+PAGES = ["README.md", *(f"docs/{name}.md" for name in ("reproduce", "kaggle", "notebooks"))]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_documented_commands_and_options_exist(page: str) -> None:
     registered = get_command(app).commands  # type: ignore[attr-defined]
     lines = readme_command_lines((PROJECT / page).read_text("utf-8"))
@@ -310,8 +313,10 @@ def test_documented_commands_and_options_exist(page: str) -> None:
     for line in lines:
         name = line.split()[1]
         assert name in registered, line
-        options = {text for option in registered[name].params for text in option.opts}
-        assert set(re.findall(r"(?<=\s)--[a-z-]+", line)) <= options | {"--help"}, line
+        own, _, study = line.partition(" -- ")  # kaggle takes the options of eval behind --
+        for words, command in ((own, name), (study and f" {study}", "eval")):
+            options = {text for option in registered[command].params for text in option.opts}
+            assert set(re.findall(r"(?<=\s)--[a-z-]+", words)) <= options | {"--help"}, line
 
 
 def test_links_to_files_lead_somewhere() -> None:

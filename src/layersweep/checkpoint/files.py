@@ -15,6 +15,7 @@ from layersweep.checkpoint.problems import DOWNLOAD_AGAIN, FileProblem, Problem,
 from layersweep.checkpoint.strict_json import LARGEST_JSON
 from layersweep.errors import CheckpointError
 
+LINKS = "LAYERSWEEP_LINKS"
 LONGEST_NAME = 255  # bytes on every file system, so at most as many characters
 
 
@@ -73,11 +74,16 @@ class LocalFile:
 
 @dataclass(frozen=True)
 class LocalFolder:
-    """A folder that the user named, or a hub snapshot. `root` is its resolved path."""
+    """A folder that the user named, or a hub snapshot. `root` is its resolved path.
+
+    `links`: folders that its links may lead into, besides itself and the blobs of its hub cache:
+    those that the user named in LAYERSWEEP_LINKS, with colons between.
+    """
 
     folder: Path
     root: Path
     has_values: bool = True
+    links: tuple[Path, ...] = ()
 
     @staticmethod
     def at(folder: Path) -> LocalFolder:
@@ -92,7 +98,10 @@ class LocalFolder:
                 f"{folder}: found a file, needed the folder that holds the checkpoint",
                 hint=f"give {folder.parent} instead",
             )
-        return LocalFolder(folder, folder.resolve())
+        named = os.environ.get(LINKS, "").split(os.pathsep)
+        return LocalFolder(
+            folder, folder.resolve(), links=tuple(_resolved(place) for place in named if place)
+        )
 
     @property
     def label(self) -> str:
@@ -116,7 +125,10 @@ class LocalFolder:
             raise FileProblem(Problem(path, None, "no such file", "this shard", hint)) from error
         if not self._allowed(real):
             needed = f"a file inside {self.root}"
-            hint = "copy the file there; links may only lead to blobs/ of the same hub cache"
+            hint = (
+                "copy the file there, or name the folder that its links lead into: "
+                f"{LINKS}={real.parent}"
+            )
             raise FileProblem(Problem(path, None, f"a link to {real}", needed, hint))
         if not stat.S_ISREG(status.st_mode) or not os.access(real, os.R_OK):
             found = "something that is no readable regular file"
@@ -124,11 +136,15 @@ class LocalFolder:
         return LocalFile(Path(path), status.st_size)
 
     def _allowed(self, real: Path) -> bool:
-        if real.is_relative_to(self.root):
+        if any(real.is_relative_to(place) for place in (self.root, *self.links)):
             return True
         return self.root.parent.name == "snapshots" and (
             real.parent == self.root.parent.parent / "blobs"
         )
+
+
+def _resolved(place: str) -> Path:
+    return Path(place).expanduser().resolve()
 
 
 def is_plain_name(name: str) -> bool:

@@ -134,14 +134,20 @@ class Repository:
     def download(self, checkpoint: Checkpoint) -> Scanned:
         """Fetch the shards of a scanned checkpoint and the small files, and scan them again."""
         assert self.files is not None
-        names = self._small_files() | {file.name for file in checkpoint.files}
+        names = self.wanted(checkpoint)
         with plain_errors(self.name, self.revision):
             folder = snapshot_download(
                 self.name,
                 revision=self.files.commit,
-                allow_patterns=[glob.escape(name) for name in sorted(names)],
+                allow_patterns=[glob.escape(name) for name in names],
             )
         return scan_folder(LocalFolder.at(Path(folder)), self.name, self.files.commit, Path(folder))
+
+    def wanted(self, checkpoint: Checkpoint) -> dict[str, int]:
+        """Sizes of what is fetched of a scanned checkpoint: its shards and the small files."""
+        assert self.files is not None
+        names = self._small_files() | {file.name for file in checkpoint.files}
+        return {name: self.files.sizes[name] for name in sorted(names)}
 
     def _small_files(self) -> frozenset[str]:
         names = self.files.names() if self.files else frozenset()

@@ -14,6 +14,7 @@ from layersweep.cli.doctor import doctor
 from layersweep.cli.eval import evaluate
 from layersweep.cli.exits import exit_code, fail
 from layersweep.cli.inspect import inspect
+from layersweep.cli.kaggle import kaggle
 from layersweep.cli.merge import merge
 from layersweep.cli.plan import plan
 from layersweep.cli.report import compare, report
@@ -41,6 +42,7 @@ app.command("merge")(merge)
 app.command("report")(report)
 app.command("compare")(compare)
 app.command("synth")(synth)
+app.command("kaggle")(kaggle)
 app.add_typer(bench)
 app.add_typer(codec)
 

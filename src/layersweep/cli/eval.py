@@ -53,6 +53,9 @@ def evaluate(
         str | None, typer.Option(help="End between sweeps before this time, for example 11h.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of needles and resampling.")] = 0,
+    rehearse: Annotated[
+        int | None, typer.Option(help="Prepare all, gate this many layers, and end.")
+    ] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Only the JSON on stdout.")] = False,
 ) -> None:
     """Paired perplexity and needle-in-a-haystack of KV-cache codecs against the exact cache."""
@@ -89,6 +92,11 @@ def evaluate(
         None if stop_after is None else parse_duration(stop_after, option="--stop-after"),
         began, command_line(),
     )  # fmt: skip
+    if rehearse is not None:
+        from layersweep.cli.rehearse import rehearse_study
+
+        rehearse_study(job, rehearse)
+        return
     results = _compute(job, shard)
     if results is None:  # another process has the rest, and prints it
         return
