@@ -185,11 +185,11 @@ def test_a_file_is_dropped_from_the_page_cache_once_nothing_more_of_it_is_read(
         folder.mkdir()
         specs += a_file(folder, [100_000] * 30)[0]
     read: list[str] = []
-    read_range, drop = RunReader._read_range, RunReader.drop
+    read_parts, drop = RunReader._read, RunReader.drop
     monkeypatch.setattr(
-        RunReader, "_read_range",
-        lambda self, source, *rest: (read.append(source.file.parent.name),
-                                     read_range(self, source, *rest))[1],
+        RunReader, "_read",
+        lambda self, parts: (read.extend(part.source.file.parent.name for part in parts),
+                             read_parts(self, parts))[1],
     )  # fmt: skip
     monkeypatch.setattr(
         RunReader,

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from layersweep.errors import Fallback
 from layersweep.stream.pinned import HostBuffer, pinned_ring
-from layersweep.stream.reader import RunReader, Task
+from layersweep.stream.reader import PIECE_BYTES, RunReader, Task
 from layersweep.stream.ring import ByteRing
 from layersweep.stream.runs import Placement, Run, staging_ring
 from layersweep.units import format_bytes
@@ -234,7 +234,8 @@ class HostStage:
         return Arrival(run, target, self._read(run, target), in_ring=True)
 
     def _read(self, run: Run, target: Tensor) -> list[Future[None]]:
-        return [self._readers.submit(task) for task in self.reader.tasks(run, target)]
+        piece = run.nbytes if self._readers.cached else PIECE_BYTES
+        return [self._readers.submit(task) for task in self.reader.tasks(run, target, piece)]
 
     def _copied(self, run: Run, source: Tensor, target: Tensor) -> Arrival:
         target.copy_(source)

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +24,9 @@ from layersweep.stream.runs import Run
 # Large enough that a disk streams and that few steps of Python are taken: each of them may hold up
 # the thread that launches kernels (8 MiB cost 1.2 % of a study, and 5 % of one on two GPUs).
 PIECE_BYTES = 32 * 2**20
-SMALL_BYTES = 2**20  # tensors up to here are read one after the other
+GAP_BYTES = 64 * 2**10  # bytes between tensors that are read and dropped
+MOST_RANGES = 500  # of one call; with the gaps between them, the system takes 1,024
+_UNREAD = memoryview(bytearray(GAP_BYTES))
 
 Task = Callable[[], int]  # the bytes that it has read
 
@@ -41,22 +44,26 @@ class RunReader:
         self._opened: dict[Path, tuple[int, int]] = {}  # sizes and times of change
         self._lock = threading.Lock()
 
-    def tasks(self, run: Run, target: Tensor) -> list[Task]:
-        """The work that fills `target` (uint8, CPU, run.nbytes), largest pieces first."""
-        large: list[Task] = []
-        small: list[Task] = []
+    def tasks(self, run: Run, target: Tensor, piece: int = PIECE_BYTES) -> list[Task]:
+        """The work that fills `target` (uint8, CPU, run.nbytes): up to `piece` bytes each.
+
+        What lies together in a file is read by one call, whatever tensors it is, since a thread
+        that launches kernels has to wait for each step of Python that others take.
+        """
+        found: list[Task] = []
+        wanted: list[_Range] = []
         for block, start in zip(run.blocks, run.offsets, strict=True):
             arena = target[start : start + self.specs[block].nbytes]
             for placed in self.specs[block].weights.values():
                 if placed.quantize:
-                    large.append(partial(self._read_quantized, placed, arena))
+                    found.append(partial(self._read_quantized, placed, arena))
                     continue
                 for slot in placed.slots:
                     assert slot.source is not None
                     part = arena[slot.offset : slot.offset + slot.nbytes]
-                    pieces = list(self._pieces(slot.source, part))
-                    (large if slot.nbytes > SMALL_BYTES else small).extend(pieces)
-        return [*large, partial(_one_after_another, small)]
+                    wanted += _cut(slot.source, part, piece)
+        wanted.sort(key=lambda part: (part.source.file, part.offset))
+        return [*found, *(partial(self._read, parts) for parts in _together(wanted, piece))]
 
     def check(self, run: Run, target: Tensor) -> None:
         """Scales of a run whose tasks are done. Raises CheckpointError for NaN or infinity, which
@@ -90,36 +97,38 @@ class RunReader:
             found.setdefault(index, []).append(file)
         return found
 
-    def _pieces(self, source: StoredTensor, target: Tensor) -> Iterator[Task]:
-        for start in range(0, source.nbytes, PIECE_BYTES):
-            part = target[start : start + PIECE_BYTES]
-            yield partial(self._read_range, source, start, part)
-
-    def _read_range(self, source: StoredTensor, start: int, target: Tensor) -> int:
-        """Bytes [start, start + len(target)) of a tensor; how many they are."""
-        view = memoryview(target.numpy().data)
-        handle, done = self._handle(source.file), 0
-        while done < len(view):
+    def _read(self, parts: Sequence[_Range]) -> int:
+        """Fill ranges that lie behind each other in one file; how many bytes that takes."""
+        first, views = parts[0], _views(parts)
+        handle, total, done = self._handle(first.source.file), sum(map(len, views)), 0
+        while done < total:
+            at = first.offset + done
             try:
-                count = os.preadv(handle, [view[done:]], source.offset + start + done)
+                count = os.preadv(handle, views, at)
             except OSError as failure:
                 raise MachineError(
-                    f"{source.file}: tensor {source.name} cannot be read ({failure.strerror})",
+                    f"{first.source.file}: tensor {_source_at(parts, at).name} cannot be read "
+                    f"({failure.strerror})",
                     hint="check the disk, then go on with --resume if there is an --out",
                 ) from failure
             if count == 0:
+                source = _source_at(parts, at)
                 raise CheckpointError(
-                    f"{source.file.name}: tensor {source.name} ends after {start + done} bytes, "
-                    f"needed {source.nbytes}",
+                    f"{source.file.name}: tensor {source.name} ends after "
+                    f"{max(0, at - source.offset)} bytes, needed {source.nbytes}",
                     hint="the file changed or was cut short while it was read: copy it again",
                 )
             done += count
-        return done
+            while views and count >= len(views[0]):
+                count -= len(views.pop(0))
+            if count:
+                views[0] = views[0][count:]
+        return total
 
     def _read_quantized(self, placed: PlacedWeight, arena: Tensor) -> int:
         source = placed.weight.data
         raw = torch.empty(source.nbytes, dtype=torch.uint8)
-        self._read_range(source, 0, raw)
+        self._read([_Range(source, source.offset, raw)])
         weight = raw.view(STORED_DTYPES[source.dtype]).view(placed.weight.shape)
         quantized = nf4.quantize(weight, blocksize=64, nested=False)
         assert placed.absmax is not None
@@ -166,8 +175,59 @@ def _state(handle: int) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def _one_after_another(tasks: Sequence[Task]) -> int:
-    return sum(task() for task in tasks)
+@dataclass(frozen=True)
+class _Range:
+    """Bytes of a tensor from `offset` in its file on, and where they go."""
+
+    source: StoredTensor
+    offset: int
+    target: Tensor
+
+    @property
+    def stop(self) -> int:
+        return self.offset + self.target.numel()
+
+
+def _cut(source: StoredTensor, target: Tensor, piece: int) -> list[_Range]:
+    """A tensor in ranges of at most `piece` bytes."""
+    starts = range(0, source.nbytes, piece)
+    return [_Range(source, source.offset + at, target[at : at + piece]) for at in starts]
+
+
+def _together(ranges: Sequence[_Range], piece: int) -> list[list[_Range]]:
+    """Ranges in order of file and offset, those that one call reads in one list."""
+    found: list[list[_Range]] = []
+    for part in ranges:
+        before = found[-1] if found else []
+        joins = (
+            bool(before)
+            and before[-1].source.file == part.source.file
+            and 0 <= part.offset - before[-1].stop <= GAP_BYTES
+            and part.stop - before[0].offset <= piece
+            and len(before) < MOST_RANGES
+        )
+        if joins:
+            before.append(part)
+        else:
+            found.append([part])
+    return found
+
+
+def _views(parts: Sequence[_Range]) -> list[memoryview]:
+    """Where the file's bytes go, those between two ranges to memory that nobody reads."""
+    views: list[memoryview] = []
+    at = parts[0].offset
+    for part in parts:
+        if part.offset > at:
+            views.append(_UNREAD[: part.offset - at])
+        views.append(memoryview(part.target.numpy().data))
+        at = part.stop
+    return views
+
+
+def _source_at(parts: Sequence[_Range], offset: int) -> StoredTensor:
+    """The tensor that the byte at `offset` is of; before one, that tensor."""
+    return next(part.source for part in parts if offset < part.stop)
 
 
 def _check_scales(placed: PlacedWeight, arena: Tensor) -> None:
