@@ -291,7 +291,8 @@ def readme_command_lines(text: str) -> list[str]:
     inline = re.findall(
         r"`(!?layersweep [^`]+)`", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
     )
-    lines = [line.removeprefix("!") for line in [*lines, *inline]]  # ! in a notebook
+    started = r"^(!|torchrun .* -m (?=layersweep )|srun .*?(?=layersweep ))"  # ! in a notebook
+    lines = [re.sub(started, "", line) for line in [*lines, *inline]]
     return [line for line in lines if line.startswith("layersweep ")]
 
 
@@ -302,7 +303,8 @@ def test_the_two_commands_are_in_the_readme_and_in_the_makefile() -> None:
         assert f"make {target}" in README
 
 
-PAGES = ["README.md", *(f"docs/{name}.md" for name in ("reproduce", "kaggle", "notebooks"))]
+NAMES = ("reproduce", "kaggle", "notebooks", "cluster")
+PAGES = ["README.md", *(f"docs/{name}.md" for name in NAMES)]
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -190,7 +190,7 @@ def _plan(
 
 def _machine(model: Model, held: int, offload: bool, sharers: int) -> Machine:
     """What `held` bytes of caches leave of the budgets; `sharers` stages have one host."""
-    machine = model.machine
+    machine = replace(model.machine, lanes=sharers)
     if offload:
         return replace(machine, ram=max(0, machine.ram - held) // sharers)
     return replace(machine, vram=machine.vram - held // sharers, ram=machine.ram // sharers)

@@ -43,7 +43,8 @@ class Machine:
     `element`: bytes of the compute dtype; `context`: what CUDA itself holds of `vram`;
     `repeats_kv`: attention needs keys and values once per query head (below sm_80); `kernels`:
     our own work there, plain torch takes memory for every step; `sharers`: processes on this host
-    that read the same files: then the page cache is the one copy of them in host memory.
+    that read the same files: then the page cache is the one copy of them in host memory; `lanes`:
+    threads that compute there in turn.
     """
 
     vram: int
@@ -54,6 +55,7 @@ class Machine:
     repeats_kv: bool = False
     kernels: bool = True
     sharers: int = 1
+    lanes: int = 1
 
 
 def tile_flops(config: ModelConfig, tile: TileShape) -> float:
