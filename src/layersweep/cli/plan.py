@@ -178,8 +178,8 @@ def _show(
     )
     if rates.devices > 1:
         console.print(
-            f"note: times are for {rates.devices} devices that share the tiles evenly; `eval` "
-            "computes on one",
+            f"note: times are for {rates.devices} devices that share the tiles: "
+            "`eval --device cuda:0,cuda:1`",
             highlight=False,
             soft_wrap=True,
         )

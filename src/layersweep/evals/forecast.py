@@ -10,6 +10,7 @@ from layersweep.errors import InputError
 from layersweep.evals import needle_job, perplexity
 from layersweep.evals.record import CONTROL_WINDOWS, NEEDLE, PERPLEXITY
 from layersweep.evals.settings import EvalSettings
+from layersweep.evals.shard import share
 from layersweep.kv.arms import EXACT, Arm
 from layersweep.stream.blocks import BlockSpec
 from layersweep.stream.plan import Plan, make_plan
@@ -90,20 +91,23 @@ def forecast(
     shapes = [tile_shape(tile, width) for tile in tiles]
     cpu = machine.device == "cpu"
     place = Machine(
-        machine.vram, machine.ram, element=4 if cpu else 2, cpu=cpu,
-        repeats_kv=machine.repeats_kv,
+        machine.vram, machine.ram // machine.devices, element=4 if cpu else 2, cpu=cpu,
+        repeats_kv=machine.repeats_kv, sharers=machine.devices,
     )  # fmt: skip
-    plan = make_plan(config, specs, shapes[:: machine.devices], place)
-    rate = machine.gemm_flops * SWEEP_EFFICIENCY[machine.device] * machine.devices
+    costs = [tile_flops(config, shape) for shape in shapes]
+    most = share(costs, machine.devices)[0]  # of the device with most to compute
+    plan = make_plan(config, specs, [shapes[index] for index in most], place)
+    rate = machine.gemm_flops * SWEEP_EFFICIENCY[machine.device]
     seconds = {
-        name: sum(tile_flops(config, shape) for shape in shapes if shape.name == name) / rate
+        name: sum(tile_flops(config, shape) for shape in shapes if shape.name == name)
+        / (rate * machine.devices)
         for name in (PERPLEXITY, NEEDLE)
     }
     stored = sum(spec.stored_bytes for spec in specs)
     first_read = stored / machine.disk
     again = (plan.bytes_to_read - stored) / machine.disk
     transfer = plan.bytes_to_read / machine.h2d
-    compute = sum(seconds.values())
+    compute = plan.flops / rate
     return Forecast(
         plan=plan,
         download_s=stored / machine.download,
