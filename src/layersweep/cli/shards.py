@@ -20,8 +20,8 @@ Say = Callable[[str], None]
 
 
 def compute_rank(job: Job, shard: Shard, say: Say) -> dict[str, Any] | None:
-    """The part of a process that torchrun or srun has started; the last one of them returns the
-    results of all, the others None."""
+    """The part of a process that torchrun or srun has started; who finds all tiles done returns the
+    results, the others None."""
     if job.out is None:
         raise InputError(
             f"{shard.source}: found process {shard} of a study without --out, needed a folder that "
@@ -29,7 +29,8 @@ def compute_rank(job: Job, shard: Shard, say: Say) -> dict[str, Any] | None:
             hint="--out DIR; or unset RANK and WORLD_SIZE to compute the whole study here",
         )
     compute(in_shards(job, shard), shard)
-    return collect(job, shard.of, say)
+    results = collect(job, shard.of, say)
+    return None if results and results["status"] == "partial" else results
 
 
 def in_shards(job: Job, shard: Shard) -> Job:
