@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from layersweep.checkpoint.config import ModelConfig
-from layersweep.errors import GateError
+from layersweep.checkpoint.files import LocalFolder, read_small
+from layersweep.checkpoint.problems import FileProblem
+from layersweep.checkpoint.strict_json import UnusableJson, parse_json
+from layersweep.errors import GateError, InputError
 from layersweep.evals.windows import hash_ids
 from layersweep.kv.arms import EXACT
 from layersweep.sweep.loop import LayerHealth
@@ -50,6 +54,16 @@ class Card:
     tokens_sha: str
     nll: float
     nll_repeated: float
+
+    @classmethod
+    def beside(cls, folder: Path) -> Card | None:
+        """The bundled model's; None where there is none, or a file of that name is somebody's."""
+        try:
+            gate = parse_json(read_small(LocalFolder.at(folder), "card.json"))[0]["gate"]
+            return cls(str(gate["tokens_sha"]), float(gate["nll"]), float(gate["nll_repeated"]))
+        except (InputError, FileProblem, UnusableJson, ValueError, LookupError, TypeError,
+                OverflowError):  # fmt: skip
+            return None
 
 
 class Gate:

@@ -20,7 +20,8 @@ from layersweep.evals.finished import FinishedSweep
 from layersweep.evals.lanes import Lead, generate_units
 from layersweep.evals.record import NEEDLE, PERPLEXITY, Part
 from layersweep.evals.shrink import KEPT, of_the_host, out_of_memory, shrink
-from layersweep.evals.study import Study, gemm_rate
+from layersweep.evals.sizing import gemm_rate
+from layersweep.evals.study import Study
 from layersweep.kv.arms import EXACT
 from layersweep.sweep.loop import Engine, Progress, SweepRecord, run_sweep
 from layersweep.sweep.sequences import Sequence, Tile
@@ -135,8 +136,8 @@ class StudyRun:
 
         `finished_sweep` is called as each sweep's results are complete. `gemm_flops`: the machine's
         rate where it has been measured, else it is measured. `limit`: sweeps that might not end in
-        time are left. Raises GateError when the gate or the
-        baseline fails, MachineError where no plan fits.
+        time are left. Raises GateError when the gate or the baseline fails, MachineError where no
+        plan fits.
         """
         study = self.study
         outcome = Outcome()

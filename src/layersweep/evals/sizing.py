@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from layersweep.probes import TILE_ROWS, cpu_gemm_rate, cuda_gemm_rate
 from layersweep.stream.plan import Plan
 from layersweep.stream.rates import sweep_seconds
+from layersweep.stream.shapes import CPU_EXPERT_ROWS
+from layersweep.sweep.model import Model
 
 LOSS_S = 300.0  # at most, of predicted time
 REPEATED_SHARE = 0.03  # at most, of predicted time, for reading weights again
@@ -37,3 +40,13 @@ def sized_plan(plan_of: Callable[[int], Plan], tiles: int, device: str, gemm_flo
             break
         chosen = plan
     return chosen
+
+
+def gemm_rate(model: Model) -> float:
+    """FLOP/s of this machine on the expert's own product, the ceiling that a run is held to."""
+    config = model.checkpoint.config
+    if model.cpu:
+        shape = (CPU_EXPERT_ROWS, config.hidden_size, 2 * config.intermediate_size)
+        return cpu_gemm_rate(shape)
+    shape = (TILE_ROWS, config.hidden_size, 2 * config.intermediate_size)
+    return cuda_gemm_rate(str(model.compute.device), shape, 0.3)

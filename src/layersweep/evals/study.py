@@ -11,14 +11,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
-from pathlib import Path
 
 import torch
 
 from layersweep.checkpoint.config import ModelConfig
-from layersweep.checkpoint.files import LocalFolder, read_small
-from layersweep.checkpoint.problems import FileProblem
-from layersweep.checkpoint.strict_json import UnusableJson, parse_json
 from layersweep.errors import Fallback, InputError
 from layersweep.evals.finished import FinishedSweep
 from layersweep.evals.gate import Card, Gate
@@ -30,16 +26,14 @@ from layersweep.evals.perplexity import PerplexityJob
 from layersweep.evals.record import NEEDLE, Part, Record
 from layersweep.evals.settings import EvalSettings
 from layersweep.evals.shard import WHOLE, Shard
-from layersweep.evals.sizing import sized_plan
+from layersweep.evals.sizing import gemm_rate, sized_plan
 from layersweep.evals.text import SourceText, load_text
 from layersweep.evals.tokenizer import TextTokenizer, check_ids
 from layersweep.evals.windows import cut_windows, resolve_bos
 from layersweep.kv.arms import Arm, parse_arms
 from layersweep.kv.codec import check_stream
 from layersweep.kv.stream import keys_and_values
-from layersweep.probes import TILE_ROWS, cpu_gemm_rate, cuda_gemm_rate
 from layersweep.stream.plan import Plan
-from layersweep.stream.shapes import CPU_EXPERT_ROWS
 from layersweep.sweep.loop import Engine
 from layersweep.sweep.model import Model
 from layersweep.sweep.sequences import Tile
@@ -256,7 +250,7 @@ def prepare_study(
         ids = tokenizer.encode(text.text[:8192])
         check_ids([*([] if bos_id is None else [bos_id]), *ids], config.vocab_size)
         half = model.compute.dtype == torch.float16
-        gate = Gate(config, ids, bos_id, _card(model.checkpoint.folder), half=half)
+        gate = Gate(config, ids, bos_id, Card.beside(model.checkpoint.folder), half=half)
     lead = [gate.tile()] if gate else []
     tiles = [*(perplexity.tiles() if perplexity else []), *(needle.tiles() if needle else [])]
     _check_sliding_window(config.sliding_window, [*lead, *tiles])
@@ -281,16 +275,6 @@ def _plan(model: Model, lead: list[Tile], tiles: list[Tile], gemm_flops: float |
     if gemm_flops is None or not tiles:
         return plan_of(1)
     return sized_plan(plan_of, len(tiles), model.compute.device.type, gemm_flops)
-
-
-def gemm_rate(model: Model) -> float:
-    """FLOP/s of this machine on the expert's own product, the ceiling that a run is held to."""
-    config = model.checkpoint.config
-    if model.cpu:
-        shape = (CPU_EXPERT_ROWS, config.hidden_size, 2 * config.intermediate_size)
-        return cpu_gemm_rate(shape)
-    shape = (TILE_ROWS, config.hidden_size, 2 * config.intermediate_size)
-    return cuda_gemm_rate(str(model.compute.device), shape, 0.3)
 
 
 def _check_sliding_window(window: int | None, tiles: list[Tile]) -> None:
@@ -350,12 +334,3 @@ def _needle(
         trials, arms, tokenizer, settings.streaming, settings.niah_contexts, settings.niah_keys,
         settings.niah_mode,
     )  # fmt: skip
-
-
-def _card(folder: Path) -> Card | None:
-    """What a bundled model's card promises; a file of that name may be somebody else's."""
-    try:
-        gate = parse_json(read_small(LocalFolder.at(folder), "card.json"))[0]["gate"]
-        return Card(str(gate["tokens_sha"]), float(gate["nll"]), float(gate["nll_repeated"]))
-    except (InputError, FileProblem, UnusableJson, ValueError, KeyError, TypeError, OverflowError):
-        return None
