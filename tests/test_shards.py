@@ -93,7 +93,8 @@ def test_a_shard_says_what_it_is(shards: list[Path]) -> None:
     ("case", "said"),
     {
         "one is missing": "the first that is missing is perplexity 0 to 19",
-        "one is there twice": "which",
+        "one is there twice": "s1 twice, needed every folder once",
+        "a tile is there twice": "has, too; needed every tile once",
         "another study": "segments 40 there, 20 in",
         "not at its end": "found no results.json",
         "a number that flipped": "the hash that was written with them",
@@ -114,6 +115,8 @@ def test_what_does_not_belong_together_is_refused(
         parts = [first]
     elif case == "one is there twice":
         parts = [first, second, first]
+    elif case == "a tile is there twice":
+        parts = [first, second, shutil.copytree(first, tmp_path / "again")]
     elif case == "another study":
         manifest = json.loads((second / "manifest.json").read_text())
         (second / "manifest.json").write_text(json.dumps(manifest | {"segments": 20}))
@@ -250,9 +253,12 @@ def test_ranks() -> None:
     step = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "6", "SLURM_LOCALID": "2"}
     step |= {"SLURM_STEP_TASKS_PER_NODE": "3(x2)"}
     assert shard_of_rank(step) == Shard(6, 6, 2, 3, "SLURM_PROCID")
+    uneven = {"SLURM_STEP_TASKS_PER_NODE": "2(x2),1", "SLURM_NODEID": "2", "SLURM_LOCALID": "0"}
+    last = shard_of_rank(step | uneven)
+    assert last == Shard(6, 6, 0, 1, "SLURM_PROCID") and last.has_gate
     assert shard_of_rank({"SLURM_PROCID": "0", "SLURM_NTASKS": "6"}) is None  # a batch script
     assert shard_of_rank({}) is None
-    with pytest.raises(InputError, match="needed whole numbers"):
+    with pytest.raises(InputError, match="needed a whole number"):
         shard_of_rank(started | {"RANK": "one"})
     assert parse_shard("2/8") == Shard(2, 8, source="--shard") and parse_shard("2/8").has_gate
     for text in ("0/2", "3/2", "2", "a/b", "-1/2", "1/2/3", ""):

@@ -49,6 +49,12 @@ def merge(parts: Sequence[StudyPart], *, command: str) -> Merged:
     InputError for parts of different studies, a tile that two parts have, and damaged files.
     """
     first = parts[0]
+    names = [part.name for part in parts]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise InputError(
+            f"merge: found {min(twice)} twice, needed every folder once",
+            hint="leave one of them out",
+        )
     for other in parts[1:]:
         _check_same_study(first, other)
     record, done = _record(first), FinishedSweep([])

@@ -279,12 +279,16 @@ def _generate(
 
 
 def _finish(study: Study, tiles: list[Tile], record: SweepRecord, listeners: Listeners) -> None:
-    """The numbers of `tiles` are complete: they are kept."""
+    """The numbers of `tiles` are complete: they are kept. A sweep of the gate alone is kept once,
+    and is no progress that a limit may end a run behind."""
     finished = _take(study, tiles, record)
+    news = bool(tiles) or study.done.gate is None
     study.gate_passed = True
     study.done.add(finished)
-    listeners.finished_sweep(finished)
-    listeners.limit.took_one()
+    if news:
+        listeners.finished_sweep(finished)
+    if tiles:
+        listeners.limit.took_one()
 
 
 def _take(study: Study, tiles: list[Tile], record: SweepRecord) -> FinishedSweep:

@@ -76,21 +76,35 @@ def shard_of_rank(environment: Mapping[str, str]) -> Shard | None:
     for its steps alone, SLURM_STEP_NUM_TASKS: the SLURM_NTASKS of a batch script is no reason to
     compute a part. Raises InputError for values that are no ranks.
     """
-    torchrun = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    srun = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE")
+    torchrun = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    srun = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
     for names in (torchrun, srun):
         if names[0] not in environment or names[1] not in environment:
             continue
-        found = [environment.get(name, "") for name in names]
-        values = [text.partition("(")[0].partition(",")[0] for text in found]  # "2(x3)" a node
-        if not all(value.isdecimal() for value in values[:2]):
-            raise InputError(
-                f"{names[0]}, {names[1]}: found '{found[0]}', '{found[1]}', needed whole numbers",
-                hint=f"unset {names[0]}, or start with torchrun or srun",
-            )
-        rank, size = int(values[0]), int(values[1])
-        local = [int(value) if value.isdecimal() else None for value in values[2:]]
+        rank, size, local_rank = (_whole(name, environment) for name in names)
         if size == 1:
             return None
-        return Shard(rank + 1, size, local[0] or 0, local[1] or 1, source=names[0])
+        slurm = names is srun
+        here = _tasks_here(environment) if slurm else _whole("LOCAL_WORLD_SIZE", environment)
+        return Shard(rank + 1, size, local_rank, max(1, here), source=names[0])
     return None
+
+
+def _tasks_here(environment: Mapping[str, str]) -> int:
+    """Of a srun step on this node: SLURM_STEP_TASKS_PER_NODE is "3(x2),1" for 3, 3 and 1."""
+    counts: list[int] = []
+    for part in environment.get("SLURM_STEP_TASKS_PER_NODE", "1").split(","):
+        tasks, _, nodes = part.partition("(x")
+        counts += [int(tasks)] * int(nodes.rstrip(")") or 1)
+    return counts[min(_whole("SLURM_NODEID", environment), len(counts) - 1)]
+
+
+def _whole(name: str, environment: Mapping[str, str]) -> int:
+    """A variable's number, 0 where it is not set."""
+    text = environment.get(name, "0")
+    if not text.isdecimal():
+        raise InputError(
+            f"{name}: found '{text}', needed a whole number",
+            hint=f"unset {name}, or start with torchrun or srun",
+        )
+    return int(text)
