@@ -32,6 +32,7 @@ def execute(path: Path = NOTEBOOK) -> nbformat.NotebookNode:
         "PYTHONPATH": os.pathsep.join([str(PROJECT / "src"), *sys.path]),
     }
     with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, environment):
+        os.environ.pop("COLUMNS", None)  # of the terminal this runs in, or of a test runner
         client = NotebookClient(
             notebook,
             timeout=CELL_TIMEOUT_S,
