@@ -309,3 +309,22 @@ def test_collect_waits_for_all(shards: list[Path], tmp_path: Path, capsys: Any) 
     shutil.copytree(shards[1], tmp_path / "shards" / "2-of-2")
     results = collect(job, 2, said.append)
     assert results is not None and results["status"] == "complete"
+
+
+def test_a_worker_whose_gate_refuses_ends_the_run_with_3(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    demo = Path(__file__).parents[1] / "src/layersweep/demo"
+    model, out, text = tmp_path / "model", tmp_path / "out", tmp_path / "text.txt"
+    shutil.copytree(demo / "model", model)
+    config = json.loads((model / "config.json").read_text())
+    config["rope_parameters"]["rope_theta"] = 100.0
+    (model / "config.json").write_text(json.dumps(config))
+    text.write_text((demo / "text/heldout.txt").read_text()[:200_000])
+    words = ["eval", str(model), "--text", str(text), *ARGUMENTS, "--tasks", "ppl"]
+    assert run([*words, "--device", "cpu,cpu", "--out", str(out)]) == 3
+    error = capfd.readouterr().err
+    assert error.count("error: gate: a repeated text") == 1
+    assert f"details in {out}/shards/2-of-2/diagnosis.json" in error
+    results = json.loads((out / "results.json").read_text())
+    assert (results["status"], results["gate"]["passed"]) == ("gate_failed", False)

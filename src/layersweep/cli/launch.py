@@ -20,8 +20,8 @@ from typing import Any
 
 from layersweep.cli.exits import exit_code
 from layersweep.cli.job import Job, compute
-from layersweep.cli.shards import Say, check_counts, collect, in_shards
-from layersweep.errors import InputError, LayersweepError, MachineError, NoRoomTogether
+from layersweep.cli.shards import Say, check_counts, collect, in_shards, keep_refusal
+from layersweep.errors import GateError, InputError, LayersweepError, MachineError, NoRoomTogether
 from layersweep.evals.shard import Shard
 
 PR_SET_PDEATHSIG = 1
@@ -59,7 +59,12 @@ def launch(job: Job, say: Say) -> dict[str, Any]:
         _check_folder(job.out, len(devices), job.resume)
     with tempfile.TemporaryDirectory(prefix="layersweep-") as temporary:
         kept = replace(job, out=job.out or Path(temporary))
-        _run_workers(kept, len(devices))
+        try:
+            _run_workers(kept, len(devices))
+        except WorkerError as failure:
+            if failure.exit_code == GateError.exit_code:
+                keep_refusal(kept, len(devices))
+            raise
         results = collect(kept, len(devices), say if job.out is not None else lambda line: None)
     assert results is not None  # every worker has come to its end
     return results

@@ -68,7 +68,7 @@ def collect(job: Job, of: int, say: Say) -> dict[str, Any] | None:
     from layersweep.report.store import RESULTS_FILE
 
     assert job.out is not None
-    folders = [job.out / "shards" / Shard(number + 1, of).folder for number in range(of)]
+    folders = _folders(job.out, of)
     handle = lock(job.out, wait=True)
     try:
         there = [folder for folder in folders if (folder / RESULTS_FILE).is_file()]
@@ -85,3 +85,20 @@ def collect(job: Job, of: int, say: Say) -> dict[str, Any] | None:
     else:
         say(f"wrote {job.out}/results.json, report.html, windows.csv")
     return merged.results
+
+
+def keep_refusal(job: Job, of: int) -> None:
+    """The results of a part whose gate failed are those of the whole run."""
+    from layersweep.report.files import write_report
+    from layersweep.report.store import RESULTS_FILE, load_results
+
+    assert job.out is not None
+    for folder in _folders(job.out, of):
+        if (folder / RESULTS_FILE).is_file():
+            results = load_results(folder)
+            if results["status"] == "gate_failed":
+                write_report(job.out, {**results, "command": job.command})
+
+
+def _folders(out: Path, of: int) -> list[Path]:
+    return [out / "shards" / Shard(number + 1, of).folder for number in range(of)]
