@@ -93,11 +93,13 @@ def paths_line(study: Study) -> str:
 
 def budget_line(study: Study) -> str:
     plan, model = study.plan, study.model
-    tiles = len(study.own)
+    tiles = f"{len(study.own)} tiles"
+    if study.shard.of > 1:
+        tiles = f"shard {study.shard}: {len(study.own)} of {len(study.tiles)} tiles"
     return (
         f"[budget] vram {format_bytes(model.vram.bytes)} ({model.vram.source}), ram "
         f"{format_bytes(model.ram.bytes)} ({model.ram.source}); planned working set "
-        f"{format_bytes(plan.device_bytes)}, {tiles} tiles in {len(plan.sweeps)} sweep(s), "
+        f"{format_bytes(plan.device_bytes)}, {tiles} in {len(plan.sweeps)} sweep(s), "
         f"{format_bytes(plan.bytes_to_read)} to read"
     )
 
