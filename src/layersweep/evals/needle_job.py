@@ -18,6 +18,8 @@ from layersweep.sweep.loop import LogitsReader
 from layersweep.sweep.sequences import Branch, Sequence, Tile, tiles_of
 
 TILE_TRIALS = 10
+# Generated trials: with fewer at once, two cards of 14 GiB hold Mixtral-8x7B beside 4096 tokens.
+TILE_GENERATED = 5
 NEW_TOKENS = 16
 
 RunTiles = Callable[[list[Tile], LogitsReader], None]
@@ -60,8 +62,10 @@ class NeedleJob:
         return [EXACT, *self.arms]
 
     def tiles(self) -> list[Tile]:
-        """Teacher mode: the answer is part of the branch and is read, not generated."""
-        return tiles_of(NEEDLE, [self._teacher(trial) for trial in self.trials], TILE_TRIALS)
+        """Teacher mode: the answer is part of the branch and is read, not generated. Of generated
+        trials these are the shapes, and which of them go together."""
+        size = TILE_GENERATED if self.mode == "generate" else TILE_TRIALS
+        return tiles_of(NEEDLE, [self._teacher(trial) for trial in self.trials], size)
 
     def _teacher(self, trial: Trial) -> Sequence:
         if self.streaming:
