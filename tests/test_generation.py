@@ -252,3 +252,20 @@ def test_machines_of_several_stages_share_the_host() -> None:
     small = [replace(model, ram=SimpleNamespace(bytes=4 * GIB)) for model in models]
     with pytest.raises(NoRoomTogether):  # the caches have no place
         plan_generation(small, trials(2048), ARMS)
+
+
+def test_where_the_weights_do_not_fit_together_each_device_has_its_own(
+    alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def no_room(models: list[Model], *rest: Any) -> Generation:
+        assert len(models) == 2  # one model each in the processes, which this does not reach
+        raise NoRoomTogether("found 2 small devices")
+
+    monkeypatch.setattr("layersweep.evals.study.plan_generation", no_room)
+    folder = tmp_path / "two"
+    assert run(["eval", "demo", *ARGUMENTS, "--device", "cpu,cpu", "--out", str(folder)]) == 0
+    said = capfd.readouterr().err
+    assert "fallback: layers over devices: used a process for each: found 2 small devices" in said
+    assert numbers(folder) == numbers(alone)
+    # from the page cache in each of 16 walks, by each of them
+    assert performance(folder)["weight_bytes_read"] == 32 * performance(alone)["weight_bytes_read"]
