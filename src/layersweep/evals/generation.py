@@ -74,8 +74,8 @@ def plan_generation(
     """Place weights, caches and tiles; on several devices only if all weights stay there.
 
     `models`: one checkpoint on each device; `at_least`: units wanted; `lead`: the gate's tile, if
-    it rides with the first unit. Raises BudgetError where
-    that cannot be, of them NoRoomTogether for several devices.
+    it rides with the first unit. Raises BudgetError where that cannot be, of them NoRoomTogether
+    for several devices.
     """
     tiles = [*lead, *tiles]
     caches = [0] * len(lead) + [_cache_bytes(models[0], tile, arms) for tile in tiles[len(lead) :]]
