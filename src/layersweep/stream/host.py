@@ -34,12 +34,13 @@ AHEAD = 16  # runs whose reading may be under way; the ring is the real limit
 
 
 class Readers:
-    """Threads that read: few while that is fast, many while it waits for a disk."""
+    """Threads that read: few while that is fast, many once it waits for a disk. A pool starts its
+    threads when they are needed."""
 
     def __init__(self) -> None:
         self._many = ThreadPoolExecutor(READERS, "block-reader")
         self._few = ThreadPoolExecutor(CACHED_READERS, "cached-block-reader")
-        self.cached = False
+        self.cached = True
 
     def submit(self, task: Task) -> Future[None]:
         return (self._few if self.cached else self._many).submit(self._run, task)
