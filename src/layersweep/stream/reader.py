@@ -22,7 +22,7 @@ from layersweep.stream.blocks import STORED_DTYPES, BlockSpec, PlacedWeight
 from layersweep.stream.runs import Run
 
 # Large enough that a disk streams and that few steps of Python are taken: each of them may hold up
-# the thread that launches kernels (8 MiB cost 1.2 % of a study, and 5 % of one on two GPUs).
+# the thread that launches kernels.
 PIECE_BYTES = 32 * 2**20
 GAP_BYTES = 64 * 2**10  # bytes between tensors that are read and dropped
 MOST_RANGES = 500  # of one call; with the gaps between them, the system takes 1,024
