@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,19 +12,23 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from checkpoint_builders import tiny_checkpoint
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from mixtral_shapes import MIXTRAL, mixtral_specs
+from stepped import in_one_pass, stepped, texts
 
 from layersweep.cli.app import run
 from layersweep.errors import BudgetError, NoRoomTogether
 from layersweep.evals.generation import Generation, plan_generation
 from layersweep.kv.arms import EXACT, parse_arms
 from layersweep.stream.blocks import BlockSpec
-from layersweep.stream.runs import spread_layers
+from layersweep.stream.runs import Placement, compute_ring, runs_of, spread_layers
 from layersweep.stream.shapes import Machine
+from layersweep.stream.store import BlockStore
 from layersweep.sweep.caches import KeptCaches
-from layersweep.sweep.model import Model
+from layersweep.sweep.loop import Engine
+from layersweep.sweep.model import Model, load
 from layersweep.sweep.sequences import Branch, Sequence, Tile, tiles_of
 from layersweep.sweep.shapes import tile_shape
 
@@ -83,8 +88,9 @@ def test_two_t4s_hold_mixtral_together_and_read_it_once(context: int) -> None:
     )
     assert len(plan.stages[0].plan.copies) == 192
     assert plan.offload and plan.lanes == 2
-    # 5 trials in 2 lanes: a prefix exact at 16 bits, K3V2 at 3.5, K4V2 at 4, and 180 own tokens
-    held = 2 * 5 * 2 * 32 * 1024 * ((context - 60) * (16 + 3.5 + 4) + 180 * 16) / 8
+    # 5 trials in 2 lanes: a prefix exact at 16 bits, K3V2 at 3.5, K4V2 at 4, and behind it
+    # 3 times 76 tokens
+    held = 2 * 5 * 2 * 32 * 1024 * ((context - 60) * (16 + 3.5 + 4) + 228 * 16) / 8
     assert plan.cache_bytes == int(held)
 
 
@@ -213,29 +219,62 @@ def test_stop_after_ends_between_units(alone: Path, tmp_path: Path) -> None:
     assert numbers(tmp_path / "run") == numbers(alone)
 
 
-def test_kept_caches_are_copies_and_do_not_hold_what_they_decode() -> None:
-    from layersweep.kv.cache import store
-    from layersweep.kv.stream import keys_and_values
+OWN = f"{Path(__file__).parent / 'own_codec.py'}:Rounded:K3V2"
+STEPPED = [EXACT, *parse_arms(f"K3V2,K4V2,lloyd:K3V2@window=3@sink=2,kivi:K2V16,{OWN}")]
 
-    torch.manual_seed(0)
-    arm = parse_arms("lloyd:K3V2")[0]
-    k, v = torch.randn(2, 1, 2, 40, 64)
-    positions = torch.arange(40)[None]
-    stored = [
-        store(arm, x, stream, positions, 0, 4, {}).select(0)
-        for x, stream in zip((k, v), keys_and_values(2, 64), strict=True)
-    ]
-    wanted = [stream.decoded() for stream in stored]
-    caches = KeptCaches(2**20)
-    caches.keep_prefix((0, 1, 0), (stored[0], stored[1]))
-    own = torch.randn(1, 2, 3, 64), torch.randn(1, 2, 3, 64)
-    caches.extend((0, 1, 0), own)
-    keys, values = caches.history((0, 1, 0), torch.device("cpu"))
-    assert torch.equal(keys, torch.cat((wanted[0], own[0]), 2))
-    assert torch.equal(values, torch.cat((wanted[1], own[1]), 2))
-    kept = caches._kept[0, 1, 0].prefix
-    assert kept is not None and all(s.middle and s.middle._decoded is None for s in kept)
-    assert caches.moved_bytes == 0  # nothing leaves the host
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    model = load(str(tiny_checkpoint(tmp_path_factory.mktemp("tiny"))), device="cpu")
+    runs = runs_of(model.specs)
+    placement = Placement(frozenset(), frozenset(), 0, compute_ring(runs))
+    store = BlockStore(model.specs, placement, torch.device("cpu"))
+    engine = Engine(model.checkpoint.config, store, model.compute, 0)
+    yield engine
+    engine.close()
+
+
+@settings(deadline=None, max_examples=12)
+@given(
+    st.lists(st.tuples(st.integers(0, 40), st.integers(1, 9)), min_size=1, max_size=4),
+    st.integers(0, 2**32),
+)
+def test_a_token_at_a_time_is_one_pass(
+    tiny: Engine, lengths: list[tuple[int, int]], seed: int
+) -> None:
+    rides = texts(lengths, len(STEPPED), 3, tiny.config.vocab_size, seed)
+    expected = in_one_pass(tiny, rides, STEPPED)
+    found = stepped(tiny, rides, STEPPED, KeptCaches(3))
+    assert found.shape == (len(lengths), 6, 4, tiny.config.vocab_size)
+    assert (found - expected).abs().max() < 1e-4
+
+
+def test_where_caches_wait_and_how_many_arms_go_at_once_changes_no_bit(
+    tiny: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rides = texts([(40, 5), (31, 8), (31, 8)], len(STEPPED), 3, tiny.config.vocab_size, 0)
+    expected = stepped(tiny, rides, STEPPED, KeptCaches(3))
+    for room in (2**24, 1000):  # where it is full, memory of their own
+        caches = KeptCaches(3, room)
+        assert torch.equal(stepped(tiny, rides, STEPPED, caches), expected)
+        assert caches.moved_bytes == 0  # nothing leaves the host
+        caches.close()
+    monkeypatch.setattr("layersweep.sweep.state.STEP_ELEMENTS", 1)
+    assert torch.equal(stepped(tiny, rides, STEPPED, KeptCaches(3)), expected)
+
+
+def test_kept_caches_are_copies_that_share_and_do_not_hold_what_they_decode(tiny: Engine) -> None:
+    rides = texts([(40, 5), (40, 5), (20, 5)], len(STEPPED), 2, tiny.config.vocab_size, 0)
+    caches = KeptCaches(2)
+    stepped(tiny, rides, STEPPED, caches)
+    for layer in range(tiny.config.num_hidden_layers):
+        kept = caches._layers[0, layer]
+        assert [(part.rows.start, part.rows.stop) for part in kept.parts] == [(0, 2), (2, 3)]
+        for part in kept.parts:
+            coded = [s.middle for pair in part.streams for s in pair if s.middle is not None]
+            assert all(one._decoded is None for one in coded)
+            # 5 arms; values of kivi:K2V16 are exact, those of K3V2 and K4V2 are one
+            assert (len(coded), len({id(one) for one in coded})) == (9, 8)
 
 
 def test_bits_of_arms_that_are_arithmetic_alone() -> None:

@@ -14,10 +14,10 @@ from layersweep.checkpoint.config import ModelConfig
 from layersweep.errors import InputError
 from layersweep.probes import TILE_ROWS, resident_share
 from layersweep.stream.blocks import BlockSpec
-from layersweep.stream.events import mark, seconds_between
 from layersweep.stream.host import READERS
 from layersweep.stream.reader import RunReader
 from layersweep.stream.runs import runs_of
+from layersweep.sweep.clock import PhaseClock
 
 WARM_SECONDS = MEASURED_SECONDS = 2.0
 MOST_CACHED = 0.01  # share of a file that may still lie in memory for it to count as evicted
@@ -38,16 +38,16 @@ def gemm_ceiling(config: ModelConfig, device: torch.device, dtype: torch.dtype) 
 
     def run(seconds: float) -> float:
         """Pairs of products for about `seconds`; FLOP/s by the device's clock."""
-        pairs, begun, started = 0, mark(device), time.perf_counter()
-        while time.perf_counter() - started < seconds:
-            for _ in range(4):
-                torch.mm(x, w13.t(), out=wide)
-                torch.mm(y, w2.t(), out=narrow)
-            pairs += 4
-            torch.cuda.current_stream(device).synchronize()
-        ended = mark(device)
-        ended.synchronize()
-        return pairs * flops / seconds_between([(begun, ended)])
+        pairs, started, clock = 0, time.perf_counter(), PhaseClock(device)
+        with clock.phase("products"):
+            while time.perf_counter() - started < seconds:
+                for _ in range(4):
+                    torch.mm(x, w13.t(), out=wide)
+                    torch.mm(y, w2.t(), out=narrow)
+                pairs += 4
+                if device.type == "cuda":
+                    torch.cuda.current_stream(device).synchronize()
+        return pairs * flops / clock.seconds()["products"]
 
     run(WARM_SECONDS)
     return run(MEASURED_SECONDS)

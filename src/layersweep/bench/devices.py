@@ -1,5 +1,5 @@
-"""`bench study --device cuda:0,cuda:1`: the study with a process for each device, against one in
-the same call, and whether both gave the same numbers.
+"""`bench study --device cuda:0,cuda:1`: the study with a process for each device, against one, in
+turn in the same processes, and whether all gave the same numbers.
 
 The clock runs from the first weight byte that any process asks for to results.json in place, of
 several devices the merged one. Kernels and contexts are warm, and so is what writes results.
@@ -8,6 +8,7 @@ several devices the merged one. Kernels and contexts are warm, and so is what wr
 from __future__ import annotations
 
 import multiprocessing
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from dataclasses import dataclass, replace
 from multiprocessing.queues import SimpleQueue
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
+from threading import BrokenBarrierError
 from typing import Any
 
 from layersweep.bench.study import Say, floor, long_text, measure_ceilings, one_tile
@@ -31,6 +33,7 @@ from layersweep.sweep.model import load
 from layersweep.units import parse_size
 
 Json = dict[str, Any]
+PAIRS = 3
 
 
 @dataclass(frozen=True)
@@ -54,97 +57,157 @@ class Part:
     host_bytes: int
 
 
-def bench_devices(place: Place, devices: list[str], settings: EvalSettings, say: Say) -> list[Json]:
-    """A row per task for the first device and one for all of them, with the speed-up."""
-    rows = []
+def bench_devices(
+    place: Place, devices: list[str], settings: EvalSettings, say: Say, pairs: int = PAIRS
+) -> list[Json]:
+    """A row per task for the first device and one for all of them, the run of the median time of
+    each, with the median of the speed-ups of `pairs` runs one after the other."""
     with tempfile.TemporaryDirectory() as folder:
         text = Path(folder) / "text.txt"
         text.write_text(long_text(settings.segments or 0, settings.prefix + settings.continuation))
-        for task in settings.tasks:
-            job = replace(settings, text=str(text), tasks=(task,))
-            runs = []
-            for names in (devices[:1], devices):
-                say(f"{task}: {len(names)} device(s)")
-                runs.append(_run(place, names, job, Path(folder)))
-            (one, first), (all_of_them, several) = runs
-            several["speedup"] = first["wall_s"] / several["wall_s"]
-            several["same_numbers"] = _numbers(one) == _numbers(all_of_them)
-            rows += [first, several]
+        settings = replace(settings, text=str(text))
+        jobs = [replace(settings, tasks=(task,)) for task in settings.tasks]
+        with _Workers(place, devices, jobs, pairs, Path(folder)) as workers:
+            say("warm-up")
+            workers.warm_up()
+            rows = []
+            for job in jobs:
+                runs = []
+                for pair in range(pairs):
+                    say(f"{job.tasks[0]}: pair {pair + 1} of {pairs}")
+                    runs.append((workers.run(job, 1), workers.run(job, len(devices))))
+                rows += _rows(runs)
     return rows
 
 
-def _run(place: Place, devices: list[str], job: EvalSettings, folder: Path) -> tuple[Json, Json]:
-    """The merged results of a process for each device, and the row that is printed."""
-    context = multiprocessing.get_context("spawn")
-    count = len(devices)
-    barrier, queue = context.Barrier(count + 1), context.SimpleQueue()
-    workers = [
-        context.Process(
-            target=_measure,
-            args=(place, device, job, Shard(rank + 1, count, rank, count), folder, barrier, queue),
-        )
-        for rank, device in enumerate(devices)
+def _rows(pairs: list[tuple[tuple[Json, Json], tuple[Json, Json]]]) -> list[Json]:
+    """What is printed of (results, row) of one device and of several, in pairs."""
+    numbers = [_numbers(results) for pair in pairs for results, _ in pair]
+    ones, several = ([pair[side][1] for pair in pairs] for side in (0, 1))
+    middle = [
+        sorted(rows, key=lambda row: row["wall_s"])[len(pairs) // 2] for rows in (ones, several)
     ]
-    for worker in workers:
-        worker.start()
-    for part in [_next(queue, workers) for _ in workers]:  # of the warm-up
-        write_results(folder, merge([part.part], command="warm-up").results)
-    barrier.wait()
-    parts = [_next(queue, workers) for _ in workers]
-    parts.sort(key=lambda part: part.part.shard)
-    merged = merge([part.part for part in parts], command="layersweep bench study")
-    write_results(folder, merged.results)
-    ended = parts[0].ended if count == 1 else time.perf_counter()
-    wall = ended - min(part.started for part in parts)
-    for worker in workers:
-        worker.join()
-    shards = merged.results["performance"].pop("shards")
-    floors = max(part.floors["floor_s"] for part in parts)
-    row = {
-        "job": f"{job.tasks[0]} on {count}",
-        "devices": count,
-        **merged.results["performance"],
-        "wall_s": wall,
-        "floor_s": floors,
-        "ratio": wall / floors,
-        "host_weight_bytes": sum(part.host_bytes for part in parts),
-        "wall_s_of_each": [one["wall_s"] for one in shards],
-        "phases_of_each": [one["phases"] for one in shards],
+    speedups = [one["wall_s"] / all_["wall_s"] for one, all_ in zip(ones, several, strict=True)]
+    for row, rows in zip(middle, (ones, several), strict=True):
+        row["walls_s"] = [one["wall_s"] for one in rows]
+    middle[1] |= {
+        "speedups": speedups,
+        "speedup": statistics.median(speedups),
+        "same_numbers": all(one == numbers[0] for one in numbers),
     }
-    return merged.results, row
+    return middle
 
 
-def _next(queue: SimpleQueue[Part], workers: Sequence[Any]) -> Part:
-    while queue.empty():
-        if any(worker.exitcode for worker in workers):
-            raise SystemExit("a process failed: see above")
-        time.sleep(0.01)
-    return queue.get()
+class _Workers:
+    """A process for each device. In every round, all of them or the first one alone measures."""
+
+    def __init__(
+        self, place: Place, devices: list[str], jobs: list[EvalSettings], pairs: int, folder: Path
+    ) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.folder, self.count = folder, len(devices)
+        self._barrier, self._queue = context.Barrier(self.count + 1), context.SimpleQueue()
+        self._processes = [
+            context.Process(
+                target=_work_or_abort,
+                args=(place, device, jobs, pairs, Shard(rank + 1, self.count, rank, self.count),
+                      folder, self._barrier, self._queue),
+            )
+            for rank, device in enumerate(devices)
+        ]  # fmt: skip
+
+    def __enter__(self) -> _Workers:
+        for process in self._processes:
+            process.start()
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        for process in self._processes:
+            if failure[0] is not None:
+                process.terminate()
+            process.join()
+
+    def warm_up(self) -> None:
+        for part in self._parts(self.count):
+            write_results(self.folder, merge([part.part], command="warm-up").results)
+
+    def run(self, job: EvalSettings, count: int) -> tuple[Json, Json]:
+        """A round of `count` devices: the merged results, and the row that is printed."""
+        try:
+            self._barrier.wait()
+        except BrokenBarrierError:
+            raise SystemExit("a process failed: see above") from None
+        parts = sorted(self._parts(count), key=lambda part: part.part.shard)
+        merged = merge([part.part for part in parts], command="layersweep bench study")
+        write_results(self.folder, merged.results)
+        ended = parts[0].ended if count == 1 else time.perf_counter()
+        self._barrier.wait()
+        wall = ended - min(part.started for part in parts)
+        shards = merged.results["performance"].pop("shards")
+        floors = max(part.floors["floor_s"] for part in parts)
+        row = {
+            "job": f"{job.tasks[0]} on {count}",
+            "devices": count,
+            **merged.results["performance"],
+            "wall_s": wall,
+            "floor_s": floors,
+            "ratio": wall / floors,
+            "host_weight_bytes": sum(part.host_bytes for part in parts),
+            "wall_s_of_each": [one["wall_s"] for one in shards],
+            "phases_of_each": [one["phases"] for one in shards],
+        }
+        return merged.results, row
+
+    def _parts(self, count: int) -> list[Part]:
+        return [self._next() for _ in range(count)]
+
+    def _next(self) -> Part:
+        while self._queue.empty():
+            if any(process.exitcode for process in self._processes):
+                raise SystemExit("a process failed: see above")
+            time.sleep(0.002)
+        part: Part = self._queue.get()
+        return part
 
 
-def _measure(
+def _work_or_abort(*args: Any) -> None:
+    try:
+        _work(*args)
+    except BaseException:
+        args[-2].abort()  # nobody waits for this process any more
+        raise
+
+
+def _work(
     place: Place,
     device: str,
-    settings: EvalSettings,
+    jobs: Sequence[EvalSettings],
+    pairs: int,
     shard: Shard,
     folder: Path,
     barrier: Barrier,
     queue: SimpleQueue[Part],
 ) -> None:
-    """One process: warm up, wait for the others, measure. Alone, it writes the results."""
-    model = load(
-        place.source, vram=place.vram, ram=place.ram, device=device,
-        assume_capability=place.assume_capability, sharers=shard.local_size,
-    )  # fmt: skip
-    if not model.cpu:
+    """One process: warm up, then in every pair of each job measure alone, if it is the first one,
+    and together with the others. Alone, it writes the results."""
+    first = shard.local_rank == 0
+    models = {
+        count: load(
+            place.source, vram=place.vram, ram=place.ram, device=device,
+            assume_capability=place.assume_capability, sharers=count,
+        )
+        for count in ((1, shard.of) if first else (shard.of,))
+    }  # fmt: skip
+    together = models[shard.of]
+    if not together.cpu:
         import torch
 
         limit = parse_size(place.vram) / torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(limit, device)
-    ceilings = measure_ceilings(model, cold=False, say=lambda line: None)
+    ceilings = measure_ceilings(together, cold=False, say=lambda line: None)
 
     def part(settings: EvalSettings, shard: Shard, ready: Callable[[], object]) -> Part:
-        study = prepare_study(model, settings, shard=shard)
+        study = prepare_study(models.get(shard.of, together), settings, shard=shard)
         manifest = manifest_of(study)
         with StudyRun(study) as run:
             ready()
@@ -154,12 +217,19 @@ def _measure(
                 write_results(folder / device, results)
             ended = time.perf_counter()
             sweeps = {"sweeps/0000": pack(study.record, study.done)}
-            left = StudyPart(device, str(shard), manifest, study.record.facts(), results, sweeps)
+            left = StudyPart(shard.folder, str(shard), manifest, study.record.facts(), results, sweeps)
             floors = floor(study.plan, ceilings, outcome.h2d_rate)
             return Part(left, outcome.started, ended, floors, study.plan.host_bytes)
 
-    queue.put(part(one_tile(settings), WHOLE, lambda: None))
-    queue.put(part(settings, shard, barrier.wait))
+    queue.put(part(one_tile(jobs[0]), WHOLE, lambda: None))
+    for job in jobs:
+        for _ in range(pairs):
+            for share in (WHOLE, shard):
+                if first or share.of > 1:
+                    queue.put(part(job, share, barrier.wait))
+                else:
+                    barrier.wait()
+                barrier.wait()  # the results are in place
 
 
 def _numbers(results: Json) -> Json:

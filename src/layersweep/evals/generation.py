@@ -16,9 +16,10 @@ from layersweep.evals.needle_job import NEW_TOKENS
 from layersweep.kv.arms import EXACT, Arm
 from layersweep.stream.plan import Plan, make_plan
 from layersweep.stream.runs import spread_layers
-from layersweep.stream.shapes import Machine
+from layersweep.stream.shapes import Machine, TileShape
 from layersweep.sweep.model import Model
 from layersweep.sweep.sequences import Tile
+from layersweep.sweep.state import arms_at_once, kept_columns
 from layersweep.units import format_bytes
 
 # Bits of an element beside a codec's own, for scales and means. What is arithmetic alone holds
@@ -179,7 +180,7 @@ def _plan(
     visits: int = NEW_TOKENS,
 ) -> Plan:
     machine = _machine(model, held, offload, sharers)
-    shapes = [model.shape(tile) for tile in tiles]
+    shapes = [_shape(model, tile) for tile in tiles]
     plan = make_plan(
         model.checkpoint.config, model.blocks_of(layers), shapes, machine, at_least, visits
     )
@@ -188,9 +189,26 @@ def _plan(
     return replace(plan, peaks={**plan.peaks, "kept caches": held // sharers})
 
 
+def _shape(model: Model, tile: Tile) -> TileShape:
+    """With what the steps behind the first sweep take."""
+    config = model.checkpoint.config
+    columns, arms = _columns(tile), len(tile.sequences[0].branches)
+    at_once = arms_at_once(
+        len(tile.sequences), columns, config.num_key_value_heads * config.head_dim
+    )
+    columns *= min(arms, at_once) * len(tile.sequences)
+    return replace(model.shape(tile), kept_columns=columns)
+
+
+def _columns(tile: Tile) -> int:
+    prefix = max(len(sequence.prefix) for sequence in tile.sequences)
+    question = max(len(branch.ids) for s in tile.sequences for branch in s.branches)
+    return kept_columns(prefix, question, NEW_TOKENS)
+
+
 def _machine(model: Model, held: int, offload: bool, sharers: int) -> Machine:
     """What `held` bytes of caches leave of the budgets; `sharers` stages have one host."""
-    machine = replace(model.machine, lanes=sharers)
+    machine = replace(model.machine, lanes=sharers)  # a lane for each stage
     if offload:
         return replace(machine, ram=max(0, machine.ram - held) // sharers)
     return replace(machine, vram=machine.vram - held // sharers, ram=machine.ram // sharers)
@@ -201,10 +219,10 @@ def _cache_bytes(model: Model, tile: Tile, arms: Sequence[Arm]) -> int:
     config = model.checkpoint.config
     elements = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     exact = 8.0 * model.compute.dtype.itemsize
+    own = _columns(tile) - max(len(sequence.prefix) for sequence in tile.sequences)
     total = 0.0
     for sequence in tile.sequences:
-        own = sum(len(branch.ids) for branch in sequence.branches)
-        total += elements * own * exact
+        total += elements * own * len(sequence.branches) * exact
         for arm in (EXACT, *arms):
             total += elements * len(sequence.prefix) * _bits(arm, exact)
     return int(total / 8)

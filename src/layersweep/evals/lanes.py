@@ -13,6 +13,7 @@ from layersweep.evals.needle_job import NEW_TOKENS, NeedleJob
 from layersweep.sweep.caches import KeptCaches
 from layersweep.sweep.loop import Engine, LayerCheck, LogitsReader, Progress, SweepRecord, run_sweep
 from layersweep.sweep.sequences import Tile
+from layersweep.sweep.turn import HostTurn
 
 
 @dataclass
@@ -49,14 +50,14 @@ def generate_units(
     On several stages a thread per lane walks its unit through them; an engine is one's own while
     its layers are visited, so that lanes alternate.
     """
-    tokens = _Tokens(progress, NEW_TOKENS * len(generation.units))
+    tokens, host = _Tokens(progress, NEW_TOKENS * len(generation.units)), HostTurn()
 
     def unit(number: int) -> Generated:
-        host = generation.unit_cache_bytes if generation.offload else None
-        caches = KeptCaches(host, pin=not engines[0].compute.cpu, say=say)
+        room = generation.unit_cache_bytes if generation.offload else None
+        caches = KeptCaches(NEW_TOKENS, room, pin=not engines[0].compute.cpu, say=say)
         try:
-            own = generation.units[number]
-            return _unit(engines, needle, own, caches, lead if number == 0 else None, tokens)
+            own, first = generation.units[number], lead if number == 0 else None
+            return _unit(engines, needle, own, caches, first, tokens, host)
         finally:
             caches.close()
 
@@ -113,6 +114,7 @@ def _unit(
     caches: KeptCaches,
     lead: Lead | None,
     tokens: _Tokens,
+    host: HostTurn,
 ) -> Generated:
     whole, sweeps = SweepRecord(), 0
 
@@ -124,8 +126,9 @@ def _unit(
             (first.read if first and tile is first.tile else read)(tile, *what)  # type: ignore[arg-type]
 
         record = run_sweep(
-            engines[0], rides, reads, then=engines[1:], caches=caches, progress=tokens.sweep,
+            engines[0], rides, reads, then=engines[1:], caches=caches, host=host,
             lead=first.tile if first else None, check=first.check if first else None,
+            progress=tokens.sweep,
         )  # fmt: skip
         whole.add(record)
         sweeps += 1

@@ -39,18 +39,13 @@ class Encoded:
             self._decoded = (self.basis.leave(decoded) if self.basis else decoded).to(dtype)
         return self._decoded
 
-    def select(self, index: int) -> Encoded:
-        """Sequence `index` of the batch alone, packed bytes in memory of their own."""
-        packed = self.packed.slice_batch(index, index + 1).own_memory()
-        at = self.positions[index : index + 1].clone()
-        return Encoded(self.codec, packed, at, self.basis)
-
     def moved(self, move: Callable[[Tensor], Tensor]) -> Encoded:
         """Elsewhere, not decoded. Positions and basis stay where their layer is computed."""
         return Encoded(self.codec, self.packed.moved(move), self.positions, self.basis)
 
 
 Shared = dict[Hashable, Encoded]
+Moved = dict[int, Encoded]  # by the id of what was moved
 
 
 @dataclass(frozen=True)
@@ -72,19 +67,16 @@ class CachedStream:
         parts = [part for part in (self.head, middle, self.tail) if part is not None]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
-    def select(self, index: int) -> CachedStream:
-        """Sequence `index` of the batch alone, in memory of its own."""
-        one = slice(index, index + 1)
-        middle = None if self.middle is None else self.middle.select(index)
-        head, tail = (
-            None if part is None else part[one].clone() for part in (self.head, self.tail)
-        )
-        return CachedStream(self.dtype, head, middle, tail)
-
-    def moved(self, move: Callable[[Tensor], Tensor]) -> CachedStream:
-        """Every tensor put elsewhere by `move`; not decoded, even where it stays."""
+    def moved(self, move: Callable[[Tensor], Tensor], shared: Moved) -> CachedStream:
+        """Every tensor put elsewhere by `move`; not decoded, even where it stays. What several
+        streams share is moved once, by `shared`, which starts empty for them."""
         head, tail = (None if part is None else move(part) for part in (self.head, self.tail))
-        middle = None if self.middle is None else self.middle.moved(move)
+        middle = self.middle
+        if middle is not None:
+            at = id(middle)
+            if at not in shared:
+                shared[at] = middle.moved(move)
+            middle = shared[at]
         return CachedStream(self.dtype, head, middle, tail)
 
     @property

@@ -53,11 +53,6 @@ class Packed:
         )
         return replace(self, codes=self.codes[start:stop], scale=scale, mean=mean)
 
-    def own_memory(self) -> Packed:
-        """The same bytes in memory of their own: a slice would keep the whole alive."""
-        scale, mean = (None if part is None else part.clone() for part in (self.scale, self.mean))
-        return replace(self, codes=self.codes.clone(), scale=scale, mean=mean)
-
     def moved(self, move: Callable[[Tensor], Tensor]) -> Packed:
         """The same bytes elsewhere."""
         scale, mean = (None if part is None else move(part) for part in (self.scale, self.mean))

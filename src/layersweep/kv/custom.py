@@ -50,8 +50,8 @@ class Held:
     def slice_batch(self, start: int, stop: int) -> Held:
         return replace(self, sequences=self.sequences[start:stop])
 
-    def own_memory(self) -> Held:
-        """Every sequence was encoded from a copy of its own."""
+    def moved(self, move: Callable[[Tensor], Tensor]) -> Held:
+        """Where it is: nobody knows what it holds. Its input was a copy of its own."""
         return self
 
 

@@ -16,7 +16,7 @@ also keeps up to 128 recent tokens exact, keys and values: write @window=128.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 
 import torch
@@ -79,8 +79,8 @@ class KeyGroups(Packed):
         parts = (part[start:stop] for part in (*self._groups(), self.rest))
         return self._with(*parts, count=self.count, first=self.first)
 
-    def own_memory(self) -> KeyGroups:
-        parts = (part.clone() for part in (*self._groups(), self.rest))
+    def moved(self, move: Callable[[Tensor], Tensor]) -> KeyGroups:
+        parts = (move(part) for part in (*self._groups(), self.rest))
         return self._with(*parts, count=self.count, first=self.first)
 
     def _groups(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,6 +14,11 @@ from torch.nn.attention import SDPBackend
 
 from layersweep.model import maths
 
+# The causal mask whose last query looks at all keys. `scaled_dot_product_attention` aligns the
+# first query with the first key, wrong for a branch. torch.nn.attention.bias calls the kernels that
+# are called here, but brings torch's compiler along: 4 seconds of every run.
+LOWER_RIGHT = 2
+
 
 class PlainAttention:
     """The oracle, and the CPU's path: a dense mask where there are fewer queries than keys."""
@@ -53,7 +58,13 @@ class FlashAttention:
     ) -> Tensor:
         if mask_TS is not None:
             return _masked(q_BQTD, k_BGSD, v_BGSD, mask_TS)
-        return _causal(q_BQTD, k_BGSD, v_BGSD, grouped=True)
+        queries, keys = q_BQTD.shape[2], k_BGSD.shape[2]
+        if queries == keys:
+            return F.scaled_dot_product_attention(
+                q_BQTD, k_BGSD, v_BGSD, is_causal=True, enable_gqa=True
+            )
+        flash = torch.ops.aten._scaled_dot_product_flash_attention  # see LOWER_RIGHT
+        return flash(q_BQTD, k_BGSD, v_BGSD, is_causal=True)[0]  # type: ignore[no-any-return]
 
 
 class MemoryEfficientAttention:
@@ -70,7 +81,14 @@ class MemoryEfficientAttention:
         if mask_TS is not None:
             return _masked(q_BQTD, k_BGSD, v_BGSD, mask_TS)
         k, v = _repeated(q_BQTD, k_BGSD), _repeated(q_BQTD, v_BGSD)
-        return _causal(q_BQTD, k, v, grouped=False)
+        if q_BQTD.shape[2] == k.shape[2]:
+            return F.scaled_dot_product_attention(q_BQTD, k, v, is_causal=True)
+        efficient = torch.ops.aten._efficient_attention_forward
+        found = efficient(
+            *(x.transpose(1, 2) for x in (q_BQTD, k, v)),
+            None, None, None, None, None, 0.0, LOWER_RIGHT,
+        )  # fmt: skip
+        return found[0].transpose(1, 2)  # type: ignore[no-any-return]
 
 
 Attention = PlainAttention | FlashAttention | MemoryEfficientAttention
@@ -87,16 +105,17 @@ def choose_attention(
     return MemoryEfficientAttention()
 
 
-def _causal(q: Tensor, k: Tensor, v: Tensor, *, grouped: bool) -> Tensor:
-    queries, keys = q.shape[2], k.shape[2]
-    if queries == keys:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-    # is_causal would align the first query with the first key: wrong for a branch. Imported here
-    # because it brings torch's compiler along, two seconds that a CPU run need not wait for.
-    from torch.nn.attention.bias import causal_lower_right
+def attend_one(q_BQD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, bias_BS: Tensor) -> Tensor:
+    """A query for each head, over keys with a bias [B, S] on their scores; [B, Q, D].
 
-    bias = causal_lower_right(queries, keys)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, enable_gqa=grouped)
+    The query heads that share keys are the rows of one product, so nothing is repeated, on any of
+    the kernels that take a bias.
+    """
+    batch, groups, keys, dim = k_BGSD.shape
+    q = q_BQD.reshape(batch, groups, -1, dim)
+    bias = bias_BS[:, None, None].expand(*q.shape[:3], keys)
+    found = F.scaled_dot_product_attention(q, k_BGSD, v_BGSD, attn_mask=bias)
+    return found.reshape(q_BQD.shape)
 
 
 def _masked(q: Tensor, k: Tensor, v: Tensor, mask_TS: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ a request that cannot fit is refused before a weight is read.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from layersweep.checkpoint.config import ModelConfig
 from layersweep.errors import BudgetError
@@ -17,7 +17,6 @@ from layersweep.stream.runs import (
     Run,
     choose_spread,
     compute_ring,
-    layer_bytes,
     runs_of,
     staging_ring,
 )
@@ -25,6 +24,7 @@ from layersweep.stream.shapes import (
     Machine,
     TileShape,
     dense_bytes,
+    kept_bytes,
     scratch_bytes,
     temporary_bytes,
     tile_bytes,
@@ -34,9 +34,7 @@ from layersweep.units import format_bytes
 
 # cuBLAS workspaces (32 MiB on Hopper), rotary tables, token ids, the allocator's rounding.
 FIXED_BYTES = 160 * 2**20
-# Of each thread beside others: workspaces of its own, and what caches that grow leave behind in the
-# allocator. Two of them took 0.2 GB more than everything else that is planned.
-LANE_BYTES = 128 * 2**20
+LANE_BYTES = 64 * 2**20  # workspaces of each thread that generates
 CPU_FIXED_BYTES = 256 * 2**20
 # Ring of pinned host memory between file and device: enough runs for eight readers.
 HOST_RING = 2**30
@@ -115,9 +113,6 @@ def make_plan(
     `at_least`: sweeps wanted, for as many tiles. `visits`: of all weights by each of them, which
     generation needs for every token.
 
-    Memory that nothing else needs makes the ring of blocks on the device larger, by a layer at
-    most: the gate goes through a layer before the tiles do, and would wait for all of it.
-
     On the CPU both budgets are host memory and `vram` bounds the working set alone. Raises
     BudgetError with needed, available and what would fit.
     """
@@ -142,10 +137,6 @@ def make_plan(
         room += peaks.pop("weights in flight", 0)  # what stays needs no ring
     placement = place(runs, machine, host_ring, room if walks > 1 else None)
     on_device = sum(runs[index].nbytes for index in placement.device)
-    if placement.device_ring:
-        more = min(room - on_device, layer_bytes(runs), whole - placement.device_ring)
-        placement = replace(placement, device_ring=placement.device_ring + more)
-        peaks["weights in flight"] = placement.device_ring
     if on_device:
         peaks["weights kept"] = on_device
     again = [run for run in runs if run.index not in placement.device]
@@ -187,8 +178,9 @@ def _peaks(
     }
     if not machine.cpu:
         peaks["weights in flight"] = min(compute_ring(runs), sum(run.nbytes for run in runs))
-        if machine.lanes > 1:
+        if machine.lanes:
             peaks["lanes"] = machine.lanes * LANE_BYTES
+            peaks["kept caches at work"] = kept_bytes(config, tiles, machine)
         if machine.context:
             peaks["CUDA context"] = machine.context
     return peaks

@@ -60,8 +60,9 @@ def layer_bytes(runs: Sequence[Run]) -> int:
 
 
 def compute_ring(runs: Sequence[Run]) -> int:
-    """Bytes that a sweep needs where it computes: one whole layer, two runs ahead of it, and a
-    third run's bytes that may be lost at the ring's end."""
+    """Bytes of the ring where a sweep computes: one whole layer, so that copies go on while
+    attention is computed, two runs ahead of it, and a third run's bytes that may be lost at the
+    ring's end."""
     largest = max((run.nbytes for run in runs if run.layer is not None), default=0)
     in_use = layer_bytes(runs) + (RUNS_AHEAD + 1) * largest
     return max(in_use, max(run.nbytes for run in runs))

@@ -22,7 +22,8 @@ class TileShape:
     `rows`: tokens; `longest`: keys of its longest sequence; `attention_keys`: sum over its rows
     of the keys that a row attends to; `read_rows`: rows whose logits are read, `read_at_once`:
     of one sequence; `branches`: most of one sequence; `sequences_at_once`, `rows_at_once`: of
-    one attention call.
+    one attention call; `kept_columns`: keys of all branches that a call attends to where their
+    answers are generated.
     """
 
     name: str
@@ -34,6 +35,7 @@ class TileShape:
     branches: int
     sequences_at_once: int
     rows_at_once: int
+    kept_columns: int = 0
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Machine:
     `repeats_kv`: attention needs keys and values once per query head (below sm_80); `kernels`:
     our own work there, plain torch takes memory for every step; `sharers`: processes on this host
     that read the same files: then the page cache is the one copy of them in host memory; `lanes`:
-    threads that compute there in turn.
+    threads that generate there in turn.
     """
 
     vram: int
@@ -55,7 +57,7 @@ class Machine:
     repeats_kv: bool = False
     kernels: bool = True
     sharers: int = 1
-    lanes: int = 1
+    lanes: int = 0
 
 
 def tile_flops(config: ModelConfig, tile: TileShape) -> float:
@@ -91,12 +93,14 @@ def expert_bytes(config: ModelConfig, rows: int, element: int) -> int:
 
 def attention_bytes(config: ModelConfig, tile: TileShape, element: int) -> int:
     """Scratch of one attention call: normed rows, projections, outputs; keys and values of the
-    prefix and of a branch."""
+    prefix and of a branch. A step has a row of each branch (no more than are read), and keys and
+    values of all of them."""
     heads = config.num_attention_heads * config.head_dim
     kv = config.num_key_value_heads * config.head_dim
-    projected = tile.rows_at_once * (config.hidden_size + 2 * heads + 2 * kv)
-    cached = 3 * tile.sequences_at_once * tile.longest * kv
-    return (projected + cached) * element + 16 * SCRATCH_ALIGNMENT
+    row = config.hidden_size + 2 * heads + 2 * kv
+    first = tile.rows_at_once * row + 3 * tile.sequences_at_once * tile.longest * kv
+    step = tile.read_rows * row + 2 * tile.kept_columns * kv
+    return max(first, step) * element + 16 * SCRATCH_ALIGNMENT
 
 
 def head_bytes(config: ModelConfig, tile: TileShape, element: int) -> int:
@@ -139,6 +143,14 @@ def temporary_bytes(config: ModelConfig, tiles: Sequence[TileShape], machine: Ma
         rows = max(expert_piece(config, tile.rows, cpu=False) for tile in tiles)
         most += scratch_bytes(config, tiles, machine) + 16 * rows * config.hidden_size
     return most
+
+
+def kept_bytes(config: ModelConfig, tiles: Sequence[TileShape], machine: Machine) -> int:
+    """What torch's allocator holds where kept caches are at work, beside what the first sweep left
+    in it: exact keys and values that visit, keys as they are decoded (float32) and turned."""
+    kv = config.num_key_value_heads * config.head_dim
+    each = 4 * machine.element + 3 * 4
+    return max(tile.sequences_at_once * tile.longest * kv * each for tile in tiles)
 
 
 def dense_bytes(config: ModelConfig, element: int) -> int:

@@ -2,63 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from layersweep.checkpoint.config import ModelConfig
 from layersweep.kv.arms import Arm
-from layersweep.kv.basis import Basis, key_basis
-from layersweep.kv.cache import CachedStream, Shared, store
-from layersweep.kv.codec import key_group, wants_basis
-from layersweep.kv.stream import Stream, keys_and_values
+from layersweep.kv.cache import Shared, store
+from layersweep.kv.codec import key_group
 from layersweep.model import maths
-from layersweep.model.compute import Compute, Scratch
-from layersweep.sweep.caches import KeptCaches
-from layersweep.sweep.dense import DenseWeights
+from layersweep.sweep.caches import Pair, Streams
+from layersweep.sweep.context import LayerContext
 from layersweep.sweep.sequences import Branch, Group, Tile
 from layersweep.sweep.state import Routing, TileState
+from layersweep.sweep.step import attend_step
 
 QUERY_CHUNK = 512
 STREAMING_MEAN = 128  # tokens that a channel mean comes from where later ones are not known yet
-
-
-@dataclass
-class LayerContext:
-    """What every group of a layer visit shares."""
-
-    config: ModelConfig
-    layer: int
-    weights: DenseWeights
-    cos: Tensor
-    sin: Tensor
-    compute: Compute
-    scratch: Scratch
-    # (tile name, arm) -> [bits stored, elements they stand for]
-    cache_bits: dict[tuple[str, str], list[float]]
-    # None in evaluations, which drop a layer's keys and values
-    caches: KeptCaches | None = None
-
-    def streams(self, arm: Arm) -> tuple[Stream, Stream]:
-        """Keys, with the layer's own coordinates where the arm asks for them, and values."""
-        keys, values = keys_and_values(self.config.num_key_value_heads, self.config.head_dim)
-        wanted = arm.codec is not None and wants_basis(arm.codec)
-        return (replace(keys, basis=self.basis) if wanted else keys), values
-
-    @cached_property
-    def basis(self) -> Basis:
-        weights = self.weights
-        return key_basis(weights.q_proj, weights.k_proj, weights.input_norm, self.config.head_dim)
-
-    def rope(self, x_BHTD: Tensor, first: int, out: Tensor) -> Tensor:
-        return self.compute.ops.rope(x_BHTD, self.cos, self.sin, first, out)
-
-    def take_like(self, x_BGTD: Tensor, tokens: int) -> Tensor:
-        """Scratch for keys or values of `tokens` tokens."""
-        batch, heads, _, dim = x_BGTD.shape
-        return self.scratch.take(batch, heads, tokens, dim, dtype=self.compute.dtype)
 
 
 def visit_attention(state: TileState, context: LayerContext) -> None:
@@ -86,7 +46,8 @@ def _visit_group(state: TileState, group: Group, context: LayerContext) -> tuple
     qkv = ops.linear(x, weights.qkv, take(count, len(weights.qkv), dtype=dtype))
     del x
     out = take(count, weights.o_proj.shape[1], dtype=dtype)
-    attend_group(state.tile, group, qkv, out, context)
+    attend = attend_step if group.sequences[0].past else attend_group
+    attend(state.tile, group, qkv, out, context)
     del qkv
     ops.add_linear_(hidden, out, weights.o_proj)
     x = ops.rms_norm(hidden, weights.post_attention_norm, eps, normed)
@@ -113,21 +74,24 @@ def attend_group(tile: Tile, group: Group, qkv: Tensor, out: Tensor, context: La
         own = slice(0, prefix)
         out[:, :, own] = _attend_prefix(q[:, :, own], k[:, :, own], v[:, :, own], context)
     shared: Shared = {}
+    prefixes: list[Streams] = []
     start = prefix
-    for index, branch in enumerate(sequence.branches):
+    for branch in sequence.branches:
         own = slice(start, start + len(branch.ids))
         kv = (k[:, :, own], v[:, :, own])
         with context.scratch.frame():
             if branch.streaming:
                 attended = _attend_streaming(tile.name, branch, q[:, :, own], kv, context)
             else:
-                past = _history(tile, group, index, (k[:, :, :prefix], v[:, :, :prefix]),
-                                shared, context)  # fmt: skip
+                past = k[:, :, :prefix], v[:, :, :prefix]
+                if prefix:
+                    prefixes.append(_store(tile.name, branch.arm, past, shared, context))
+                    past = prefixes[-1][0].decoded(), prefixes[-1][1].decoded()
                 attended = _attend_branch(q[:, :, own], past, kv, context)
-                if context.caches is not None:
-                    _keep(tile, group, index, kv, context)
             out[:, :, own] = attended
         start = own.stop
+    if context.caches is not None:
+        _keep(tile, group, prefixes, (k[:, :, prefix:], v[:, :, prefix:]), context)
 
 
 def _attend_prefix(q: Tensor, k: Tensor, v: Tensor, context: LayerContext) -> Tensor:
@@ -150,32 +114,6 @@ def _attend_branch(
     return context.compute.attention(context.rope(q, before, q), keys, values)
 
 
-def _history(
-    tile: Tile,
-    group: Group,
-    index: int,
-    prefix_kv: tuple[Tensor, Tensor],
-    shared: Shared,
-    context: LayerContext,
-) -> tuple[Tensor, Tensor]:
-    """Keys (before RoPE) and values that a branch sees before its own: [B, G, S, D] each."""
-    sequence = group.sequences[0]
-    if sequence.past:
-        assert context.caches is not None and len(group.sequences) == 1
-        key = (tile.first + group.first, index, context.layer)
-        return context.caches.history(key, context.compute.device)
-    if not sequence.prefix:
-        return prefix_kv
-    arm = sequence.branches[index].arm
-    stored = _store(tile.name, arm, prefix_kv, shared, context)
-    if context.caches is not None:
-        for offset, _ in enumerate(group.sequences):
-            key = (tile.first + group.first + offset, index, context.layer)
-            one = stored[0].select(offset), stored[1].select(offset)
-            context.caches.keep_prefix(key, one)
-    return stored[0].decoded(), stored[1].decoded()
-
-
 def _store(
     tile_name: str,
     arm: Arm,
@@ -183,7 +121,7 @@ def _store(
     shared: Shared,
     context: LayerContext,
     mean_tokens: int | None = None,
-) -> tuple[CachedStream, CachedStream]:
+) -> Streams:
     """Put keys and values through an arm, and count what it stores."""
     batch, _, tokens, _ = kv[0].shape
     positions = torch.arange(tokens, device=kv[0].device).expand(batch, tokens)
@@ -199,14 +137,16 @@ def _store(
 
 
 def _keep(
-    tile: Tile, group: Group, index: int, kv: tuple[Tensor, Tensor], context: LayerContext
+    tile: Tile, group: Group, prefixes: list[Streams], own: Pair, context: LayerContext
 ) -> None:
-    """Append a branch's own exact keys and values to its kept cache."""
+    """Put away what each branch has seen. `own`: keys before RoPE and values of all branches."""
     assert context.caches is not None
-    for offset, _ in enumerate(group.sequences):
-        key = (tile.first + group.first + offset, index, context.layer)
-        own = kv[0][offset : offset + 1], kv[1][offset : offset + 1]
-        context.caches.extend(key, own)
+    prefix, branches = len(group.sequences[0].prefix), len(group.sequences[0].branches)
+    pairs: list[Pair] = []
+    with context.scratch.frame():
+        for k, v in zip(*(x.chunk(branches, dim=2) for x in own), strict=True):
+            pairs.append((context.rope(k, prefix, context.take_like(k, k.shape[2])), v))
+        context.caches.layer(tile, context.layer).keep(group, prefixes, pairs)
 
 
 def _attend_streaming(

@@ -1,34 +1,35 @@
-"""Keys and values that generation keeps between sweeps, per trial, branch and layer."""
+"""Keys and values that generation keeps between sweeps.
+
+A tile's are kept together, layer by layer, and laid out in the columns that its next tokens attend
+to; prefixes as their arms store them, what follows exactly:
+
+    columns:  [ prefix, padded | question, padded | tokens generated so far ]
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence as Many
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from layersweep.errors import Fallback
-from layersweep.kv.cache import CachedStream
+from layersweep.kv.cache import CachedStream, Moved
 from layersweep.stream.pinned import HostBuffer
+from layersweep.sweep.sequences import Group, Tile
+from layersweep.sweep.state import kept_columns
 from layersweep.units import format_bytes
 
-Key = tuple[int, int, int]  # (sequence, branch, layer)
-Pair = tuple[Tensor, Tensor]
+Pair = tuple[Tensor, Tensor]  # keys, values
+Streams = tuple[CachedStream, CachedStream]
 ALIGNMENT = 64
 
 
-@dataclass
-class _Kept:
-    """A branch in one layer: the prefix as its arm stores it, and the exact keys (before RoPE) and
-    values of the tokens since, [1, G, T, D]."""
-
-    prefix: tuple[CachedStream, CachedStream] | None = None
-    tail: Pair | None = None
-
-
 class KeptCaches:
-    """Caches of the trials that are generated together.
+    """Caches of the tiles that are generated together, up to `new_tokens` tokens of each branch.
 
     `host_bytes`: they wait in so much host memory, pinned for a GPU if it can be, and visit the
     device with their layer; None leaves them there. What does not fit any more is pageable.
@@ -37,13 +38,15 @@ class KeptCaches:
 
     def __init__(
         self,
+        new_tokens: int,
         host_bytes: int | None = None,
         *,
         pin: bool = False,
         say: Callable[[Fallback], None] = lambda fallback: None,
     ) -> None:
-        self.moved_bytes = 0
-        self._kept: dict[Key, _Kept] = {}
+        self.new_tokens, self.moved_bytes = new_tokens, 0
+        self._tiles: dict[int, KeptTile] = {}
+        self._layers: dict[tuple[int, int], KeptLayer] = {}
         self._arena = None if host_bytes is None else HostBuffer(host_bytes)
         self._used = 0
         if self._arena and pin and not self._arena.pin():
@@ -51,53 +54,163 @@ class KeptCaches:
             why = "the system pins no more; copies take about 5 times as long"
             say(Fallback("kept caches", wanted, "pageable memory", why))
 
-    def keep_prefix(self, key: Key, streams: tuple[CachedStream, CachedStream]) -> None:
-        """Both streams of one sequence, in memory of their own."""
-        if self._arena:
-            streams = streams[0].moved(self._to_host), streams[1].moved(self._to_host)
-        self._kept[key] = _Kept(streams)
+    def tile(self, tile: Tile) -> KeptTile:
+        """Lengths of a tile's caches, those of its first sweep."""
+        if tile.first not in self._tiles:
+            self._tiles[tile.first] = KeptTile.of(tile, self.new_tokens)
+        return self._tiles[tile.first]
 
-    def extend(self, key: Key, own: Pair) -> None:
-        """Append a branch's own exact keys and values, which are copied."""
-        kept = self._kept.setdefault(key, _Kept())
-        keys, values = (x.to("cpu", copy=True) if self._arena else x.clone() for x in own)
-        if kept.tail is not None:
-            keys, values = (
-                torch.cat(pair, dim=2) for pair in zip(kept.tail, (keys, values), strict=True)
-            )
-        kept.tail = keys, values
-
-    def history(self, key: Key, device: torch.device) -> Pair:
-        """Keys (before RoPE) and values of all that a branch has seen, on `device`."""
-        kept = self._kept[key]
-        assert kept.tail is not None
-
-        def here(x: Tensor) -> Tensor:
-            if x.device != device:
-                self.moved_bytes += x.nbytes
-            return x.to(device, non_blocking=True)
-
-        tail = here(kept.tail[0]), here(kept.tail[1])
-        if kept.prefix is None:
-            return tail
-        keys, values = (  # of a copy of the stream: what it decodes must not stay with the kept one
-            torch.cat((stream.moved(here).decoded(), own), dim=2)
-            for stream, own in zip(kept.prefix, tail, strict=True)
-        )
-        return keys, values
+    def layer(self, tile: Tile, layer: int) -> KeptLayer:
+        """What is kept of a tile in one layer."""
+        at = tile.first, layer
+        if at not in self._layers:
+            self._layers[at] = KeptLayer(self.tile(tile), self)
+        return self._layers[at]
 
     def close(self) -> None:
         """Give pinned memory back, once no copy reads it."""
-        self._kept.clear()
+        self._layers.clear()
         if self._arena:
             self._arena.close()
 
-    def _to_host(self, x: Tensor) -> Tensor:
-        """A copy in the arena, waiting for it; in memory of its own where that is full."""
+    def zeros(self, shape: Many[int], like: Tensor) -> Tensor:
+        """Memory that is kept, of the kind of `like`."""
+        if not self._arena:
+            return torch.zeros(shape, dtype=like.dtype, device=like.device)
+        return self._take(torch.Size(shape), like.dtype)
+
+    def copy(self, x: Tensor) -> Tensor:
+        """A copy that is kept, contiguous. The host does not wait for a device, and must not look:
+        what is read of it later follows on the same stream."""
+        if not self._arena:
+            return x.clone(memory_format=torch.contiguous_format)
+        return self._take(x.shape, x.dtype).copy_(x, non_blocking=True)
+
+    def on(self, device: torch.device, x: Tensor) -> Tensor:
+        """What is kept, where it is computed with."""
+        if x.device != device:
+            self.moved_bytes += x.nbytes
+        return x.to(device, non_blocking=True)
+
+    def _take(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        """Zeros from the arena; memory of its own where that is full."""
         assert self._arena is not None
-        start, stop = self._used, self._used + x.nbytes
+        start = self._used
+        stop = start + shape.numel() * dtype.itemsize
         if stop > self._arena.bytes.numel():
-            return x.to("cpu", copy=True)
+            return torch.zeros(shape, dtype=dtype)
         self._used = -(-stop // ALIGNMENT) * ALIGNMENT
-        held = self._arena.bytes[start:stop].view(x.dtype).view(x.shape)
-        return held.copy_(x)
+        return self._arena.bytes[start:stop].view(dtype).view(shape)
+
+
+@dataclass
+class KeptTile:
+    """Tokens of each sequence's prefix and question, and what follows from them."""
+
+    arms: int
+    prefixes: list[int]
+    questions: list[int]
+    new_tokens: int
+    _now: tuple[int, Tensor, Tensor] | None = None
+
+    @classmethod
+    def of(cls, tile: Tile, new_tokens: int) -> KeptTile:
+        """Of a tile in its first sweep. All branches of a sequence are equally long."""
+        questions = [len(sequence.branches[0].ids) for sequence in tile.sequences]
+        prefixes = [len(sequence.prefix) for sequence in tile.sequences]
+        return cls(len(tile.sequences[0].branches), prefixes, questions, new_tokens)
+
+    @property
+    def prefix(self) -> int:
+        """Columns of the prefixes."""
+        return max(self.prefixes)
+
+    @property
+    def question(self) -> int:
+        """Columns of the questions, with those that are added so that all of them together are
+        aligned."""
+        return self.columns - self.prefix - self.new_tokens
+
+    @property
+    def columns(self) -> int:
+        return kept_columns(self.prefix, max(self.questions), self.new_tokens)
+
+    def step_of(self, tile: Tile) -> int:
+        """How many tokens have been generated before those that ride now."""
+        return tile.sequences[0].past - self.prefixes[0] - self.questions[0]
+
+    def at(self, step: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the token of `step`, its position [B] and what is added to its scores [B, columns]:
+        -inf where a column has no token of the sequence, or none yet."""
+        if self._now is None or self._now[0] != step or self._now[1].device != like.device:
+            prefix, question, new = (
+                torch.arange(count) for count in (self.prefix, self.question, self.new_tokens)
+            )
+            pairs = list(zip(self.prefixes, self.questions, strict=True))
+            seen = torch.stack(
+                [torch.cat((prefix < before, question < own, new <= step)) for before, own in pairs]
+            )
+            bias = torch.zeros(seen.shape).masked_fill_(~seen, -torch.inf)
+            position = torch.tensor([before + own + step for before, own in pairs])
+            self._now = step, position.to(like.device), bias.to(like.device, like.dtype)
+        return self._now[1:]
+
+
+@dataclass(frozen=True)
+class Part:
+    """The prefixes of some sequences of a tile, equally long, of each arm; no streams where they
+    are empty."""
+
+    rows: slice
+    streams: list[Streams]
+
+
+@dataclass
+class KeptLayer:
+    """One layer of a tile, whose sequences B have a branch for each arm A.
+
+    parts       sequences that were attended together, each with the streams of all arms
+    question    [2, A, B, G, columns, D] keys AFTER RoPE, and values
+    generated   [new tokens, 2, A, B, G, D] likewise
+    """
+
+    shape: KeptTile
+    memory: KeptCaches
+    parts: list[Part] = field(default_factory=list)
+    question: Tensor = field(default_factory=lambda: torch.empty(0))
+    generated: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def keep(self, group: Group, prefix: Many[Streams], own: Many[Pair]) -> None:
+        """A group's prefix (none where that is empty) and own tokens, of each arm. Copies them."""
+        if not self.parts:
+            keys, shape = own[0][0], self.shape
+            sizes, dim = (2, shape.arms, len(shape.prefixes), keys.shape[1]), keys.shape[3]
+            self.question = keys.new_zeros(*sizes, shape.question, dim)
+            self.generated = self.memory.zeros((shape.new_tokens, *sizes, dim), keys)
+        rows = slice(group.first, group.first + len(group.sequences))
+        self.parts.append(Part(rows, _moved(prefix, self.memory.copy)))
+        for arm, pair in enumerate(own):
+            for kept, x in zip(self.question, pair, strict=True):
+                kept[arm, rows, :, : x.shape[2]] = x
+        if rows.stop == len(self.shape.prefixes):  # the last group
+            self.question = self.memory.copy(self.question)
+
+    def extend(self, step: int, keys_AGBD: Tensor, values_AGBD: Tensor) -> None:
+        """Keys (after RoPE) and values of the token of `step`; see KeptCaches.copy."""
+        new = torch.stack((keys_AGBD.transpose(1, 2), values_AGBD.transpose(1, 2)))
+        self.generated[step].copy_(new, non_blocking=True)
+
+    def prefix_on(self, device: torch.device, part: Part, arms: slice) -> list[Streams]:
+        """Streams of a part there, not decoded. Other objects even on the same device: what they
+        decode must not stay with what is kept."""
+        return _moved(part.streams[arms], partial(self.memory.on, device))
+
+    def exact_on(self, device: torch.device) -> Pair:
+        """`question` and `generated` there."""
+        return self.memory.on(device, self.question), self.memory.on(device, self.generated)
+
+
+def _moved(streams: Many[Streams], move: Callable[[Tensor], Tensor]) -> list[Streams]:
+    """Streams of several arms elsewhere; what they share is moved once, and decoded once."""
+    moved: Moved = {}
+    return [(keys.moved(move, moved), values.moved(move, moved)) for keys, values in streams]

@@ -1,8 +1,9 @@
 """The sweep: embed, visit every layer once with all tiles, read the logits.
 
 for each layer:   attention of every tile -> for each expert: all tiles -> leave
-the lead tile (the gate) goes through a layer before the others, and is checked as it
-leaves: a broken model stops at its first broken layer.
+the lead tile (the gate) goes ahead of the others through attention and each expert, and what it
+looked like as it left a layer is read in the middle of the next, where the host waits for the
+device anyway: a broken model stops there.
 """
 
 from __future__ import annotations
@@ -19,14 +20,17 @@ from torch import Tensor
 from layersweep.checkpoint.config import ModelConfig
 from layersweep.model import maths
 from layersweep.model.compute import Compute, Scratch
+from layersweep.stream.blocks import Block
 from layersweep.stream.store import BlockStore
-from layersweep.sweep.attention import LayerContext, visit_attention
+from layersweep.sweep.attention import visit_attention
 from layersweep.sweep.caches import KeptCaches
 from layersweep.sweep.clock import PhaseClock
+from layersweep.sweep.context import LayerContext
 from layersweep.sweep.dense import DenseWeights
 from layersweep.sweep.experts import visit_expert
 from layersweep.sweep.sequences import Sequence, Tile
 from layersweep.sweep.state import Routing, TileState, read_rows
+from layersweep.sweep.turn import HostTurn
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,15 @@ class LayerHealth:
     largest: float
     experts_used: int
     router_spread: float
+
+
+@dataclass(frozen=True)
+class _Left:
+    """LayerHealth that is still on the device: float32 [2]."""
+
+    layer: int
+    experts_used: int
+    largest_and_spread: Tensor
 
 
 LogitsReader = Callable[[Tile, int, Sequence, list[Tensor]], None]
@@ -115,6 +128,7 @@ def run_sweep(
     lead: Tile | None = None,
     check: LayerCheck | None = None,
     caches: KeptCaches | None = None,
+    host: HostTurn | None = None,
     progress: Progress = lambda phase, done, total: None,
 ) -> SweepRecord:
     """Visit every block once with all `tiles`, on `engine`, and `then` on those that hold the later
@@ -122,10 +136,11 @@ def run_sweep(
 
     `read_logits(tile, sequence index, sequence, logits per branch [rows, V] float32)` is
     called once per sequence at the end; the logits are gone when it returns. `check` sees the
-    lead tile after each layer and may raise. With `caches`, keys and values of `tiles` (of one
-    name) are kept between sweeps.
+    lead tile of each layer, once the next one's attention is done, and may raise. With `caches`,
+    keys and values of `tiles` (of one name) are kept between sweeps. Sweeps that run at once, each
+    in a thread, have one `host`.
     """
-    record = SweepRecord()
+    record, host = SweepRecord(), host or HostTurn()
     config = engine.config
     width = config.num_attention_heads * config.head_dim
     groups = [
@@ -140,17 +155,19 @@ def run_sweep(
             # where it would take the memory of the next
             turn = leave.enter_context(ExitStack())
             turn.enter_context(stage.visited())
-            sweep = _Sweep(stage, record, caches, visits, every)
-            if stage.layers[0] == 0:
-                sweep.embed(every)
-            else:
-                record.moved_bytes += sum(state.move(stage.compute.device) for state in every)
-            before.close()
-            before = turn
-            for layer in stage.layers:
-                sweep.visit_layer(layer, groups[0], groups[1], check)
-            if stage.layers[-1] == config.num_hidden_layers - 1:
-                sweep.read_head(every, read_logits)
+            with host:
+                sweep = _Sweep(stage, record, caches, visits, every, host)
+                if stage.layers[0] == 0:
+                    sweep.embed(every)
+                else:
+                    record.moved_bytes += sum(state.move(stage.compute.device) for state in every)
+                before.close()
+                before = turn
+                for layer in stage.layers:
+                    sweep.visit_layer(layer, groups[0], groups[1], check)
+                sweep.report(check)
+                if stage.layers[-1] == config.num_hidden_layers - 1:
+                    sweep.read_head(every, read_logits)
             for phase, seconds in sweep.clock.seconds().items():
                 record.seconds[phase] = record.seconds.get(phase, 0.0) + seconds
     for index, state in enumerate(groups[1]):
@@ -181,8 +198,9 @@ class _Sweep:
         caches: KeptCaches | None,
         visited: _Visits,
         states: list[TileState],
+        host: HostTurn,
     ) -> None:
-        self.visited = visited
+        self.visited, self.host = visited, host
         self.config, self.store, self.compute = engine.config, engine.store, engine.compute
         self.weights, self.scratch = engine.weights, engine.scratch
         self.record, self.caches = record, caches
@@ -190,6 +208,7 @@ class _Sweep:
         # of the first layer here: behind the embedding, where that is here, too
         self.first = 1 if engine.layers[0] == 0 else -engine.layers[0] * self.per_layer
         self.clock = PhaseClock(self.compute.device)
+        self._left: _Left | None = None
         sequences = [sequence for state in states for sequence in state.tile.sequences]
         longest = max((sequence.longest for sequence in sequences), default=0)
         positions = torch.arange(longest, device=self.compute.device)
@@ -200,7 +219,7 @@ class _Sweep:
         device, dtype = self.compute.device, self.compute.dtype
         ids = [torch.from_numpy(state.tile.ids()) for state in states]  # while the table is read
         with self.clock.phase("embedding"):
-            table = self.weights.embedding(self.store.get(0))
+            table = self.weights.embedding(self._block(0))
             for state, rows in zip(states, ids, strict=True):
                 state.start(table[rows.to(device)].to(dtype))
             self.store.release(0)
@@ -209,22 +228,37 @@ class _Sweep:
         self, layer: int, lead: list[TileState], rest: list[TileState], check: LayerCheck | None
     ) -> None:
         first = self.first + layer * self.per_layer
-        self.weights.fill_attention(self.store.get(first))
+        self.weights.fill_attention(self._block(first))
         if lead:
             with self.clock.phase("gate"):
                 self._attend(layer, lead, None)
-                for expert in range(self.config.num_local_experts):
-                    self._experts(first + 1 + expert, expert, lead)
-                self._leave(layer, lead, check)
         with self.clock.phase("attention"):
             self._attend(layer, rest, self.caches, self.visited)
             self.store.release(first)
-        with self.clock.phase("experts"):
-            for expert in range(self.config.num_local_experts):
-                self._experts(first + 1 + expert, expert, rest)
+            with self.host.away():  # the one place in a layer where the host waits for the device
+                Routing.settle([state.routing for state in (*lead, *rest) if state.routing])
+        self.report(check)
+        for expert in range(self.config.num_local_experts):
+            with self.clock.phase("experts"):
+                self.weights.fill_expert(self._block(first + 1 + expert))
+            if lead:
+                with self.clock.phase("gate"):
+                    self._experts(expert, lead)
+            with self.clock.phase("experts"):
+                self._experts(expert, rest)
                 self.store.release(first + 1 + expert)
-                self.visited()
-            self._leave(layer, rest, None)
+            self.visited()
+        if lead:
+            with self.clock.phase("gate"):
+                self._leave(layer, lead)
+                if check:
+                    self._left = self._look(layer, lead[0])
+        with self.clock.phase("experts"):
+            self._leave(layer, rest)
+
+    def _block(self, index: int) -> Block:
+        with self.host.away():
+            return self.store.get(index)
 
     def _attend(
         self,
@@ -240,44 +274,43 @@ class _Sweep:
         for state in states:
             visit_attention(state, context)
             done()
-        Routing.settle([state.routing for state in states if state.routing])
 
-    def _experts(self, block: int, expert: int, states: list[TileState]) -> None:
-        arrived = self.store.get(block)
-        if states:
-            self.weights.fill_expert(arrived)
+    def _experts(self, expert: int, states: list[TileState]) -> None:
         for state in states:
             visit_expert(
                 state, expert, self.weights, self.config, self.compute, self.scratch
             )  # fmt: skip
 
-    def _leave(self, layer: int, states: list[TileState], check: LayerCheck | None) -> None:
-        """Add the experts' sums once, and note who has become non-finite; no sync without a
-        check."""
+    def _leave(self, layer: int, states: list[TileState]) -> None:
+        """Add the experts' sums once, and note who has become non-finite; no wait."""
         for state in states:
             self.compute.ops.leave_layer_(
                 state.hidden, state.update, state.unit_of_row, state.first_bad_layer, layer
             )
-            if check:
-                check(self._health(layer, state))
-            state.routing = state.router_logits = None
 
-    def _health(self, layer: int, state: TileState) -> LayerHealth:
+    def _look(self, layer: int, state: TileState) -> _Left:
+        """What `report` will say; no wait."""
         assert state.routing is not None and state.router_logits is not None
         start = state.routing.start
         used = sum(start[e + 1] > start[e] for e in range(self.config.num_local_experts))
-        self.record.experts_used.append(used)
         largest = state.hidden.abs().max().float()
         spread = state.router_logits.std(0).max().float()
-        values = torch.stack((largest, spread)).tolist()  # one synchronization
-        return LayerHealth(layer, values[0], used, values[1])
+        return _Left(layer, used, torch.stack((largest, spread)))
+
+    def report(self, check: LayerCheck | None) -> None:
+        """Show the lead tile, as it left the layer before, to `check`. Waits for the device."""
+        if check and self._left:
+            left, self._left = self._left, None
+            largest, spread = left.largest_and_spread.tolist()
+            self.record.experts_used.append(left.experts_used)
+            check(LayerHealth(left.layer, largest, left.experts_used, spread))
 
     def read_head(self, states: list[TileState], read_logits: LogitsReader) -> None:
         index = len(self.store.specs) - 1
         total = sum(len(state.tile.sequences) for state in states)
         done = 0
         with self.clock.phase("logits"):
-            self.weights.fill_head(self.store.get(index))
+            self.weights.fill_head(self._block(index))
             self.store.release(index)
             for state in states:
                 start = 0

@@ -101,10 +101,10 @@ class Tile:
         return np.fromiter(ids, np.int64, self.rows)
 
     def groups(self, most: int) -> list[Group]:
-        """Runs of at most `most` equal-shaped sequences; alone where each has a kept cache."""
+        """Runs of at most `most` equal-shaped sequences; all together where caches are kept."""
+        if self.sequences[0].past:
+            return [Group(self.sequences, 0, 0)]
         groups: list[Group] = []
-        if any(sequence.past for sequence in self.sequences):
-            most = 1
         first = start = 0
         while first < len(self.sequences):
             shape, last = self.sequences[first].shape, first

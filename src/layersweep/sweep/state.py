@@ -14,11 +14,24 @@ from layersweep.sweep.sequences import Group, Sequence, Tile
 # Sequences attended in one call. Bounded by shape alone, never by a budget, so that numbers
 # do not depend on the machine: keys and values of a call stay below this many elements.
 ATTENTION_ELEMENTS = 48 * 2**20
+# Keys of the branches whose next tokens are attended in one call, likewise.
+STEP_ELEMENTS = 64 * 2**20
+COLUMN_ALIGNMENT = 8  # of a mask's rows, for the memory-efficient kernel
 
 
 def attention_batch(longest: int, heads_times_dim: int) -> int:
     """Sequences of at most `longest` keys that one attention call takes."""
     return max(1, ATTENTION_ELEMENTS // (longest * heads_times_dim))
+
+
+def kept_columns(prefix: int, question: int, new_tokens: int) -> int:
+    """Columns that the next token of a branch may attend to, see sweep/caches.py."""
+    return -(-(prefix + question + new_tokens) // COLUMN_ALIGNMENT) * COLUMN_ALIGNMENT
+
+
+def arms_at_once(sequences: int, columns: int, kv_heads_times_dim: int) -> int:
+    """Arms of a tile whose next tokens are attended in one call."""
+    return max(1, STEP_ELEMENTS // (sequences * columns * kv_heads_times_dim))
 
 
 @dataclass
