@@ -7,7 +7,6 @@ import runpy
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +17,7 @@ from hypothesis import strategies as st
 from mixtral_shapes import MIXTRAL, mixtral_specs
 from stepped import in_one_pass, stepped, texts
 
+from layersweep.checkpoint.config import ModelConfig
 from layersweep.cli.app import run
 from layersweep.errors import BudgetError, NoRoomTogether
 from layersweep.evals.generation import Generation, plan_generation
@@ -30,7 +30,6 @@ from layersweep.sweep.caches import KeptCaches
 from layersweep.sweep.loop import Engine
 from layersweep.sweep.model import Model, load
 from layersweep.sweep.sequences import Branch, Sequence, Tile, tiles_of
-from layersweep.sweep.shapes import tile_shape
 
 GIB = 2**30
 SPECS = mixtral_specs()
@@ -39,33 +38,22 @@ ARMS = parse_arms("K3V2,K4V2")
 numbers = runpy.run_path(str(Path(__file__).parents[1] / "tools/kill_and_resume.py"))["numbers"]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Card:
     """A full-size Mixtral on a card that is not there: what planning asks of a Model."""
 
-    vram: Any
-    ram: Any
-    cpu: bool = False
-    specs: tuple[BlockSpec, ...] = tuple(SPECS)
-    checkpoint: Any = field(default_factory=lambda: SimpleNamespace(config=MIXTRAL))
-    compute: Any = field(default_factory=lambda: SimpleNamespace(dtype=torch.float16))
+    vram: int
+    ram: int
+    config: ModelConfig = MIXTRAL
+    specs: list[BlockSpec] = field(default_factory=lambda: SPECS)
 
     @property
     def machine(self) -> Machine:
-        return Machine(
-            self.vram.bytes, self.ram.bytes, element=2, cpu=False, context=650 * 2**20,
-            repeats_kv=False,
-        )  # fmt: skip
-
-    def shape(self, tile: Tile) -> Any:
-        return tile_shape(tile, MIXTRAL.num_attention_heads * MIXTRAL.head_dim)
-
-    blocks_of = Model.blocks_of
+        return Machine(self.vram, self.ram, element=2, cpu=False, context=650 * 2**20)
 
 
-def cards(count: int, vram: int = 14, ram: int = 27) -> list[Any]:
-    size = SimpleNamespace(bytes=vram * GIB), SimpleNamespace(bytes=ram * GIB)
-    return [Card(*size) for _ in range(count)]
+def cards(count: int, vram: int = 14, ram: int = 27) -> list[Card]:
+    return [Card(vram * GIB, ram * GIB)] * count
 
 
 def trials(context: int, count: int = 60) -> list[Tile]:
@@ -287,8 +275,8 @@ def test_bits_of_arms_that_are_arithmetic_alone() -> None:
 def test_machines_of_several_stages_share_the_host() -> None:
     models = cards(2)
     plan = plan_generation(models, trials(2048), ARMS)
-    assert plan.cache_bytes + sum(s.plan.host_bytes for s in plan.stages) <= models[0].ram.bytes
-    small = [replace(model, ram=SimpleNamespace(bytes=4 * GIB)) for model in models]
+    assert plan.cache_bytes + sum(s.plan.host_bytes for s in plan.stages) <= models[0].ram
+    small = [replace(model, ram=4 * GIB) for model in models]
     with pytest.raises(NoRoomTogether):  # the caches have no place
         plan_generation(small, trials(2048), ARMS)
 

@@ -55,6 +55,34 @@ def test_mixtral_blocks_hold_the_published_bytes() -> None:
     assert 0 <= sum(s.nbytes for s in layer) - sum(s.stored_bytes for s in layer) < 176 * 256
 
 
+STAY = "over the weights, which stay on the device"
+
+
+@pytest.mark.parametrize(
+    ("name", "context", "words"),
+    [
+        ("t4", 2048, "16 walks over the weights, part of which is streamed"),
+        ("t4x2", 2048, f"layers over 2 devices, 192 walks {STAY}"),
+        ("h200", 4096, f"16 walks {STAY}"),
+    ],
+)
+def test_generated_answers_are_planned_as_eval_does_them(
+    name: str, context: int, words: str
+) -> None:
+    settings = EvalSettings(tasks=("niah",), niah_mode="generate", niah_contexts=(context,))
+    arms = [parse("K3V2"), parse("K4V2")]
+    found = forecast(MIXTRAL, SPECS, settings, arms, MACHINES[name])
+    assert (found.generation, found.sweeps) == (words, 0)
+    assert found.plan.device_bytes <= found.plan.vram == MACHINES[name].vram
+    # at least 6 ms of the host for each of 12 tiles, 32 layers and 15 tokens
+    assert found.needle_s > 12 * 32 * 15 * 0.006 and found.perplexity_s == 0
+    assert found.total_s == found.needle_s + found.first_read_s
+    both = forecast(MIXTRAL, SPECS, replace(settings, tasks=("ppl", "niah")), arms, MACHINES[name])
+    assert both.sweeps == 1 and both.total_s > found.needle_s
+    # beside perplexity each device generates with weights of its own
+    assert "layers over" not in both.generation
+
+
 def test_study_of_three_arms_is_one_sweep_in_14_gib_and_512_segments_are_two() -> None:
     arms = [parse("K3V2"), parse("K4V2")]
     # 14 GiB by torch's own cap, which leaves the context out

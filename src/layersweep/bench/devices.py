@@ -217,7 +217,9 @@ def _work(
                 write_results(folder / device, results)
             ended = time.perf_counter()
             sweeps = {"sweeps/0000": pack(study.record, study.done)}
-            left = StudyPart(shard.folder, str(shard), manifest, study.record.facts(), results, sweeps)
+            left = StudyPart(
+                shard.folder, str(shard), manifest, study.record.facts(), results, sweeps
+            )
             floors = floor(study.plan, ceilings, outcome.h2d_rate)
             return Part(left, outcome.started, ended, floors, study.plan.host_bytes)
 

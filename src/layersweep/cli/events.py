@@ -92,15 +92,23 @@ def paths_line(study: Study) -> str:
 
 
 def budget_line(study: Study) -> str:
-    plan, model = study.plan, study.model
+    model, generation = study.model, study.generation
     tiles = f"{len(study.own)} tiles"
     if study.shard.of > 1:
         tiles = f"shard {study.shard}: {len(study.own)} of {len(study.tiles)} tiles"
+    ways = [f"{len(study.sweep_plan.sweeps)} sweep(s)"] if study.sweep_plan else []
+    plans = [study.sweep_plan] if study.sweep_plan else []
+    if generation:
+        plans += [stage.plan for stage in generation.stages]
+        ways.append(f"{len(generation.units)} unit(s) of generation, {generation.walks} walks")
+        if len(generation.stages) > 1:
+            held = (f"{s.layers.start}-{s.layers.stop - 1}" for s in generation.stages)
+            ways.append(f"layers {' and '.join(held)} on a device each")
     return (
         f"[budget] vram {format_bytes(model.vram.bytes)} ({model.vram.source}), ram "
         f"{format_bytes(model.ram.bytes)} ({model.ram.source}); planned working set "
-        f"{format_bytes(plan.device_bytes)}, {tiles} in {len(plan.sweeps)} sweep(s), "
-        f"{format_bytes(plan.bytes_to_read)} to read"
+        f"{format_bytes(study.planned_device_bytes)}, {tiles} in {', '.join(ways)}; "
+        f"{format_bytes(sum(plan.bytes_to_read for plan in plans))} to read"
     )
 
 

@@ -74,6 +74,7 @@ def _over_layers(job: Job, say: Say) -> dict[str, Any] | None:
     """Answers that are generated visit all weights for every token. Where a device cannot keep them
     but all of them together can, one process computes on all, each with its share of the layers;
     None where that is not so, or not all there is to do."""
+    from layersweep.evals.generation import wants_layers_shared
     from layersweep.evals.study import prepare_study
     from layersweep.sweep.model import load
 
@@ -83,8 +84,7 @@ def _over_layers(job: Job, say: Say) -> dict[str, Any] | None:
         say("note: each device generates with weights of its own; --tasks niah alone shares them")
         return None
     model = load(job.source, **asdict(job.machine))
-    weights = sum(spec.nbytes for spec in model.specs)
-    if all(weights <= one.vram.bytes for one in (model, *model.beside)) and not model.cpu:
+    if not wants_layers_shared([model, *model.beside]):
         return None
     try:
         prepare_study(model, job.settings)

@@ -39,6 +39,7 @@ def plan(
     cache_mode: Annotated[str, typer.Option(help="prefill or streaming.")] = "prefill",
     niah_context: Annotated[str, typer.Option(help="Needle contexts in tokens.")] = "4096",
     niah_per_depth: Annotated[int, typer.Option(help="Needles per context and depth.")] = 6,
+    niah_mode: Annotated[str, typer.Option(help="teacher or generate.")] = "teacher",
     vram: Annotated[
         str | None, typer.Option(help="Device budget instead of the machine's.")
     ] = None,
@@ -60,6 +61,7 @@ def plan(
         cache_mode=cache_mode,  # type: ignore[arg-type]  # checked by EvalSettings
         niah_contexts=parse_counts("--niah-context", niah_context),
         niah_per_depth=niah_per_depth,
+        niah_mode=niah_mode,  # type: ignore[arg-type]
     )
     if settings.segments is None:
         raise InputError(
@@ -191,7 +193,10 @@ def _show(
     )
     table.add_row("weights kept in host memory", format_bytes(plan.host_kept_bytes))
     table.add_row("host ring", format_bytes(plan.placement.host_ring))
-    table.add_row("sweeps", f"{len(plan.sweeps)}, {format_bytes(plan.bytes_to_read)} to read")
+    if found.sweeps:
+        table.add_row("sweeps", f"{found.sweeps}, {format_bytes(plan.bytes_to_read)} to read")
+    if found.generation:
+        table.add_row("answers generated", found.generation)
     table.add_row("download, at 100 MB/s", format_seconds(found.download_s))
     table.add_row("first read", format_seconds(found.first_read_s))
     table.add_row("perplexity", format_seconds(found.perplexity_s))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Many
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from layersweep.checkpoint.config import ModelConfig
-from layersweep.errors import InputError
+from layersweep.errors import InputError, NoRoomTogether
 from layersweep.evals import needle_job, perplexity
+from layersweep.evals.generation import Generation, plan_generation, wants_layers_shared
 from layersweep.evals.record import CONTROL_WINDOWS, NEEDLE, PERPLEXITY
 from layersweep.evals.settings import EvalSettings
 from layersweep.evals.shard import share
@@ -24,9 +25,15 @@ NEEDLE_BRANCH = 60  # tokens of question, answer prefix and answer
 
 @dataclass(frozen=True)
 class Forecast:
-    """A plan on a machine, and seconds by job. Compute and transfer overlap: the longer counts."""
+    """A plan on a machine, and seconds by job. Compute and transfer overlap: the longer counts.
+
+    `plan`: of sweeps or of generation, whichever takes more of a device. `sweeps`: 0 where all
+    answers are generated, `generation`: how that is done, in words.
+    """
 
     plan: Plan
+    sweeps: int
+    generation: str
     download_s: float
     first_read_s: float
     perplexity_s: float
@@ -52,7 +59,7 @@ def placeholder_tiles(settings: EvalSettings, arms: Many[Arm], count: int) -> li
             for context in settings.niah_contexts
             for _ in range(per_context)
         ]
-        tiles += tiles_of(NEEDLE, trials, needle_job.TILE_TRIALS)
+        tiles += tiles_of(NEEDLE, trials, needle_job.tile_size(settings.niah_mode))
     return tiles
 
 
@@ -86,7 +93,8 @@ def forecast(
             "the model's limit",
             hint="smaller --niah-context or --prefix",
         )
-    tiles = placeholder_tiles(settings, arms, settings.segments or 0)
+    every = placeholder_tiles(settings, arms, settings.segments or 0)
+    tiles = [tile for tile in every if tile.name != NEEDLE or not settings.generates]
     width = config.num_attention_heads * config.head_dim
     shapes = [tile_shape(tile, width) for tile in tiles]
     cpu = machine.device == "cpu"
@@ -94,9 +102,6 @@ def forecast(
         machine.vram, machine.ram // machine.devices, element=4 if cpu else 2, cpu=cpu,
         repeats_kv=machine.repeats_kv, sharers=machine.devices,
     )  # fmt: skip
-    costs = [tile_flops(config, shape) for shape in shapes]
-    most = share(costs, machine.devices)[0]  # of the device with most to compute
-    plan = make_plan(config, specs, [shapes[index] for index in most], place)
     rate = machine.gemm_flops * SWEEP_EFFICIENCY[machine.device]
     seconds = {
         name: sum(tile_flops(config, shape) for shape in shapes if shape.name == name)
@@ -104,15 +109,69 @@ def forecast(
         for name in (PERPLEXITY, NEEDLE)
     }
     stored = sum(spec.stored_bytes for spec in specs)
-    first_read = stored / machine.disk
-    again = (plan.bytes_to_read - stored) / machine.disk
-    transfer = plan.bytes_to_read / machine.h2d
-    compute = plan.flops / rate
+    first_read = total = stored / machine.disk
+    plans, sweeps, generation = [], 0, ""
+    if tiles:
+        costs = [tile_flops(config, shape) for shape in shapes]
+        most = share(costs, machine.devices)[0]  # of the device with most to compute
+        plans.append(make_plan(config, specs, [shapes[index] for index in most], place))
+        sweeps = len(plans[0].sweeps)
+        again = (plans[0].bytes_to_read - stored) / machine.disk
+        total = max(plans[0].flops / rate, first_read + again, plans[0].bytes_to_read / machine.h2d)
+    if settings.generates:
+        rest = [tile for tile in every if tile.name == NEEDLE]
+        found, generation = _generation(config, specs, rest, arms, machine, place, alone=not tiles)
+        plans.append(found.stages[0].plan)
+        seconds[NEEDLE] = found.seconds(machine.device, machine.gemm_flops, machine.h2d)
+        total = seconds[NEEDLE] + (total if tiles else first_read)
     return Forecast(
-        plan=plan,
+        plan=max(plans, key=lambda plan: plan.device_bytes),
+        sweeps=sweeps,
+        generation=generation,
         download_s=stored / machine.download,
         first_read_s=first_read,
         perplexity_s=seconds[PERPLEXITY],
         needle_s=seconds[NEEDLE],
-        total_s=max(compute, first_read + again, transfer),
+        total_s=total,
     )
+
+
+@dataclass(frozen=True)
+class _Absent:
+    """A model on a device that is not there: what planning asks of it."""
+
+    config: ModelConfig
+    specs: list[BlockSpec]
+    machine: Machine
+
+
+def _generation(
+    config: ModelConfig,
+    specs: list[BlockSpec],
+    tiles: list[Tile],
+    arms: Many[Arm],
+    rates: MachineRates,
+    place: Machine,
+    *,
+    alone: bool,
+) -> tuple[Generation, str]:
+    """As `eval` does it: layers over the devices if answers are all there is to do and they fit,
+    else each device its share of the tiles; of those, the one with most to do."""
+    whole = _Absent(config, specs, replace(place, ram=rates.ram, sharers=1))
+    if alone and rates.devices > 1 and wants_layers_shared([whole]):
+        try:
+            found = plan_generation([whole] * rates.devices, tiles, arms)
+            return found, f"layers over {rates.devices} devices, {_walks(found)}"
+        except NoRoomTogether:
+            pass
+    mine = [tiles[index] for index in share([float(tile.rows) for tile in tiles], rates.devices)[0]]
+    one = whole if rates.devices == 1 else _Absent(config, specs, place)
+    found = plan_generation([one], mine, arms)
+    each = " on each device" if rates.devices > 1 else ""
+    return found, f"{_walks(found)}{each}"
+
+
+def _walks(generation: Generation) -> str:
+    kept = all(stage.resident for stage in generation.stages)
+    where = "which stay on the device" if kept else "part of which is streamed"
+    return f"{generation.walks} walks over the weights, {where}"

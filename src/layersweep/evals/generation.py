@@ -10,15 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
+from layersweep.checkpoint.config import ModelConfig
 from layersweep.errors import BudgetError, NoRoomTogether
 from layersweep.evals.needle_job import NEW_TOKENS
 from layersweep.kv.arms import EXACT, Arm
+from layersweep.stream.blocks import BlockSpec, blocks_of
 from layersweep.stream.plan import Plan, make_plan
+from layersweep.stream.rates import STEP_SECONDS, sweep_seconds
 from layersweep.stream.runs import spread_layers
 from layersweep.stream.shapes import Machine, TileShape
-from layersweep.sweep.model import Model
 from layersweep.sweep.sequences import Tile
+from layersweep.sweep.shapes import tile_shape
 from layersweep.sweep.state import arms_at_once, kept_columns
 from layersweep.units import format_bytes
 
@@ -27,11 +31,22 @@ from layersweep.units import format_bytes
 OVERHEAD_BITS, SIMULATED_BITS = 1.0, 32.0
 
 
+class Holder(Protocol):
+    """A model on a device, as planning sees it: a sweep.model.Model, or one on a device that is
+    not there."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+    @property
+    def specs(self) -> list[BlockSpec]: ...
+    @property
+    def machine(self) -> Machine: ...
+
+
 @dataclass(frozen=True)
 class Stage:
-    """A device with the layers that it holds."""
+    """The layers that a device holds."""
 
-    model: Model
     layers: range
     plan: Plan
 
@@ -55,6 +70,27 @@ class Generation:
     cache_bytes: int
 
     @property
+    def walks(self) -> int:
+        """Over all weights: one for each token of each unit."""
+        return NEW_TOKENS * len(self.units)
+
+    def seconds(self, device: str, gemm_flops: float, h2d: float | None) -> float:
+        """First walks, as sweeps are planned; then for each further token what the host launches,
+        or what goes over the bus, weights and caches: the longer counts. Rates of one device."""
+        lanes, later = self.lanes, NEW_TOKENS - 1
+        first = [
+            sum(sweep_seconds(stage.plan, device, gemm_flops * lanes, h2d)[::NEW_TOKENS])
+            for stage in self.stages
+        ]
+        visits = later * sum(len(unit) for unit in self.units)
+        visits *= sum(len(stage.layers) for stage in self.stages)
+        moved = max(sum(s.plan.copies) - sum(s.plan.copies[::NEW_TOKENS]) for s in self.stages)
+        if self.offload:
+            moved += self.unit_cache_bytes * len(self.units) * later // lanes
+        over_the_bus = moved / h2d if h2d else 0.0
+        return max(first) + max(STEP_SECONDS[device] * visits, over_the_bus)
+
+    @property
     def unit_cache_bytes(self) -> int:
         """Of one unit."""
         return self.cache_bytes // self.lanes
@@ -66,7 +102,7 @@ class Generation:
 
 
 def plan_generation(
-    models: Sequence[Model],
+    models: Sequence[Holder],
     tiles: list[Tile],
     arms: Sequence[Arm],
     at_least: int = 1,
@@ -82,11 +118,11 @@ def plan_generation(
     caches = [0] * len(lead) + [_cache_bytes(models[0], tile, arms) for tile in tiles[len(lead) :]]
     if len(models) == 1:
         return _on_one(models[0], tiles, caches, at_least, len(lead))
-    for offload in (True,) if models[0].cpu else (False, True):
+    for offload in (True,) if models[0].machine.cpu else (False, True):
         if found := _over_layers(models, tiles, caches, offload, len(lead)):
             return found
     weights = sum(spec.nbytes for spec in models[0].specs)
-    rooms = ", ".join(format_bytes(model.vram.bytes) for model in models)
+    rooms = ", ".join(format_bytes(model.machine.vram) for model in models)
     raise NoRoomTogether(
         f"--device: found {len(models)} devices of {rooms}, needed room for "
         f"{format_bytes(weights)} of weights, each its share of the layers, beside what computes",
@@ -94,14 +130,21 @@ def plan_generation(
     )
 
 
+def wants_layers_shared(models: Sequence[Holder]) -> bool:
+    """Whether several devices should rather hold a share of the layers each than all weights: they
+    stay there only so. On the CPU, where that is for tests, always."""
+    weights = sum(spec.nbytes for spec in models[0].specs)
+    return any(weights > model.machine.vram or model.machine.cpu for model in models)
+
+
 def _on_one(
-    model: Model, tiles: list[Tile], caches: list[int], at_least: int, leads: int
+    model: Holder, tiles: list[Tile], caches: list[int], at_least: int, leads: int
 ) -> Generation:
     """As few units as memory allows: each of them visits all weights again for every token."""
-    layers = range(model.checkpoint.config.num_hidden_layers)
+    layers = range(model.config.num_hidden_layers)
     failure: BudgetError | None = None
     for count in range(at_least, len(tiles) - leads + 1):
-        for offload in (True,) if model.cpu else (False, True):
+        for offload in (True,) if model.machine.cpu else (False, True):
             held = sum(caches)
             while True:  # the plan of the units whose caches it makes room for
                 try:
@@ -111,7 +154,7 @@ def _on_one(
                     break
                 most = max(sum(caches[index] for index in unit) for unit in plan.sweeps)
                 if most >= held:
-                    stages = [Stage(model, layers, plan)]
+                    stages = [Stage(layers, plan)]
                     return Generation(stages, _units(plan, tiles, leads), offload, held)
                 held = most
     raise BudgetError(
@@ -122,20 +165,22 @@ def _on_one(
 
 
 def _over_layers(
-    models: Sequence[Model], tiles: list[Tile], caches: list[int], offload: bool, leads: int
+    models: Sequence[Holder], tiles: list[Tile], caches: list[int], offload: bool, leads: int
 ) -> Generation | None:
     """Each device its share of the layers, all of them resident; None where they do not fit."""
-    config, count, units = models[0].checkpoint.config, len(models), len(tiles) - leads
+    config, count, units = models[0].config, len(models), len(tiles) - leads
     held = min(count, units) * max(caches)
     every = range(config.num_hidden_layers)
-    sizes = [sum(spec.nbytes for spec in models[0].blocks_of(range(i, i + 1))) for i in every]
+    sizes = [
+        sum(spec.nbytes for spec in blocks_of(models[0].specs, range(i, i + 1))) for i in every
+    ]
     try:
         rooms = [_room(model, every, tiles, held, offload, units, count) for model in models]
         parts = spread_layers(sizes, rooms)
         if parts is None:
             return None
         stages = [
-            Stage(model, layers, _plan(model, layers, tiles, held, offload, units, count))
+            Stage(layers, _plan(model, layers, tiles, held, offload, units, count))
             for model, layers in zip(models, parts, strict=True)
         ]
     except BudgetError:
@@ -152,7 +197,7 @@ def _units(plan: Plan, tiles: list[Tile], leads: int) -> list[list[Tile]]:
 
 
 def _room(
-    model: Model,
+    model: Holder,
     layers: range,
     tiles: list[Tile],
     held: int,
@@ -170,7 +215,7 @@ def _room(
 
 
 def _plan(
-    model: Model,
+    model: Holder,
     layers: range,
     tiles: list[Tile],
     held: int,
@@ -182,22 +227,24 @@ def _plan(
     machine = _machine(model, held, offload, sharers)
     shapes = [_shape(model, tile) for tile in tiles]
     plan = make_plan(
-        model.checkpoint.config, model.blocks_of(layers), shapes, machine, at_least, visits
+        model.config, blocks_of(model.specs, layers), shapes, machine, at_least, visits
     )
     if offload:
         return plan
-    return replace(plan, peaks={**plan.peaks, "kept caches": held // sharers})
+    peaks = {**plan.peaks, "kept caches": held // sharers}
+    return replace(plan, peaks=peaks, vram=model.machine.vram)
 
 
-def _shape(model: Model, tile: Tile) -> TileShape:
+def _shape(model: Holder, tile: Tile) -> TileShape:
     """With what the steps behind the first sweep take."""
-    config = model.checkpoint.config
+    config = model.config
     columns, arms = _columns(tile), len(tile.sequences[0].branches)
     at_once = arms_at_once(
         len(tile.sequences), columns, config.num_key_value_heads * config.head_dim
     )
     columns *= min(arms, at_once) * len(tile.sequences)
-    return replace(model.shape(tile), kept_columns=columns)
+    shape = tile_shape(tile, config.num_attention_heads * config.head_dim)
+    return replace(shape, kept_columns=columns)
 
 
 def _columns(tile: Tile) -> int:
@@ -206,7 +253,7 @@ def _columns(tile: Tile) -> int:
     return kept_columns(prefix, question, NEW_TOKENS)
 
 
-def _machine(model: Model, held: int, offload: bool, sharers: int) -> Machine:
+def _machine(model: Holder, held: int, offload: bool, sharers: int) -> Machine:
     """What `held` bytes of caches leave of the budgets; `sharers` stages have one host."""
     machine = replace(model.machine, lanes=sharers)  # a lane for each stage
     if offload:
@@ -214,11 +261,11 @@ def _machine(model: Model, held: int, offload: bool, sharers: int) -> Machine:
     return replace(machine, vram=machine.vram - held // sharers, ram=machine.ram // sharers)
 
 
-def _cache_bytes(model: Model, tile: Tile, arms: Sequence[Arm]) -> int:
+def _cache_bytes(model: Holder, tile: Tile, arms: Sequence[Arm]) -> int:
     """Upper bound of the keys and values that all branches of a tile keep."""
-    config = model.checkpoint.config
+    config = model.config
     elements = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    exact = 8.0 * model.compute.dtype.itemsize
+    exact = 8.0 * model.machine.element
     own = _columns(tile) - max(len(sequence.prefix) for sequence in tile.sequences)
     total = 0.0
     for sequence in tile.sequences:

@@ -50,7 +50,7 @@ def generate_units(
     On several stages a thread per lane walks its unit through them; an engine is one's own while
     its layers are visited, so that lanes alternate.
     """
-    tokens, host = _Tokens(progress, NEW_TOKENS * len(generation.units)), HostTurn()
+    tokens, host = _Tokens(progress, generation.walks), HostTurn()
 
     def unit(number: int) -> Generated:
         room = generation.unit_cache_bytes if generation.offload else None

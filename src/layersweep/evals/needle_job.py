@@ -64,8 +64,9 @@ class NeedleJob:
     def tiles(self) -> list[Tile]:
         """Teacher mode: the answer is part of the branch and is read, not generated. Of generated
         trials these are the shapes, and which of them go together."""
-        size = TILE_GENERATED if self.mode == "generate" else TILE_TRIALS
-        return tiles_of(NEEDLE, [self._teacher(trial) for trial in self.trials], size)
+        return tiles_of(
+            NEEDLE, [self._teacher(trial) for trial in self.trials], tile_size(self.mode)
+        )
 
     def _teacher(self, trial: Trial) -> Sequence:
         if self.streaming:
@@ -148,6 +149,11 @@ class NeedleJob:
             for arm, tokens in zip(self._all, chosen, strict=True)
         )
         return Sequence((), tuple(branches), past)
+
+
+def tile_size(mode: str) -> int:
+    """Trials that are computed together."""
+    return TILE_GENERATED if mode == "generate" else TILE_TRIALS
 
 
 def _trials_of(tile: Tile) -> range:

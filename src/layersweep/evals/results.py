@@ -163,6 +163,14 @@ def exact_pair_fraction(prefix: int, continuation: int) -> float:
     return own / (own + queries * prefix)
 
 
+def _planned_seconds(study: Study, gemm_flops: float, h2d: float | None) -> float:
+    kind, generation = study.model.compute.device.type, study.generation
+    seconds = generation.seconds(kind, gemm_flops, h2d) if generation else 0.0
+    if study.sweep_plan:
+        seconds += planned_seconds(study.sweep_plan, kind, gemm_flops, h2d)
+    return seconds
+
+
 def _performance(study: Study, outcome: Outcome) -> Json:
     """Ratios compare with the rates measured in this run. wall_s: from the first weight byte
     asked for until here, with results.json still to be written."""
@@ -192,12 +200,7 @@ def _performance(study: Study, outcome: Outcome) -> Json:
         else outcome.peak_device_bytes,
         "peak_host_bytes": study.meter.peak_bytes,
         "planned_device_bytes": study.planned_device_bytes,
-        "planned_s": sum(
-            planned_seconds(plan, model.compute.device.type, ceiling, outcome.h2d_rate)
-            for plan in study.plans
-        )
-        if ceiling
-        else None,
+        "planned_s": _planned_seconds(study, ceiling, outcome.h2d_rate) if ceiling else None,
         "vram_budget": model.vram.bytes,
         "ram_budget": model.ram.bytes,
     }

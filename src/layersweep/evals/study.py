@@ -124,10 +124,16 @@ class Study:
         return bool(self.to_sweep) or not self.to_generate
 
     @property
+    def sweep_plan(self) -> Plan | None:
+        """Of what is read in one sweep; None where all is generated."""
+        generated = self.generation and self.plan == self.generation.stages[0].plan
+        return None if generated else self.plan
+
+    @property
     def plans(self) -> list[Plan]:
         """Of all that this process does, one after the other."""
-        generation = [self.generation.stages[0].plan] if self.generation else []
-        return [self.plan] * (self.plan not in generation) + generation
+        sweeps = [self.sweep_plan] if self.sweep_plan else []
+        return [*sweeps, *([self.generation.stages[0].plan] if self.generation else [])]
 
     @property
     def planned_device_bytes(self) -> int:
@@ -205,8 +211,8 @@ class Study:
                 return [self.model.open(self.plan, say)]
             assert self.generation is not None
             engines = []
-            for stage in self.generation.stages:
-                engines.append(stage.model.open(stage.plan, say, stage.layers))
+            for model, stage in zip(self.models, self.generation.stages, strict=True):
+                engines.append(model.open(stage.plan, say, stage.layers))
                 undo.callback(engines[-1].close)
             undo.pop_all()
             return engines

@@ -10,7 +10,7 @@ is dequantized there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -112,6 +112,15 @@ def _spec(
         placed[key], end = _place(weight, end, to_nf4)
     stored = sum(read_bytes(p.weight) for p in placed.values())
     return BlockSpec(name, layer, placed, end, stored)
+
+
+def blocks_of(specs: Sequence[BlockSpec], layers: range) -> list[BlockSpec]:
+    """Blocks of some consecutive layers, with the embedding before the first of all and the head
+    behind the last. `specs`: of the whole model, in sweep order."""
+    last = max(spec.layer for spec in specs if spec.layer is not None)
+    ends = layers[0] == 0, layers[-1] == last
+    of = [spec for spec in specs if spec.layer is not None and spec.layer in layers]
+    return [*(specs[:1] if ends[0] else []), *of, *(specs[-1:] if ends[1] else [])]
 
 
 def read_bytes(weight: Weight) -> int:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from layersweep.checkpoint.config import ModelConfig
 from layersweep.checkpoint.layout import Checkpoint, open_checkpoint
 from layersweep.environment import Budget, context_bytes, ram_budget, vram_budget
 from layersweep.errors import Fallback, InputError
@@ -17,7 +18,7 @@ from layersweep.kv.arms import EXACT
 from layersweep.model.compute import Compute, choose_compute
 from layersweep.model.ops import CudaOps
 from layersweep.notebook import tell_fallback
-from layersweep.stream.blocks import BlockSpec, block_specs
+from layersweep.stream.blocks import BlockSpec, block_specs, blocks_of
 from layersweep.stream.plan import Plan, make_plan
 from layersweep.stream.shapes import Machine, TileShape, tile_flops
 from layersweep.stream.store import BlockStore
@@ -81,6 +82,10 @@ class Model:
         return self.compute.cpu
 
     @property
+    def config(self) -> ModelConfig:
+        return self.checkpoint.config
+
+    @property
     def paths(self) -> Paths:
         kernels = self.compute.ops.name
         return Paths(
@@ -119,14 +124,6 @@ class Model:
         """Operations of a tile in one sweep."""
         return tile_flops(self.checkpoint.config, self.shape(tile))
 
-    def blocks_of(self, layers: range) -> list[BlockSpec]:
-        """Blocks of some consecutive layers, with the embedding before the first of all and the
-        head behind the last."""
-        last = self.checkpoint.config.num_hidden_layers - 1
-        ends = [layers[0] == 0, layers[-1] == last]
-        of = [spec for spec in self.specs if spec.layer is not None and spec.layer in layers]
-        return [*self.specs[:1] * ends[0], *of, *self.specs[-1:] * ends[1]]
-
     def open(
         self,
         plan: Plan,
@@ -142,7 +139,7 @@ class Model:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.compute.device)
         store = BlockStore(
-            self.blocks_of(layers),
+            blocks_of(self.specs, layers),
             plan.placement,
             self.compute.device,
             decode=self.compute.ops.decode,
