@@ -259,7 +259,8 @@ def check_trellis_scale(kernels: Kernels, device: torch.device, dim: int, seed: 
                 exactly(u, wanted_u.t(), seed)
                 codes = torch.randint(0, 256, (42, dim * code.bits // 8), device=device).byte()
                 levels = code.levels(device)
-                codes[::2] = kernels.trellis_encode(u, code.bits, levels)[::2]
+                symbols = trellis.search(u[::2].t().contiguous(), levels, code.bits)
+                codes[::2] = pack_bits(symbols, code.bits)
                 scale = kernels.trellis_gain(u, codes, size, mean, code.bits, levels, limits)
                 symbols = unpack_bits(codes, code.bits)
                 dot = trellis._dot_rows(u.t().contiguous(), symbols, code)

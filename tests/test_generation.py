@@ -19,8 +19,11 @@ from stepped import in_one_pass, stepped, texts
 
 from layersweep.checkpoint.config import ModelConfig
 from layersweep.cli.app import run
-from layersweep.errors import BudgetError, NoRoomTogether
+from layersweep.errors import BudgetError, MachineError, NoRoomTogether
 from layersweep.evals.generation import Generation, plan_generation
+from layersweep.evals.settings import EvalSettings
+from layersweep.evals.shrink import shrink
+from layersweep.evals.study import prepare_study
 from layersweep.kv.arms import EXACT, parse_arms
 from layersweep.stream.blocks import BlockSpec
 from layersweep.stream.runs import Placement, compute_ring, runs_of, spread_layers
@@ -62,23 +65,24 @@ def trials(context: int, count: int = 60) -> list[Tile]:
     return tiles_of("needle", [one] * count, 5)
 
 
-@pytest.mark.parametrize("context", [2048, 4096])
-def test_two_t4s_hold_mixtral_together_and_read_it_once(context: int) -> None:
+@pytest.mark.parametrize(("context", "tiles"), [(2048, 3), (4096, 1)])
+def test_two_t4s_hold_mixtral_together_and_read_it_once(context: int, tiles: int) -> None:
     plan = plan_generation(cards(2), trials(context), ARMS)
     assert [stage.layers for stage in plan.stages] == [range(16), range(16, 32)]
     assert all(stage.resident for stage in plan.stages)
     assert all(stage.plan.device_bytes <= 14 * GIB for stage in plan.stages)
     weights = sum(spec.nbytes for spec in SPECS)
-    # the 192 walks over the weights (16 for each of 12 tiles) copy each of them once
+    # the walks over the weights, 16 for each unit of the 12 tiles, copy each of them once
     assert sum(sum(stage.plan.copies) for stage in plan.stages) == weights
     assert sum(stage.plan.bytes_to_read for stage in plan.stages) == sum(
         spec.stored_bytes for spec in SPECS
     )
-    assert len(plan.stages[0].plan.copies) == 192
+    assert [len(unit) for unit in plan.units] == [tiles] * (12 // tiles)
+    assert len(plan.stages[0].plan.copies) == plan.walks == 192 // tiles
     assert plan.offload and plan.lanes == 2
-    # 5 trials in 2 lanes: a prefix exact at 16 bits, K3V2 at 3.5, K4V2 at 4, and behind it
-    # 3 times 76 tokens
-    held = 2 * 5 * 2 * 32 * 1024 * ((context - 60) * (16 + 3.5 + 4) + 228 * 16) / 8
+    # tiles of 5 trials in 2 lanes: a prefix exact at 16 bits, K3V2 at 3.5, K4V2 at 4, and behind
+    # it 3 times 76 tokens
+    held = tiles * 2 * 5 * 2 * 32 * 1024 * ((context - 60) * (16 + 3.5 + 4) + 228 * 16) / 8
     assert plan.cache_bytes == int(held)
 
 
@@ -296,3 +300,19 @@ def test_where_the_weights_do_not_fit_together_each_device_has_its_own(
     assert numbers(folder) == numbers(alone)
     # from the page cache in each of 16 walks, by each of them
     assert performance(folder)["weight_bytes_read"] == 32 * performance(alone)["weight_bytes_read"]
+
+
+def test_where_memory_ends_there_are_more_units_and_in_the_end_an_error() -> None:
+    model = load("demo", device="cpu,cpu", vram="1GiB", ram="4GiB")
+    settings = EvalSettings(
+        tasks=("niah",), niah_mode="generate", niah_contexts=(512,), niah_per_depth=2
+    )
+    study = prepare_study(model, settings)
+    tiles = len(study.to_generate)
+    assert tiles == 4 and study.generation is not None
+    assert [len(unit) for unit in study.generation.units] == [2, 2]
+    fallback = shrink(study, "no more")
+    assert [len(unit) for unit in study.generation.units] == [1] * 4
+    assert len(study.generation.stages) == 2 and fallback.why == "no more"
+    with pytest.raises(MachineError, match="tiles are generated one at a time already"):
+        shrink(study, "no more")

@@ -126,11 +126,9 @@ LIMITED = """
 """
 
 
-@pytest.mark.parametrize(("extra", "code"), [(0, 1), (62 * 2**20, 0)])
-def test_a_limit_on_address_space(tmp_path: Path, extra: int, code: int) -> None:
-    """RLIMIT_AS while it sweeps: no room at all, and room for fewer tiles than planned: 50 MiB may
-    be too little, with 76 it all fits."""
-    arguments = ["eval", "demo", *ARGUMENTS, "--vram", "2GiB", "--out", str(tmp_path / "run")]
+def limited(folder: Path, extra: int) -> subprocess.CompletedProcess[str]:
+    """An evaluation that gets `extra` bytes of address space more while it sweeps."""
+    arguments = ["eval", "demo", *ARGUMENTS, "--vram", "2GiB", "--out", str(folder)]
     done = subprocess.run(
         # small stacks, one heap: address space then is memory, and not what threads set aside
         ["bash", "-c", 'ulimit -s 1024; exec "$@"', "-", sys.executable, "-c",
@@ -140,9 +138,26 @@ def test_a_limit_on_address_space(tmp_path: Path, extra: int, code: int) -> None
         timeout=300,
         env=os.environ | {"MALLOC_ARENA_MAX": "1"},
     )  # fmt: skip
-    assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
-    assert "host memory" in done.stderr or code
+    return done
+
+
+def test_no_address_space_at_all(tmp_path: Path) -> None:
+    done = limited(tmp_path / "run", 0)
+    assert done.returncode == 1 and "error: the host ran out of memory" in done.stderr
+
+
+def test_address_space_for_fewer_tiles_than_planned(tmp_path: Path, undisturbed: Path) -> None:
+    """How much that is depends on when readers come and go: about 55 MiB, at 76 it all fits."""
+    for extra in (62, 58, 54, 66, 50):
+        folder = tmp_path / str(extra)
+        done = limited(folder, extra * 2**20)
+        if done.returncode == 0 and "host memory" in done.stderr:
+            found, wanted = numbers(folder), numbers(undisturbed)
+            assert [one["what"] for one in found.pop("fallbacks")] == ["host memory"]
+            assert wanted.pop("fallbacks") == [] and found == wanted
+            return
+    pytest.fail(f"all of it fitted, or nothing: {done.stderr}")
 
 
 # --- disks ---------------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ STAY = "over the weights, which stay on the device"
     ("name", "context", "words"),
     [
         ("t4", 2048, "16 walks over the weights, part of which is streamed"),
-        ("t4x2", 2048, f"layers over 2 devices, 192 walks {STAY}"),
+        ("t4x2", 2048, f"layers over 2 devices, 48 walks {STAY}"),
         ("h200", 4096, f"16 walks {STAY}"),
     ],
 )

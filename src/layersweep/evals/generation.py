@@ -119,7 +119,7 @@ def plan_generation(
     if len(models) == 1:
         return _on_one(models[0], tiles, caches, at_least, len(lead))
     for offload in (True,) if models[0].machine.cpu else (False, True):
-        if found := _over_layers(models, tiles, caches, offload, len(lead)):
+        if found := _over_layers(models, tiles, caches, at_least, offload, len(lead)):
             return found
     weights = sum(spec.nbytes for spec in models[0].specs)
     rooms = ", ".join(format_bytes(model.machine.vram) for model in models)
@@ -165,11 +165,32 @@ def _on_one(
 
 
 def _over_layers(
-    models: Sequence[Holder], tiles: list[Tile], caches: list[int], offload: bool, leads: int
+    models: Sequence[Holder],
+    tiles: list[Tile],
+    caches: list[int],
+    at_least: int,
+    offload: bool,
+    leads: int,
 ) -> Generation | None:
-    """Each device its share of the layers, all of them resident; None where they do not fit."""
-    config, count, units = models[0].config, len(models), len(tiles) - leads
-    held = min(count, units) * max(caches)
+    """Each device its share of the layers, all of them resident, and as few units as fit beside
+    them, but one for each device; None where that cannot be."""
+    trials = len(tiles) - leads
+    for units in range(max(at_least, min(len(models), trials)), trials + 1):
+        if found := _over_layers_in(models, tiles, caches, offload, leads, units):
+            return found
+    return None
+
+
+def _over_layers_in(
+    models: Sequence[Holder],
+    tiles: list[Tile],
+    caches: list[int],
+    offload: bool,
+    leads: int,
+    units: int,
+) -> Generation | None:
+    config, count = models[0].config, len(models)
+    held = min(count, units) * -(-(len(tiles) - leads) // units) * max(caches)
     every = range(config.num_hidden_layers)
     sizes = [
         sum(spec.nbytes for spec in blocks_of(models[0].specs, range(i, i + 1))) for i in every

@@ -46,7 +46,7 @@ def shrink(study: Study, why: str) -> Fallback:
     """
     model, old = study.model, study.plan
     parts = len(old.sweeps)
-    if model.beside or (not study.sweeping and parts == len(study.to_generate)):
+    if not study.sweeping and parts == len(study.to_generate):
         raise MachineError(
             f"the device ran out of memory ({why}), and tiles are generated one at a time already",
             hint=f"a smaller --niah-context, or --niah-mode teacher; {KEPT}",

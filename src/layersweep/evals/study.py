@@ -179,7 +179,7 @@ class Study:
     def plan_rest(self, at_least: int = 1) -> None:
         """Plan what is left. `at_least`: sweeps, or units of generation."""
         if self.to_generate:
-            units = 1 if self.to_sweep else at_least
+            units = 1 if self.to_sweep else min(at_least, len(self.to_generate))
             lead = [] if self.to_sweep else self.lead
             self.generation = plan_generation(self.models, self.to_generate, self.arms, units, lead)
             self.plan = self.generation.stages[0].plan
