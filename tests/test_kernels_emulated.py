@@ -142,12 +142,15 @@ def test_score_at_edges(workshop: Workshop) -> None:
     check.check_score_edges(workshop.kernels(torch.float16), CPU)
 
 
-def test_nothing_to_do_is_no_launch(kernels: Kernels) -> None:
+def test_nothing_to_do_is_no_launch(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: list[str] = []
+    monkeypatch.setattr(kernels, "_module", lambda name, dim=0: launched.append(name))
     none = torch.empty(0, 16, dtype=kernels.dtype)
     index = torch.empty(0, dtype=torch.int64)
     kernels.rms_norm(none, torch.ones(16, dtype=kernels.dtype), 1e-5, none, index)
     kernels.swiglu_(none)
     kernels.add_rows_(none, index, none, torch.empty(0))
+    assert launched == []
 
 
 def test_kernels_need_a_gpu() -> None:

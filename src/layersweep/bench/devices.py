@@ -12,6 +12,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from multiprocessing.queues import SimpleQueue
 from multiprocessing.synchronize import Barrier
@@ -171,11 +172,10 @@ class _Workers:
 
 
 def _work_or_abort(*args: Any) -> None:
-    try:
+    with ExitStack() as failed:
+        failed.callback(args[-2].abort)  # nobody waits for this process any more
         _work(*args)
-    except BaseException:
-        args[-2].abort()  # nobody waits for this process any more
-        raise
+        failed.pop_all()
 
 
 def _work(
