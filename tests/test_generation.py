@@ -24,7 +24,7 @@ from layersweep.evals.generation import Generation, plan_generation
 from layersweep.evals.settings import EvalSettings
 from layersweep.evals.shrink import shrink
 from layersweep.evals.study import prepare_study
-from layersweep.kv.arms import EXACT, parse_arms
+from layersweep.kv.arms import EXACT, Arm, parse_arms
 from layersweep.stream.blocks import BlockSpec
 from layersweep.stream.runs import Placement, compute_ring, runs_of, spread_layers
 from layersweep.stream.shapes import Machine
@@ -213,6 +213,10 @@ def test_stop_after_ends_between_units(alone: Path, tmp_path: Path) -> None:
 
 OWN = f"{Path(__file__).parent / 'own_codec.py'}:Rounded:K3V2"
 STEPPED = [EXACT, *parse_arms(f"K3V2,K4V2,lloyd:K3V2@window=3@sink=2,kivi:K2V16,{OWN}")]
+JOINED = [
+    EXACT,
+    *parse_arms("K3V2,K4V2,lloyd:K3V2@sink=2,int4@pb=1,fp8,e8:K3V2"),
+]  # whatever their lengths
 
 
 @pytest.fixture(scope="module")
@@ -226,33 +230,55 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     engine.close()
 
 
-@settings(deadline=None, max_examples=12)
+@settings(deadline=None, max_examples=20)
 @given(
     st.lists(st.tuples(st.integers(0, 40), st.integers(1, 9)), min_size=1, max_size=4),
+    st.sampled_from([STEPPED, JOINED]),
     st.integers(0, 2**32),
 )
 def test_a_token_at_a_time_is_one_pass(
-    tiny: Engine, lengths: list[tuple[int, int]], seed: int
+    tiny: Engine, lengths: list[tuple[int, int]], arms: list[Arm], seed: int
 ) -> None:
-    rides = texts(lengths, len(STEPPED), 3, tiny.config.vocab_size, seed)
-    expected = in_one_pass(tiny, rides, STEPPED)
-    found = stepped(tiny, rides, STEPPED, KeptCaches(3))
-    assert found.shape == (len(lengths), 6, 4, tiny.config.vocab_size)
+    rides = texts(lengths, len(arms), 3, tiny.config.vocab_size, seed)
+    expected = in_one_pass(tiny, rides, arms)
+    found = stepped(tiny, rides, arms, KeptCaches(3))
+    assert found.shape == (len(lengths), len(arms), 4, tiny.config.vocab_size)
     assert (found - expected).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("arms", [STEPPED, JOINED])
 def test_where_caches_wait_and_how_many_arms_go_at_once_changes_no_bit(
-    tiny: Engine, monkeypatch: pytest.MonkeyPatch
+    tiny: Engine, arms: list[Arm], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rides = texts([(40, 5), (31, 8), (31, 8)], len(STEPPED), 3, tiny.config.vocab_size, 0)
-    expected = stepped(tiny, rides, STEPPED, KeptCaches(3))
+    rides = texts([(40, 5), (31, 8), (31, 8)], len(arms), 3, tiny.config.vocab_size, 0)
+    expected = stepped(tiny, rides, arms, KeptCaches(3))
     for room in (2**24, 1000):  # where it is full, memory of their own
         caches = KeptCaches(3, room)
-        assert torch.equal(stepped(tiny, rides, STEPPED, caches), expected)
+        assert torch.equal(stepped(tiny, rides, arms, caches), expected)
         assert caches.moved_bytes == 0  # nothing leaves the host
         caches.close()
     monkeypatch.setattr("layersweep.sweep.state.STEP_ELEMENTS", 1)
-    assert torch.equal(stepped(tiny, rides, STEPPED, KeptCaches(3)), expected)
+    assert torch.equal(stepped(tiny, rides, arms, KeptCaches(3)), expected)
+
+
+def test_prefixes_of_several_lengths_are_joined_as_far_as_one_call_takes(
+    tiny: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths = [(40, 5), (31, 8), (31, 8), (20, 5), (22, 5)]
+    rides = texts(lengths, len(JOINED), 2, tiny.config.vocab_size, 0)
+
+    def parts() -> list[tuple[int, int, int]]:
+        caches = KeptCaches(2)
+        stepped(tiny, rides, JOINED, caches)
+        kept = caches._layers[0, 1]
+        held = {id(s.middle) for part in kept.parts for pair in part.streams for s in pair}
+        # of 5 coded arms' keys and values, K3V2 and K4V2 share one; int4 keeps this layer exact
+        assert len(held - {id(None)}) == 9 * len(kept.parts)
+        return [(part.rows.start, part.rows.stop, part.length) for part in kept.parts]
+
+    assert parts() == [(0, 5, 40)]
+    monkeypatch.setattr("layersweep.sweep.attention.attention_batch", lambda *of: 3)
+    assert parts() == [(0, 3, 40), (3, 5, 22)]
 
 
 def test_kept_caches_are_copies_that_share_and_do_not_hold_what_they_decode(tiny: Engine) -> None:

@@ -287,13 +287,10 @@ def _cache_bytes(model: Holder, tile: Tile, arms: Sequence[Arm]) -> int:
     config = model.config
     elements = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     exact = 8.0 * model.machine.element
-    own = _columns(tile) - max(len(sequence.prefix) for sequence in tile.sequences)
-    total = 0.0
-    for sequence in tile.sequences:
-        total += elements * own * len(sequence.branches) * exact
-        for arm in (EXACT, *arms):
-            total += elements * len(sequence.prefix) * _bits(arm, exact)
-    return int(total / 8)
+    prefix = max(len(sequence.prefix) for sequence in tile.sequences)  # what all are padded to
+    own = _columns(tile) - prefix
+    each = sum(prefix * _bits(arm, exact) + own * exact for arm in (EXACT, *arms))
+    return int(elements * len(tile.sequences) * each / 8)
 
 
 def _bits(arm: Arm, exact: float) -> float:

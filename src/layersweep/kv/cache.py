@@ -6,7 +6,7 @@ tokens   0 ......... sink ................... T - window ......... T
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,7 +14,16 @@ from torch import Tensor
 
 from layersweep.kv.arms import Arm
 from layersweep.kv.basis import Basis
-from layersweep.kv.codec import Codec, Packed, basis_for, role_bits, wants_level, wants_mean
+from layersweep.kv.codec import (
+    Codec,
+    Packed,
+    basis_for,
+    join_batches,
+    pad_tokens,
+    role_bits,
+    wants_level,
+    wants_mean,
+)
 from layersweep.kv.methods import EXACT_BITS
 from layersweep.kv.rotate import add_rows
 from layersweep.kv.stream import Stream
@@ -43,9 +52,19 @@ class Encoded:
         """Elsewhere, not decoded. Positions and basis stay where their layer is computed."""
         return Encoded(self.codec, self.packed.moved(move), self.positions, self.basis)
 
+    def joined(self, others: Sequence[Encoded]) -> Encoded | None:
+        """This one and `others` of other sequences as one batch; None where that cannot be."""
+        packed = join_batches([self.packed, *(other.packed for other in others)])
+        if packed is None:
+            return None
+        at = torch.arange(packed.tokens, device=self.positions.device) + self.positions[0, 0]
+        positions = at.expand(len(packed.codes), packed.tokens)
+        return Encoded(self.codec, packed, positions, self.basis)
+
 
 Shared = dict[Hashable, Encoded]
 Moved = dict[int, Encoded]  # by the id of what was moved
+Joined = dict[int, Encoded | None]  # by the id of the first of what was joined
 
 
 @dataclass(frozen=True)
@@ -78,6 +97,28 @@ class CachedStream:
                 shared[at] = middle.moved(move)
             middle = shared[at]
         return CachedStream(self.dtype, head, middle, tail)
+
+    @staticmethod
+    def joined(streams: Sequence[CachedStream], shared: Joined) -> CachedStream | None:
+        """Streams of an arm, of sequences of other lengths each, as one batch padded to the
+        longest; None where exact tokens end them, which would not be in place, or where the
+        packed form is a codec's own. `shared` as in `moved`."""
+        first = streams[0]
+        if len(streams) == 1:
+            return first
+        if any(stream.tail is not None for stream in streams):
+            return None
+        middles = [stream.middle for stream in streams if stream.middle is not None]
+        heads = [stream.head for stream in streams if stream.head is not None]
+        if not middles:
+            return CachedStream(first.dtype, pad_tokens(heads), None, None)
+        if len(middles) < len(streams):  # some have no more tokens than the sink
+            return None
+        if id(middles[0]) not in shared:
+            shared[id(middles[0])] = middles[0].joined(middles[1:])
+        middle = shared[id(middles[0])]
+        head = torch.cat(heads) if heads else None
+        return None if middle is None else CachedStream(first.dtype, head, middle, None)
 
     @property
     def held_bytes(self) -> int:

@@ -77,6 +77,35 @@ def join_tokens(parts: Sequence[Packed]) -> Packed:
     )
 
 
+def join_batches(parts: Sequence[Packed]) -> Packed | None:
+    """The sequences of all parts, as one batch padded to the longest with vectors that decode to
+    something finite; None where the packed form is a codec's own. Same bits, dim and heads."""
+    import torch
+
+    if any(type(part) is not Packed for part in parts):
+        return None
+    scales = [part.scale for part in parts if part.scale is not None]
+    means = [part.mean for part in parts if part.mean is not None]
+    return replace(
+        parts[0],
+        codes=pad_tokens([part.codes for part in parts]),
+        scale=pad_tokens(scales) if scales else None,
+        mean=torch.cat(means) if means else None,
+    )
+
+
+def pad_tokens(parts: Sequence[Tensor]) -> Tensor:
+    """[B, H, T, ...] of several T as one batch, zeros behind the shorter ones."""
+    longest = max(part.shape[2] for part in parts)
+    batch = sum(len(part) for part in parts)
+    found = parts[0].new_zeros(batch, parts[0].shape[1], longest, *parts[0].shape[3:])
+    first = 0
+    for part in parts:
+        found[first : first + len(part), :, : part.shape[2]] = part
+        first += len(part)
+    return found
+
+
 def pack_rows(
     x: Tensor, bits: int, width: int, encode_rows: Callable[[Tensor], tuple[Tensor, Tensor]]
 ) -> Packed:

@@ -14,7 +14,7 @@ from layersweep.model import maths
 from layersweep.sweep.caches import Pair, Streams
 from layersweep.sweep.context import LayerContext
 from layersweep.sweep.sequences import Branch, Group, Tile
-from layersweep.sweep.state import Routing, TileState
+from layersweep.sweep.state import Routing, TileState, attention_batch
 from layersweep.sweep.step import attend_step
 
 QUERY_CHUNK = 512
@@ -146,7 +146,10 @@ def _keep(
     with context.scratch.frame():
         for k, v in zip(*(x.chunk(branches, dim=2) for x in own), strict=True):
             pairs.append((context.rope(k, prefix, context.take_like(k, k.shape[2])), v))
-        context.caches.layer(tile, context.layer).keep(group, prefixes, pairs)
+        longest = max(sequence.longest for sequence in tile.sequences)
+        width = context.config.num_attention_heads * context.config.head_dim
+        at_once = attention_batch(longest, width)
+        context.caches.layer(tile, context.layer).keep(group, prefixes, pairs, at_once)
 
 
 def _attend_streaming(

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as Many
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from layersweep.errors import Fallback
-from layersweep.kv.cache import CachedStream, Moved
+from layersweep.kv.cache import CachedStream, Joined, Moved
 from layersweep.stream.pinned import HostBuffer
 from layersweep.sweep.sequences import Group, Tile
 from layersweep.sweep.state import kept_columns
@@ -158,10 +158,11 @@ class KeptTile:
 
 @dataclass(frozen=True)
 class Part:
-    """The prefixes of some sequences of a tile, equally long, of each arm; no streams where they
-    are empty."""
+    """The prefixes of some sequences of a tile, padded to `length`, of each arm; no streams where
+    they are empty."""
 
     rows: slice
+    length: int
     streams: list[Streams]
 
 
@@ -169,7 +170,7 @@ class Part:
 class KeptLayer:
     """One layer of a tile, whose sequences B have a branch for each arm A.
 
-    parts       sequences that were attended together, each with the streams of all arms
+    parts       sequences whose prefixes are decoded together, each with the streams of all arms
     question    [2, A, B, G, columns, D] keys AFTER RoPE, and values
     generated   [new tokens, 2, A, B, G, D] likewise
     """
@@ -177,23 +178,38 @@ class KeptLayer:
     shape: KeptTile
     memory: KeptCaches
     parts: list[Part] = field(default_factory=list)
+    waiting: list[Part] = field(default_factory=list)
     question: Tensor = field(default_factory=lambda: torch.empty(0))
     generated: Tensor = field(default_factory=lambda: torch.empty(0))
 
-    def keep(self, group: Group, prefix: Many[Streams], own: Many[Pair]) -> None:
-        """A group's prefix (none where that is empty) and own tokens, of each arm. Copies them."""
-        if not self.parts:
+    def keep(self, group: Group, prefix: Many[Streams], own: Many[Pair], at_once: int) -> None:
+        """A group's prefix (none where that is empty) and own tokens, of each arm. Copies them.
+
+        The groups of a tile come in order; those that are `at_once` sequences together are joined.
+        """
+        if not self.parts and not self.waiting:
             keys, shape = own[0][0], self.shape
             sizes, dim = (2, shape.arms, len(shape.prefixes), keys.shape[1]), keys.shape[3]
             self.question = keys.new_zeros(*sizes, shape.question, dim)
             self.generated = self.memory.zeros((shape.new_tokens, *sizes, dim), keys)
         rows = slice(group.first, group.first + len(group.sequences))
-        self.parts.append(Part(rows, _moved(prefix, self.memory.copy)))
+        if self.waiting and rows.stop - self.waiting[0].rows.start > at_once:
+            self._put_away()
+        length = len(group.sequences[0].prefix)
+        self.waiting.append(Part(rows, length, _moved(prefix, torch.clone)))
         for arm, pair in enumerate(own):
             for kept, x in zip(self.question, pair, strict=True):
                 kept[arm, rows, :, : x.shape[2]] = x
         if rows.stop == len(self.shape.prefixes):  # the last group
+            self._put_away()
             self.question = self.memory.copy(self.question)
+
+    def _put_away(self) -> None:
+        """What waits, as one part if that can be."""
+        together = _joined(self.waiting)
+        for part in [together] if together else self.waiting:
+            self.parts.append(replace(part, streams=_moved(part.streams, self.memory.copy)))
+        self.waiting.clear()
 
     def extend(self, step: int, keys_AGBD: Tensor, values_AGBD: Tensor) -> None:
         """Keys (after RoPE) and values of the token of `step`; see KeptCaches.copy."""
@@ -208,6 +224,21 @@ class KeptLayer:
     def exact_on(self, device: torch.device) -> Pair:
         """`question` and `generated` there."""
         return self.memory.on(device, self.question), self.memory.on(device, self.generated)
+
+
+def _joined(parts: Many[Part]) -> Part | None:
+    """Consecutive parts as one; None where the streams of an arm cannot be."""
+    joined: Joined = {}
+    streams: list[Streams] = []
+    if not all(part.streams for part in parts):
+        return None
+    for of_arm in zip(*(part.streams for part in parts), strict=True):
+        keys, values = (CachedStream.joined(of, joined) for of in zip(*of_arm, strict=True))
+        if keys is None or values is None:
+            return None
+        streams.append((keys, values))
+    rows = slice(parts[0].rows.start, parts[-1].rows.stop)
+    return Part(rows, max(part.length for part in parts), streams)
 
 
 def _moved(streams: Many[Streams], move: Callable[[Tensor], Tensor]) -> list[Streams]:

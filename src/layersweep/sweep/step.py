@@ -60,7 +60,7 @@ def _columns(kept: KeptLayer, arms: slice, exact: Pair, context: LayerContext) -
     sizes = (*question.shape[1:4], shape.columns, question.shape[5])
     both = [context.scratch.take(*sizes, dtype=question.dtype) for _ in range(2)]
     for part in kept.parts:
-        length = shape.prefixes[part.rows.start]
+        length = part.length
         for arm, streams in enumerate(kept.prefix_on(question.device, part, arms)):
             keys, values = (x[arm, part.rows, :, :length] for x in both)
             context.rope(streams[0].decoded(), 0, keys)
