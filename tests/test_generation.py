@@ -136,7 +136,7 @@ def test_even_devices_get_even_shares() -> None:
 
 
 ARGUMENTS = (
-    "--kv", "K3V2,e8:K3V2", "--tasks", "niah", "--niah-mode", "generate", "--niah-context", "512",
+    "--kv", "K3V2,e8:K3V2", "--tasks", "niah", "--niah-mode", "generate", "--niah-context", "384",
     "--niah-depths", "0.3,0.7", "--niah-per-depth", "5",
 )  # fmt: skip
 
