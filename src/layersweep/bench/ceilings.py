@@ -26,7 +26,8 @@ MOST_CACHED = 0.01  # share of a file that may still lie in memory for it to cou
 
 def gemm_ceiling(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of an expert's two products at a tile's rows, alternating back to back for 2 s
-    after 2 s of warm-up (less on the CPU), on random normal data: [M, H] x [H, 2I] and [M, I] x [I, H]."""
+    after 2 s of warm-up (less on the CPU), on random normal data: [M, H] x [H, 2I] and
+    [M, I] x [I, H]."""
     hidden, inner = config.hidden_size, config.intermediate_size
 
     def normal(*shape: int) -> torch.Tensor:
