@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -33,6 +34,7 @@ from layersweep.sweep.caches import KeptCaches
 from layersweep.sweep.loop import Engine
 from layersweep.sweep.model import Model, load
 from layersweep.sweep.sequences import Branch, Sequence, Tile, tiles_of
+from layersweep.sweep.turn import HostTurn
 
 GIB = 2**30
 SPECS = mixtral_specs()
@@ -326,6 +328,22 @@ def test_where_the_weights_do_not_fit_together_each_device_has_its_own(
     assert numbers(folder) == numbers(alone)
     # from the page cache in each of 16 walks, by each of them
     assert performance(folder)["weight_bytes_read"] == 32 * performance(alone)["weight_bytes_read"]
+
+
+def test_one_lane_launches_at_a_time_and_another_while_it_waits() -> None:
+    turn, entered = HostTurn(), threading.Event()
+
+    def other() -> None:
+        with turn:
+            entered.set()
+
+    lane = threading.Thread(target=other)
+    with turn:
+        lane.start()
+        assert not entered.wait(0.05)
+        with turn.away():
+            assert entered.wait(10)
+            lane.join()
 
 
 def test_where_memory_ends_there_are_more_units_and_in_the_end_an_error() -> None:

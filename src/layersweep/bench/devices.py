@@ -70,7 +70,7 @@ def bench_devices(
         jobs = [replace(settings, tasks=(task,)) for task in settings.tasks]
         with _Workers(place, devices, jobs, pairs, Path(folder)) as workers:
             say("warm-up")
-            workers.warm_up()
+            workers.warm_up(len(jobs))
             rows = []
             for job in jobs:
                 runs = []
@@ -128,21 +128,18 @@ class _Workers:
                 process.terminate()
             process.join()
 
-    def warm_up(self) -> None:
-        for part in self._parts(self.count):
+    def warm_up(self, jobs: int) -> None:
+        for part in self._parts(self.count * jobs):
             write_results(self.folder, merge([part.part], command="warm-up").results)
 
     def run(self, job: EvalSettings, count: int) -> tuple[Json, Json]:
         """A round of `count` devices: the merged results, and the row that is printed."""
-        try:
-            self._barrier.wait()
-        except BrokenBarrierError:
-            raise SystemExit("a process failed: see above") from None
+        self._meet()
         parts = sorted(self._parts(count), key=lambda part: part.part.shard)
         merged = merge([part.part for part in parts], command="layersweep bench study")
         write_results(self.folder, merged.results)
         ended = parts[0].ended if count == 1 else time.perf_counter()
-        self._barrier.wait()
+        self._meet()
         wall = ended - min(part.started for part in parts)
         shards = merged.results["performance"].pop("shards")
         floors = max(part.floors["floor_s"] for part in parts)
@@ -158,6 +155,12 @@ class _Workers:
             "phases_of_each": [one["phases"] for one in shards],
         }
         return merged.results, row
+
+    def _meet(self) -> None:
+        try:
+            self._barrier.wait()
+        except BrokenBarrierError:
+            raise SystemExit("a process failed: see above") from None
 
     def _parts(self, count: int) -> list[Part]:
         return [self._next() for _ in range(count)]
@@ -223,7 +226,8 @@ def _work(
             floors = floor(study.plan, ceilings, outcome.h2d_rate)
             return Part(left, outcome.started, ended, floors, study.plan.host_bytes)
 
-    queue.put(part(one_tile(jobs[0]), WHOLE, lambda: None))
+    for job in jobs:
+        queue.put(part(one_tile(job), WHOLE, lambda: None))
     for job in jobs:
         for _ in range(pairs):
             for share in (WHOLE, shard):

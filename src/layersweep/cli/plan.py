@@ -194,9 +194,10 @@ def _show(
     table.add_row("weights kept in host memory", format_bytes(plan.host_kept_bytes))
     table.add_row("host ring", format_bytes(plan.placement.host_ring))
     if found.sweeps:
-        table.add_row("sweeps", f"{found.sweeps}, {format_bytes(plan.bytes_to_read)} to read")
+        table.add_row("sweeps", str(found.sweeps))
     if found.generation:
         table.add_row("answers generated", found.generation)
+    table.add_row("read from the files", format_bytes(found.read_bytes))
     table.add_row("download, at 100 MB/s", format_seconds(found.download_s))
     table.add_row("first read", format_seconds(found.first_read_s))
     table.add_row("perplexity", format_seconds(found.perplexity_s))

@@ -28,12 +28,14 @@ class Forecast:
     """A plan on a machine, and seconds by job. Compute and transfer overlap: the longer counts.
 
     `plan`: of sweeps or of generation, whichever takes more of a device. `sweeps`: 0 where all
-    answers are generated, `generation`: how that is done, in words.
+    answers are generated, `generation`: how that is done, in words. `read_bytes`: from the files,
+    by one process.
     """
 
     plan: Plan
     sweeps: int
     generation: str
+    read_bytes: int
     download_s: float
     first_read_s: float
     perplexity_s: float
@@ -110,24 +112,28 @@ def forecast(
     }
     stored = sum(spec.stored_bytes for spec in specs)
     first_read = total = stored / machine.disk
-    plans, sweeps, generation = [], 0, ""
+    plans, sweeps, generation, read = [], 0, "", 0
     if tiles:
         costs = [tile_flops(config, shape) for shape in shapes]
         most = share(costs, machine.devices)[0]  # of the device with most to compute
         plans.append(make_plan(config, specs, [shapes[index] for index in most], place))
-        sweeps = len(plans[0].sweeps)
+        sweeps, read = len(plans[0].sweeps), plans[0].bytes_to_read
         again = (plans[0].bytes_to_read - stored) / machine.disk
         total = max(plans[0].flops / rate, first_read + again, plans[0].bytes_to_read / machine.h2d)
     if settings.generates:
         rest = [tile for tile in every if tile.name == NEEDLE]
         found, generation = _generation(config, specs, rest, arms, machine, place, alone=not tiles)
         plans.append(found.stages[0].plan)
-        seconds[NEEDLE] = found.seconds(machine.device, machine.gemm_flops, machine.h2d)
+        read += sum(stage.plan.bytes_to_read for stage in found.stages)
+        seconds[NEEDLE] = found.seconds(
+            machine.device, machine.gemm_flops, machine.h2d, machine.disk
+        )
         total = seconds[NEEDLE] + (total if tiles else first_read)
     return Forecast(
         plan=max(plans, key=lambda plan: plan.device_bytes),
         sweeps=sweeps,
         generation=generation,
+        read_bytes=read,
         download_s=stored / machine.download,
         first_read_s=first_read,
         perplexity_s=seconds[PERPLEXITY],

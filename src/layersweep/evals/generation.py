@@ -74,9 +74,12 @@ class Generation:
         """Over all weights: one for each token of each unit."""
         return NEW_TOKENS * len(self.units)
 
-    def seconds(self, device: str, gemm_flops: float, h2d: float | None) -> float:
-        """First walks, as sweeps are planned; then for each further token what the host launches,
-        or what goes over the bus, weights and caches: the longer counts. Rates of one device."""
+    def seconds(
+        self, device: str, gemm_flops: float, h2d: float | None, disk: float | None = None
+    ) -> float:
+        """First walks, as sweeps are planned from the page cache; then for each further token what
+        the host launches, what goes over the bus, weights and caches, or what is read again: the
+        longest counts. Rates of one device."""
         lanes, later = self.lanes, NEW_TOKENS - 1
         first = [
             sum(sweep_seconds(stage.plan, device, gemm_flops * lanes, h2d)[::NEW_TOKENS])
@@ -84,11 +87,15 @@ class Generation:
         ]
         visits = later * sum(len(unit) for unit in self.units)
         visits *= sum(len(stage.layers) for stage in self.stages)
-        moved = max(sum(s.plan.copies) - sum(s.plan.copies[::NEW_TOKENS]) for s in self.stages)
+        moved, read = (
+            max(sum(each) - sum(each[::NEW_TOKENS]) for each in of)
+            for of in zip(*((s.plan.copies, s.plan.reads) for s in self.stages), strict=True)
+        )
         if self.offload:
             moved += self.unit_cache_bytes * len(self.units) * later // lanes
         over_the_bus = moved / h2d if h2d else 0.0
-        return max(first) + max(STEP_SECONDS[device] * visits, over_the_bus)
+        again = read / disk if disk else 0.0
+        return max(first) + max(STEP_SECONDS[device] * visits, over_the_bus, again)
 
     @property
     def unit_cache_bytes(self) -> int:

@@ -79,11 +79,11 @@ class KeptCaches:
             return torch.zeros(shape, dtype=like.dtype, device=like.device)
         return self._take(torch.Size(shape), like.dtype)
 
-    def copy(self, x: Tensor) -> Tensor:
-        """A copy that is kept, contiguous. The host does not wait for a device, and must not look:
-        what is read of it later follows on the same stream."""
+    def put(self, x: Tensor) -> Tensor:
+        """A tensor that nobody else has, where it is kept. The host does not wait for a device, and
+        must not look: what is read of it later follows on the same stream."""
         if not self._arena:
-            return x.clone(memory_format=torch.contiguous_format)
+            return x
         return self._take(x.shape, x.dtype).copy_(x, non_blocking=True)
 
     def on(self, device: torch.device, x: Tensor) -> Tensor:
@@ -202,17 +202,17 @@ class KeptLayer:
                 kept[arm, rows, :, : x.shape[2]] = x
         if rows.stop == len(self.shape.prefixes):  # the last group
             self._put_away()
-            self.question = self.memory.copy(self.question)
+            self.question = self.memory.put(self.question)
 
     def _put_away(self) -> None:
         """What waits, as one part if that can be."""
         together = _joined(self.waiting)
         for part in [together] if together else self.waiting:
-            self.parts.append(replace(part, streams=_moved(part.streams, self.memory.copy)))
+            self.parts.append(replace(part, streams=_moved(part.streams, self.memory.put)))
         self.waiting.clear()
 
     def extend(self, step: int, keys_AGBD: Tensor, values_AGBD: Tensor) -> None:
-        """Keys (after RoPE) and values of the token of `step`; see KeptCaches.copy."""
+        """Keys (after RoPE) and values of the token of `step`; see KeptCaches.put."""
         new = torch.stack((keys_AGBD.transpose(1, 2), values_AGBD.transpose(1, 2)))
         self.generated[step].copy_(new, non_blocking=True)
 

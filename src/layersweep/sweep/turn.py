@@ -12,20 +12,10 @@ class HostTurn:
 
     Each step of torch lets go of the interpreter for a moment. With two threads in it, each step
     would hand it over, which costs more than the step: they would be slower than one.
-
-    >>> turn = HostTurn()
-    >>> with turn:
-    ...     with turn.away():
-    ...         turn.held
-    False
     """
 
     def __init__(self) -> None:
         self._lock = Lock()
-
-    @property
-    def held(self) -> bool:
-        return self._lock.locked()
 
     def __enter__(self) -> None:
         self._lock.acquire()
