@@ -255,6 +255,8 @@ class _Sweep:
                     self._left = self._look(layer, lead[0])
         with self.clock.phase("experts"):
             self._leave(layer, rest)
+        for state in (*lead, *rest):  # their memory is the next layer's
+            state.routing = state.router_logits = None
 
     def _block(self, index: int) -> Block:
         with self.host.away():
