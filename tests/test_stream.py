@@ -118,6 +118,23 @@ def test_blocks_arrive_whole_and_in_order_sweep_after_sweep(tmp_path: Path, kept
     store.close()
 
 
+def test_a_block_that_stays_is_made_once(tmp_path: Path) -> None:
+    specs, _ = a_file(tmp_path, [40_000_000] * 6)  # two of them are a run
+    store = BlockStore(specs, placed(specs, 80_000_000), torch.device("cpu"))
+    seen = []
+    for _ in range(2):
+        with store.sweep():
+            assert store.waits_for(0)
+            for index in range(6):
+                seen.append(store.get(index))
+                assert not store.waits_for(index)
+                store.release(index)
+    same = [first is second for first, second in zip(seen[:6], seen[6:], strict=True)]
+    kept = placed(specs, 80_000_000).host
+    assert sum(same) == 2 == sum(len(store.runs[index].blocks) for index in kept)
+    store.close()
+
+
 def test_memory_for_weights_stays_within_the_ring(tmp_path: Path) -> None:
     specs, _ = a_file(tmp_path, [1_000_000] * 60)
     runs, ring = runs_of(specs), compute_ring(runs_of(specs))

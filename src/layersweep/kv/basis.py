@@ -69,9 +69,9 @@ def square_roots(matrix: Tensor) -> tuple[Tensor, Tensor]:
     in every layer. Higham, "Functions of Matrices" (2008), section 6.
     """
     size = matrix.diagonal(dim1=1, dim2=2).sum(1).view(-1, 1, 1)  # no eigenvalue is above it
-    eye = torch.eye(matrix.shape[1], dtype=matrix.dtype, device=matrix.device)
-    root, inverse = matrix / size, eye.expand_as(matrix)
+    eye = torch.eye(matrix.shape[1], dtype=matrix.dtype, device=matrix.device).expand_as(matrix)
+    root, inverse = matrix / size, eye
     for _ in range(_STEPS):
-        step = (3 * eye - inverse @ root) / 2
+        step = torch.baddbmm(eye, inverse, root, beta=1.5, alpha=-0.5)  # (3 - inverse root) / 2
         root, inverse = root @ step, step @ inverse
     return root * size.sqrt(), inverse / size.sqrt()

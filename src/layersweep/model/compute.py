@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -123,15 +124,19 @@ class Scratch:
         if device.type == "cuda":
             self._buffer = torch.empty(nbytes, dtype=torch.uint8, device=device)
         self._device, self._used = device, 0
+        self._typed: dict[torch.dtype, Tensor] = {}  # the whole buffer
 
     def take(self, *shape: int, dtype: torch.dtype) -> Tensor:
         """An uninitialized tensor; it is gone when its frame is left."""
         if self._buffer is None:
             return torch.empty(shape, dtype=dtype, device=self._device)
-        nbytes = torch.Size(shape).numel() * dtype.itemsize
-        start, self._used = self._used, self._used + -(-nbytes // 256) * 256
+        count, start = math.prod(shape), self._used // dtype.itemsize
+        self._used += -(-count * dtype.itemsize // 256) * 256
         assert self._used <= self._buffer.numel(), "scratch is smaller than the plan says"
-        return self._buffer[start : start + nbytes].view(dtype).view(shape)
+        if dtype not in self._typed:
+            whole = self._buffer.numel() // 8 * 8  # of any type
+            self._typed[dtype] = self._buffer[:whole].view(dtype)
+        return self._typed[dtype][start : start + count].view(shape)
 
     @contextmanager
     def frame(self) -> Iterator[None]:

@@ -96,7 +96,7 @@ class CudaOps(TorchOps):
     def decode(self, quantized: nf4.QuantizedTensor, kind: str, out: Tensor) -> None:
         nested = quantized.nested
         self.kernels.nf4_dequantize(
-            quantized.packed.view(-1), quantized.absmax.view(-1),
+            quantized.packed, quantized.absmax,
             None if nested is None
             else (nested.absmax, nested.quant_map, nested.blocksize, nested.offset),
             quantized.blocksize, self._codes[kind], out,

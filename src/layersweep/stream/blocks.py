@@ -157,13 +157,18 @@ class Block:
 
     def __init__(self, spec: BlockSpec, arena: Tensor, decode: Decode = nf4.decode) -> None:
         self.spec, self.arena, self._decode = spec, arena, decode
+        self._packed: dict[str, nf4.QuantizedTensor] = {}
 
     def _view(self, slot: Slot, dtype: torch.dtype) -> Tensor:
         return self.arena[slot.offset : slot.offset + slot.nbytes].view(dtype)
 
     def packed(self, key: str) -> nf4.QuantizedTensor:
-        """A quantized weight as it lies in the arena (views)."""
-        placed = self.spec.weights[key]
+        """A quantized weight as it lies in the arena (views, made once)."""
+        if key not in self._packed:
+            self._packed[key] = self._found(self.spec.weights[key])
+        return self._packed[key]
+
+    def _found(self, placed: PlacedWeight) -> nf4.QuantizedTensor:
         quant = placed.weight.quant
         assert placed.absmax is not None
         data = self._view(placed.data, torch.uint8)

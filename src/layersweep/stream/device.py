@@ -90,8 +90,16 @@ class DeviceStage:
         self._freed.clear()
         self._ring.clear()
 
+    @property
+    def has_next(self) -> bool:
+        """Whether `take` returns at once."""
+        return bool(self._ready)
+
     def take(self) -> Landed:
         """The next run; the current stream waits for its copy. Raises what a reader raised."""
+        with self._changed:
+            if self._ready and self._ready[0].arrived is None:
+                return self._ready.popleft()
         begun = mark(self.device)
         with self._changed:
             while not self._ready and self._failure is None:

@@ -59,6 +59,7 @@ class BlockStore:
         self._run_of = [run.index for run in self.runs for _ in run.blocks]
         self._here: dict[int, tuple[Tensor, Arrival | Landed]] = {}
         self._left: dict[int, int] = {}  # blocks of a run that are still to be released
+        self._staying: dict[int, Block] = {}  # of runs that are kept, where they are used
         self.wait_s = 0.0
 
     @property
@@ -111,9 +112,21 @@ class BlockStore:
         run = self.runs[self._run_of[index]]
         while run.index not in self._here:
             self._take_next()
+        if index in self._staying:
+            return self._staying[index]
+        memory, arrived = self._here[run.index]
         start = run.offsets[index - run.first]
-        arena = self._here[run.index][0][start : start + self.specs[index].nbytes]
-        return Block(self.specs[index], arena, self.decode)
+        block = Block(
+            self.specs[index], memory[start : start + self.specs[index].nbytes], self.decode
+        )
+        if not arrived.in_ring:
+            self._staying[index] = block
+        return block
+
+    def waits_for(self, index: int) -> bool:
+        """Whether the host would wait in `get` for block `index`, the next one, or might."""
+        ahead = self._device is not None and self._device.has_next
+        return self._run_of[index] not in self._here and not ahead
 
     def release(self, index: int) -> None:
         """The caller is done with block `index` in this sweep; blocks are released in order."""
@@ -129,6 +142,7 @@ class BlockStore:
             self._host.release()
 
     def close(self) -> None:
+        self._staying.clear()
         (self._device or self._host).close()
         self._reader.close()
 

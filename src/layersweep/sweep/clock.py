@@ -10,35 +10,50 @@ import torch
 
 from layersweep.stream.events import mark, seconds_between
 
+Moment = torch.cuda.Event | float  # an event of a GPU, the wall clock's seconds
+
 
 class PhaseClock:
     """Times named phases: with events on the compute stream of a GPU, which costs no
-    synchronization, with the wall clock on the CPU."""
+    synchronization, with the wall clock on the CPU. Inside of another phase, which stands still
+    meanwhile, a phase has its time for itself."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._open: list[str] = []
+        self._since: Moment = 0.0
+        self._spans: list[tuple[str, Moment, Moment]] = []
         self._seconds: dict[str, float] = {}
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        if self._device.type == "cpu":
-            begun = time.perf_counter()
+        self._turn()
+        self._open.append(name)
+        try:
             yield
-            self._add(name, time.perf_counter() - begun)
-            return
-        start = mark(self._device)
-        yield
-        self._events.append((name, start, mark(self._device)))
+        finally:
+            self._turn()
+            self._open.pop()
 
     def seconds(self) -> dict[str, float]:
         """Seconds per phase so far; waits for the device."""
-        if self._events:
+        if self._spans and self._device.type != "cpu":
             torch.cuda.synchronize(self._device)
-        for name, start, stop in self._events:
-            self._add(name, seconds_between([(start, stop)]))
-        self._events.clear()
+        for name, start, stop in self._spans:
+            self._seconds[name] = self._seconds.get(name, 0.0) + _between(start, stop)
+        self._spans.clear()
         return dict(self._seconds)
 
-    def _add(self, name: str, seconds: float) -> None:
-        self._seconds[name] = self._seconds.get(name, 0.0) + seconds
+    def _turn(self) -> None:
+        """What was measured so far ends here, and something else begins."""
+        now = time.perf_counter() if self._device.type == "cpu" else mark(self._device)
+        if self._open:
+            self._spans.append((self._open[-1], self._since, now))
+        self._since = now
+
+
+def _between(start: Moment, stop: Moment) -> float:
+    if isinstance(start, float) or isinstance(stop, float):
+        assert isinstance(start, float) and isinstance(stop, float)
+        return stop - start
+    return seconds_between([(start, stop)])

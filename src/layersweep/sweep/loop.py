@@ -238,27 +238,27 @@ class _Sweep:
             with self.host.away():  # the one place in a layer where the host waits for the device
                 Routing.settle([state.routing for state in (*lead, *rest) if state.routing])
         self.report(check)
-        for expert in range(self.config.num_local_experts):
-            with self.clock.phase("experts"):
+        with self.clock.phase("experts"):
+            for expert in range(self.config.num_local_experts):
                 self.weights.fill_expert(self._block(first + 1 + expert))
-            if lead:
-                with self.clock.phase("gate"):
-                    self._experts(expert, lead)
-            with self.clock.phase("experts"):
+                if lead:
+                    with self.clock.phase("gate"):
+                        self._experts(expert, lead)
                 self._experts(expert, rest)
                 self.store.release(first + 1 + expert)
-            self.visited()
-        if lead:
-            with self.clock.phase("gate"):
-                self._leave(layer, lead)
-                if check:
-                    self._left = self._look(layer, lead[0])
-        with self.clock.phase("experts"):
+                self.visited()
+            if lead:
+                with self.clock.phase("gate"):
+                    self._leave(layer, lead)
+                    if check:
+                        self._left = self._look(layer, lead[0])
             self._leave(layer, rest)
         for state in (*lead, *rest):  # their memory is the next layer's
             state.routing = state.router_logits = None
 
     def _block(self, index: int) -> Block:
+        if not self.store.waits_for(index):  # no turn is handed over for nothing
+            return self.store.get(index)
         with self.host.away():
             return self.store.get(index)
 

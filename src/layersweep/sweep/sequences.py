@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,7 +47,7 @@ class Sequence:
     branches: tuple[Branch, ...]
     past: int = 0
 
-    @property
+    @cached_property
     def rows(self) -> int:
         return len(self.prefix) + sum(len(branch.ids) for branch in self.branches)
 
@@ -90,7 +91,7 @@ class Tile:
     sequences: tuple[Sequence, ...]
     first: int = 0
 
-    @property
+    @cached_property
     def rows(self) -> int:
         return sum(sequence.rows for sequence in self.sequences)
 

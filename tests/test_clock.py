@@ -1,0 +1,34 @@
+"""The clock of a sweep's phases."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from layersweep.sweep.clock import PhaseClock
+
+
+def test_a_phase_within_another_has_its_time_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    clock = PhaseClock(torch.device("cpu"))
+
+    def passes(seconds: float) -> None:
+        now[0] += seconds
+
+    passes(100.0)
+    with clock.phase("experts"):
+        passes(1.0)
+        for _ in range(2):
+            with clock.phase("gate"):
+                passes(10.0)
+            passes(2.0)
+    passes(1000.0)  # belongs to none
+    with pytest.raises(KeyError), clock.phase("attention"):
+        passes(5.0)
+        raise KeyError
+    with clock.phase("experts"):
+        passes(0.5)
+    assert clock.seconds() == {"experts": 5.5, "gate": 20.0, "attention": 5.0}
