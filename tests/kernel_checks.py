@@ -13,7 +13,7 @@ from layersweep.checkpoint import nf4
 from layersweep.kernels import Kernels
 from layersweep.kernels.codecs import TRELLIS_CODES
 from layersweep.kv import lloyd, trellis, trellis_scale
-from layersweep.kv.cache import mean_for
+from layersweep.kv.means import mean_for, sums_by_torch
 from layersweep.kv.packing import pack_bits, unpack_bits
 from layersweep.kv.rotate import rotate_back, rotation_weights
 from layersweep.kv.trellis_search import search_oracle, states_of
@@ -226,8 +226,20 @@ def check_trellis(
         exactly(out, wanted if mean is None else wanted + mean[0, :dim].float(), seed)
 
 
+def check_column_sums(
+    kernels: Kernels, device: torch.device, shape: tuple[int, int, int, int], seed: int
+) -> None:
+    """Of what lies contiguous, and of a slice of heads that lie behind one another in a row."""
+    batch, heads, tokens, dim = shape
+    x = draw(seed, batch, tokens + 3, heads + 2, dim, device=device)
+    for dtype in {torch.float32, kernels.dtype}:
+        apart = x.to(dtype)[:, 1 : tokens + 1, 1 : heads + 1].transpose(1, 2)
+        for given in (apart, apart.contiguous()):
+            exactly(kernels.column_sums(given), sums_by_torch(given), seed)
+
+
 def means_and_levels(seed: int, count: int, dim: int, device: torch.device) -> Tensor:
-    """Rows as kv.cache.mean_for gives them, float16 [count, dim + 1]."""
+    """Rows as kv.means.mean_for gives them, float16 [count, dim + 1]."""
     mean = draw(seed, count, dim + 1, device=device)
     mean[:, dim] = mean[:, dim].exp()
     return mean.half()

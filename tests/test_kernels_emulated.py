@@ -124,6 +124,21 @@ def test_trellis_scale(workshop: Workshop, scalar: int, dim: int, seed: int) -> 
     check.check_trellis_scale(workshop.kernels(DTYPES[scalar]), CPU, dim, seed)
 
 
+@settings(max_examples=25, deadline=None)
+@given(
+    batch=st.integers(1, 2),
+    heads=st.integers(1, 2),
+    tokens=st.integers(1, 1100) | st.sampled_from((63, 64, 512, 1023, 1024, 2047, 4097)),
+    dim=st.sampled_from((8, 24, 32, 40, 128)),
+    seed=st.integers(0, 2**31),
+)
+def test_column_sums(
+    workshop: Workshop, batch: int, heads: int, tokens: int, dim: int, seed: int
+) -> None:
+    kernels = workshop.kernels(DTYPES[seed % 3])
+    check.check_column_sums(kernels, CPU, (batch, heads, tokens, dim), seed)
+
+
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 def test_trellis_codec(workshop: Workshop, bits: int, seed: int) -> None:
     check.check_trellis_codec(workshop.kernels(torch.float32), CPU, bits, seed)

@@ -96,6 +96,12 @@ def test_trellis_scale(kernels: Kernels, dim: int, seed: int) -> None:
     check.check_trellis_scale(kernels, DEVICE, dim, seed)
 
 
+@pytest.mark.parametrize("tokens", [1, 63, 1020, 1024, 4091, 65537])
+def test_column_sums(kernels: Kernels, tokens: int, seed: int) -> None:
+    check.check_column_sums(kernels, DEVICE, (3, 8, tokens, 128), seed)
+    check.check_column_sums(kernels, DEVICE, (1, 2, tokens, 80), seed)
+
+
 def test_trellis_of_nonfinite_vectors(kernels: Kernels) -> None:
     check.check_trellis_nonfinite(kernels, DEVICE, 128)
 

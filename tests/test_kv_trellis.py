@@ -13,8 +13,8 @@ from test_kv_codecs import codec_of, gaussians, keys, positions_of
 from torch import Tensor
 
 from layersweep.errors import InputError
-from layersweep.kv.cache import mean_for
 from layersweep.kv.codec import Codec, Packed
+from layersweep.kv.means import mean_for
 from layersweep.kv.trellis import Code
 from layersweep.kv.trellis_search import encoder_name, search, search_oracle, states_of
 

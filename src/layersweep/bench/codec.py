@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from layersweep.kv.arms import Arm
-from layersweep.kv.cache import Shared, mean_for, store
+from layersweep.kv.cache import Shared, store
 from layersweep.kv.codec import Packed
+from layersweep.kv.means import mean_for
 from layersweep.kv.stream import Stream
 from layersweep.model import maths
 

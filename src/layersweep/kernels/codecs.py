@@ -14,6 +14,7 @@ from layersweep.kernels.runtime import Argument
 # Trellis codes that have kernels: bits of a state, bits of a symbol.
 TRELLIS_CODES = tuple((window, bits) for window in (8, 10) for bits in (1, 2, 3, 4))
 CODEC_LAYOUTS: dict[str, dict[str, str]] = {
+    "sums": dict.fromkeys(("column_sums", "column_sums_f32"), "2P3q2i"),
     "lloyd": {
         **dict.fromkeys(("lloyd_encode", "lloyd_encode_f32"), "6Pqi"),
         **dict.fromkeys(("lloyd_decode", "lloyd_decode_f32"), "5Pqi"),
@@ -198,6 +199,25 @@ class CodecKernels:
         args = (codes, scale, mean, levels, scales, weights, out, count, tokens)
         name = f"trellis_decode_{window}_{bits}"
         self._vectors("trellis", name, out, args, _TABLE_BLOCKS)
+
+    def compile_sums(self) -> None:
+        """Compile what `column_sums` needs now. Raises KernelError."""
+        self._module("sums")
+
+    def column_sums(self, x: Tensor) -> Tensor:
+        """float32 [2, B, H, D]: rotate.add_rows along T of x [B, H, T, D] as float32, and of its
+        squares.
+
+        x (T or float32) of any strides with the last dimension contiguous; 1 <= T < 2^22.
+        """
+        batch, heads, tokens, dim = x.shape
+        assert 1 <= tokens < 2**22 and x.stride(3) == 1 and batch < 65536 and heads < 65536
+        out = torch.empty(2, batch, heads, dim, dtype=torch.float32, device=x.device)
+        if out.numel():
+            args: list[Argument] = [x, out, *x.stride()[:3], tokens, dim]
+            grid = (-(-dim // 32), heads, batch)
+            self._module("sums").launch(f"column_sums{self._suffix(x)}", grid, 256, args)
+        return out
 
     def _suffix(self, vectors: Tensor) -> str:
         assert vectors.dtype in (self.dtype, torch.float32)

@@ -21,11 +21,9 @@ from layersweep.kv.codec import (
     join_batches,
     pad_tokens,
     role_bits,
-    wants_level,
-    wants_mean,
 )
+from layersweep.kv.means import mean_for
 from layersweep.kv.methods import EXACT_BITS
-from layersweep.kv.rotate import add_rows
 from layersweep.kv.stream import Stream
 
 # Exact tokens are counted as fp16 storage, whatever dtype the computation runs in.
@@ -182,32 +180,6 @@ def store(
         middle=shared[key],
         tail=x[:, :, stop:] if stop < tokens else None,
     )
-
-
-def mean_for(codec: Codec, x_BHTD: Tensor) -> Tensor | None:
-    """Float16 means of x for a codec that wants them: [B, H, D], or with the level [B, H, D + 1].
-
-    Removing the mean costs values nothing (attention weights sum to 1), and of keys it takes the
-    channels that stand out. The level is the rms of all numbers around their channels' means; one
-    token leaves nothing around its mean, so it is at least 1/16 of the rms of x. Sums are added in
-    a fixed tree: they do not depend on the batch.
-    """
-    if not wants_mean(codec):
-        return None
-    tokens, dim = x_BHTD.shape[2:]
-    if not wants_level(codec):
-        return (add_rows(x_BHTD.float(), dim=2) / tokens).to(torch.float16)
-    # x and its squares in one tree: on a GPU its many short steps cost their launches
-    both = torch.empty(2, *x_BHTD.shape, dtype=torch.float32, device=x_BHTD.device)
-    both[0] = x_BHTD
-    torch.mul(both[0], both[0], out=both[1])
-    total, squares = add_rows(both, dim=3)
-    mean = total / tokens
-    square, power = add_rows(torch.stack((mean * mean, squares)), dim=-1)
-    power = power / tokens
-    around = torch.maximum(power - square, power / 256)
-    level = (around / dim).sqrt().clamp(min=torch.finfo(torch.float16).tiny)
-    return torch.cat((mean, level.unsqueeze(-1)), dim=-1).to(torch.float16)
 
 
 def keeps_exact(arm: Arm, stream: Stream, layer: int, num_layers: int) -> bool:

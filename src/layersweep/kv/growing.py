@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from layersweep.kv.arms import Arm
-from layersweep.kv.cache import keeps_exact, mean_for
+from layersweep.kv.cache import keeps_exact
 from layersweep.kv.codec import Packed, basis_for
+from layersweep.kv.means import mean_for
 from layersweep.kv.stream import Stream
 
 MEAN_TOKENS = 128  # a channel mean comes from the first tokens that are coded, and is frozen
