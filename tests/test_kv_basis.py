@@ -35,7 +35,7 @@ def test_square_roots_equal_those_of_an_eigenvalue_solver() -> None:
     a = torch.randn(3, DIM, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     matrix = a @ a.transpose(1, 2) / DIM + FLOOR * torch.eye(DIM, dtype=torch.float64)
     values, vectors = torch.linalg.eigh(matrix)
-    root, inverse = square_roots(matrix)
+    root, inverse = square_roots(matrix, FLOOR, matrix.diagonal(dim1=1, dim2=2).sum(1).max().item())
     wanted = vectors @ torch.diag_embed(values.sqrt()) @ vectors.transpose(1, 2)
     assert (root - wanted).abs().max() < 1e-10
     assert (root @ inverse - torch.eye(DIM, dtype=torch.float64)).abs().max() < 1e-8

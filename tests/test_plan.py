@@ -196,6 +196,16 @@ def test_a_second_sweep_reads_only_what_is_not_kept() -> None:
     assert plan.device_bytes <= T4.vram
 
 
+@pytest.mark.parametrize("ram, dropped", [(30 * GIB, True), (48 * GIB, False)])
+def test_files_stay_in_the_page_cache_where_they_fit_beside_what_is_kept(
+    ram: int, dropped: bool
+) -> None:
+    """22.8 GiB of files, and as much of it in memory of our own as does not fit the device."""
+    plan = planned([tile() for _ in range(20)], ram=ram)
+    assert 19 * GIB < plan.host_kept_bytes < 20 * GIB
+    assert plan.placement.drop_cache == dropped
+
+
 def test_a_large_card_keeps_everything_for_the_second_sweep() -> None:
     plan = planned([tile() for _ in range(80)], vram=64 * GIB)
     assert len(plan.sweeps) == 2

@@ -209,7 +209,8 @@ def _work(
         torch.cuda.set_per_process_memory_fraction(limit, device)
     ceilings = measure_ceilings(together, cold=False, say=lambda line: None)
 
-    def part(settings: EvalSettings, shard: Shard, ready: Callable[[], object]) -> Part:
+    def measure(settings: EvalSettings, shard: Shard, ready: Callable[[], object]) -> None:
+        """Hands its part on before memory is given back, as one device's clock stops there, too."""
         study = prepare_study(models.get(shard.of, together), settings, shard=shard)
         manifest = manifest_of(study)
         with StudyRun(study) as run:
@@ -224,15 +225,15 @@ def _work(
                 shard.folder, str(shard), manifest, study.record.facts(), results, sweeps
             )
             floors = floor(study.plan, ceilings, outcome.h2d_rate)
-            return Part(left, outcome.started, ended, floors, study.plan.host_bytes)
+            queue.put(Part(left, outcome.started, ended, floors, study.plan.host_bytes))
 
     for job in jobs:
-        queue.put(part(one_tile(job), WHOLE, lambda: None))
+        measure(one_tile(job), WHOLE, lambda: None)
     for job in jobs:
         for _ in range(pairs):
             for share in (WHOLE, shard):
                 if first or share.of > 1:
-                    queue.put(part(job, share, barrier.wait))
+                    measure(job, share, barrier.wait)
                 else:
                     barrier.wait()
                 barrier.wait()  # the results are in place

@@ -14,13 +14,13 @@ meet keys turned by every distance; of their covariance only the mean over each 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
 # Of the mean variance, added to every direction: what weights do not show must not be blown up.
 FLOOR = 0.01
-_STEPS = 24  # Newton-Schulz squares its error; conditions up to D / FLOOR need 18 steps
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,35 +43,48 @@ def key_basis(q_proj: Tensor, k_proj: Tensor, norm: Tensor, dim: int) -> Basis:
 
     Works on the weights' device without waiting for it.
     """
-    groups = len(k_proj) // dim
-    keys, queries = [], []
-    for q, k in zip(q_proj.chunk(groups), k_proj.chunk(groups), strict=True):
-        k = k.float() * norm.float()
-        keys.append(k @ k.t())
-        queries.append(
-            (q.float() * norm.float()).square().sum(1).view(-1, 2, dim // 2).mean((0, 1))
-        )
-    seen = torch.stack(queries).double().repeat(1, 2)
+    groups, norm = len(k_proj) // dim, norm.float()
+    k = (k_proj * norm).view(groups, dim, -1)
+    # queries group by group: all of them in float32 would take as much memory as an expert
+    squares = [(q * norm).square_().sum(1) for q in q_proj.chunk(groups)]
+    seen = torch.cat(squares).view(groups, -1, 2, dim // 2).mean((1, 2)).double().repeat(1, 2)
     scale = (seen / seen.mean(1, keepdim=True).clamp(min=1e-30)).clamp(min=FLOOR).sqrt()  # L
-    covariance = torch.stack(keys).double() * scale.unsqueeze(2) * scale.unsqueeze(1)
+    covariance = (k @ k.transpose(1, 2)).double() * scale.unsqueeze(2) * scale.unsqueeze(1)
     eye = torch.eye(dim, dtype=torch.float64, device=norm.device)
     variance = covariance.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-30)
-    root, _ = square_roots(covariance / variance.view(-1, 1, 1) + FLOOR * eye)
-    fourth, inverse_fourth = square_roots(root)
+    even = covariance / variance.view(-1, 1, 1) + FLOOR * eye
+    most = dim * (1 + FLOOR)  # its trace
+    root, _ = square_roots(even, FLOOR, most)
+    fourth, inverse_fourth = square_roots(root, FLOOR**0.5, most**0.5)
     into, back = scale.unsqueeze(2) * inverse_fourth, fourth / scale.unsqueeze(1)
     return Basis(into.float().contiguous(), back.float().contiguous())
 
 
-def square_roots(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric positive [N, D, D] float64 -> its square root and the inverse of that.
+def square_roots(matrix: Tensor, least: float, most: float) -> tuple[Tensor, Tensor]:
+    """Symmetric [N, D, D] float64 -> its square root and the inverse of that. Its eigenvalues are
+    between `least` > 0 and `most`.
 
     Coupled Newton-Schulz: products alone, where an eigenvalue solver on a GPU makes the host wait
-    in every layer. Higham, "Functions of Matrices" (2008), section 6.
+    in every layer. Higham, "Functions of Matrices" (2008), section 6; scaled by Chen and Chow, "A
+    Stable Scaling of Newton-Schulz for Improving the Sign Function Computation of a Hermitian
+    Matrix" (2014), which halves the steps.
     """
-    size = matrix.diagonal(dim1=1, dim2=2).sum(1).view(-1, 1, 1)  # no eigenvalue is above it
     eye = torch.eye(matrix.shape[1], dtype=matrix.dtype, device=matrix.device).expand_as(matrix)
-    root, inverse = matrix / size, eye
-    for _ in range(_STEPS):
-        step = torch.baddbmm(eye, inverse, root, beta=1.5, alpha=-0.5)  # (3 - inverse root) / 2
+    root, inverse = matrix / most, eye
+    for by in _factors((least / most) ** 0.5):
+        # by (3 - by^2 inverse root) / 2
+        step = torch.baddbmm(eye, inverse, root, beta=1.5 * by, alpha=-0.5 * by**3)
         root, inverse = root @ step, step @ inverse
-    return root * size.sqrt(), inverse / size.sqrt()
+    return root * most**0.5, inverse / most**0.5
+
+
+@cache
+def _factors(low: float) -> list[float]:
+    """What Newton-Schulz is scaled by in each step, where all that shall become 1 starts between
+    `low` and 1: each step lifts both ends to the same place, the new `low`."""
+    factors = []
+    while 1 - low > 1e-15:
+        by = (3 / (1 + low + low * low)) ** 0.5
+        factors.append(by)
+        low = by * low * (3 - (by * low) ** 2) / 2
+    return [*factors, 1.0]

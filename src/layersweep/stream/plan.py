@@ -218,12 +218,13 @@ def place(runs: Sequence[Run], machine: Machine, host_ring: int, room: int | Non
         store = machine.ram - host_ring if machine.sharers == 1 else 0  # else: the page cache
         kept = choose_spread([sizes[index] for index in rest], store)
         host = frozenset(rest[index] for index in kept)
+    held = machine.sharers * host_ring + sum(sizes[index] for index in host)
     return Placement(
         device=device,
         host=host,
         device_ring=0 if machine.cpu or len(device) == len(runs) else ring,
         host_ring=host_ring,
-        drop_cache=bool(host) or machine.ram * machine.sharers < sum(sizes),
+        drop_cache=machine.sharers * machine.ram - held < sum(sizes),
     )
 
 

@@ -98,8 +98,9 @@ class Placement:
     the others pass through the rings each time.
 
     device_ring: bytes where blocks are computed with, 0 on the CPU, where the host ring serves.
-    host_ring: bytes between file and device. drop_cache: files do not fit the host budget, so
-    what was read is taken out of the page cache, where it would only push out other data.
+    host_ring: bytes between file and device. drop_cache: files do not fit the host budget
+    beside what is kept, so what was read is taken out of the page cache, where it would only push
+    out other data.
     """
 
     device: frozenset[int]
