@@ -13,7 +13,7 @@ from layersweep.checkpoint import nf4
 from layersweep.kernels import Kernels
 from layersweep.kernels.codecs import TRELLIS_CODES
 from layersweep.kv import lloyd, trellis, trellis_scale
-from layersweep.kv.means import mean_for, sums_by_torch
+from layersweep.kv.means import mean_and_level_by_torch, mean_for, sums_by_torch
 from layersweep.kv.packing import pack_bits, unpack_bits
 from layersweep.kv.rotate import rotate_back, rotation_weights
 from layersweep.kv.trellis_search import search_oracle, states_of
@@ -236,6 +236,19 @@ def check_column_sums(
         apart = x.to(dtype)[:, 1 : tokens + 1, 1 : heads + 1].transpose(1, 2)
         for given in (apart, apart.contiguous()):
             exactly(kernels.column_sums(given), sums_by_torch(given), seed)
+
+
+def check_mean_and_level(
+    kernels: Kernels, device: torch.device, shape: tuple[int, int, int, int], seed: int
+) -> None:
+    """Of many sizes, of nothing around its mean, of zeros, and of what is not finite."""
+    x = draw(seed, *shape, device=device)
+    x *= draw(seed + 1, *shape[:2], 1, 1, device=device).mul(3).exp()
+    x[0, 0], x[-1, 0] = draw(seed + 2, shape[3], device=device), 0.0
+    x[0, -1, 0, 0] = (torch.nan, torch.inf, 3e38)[seed % 3]
+    sums = sums_by_torch(x)
+    found = kernels.mean_and_level(sums, shape[2])
+    exactly(found, mean_and_level_by_torch(sums, shape[2]), seed)
 
 
 def means_and_levels(seed: int, count: int, dim: int, device: torch.device) -> Tensor:

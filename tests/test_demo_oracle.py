@@ -15,7 +15,7 @@ from layersweep.evals.run import run_study
 from layersweep.evals.settings import EvalSettings
 from layersweep.evals.study import Study, prepare_study
 from layersweep.kv import parse
-from layersweep.kv.cache import store
+from layersweep.kv.cache import Shared, store
 from layersweep.kv.stream import Stream
 from layersweep.sweep.model import load
 
@@ -48,7 +48,7 @@ def codec_of(name: str, layers: int) -> object:
         pair = []
         for x, role in ((keys, "key"), (values, "value")):
             stream = Stream(role[0], x.shape[1], x.shape[3], role=role, rope=role == "key")
-            pair.append(store(arm, x, stream, positions, layer, layers, {}).decoded())
+            pair.append(store(arm, x, stream, positions, layer, layers, Shared()).decoded())
         return pair[0], pair[1]
 
     return through

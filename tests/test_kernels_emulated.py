@@ -137,6 +137,7 @@ def test_column_sums(
 ) -> None:
     kernels = workshop.kernels(DTYPES[seed % 3])
     check.check_column_sums(kernels, CPU, (batch, heads, tokens, dim), seed)
+    check.check_mean_and_level(kernels, CPU, (batch, heads, tokens, dim), seed)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])

@@ -100,6 +100,8 @@ def test_trellis_scale(kernels: Kernels, dim: int, seed: int) -> None:
 def test_column_sums(kernels: Kernels, tokens: int, seed: int) -> None:
     check.check_column_sums(kernels, DEVICE, (3, 8, tokens, 128), seed)
     check.check_column_sums(kernels, DEVICE, (1, 2, tokens, 80), seed)
+    for dim in (128, 80, 256):
+        check.check_mean_and_level(kernels, DEVICE, (3, 8, tokens, dim), seed)
 
 
 def test_trellis_of_nonfinite_vectors(kernels: Kernels) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from layersweep.kv import Stream, parse
 from layersweep.kv.basis import FLOOR, key_basis, square_roots
-from layersweep.kv.cache import store
+from layersweep.kv.cache import Shared, store
 
 DIM, GROUPS, HEADS, HIDDEN = 64, 2, 4, 200
 
@@ -72,7 +72,7 @@ def test_scores_lose_less_in_it() -> None:
     lost = []
     for basis in (None, key_basis(q_proj, k_proj, norm, DIM)):
         stream = Stream("k", GROUPS, DIM, role="key", rope=True, basis=basis)
-        coded = store(arm, k, stream, at, 0, 1, {})
+        coded = store(arm, k, stream, at, 0, 1, Shared())
         lost.append(((coded.decoded() - k) @ q.transpose(-1, -2)).square().mean().item())
         assert coded.nbits == 8 * GROUPS * (1000 * (DIM * 2 // 8 + 1) + 2 * (DIM + 1))
     assert lost[1] < 0.5 * lost[0]

@@ -111,7 +111,7 @@ def test_branch_equals_transformers_with_an_overwritten_cache(name: str, tiny: P
     layers = model.checkpoint.config.num_hidden_layers
 
     def through(keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        from layersweep.kv.cache import store
+        from layersweep.kv.cache import Shared, store
         from layersweep.kv.stream import Stream
 
         positions = torch.arange(keys.shape[2])[None]
@@ -119,7 +119,7 @@ def test_branch_equals_transformers_with_an_overwritten_cache(name: str, tiny: P
         pair = []
         for x, role in ((keys, "key"), (values, "value")):
             stream = Stream(role[0], heads, dim, role=role, rope=role == "key")
-            pair.append(store(arm, x, stream, positions, layer, layers, {}).decoded())
+            pair.append(store(arm, x, stream, positions, layer, layers, Shared()).decoded())
         return pair[0], pair[1]
 
     target = torch.tensor(branch[1:])[:, None]

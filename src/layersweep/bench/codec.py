@@ -108,7 +108,7 @@ def key_divergence(arm: Arm, bench: Bench) -> float:
     keys = bench.normal(1, HEADS, KEY_TOKENS, bench.dim, seed=1)
     keys[..., :OUTLIERS] += OUTLIER_SIZE
     at = bench.positions(KEY_TOKENS)
-    shared: Shared = {}
+    shared = Shared()
     stored = store(arm, keys, bench.stream("key"), at, 0, 1, shared)
     queries = bench.normal(1, HEADS, QUERIES, bench.dim, seed=2)
     everywhere = bench.positions(KEY_TOKENS + QUERIES)[0]

@@ -14,7 +14,10 @@ from layersweep.kernels.runtime import Argument
 # Trellis codes that have kernels: bits of a state, bits of a symbol.
 TRELLIS_CODES = tuple((window, bits) for window in (8, 10) for bits in (1, 2, 3, 4))
 CODEC_LAYOUTS: dict[str, dict[str, str]] = {
-    "sums": dict.fromkeys(("column_sums", "column_sums_f32"), "2P3q2i"),
+    "sums": {
+        **dict.fromkeys(("column_sums", "column_sums_f32"), "2P3q2i"),
+        "mean_and_level": "2P2i",
+    },
     "lloyd": {
         **dict.fromkeys(("lloyd_encode", "lloyd_encode_f32"), "6Pqi"),
         **dict.fromkeys(("lloyd_decode", "lloyd_decode_f32"), "5Pqi"),
@@ -217,6 +220,18 @@ class CodecKernels:
             args: list[Argument] = [x, out, *x.stride()[:3], tokens, dim]
             grid = (-(-dim // 32), heads, batch)
             self._module("sums").launch(f"column_sums{self._suffix(x)}", grid, 256, args)
+        return out
+
+    def mean_and_level(self, sums: Tensor, tokens: int) -> Tensor:
+        """float16 [B, H, D + 1] as kv.means.mean_for makes it of sums float32 [2, B, H, D] over
+        `tokens` tokens; D up to 256."""
+        _, batch, heads, dim = sums.shape
+        same(sums, torch.float32)
+        assert dim <= MAX_VECTOR and tokens >= 1
+        out = torch.empty(batch, heads, dim + 1, dtype=torch.float16, device=sums.device)
+        if batch * heads:
+            args = (sums, out, tokens, dim)
+            self._module("sums").launch("mean_and_level", (batch * heads, 1, 1), 256, args)
         return out
 
     def _suffix(self, vectors: Tensor) -> str:

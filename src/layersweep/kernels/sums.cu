@@ -1,5 +1,5 @@
-// Sums over tokens, rounded as rotate.add_rows rounds them: it folds halves onto each other, c rows
-// to c / 2, and adds a row that is left over to the first. So row i of what k foldings have left is
+// Channel means and levels. Sums over tokens round as rotate.add_rows rounds them: it folds halves onto
+// each other, c rows to c / 2, and adds a row that is left over to the first. So row i of what k foldings have left is
 // the sum of a subtree of 2^k rows, which a thread adds up by itself, one column each; only row 0
 // takes in what was left over. Foldings of fewer than LAST rows meet in shared memory.
 #include "common.cuh"
@@ -124,4 +124,41 @@ extern "C" __global__ void __launch_bounds__(256) column_sums_f32(
     const float* x, float* out, i64 of_batch, i64 of_head, i64 of_token, int tokens, int dim
 ) {
     sum_columns(x, out, of_batch, of_head, of_token, tokens, dim);
+}
+
+// One row of sums [2, ROWS, D] -> means and the level, half [D + 1]; a block of 256 threads each,
+// D up to 256. As kv.means.mean_for.
+extern "C" __global__ void __launch_bounds__(256) mean_and_level(
+    const float* sums, u16* out, int tokens, int dim
+) {
+    __shared__ float square[256], power[256];
+    const int at = threadIdx.x;
+    const i64 rows = gridDim.x, row = blockIdx.x;
+    out += row * (dim + 1);
+    if (at < dim) {
+        const float mean = divide_by_number(sums[row * dim + at], (float)tokens);
+        out[at] = float_to_half(mean);
+        square[at] = mean * mean;
+        power[at] = sums[(rows + row) * dim + at];
+    }
+    for (int count = dim; count > 1; count /= 2) {  // rotate.add_rows
+        const int half = count / 2;
+        __syncthreads();
+        if (at < half) {
+            square[at] += square[at + half];
+            power[at] += power[at + half];
+            if (at == 0 && count % 2) {
+                square[0] += square[count - 1];
+                power[0] += power[count - 1];
+            }
+        }
+    }
+    if (at == 0) {
+        const float whole = divide_by_number(power[0], (float)tokens), least = whole / 256.0f;
+        const float around = whole - square[0];
+        float level = around != around || around > least ? around : least;  // NaN stays
+        level = sqrtf(divide_by_number(level, (float)dim));
+        if (level < 6.103515625e-05f) level = 6.103515625e-05f;  // half's smallest normal number
+        out[dim] = float_to_half(level);
+    }
 }

@@ -22,7 +22,7 @@ from layersweep.kv.codec import (
     pad_tokens,
     role_bits,
 )
-from layersweep.kv.means import mean_for
+from layersweep.kv.means import mean_for, mean_kind
 from layersweep.kv.methods import EXACT_BITS
 from layersweep.kv.stream import Stream
 
@@ -60,9 +60,29 @@ class Encoded:
         return Encoded(self.codec, packed, positions, self.basis)
 
 
-Shared = dict[Hashable, Encoded]
 Moved = dict[int, Encoded]  # by the id of what was moved
 Joined = dict[int, Encoded | None]  # by the id of the first of what was joined
+
+
+@dataclass
+class Shared:
+    """What arms have in common of one layer and some sequences, for which it starts empty.
+
+    encoded    whole encodings (K3V2 and K4V2: the values)
+    prepared   by stream, what the last codec encoded (K3V2 and K4V2: the keys), with its means
+    """
+
+    encoded: dict[Hashable, Encoded] = field(default_factory=dict)
+    prepared: dict[str, Prepared] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Tokens in a codec's coordinates, and their channel means if it wants them."""
+
+    of: Hashable
+    x: Tensor
+    mean: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -157,10 +177,9 @@ def store(
 ) -> CachedStream:
     """Keep x [B,H,T,D] (keys before RoPE) at `positions` [B,T] as `arm` keeps this layer.
 
-    `shared` starts empty for every (layer, sequences) and is handed on from arm to arm and from
-    stream to stream: what two arms encode alike (K3V2 and K4V2: the values) is encoded and
-    decoded once. A codec's channel mean comes from its first `mean_tokens` tokens, from all of
-    them by default. Raises InputError for a stream that the codec cannot take.
+    `shared` is handed on from arm to arm and from stream to stream: what two arms encode alike is
+    encoded and decoded once. A codec's channel mean comes from its first `mean_tokens` tokens, from
+    all of them by default. Raises InputError for a stream that the codec cannot take.
     """
     tokens = x.shape[2]
     start, stop = min(arm.sink, tokens), max(tokens - arm.window, 0)
@@ -168,16 +187,20 @@ def store(
     if codec is None or keeps_exact(arm, stream, layer, num_layers) or start >= stop:
         return CachedStream(x.dtype, head=x, middle=None, tail=None)
     key = (codec.sharing_key(stream), stream.name, start, stop)
-    if key not in shared:
-        at = positions[:, start:stop]
-        basis = basis_for(codec, stream)
-        middle = x[:, :, start:stop] if basis is None else basis.enter(x[:, :, start:stop])
-        mean = mean_for(codec, middle[:, :, :mean_tokens])
-        shared[key] = Encoded(codec, codec.encode(middle, stream, at, mean), at, basis)
+    if key not in shared.encoded:
+        at, basis = positions[:, start:stop], basis_for(codec, stream)
+        of = (start, stop, mean_tokens, basis is None, *mean_kind(codec))
+        ready = shared.prepared.get(stream.name)
+        if ready is None or ready.of != of:
+            middle = x[:, :, start:stop] if basis is None else basis.enter(x[:, :, start:stop])
+            ready = Prepared(of, middle, mean_for(codec, middle[:, :, :mean_tokens]))
+            shared.prepared[stream.name] = ready
+        packed = codec.encode(ready.x, stream, at, ready.mean)
+        shared.encoded[key] = Encoded(codec, packed, at, basis)
     return CachedStream(
         x.dtype,
         head=x[:, :, :start] if start else None,
-        middle=shared[key],
+        middle=shared.encoded[key],
         tail=x[:, :, stop:] if stop < tokens else None,
     )
 

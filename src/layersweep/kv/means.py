@@ -14,6 +14,13 @@ from layersweep.kv.rotate import add_rows
 if TYPE_CHECKING:
     from layersweep.kernels import Kernels
 
+MOST_COLUMNS = 256  # of the kernel that takes the level
+
+
+def mean_kind(codec: Codec) -> tuple[bool, bool]:
+    """What `mean_for` gives a codec: a mean, and a level with it."""
+    return wants_mean(codec), wants_level(codec)
+
 
 def mean_for(codec: Codec, x_BHTD: Tensor) -> Tensor | None:
     """Float16 means of x for a codec that wants them: [B, H, D], or with the level [B, H, D + 1].
@@ -30,13 +37,20 @@ def mean_for(codec: Codec, x_BHTD: Tensor) -> Tensor | None:
     if kernels is None and not wants_level(codec):
         return (add_rows(x_BHTD.float(), dim=2) / tokens).to(torch.float16)
     sums = kernels.column_sums(x_BHTD) if kernels else sums_by_torch(x_BHTD)
-    mean = sums[0] / tokens
     if not wants_level(codec):
-        return mean.to(torch.float16)
+        return (sums[0] / tokens).to(torch.float16)
+    if kernels and dim <= MOST_COLUMNS:
+        return kernels.mean_and_level(sums, tokens)
+    return mean_and_level_by_torch(sums, tokens)
+
+
+def mean_and_level_by_torch(sums: Tensor, tokens: int) -> Tensor:
+    """What `sums_by_torch` gives for `tokens` tokens -> float16 [B, H, D + 1]."""
+    mean = sums[0] / tokens
     square, power = add_rows(torch.stack((mean * mean, sums[1])), dim=-1)
     power = power / tokens
     around = torch.maximum(power - square, power / 256)
-    level = (around / dim).sqrt().clamp(min=torch.finfo(torch.float16).tiny)
+    level = (around / mean.shape[-1]).sqrt().clamp(min=torch.finfo(torch.float16).tiny)
     return torch.cat((mean, level.unsqueeze(-1)), dim=-1).to(torch.float16)
 
 

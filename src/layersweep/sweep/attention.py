@@ -73,7 +73,7 @@ def attend_group(tile: Tile, group: Group, qkv: Tensor, out: Tensor, context: La
     if prefix:
         own = slice(0, prefix)
         out[:, :, own] = _attend_prefix(q[:, :, own], k[:, :, own], v[:, :, own], context)
-    shared: Shared = {}
+    shared = Shared()
     prefixes: list[Streams] = []
     start = prefix
     for branch in sequence.branches:
@@ -161,13 +161,13 @@ def _attend_streaming(
     tokens, arm = q.shape[2], branch.arm
     group = 1 if arm.codec is None else key_group(arm.codec)
     attention = context.compute.attention
-    stored = _store(tile_name, arm, kv, {}, context, STREAMING_MEAN)
+    stored = _store(tile_name, arm, kv, Shared(), context, STREAMING_MEAN)
     q = context.rope(q, 0, q)
     parts = 1 + (group > 1) + (arm.window > 0)
     keys = context.take_like(kv[0], parts * tokens)
     if parts == 1:
         return attention(q, context.rope(stored[0].decoded(), 0, keys), stored[1].decoded())
-    coded = _store("uncounted", replace(arm, window=0), kv, {}, context, STREAMING_MEAN)
+    coded = _store("uncounted", replace(arm, window=0), kv, Shared(), context, STREAMING_MEAN)
     values = [coded[1].decoded()] * (1 + (group > 1)) + [kv[1]] * (arm.window > 0)
     for part, own in enumerate(keys.chunk(parts, dim=2)):
         context.rope(kv[0] if part else coded[0].decoded(), 0, own)
