@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # torch and scipy load only once the arguments are known to b
     from layersweep.cli.events import Events
     from layersweep.cli.output import RunFolder
     from layersweep.evals.study import Study
+    from layersweep.sweep.model import Model
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,15 @@ class Job:
 
 
 def compute(
-    job: Job, shard: Shard = WHOLE, ready: Callable[[], object] = lambda: None
+    job: Job,
+    shard: Shard = WHOLE,
+    ready: Callable[[], object] = lambda: None,
+    prepared: Study | None = None,
 ) -> dict[str, Any]:
     """Compute a shard's tiles, and write to `job.out`; returns the results.
 
-    `ready` is called when the model is open, before the first weight is read. Any failure leaves
-    diagnosis.json.
+    `ready` is called when the model is open, before the first weight is read. `prepared`: the job's
+    study, if there is one already. Any failure leaves diagnosis.json.
     """
     from layersweep.cli.events import Events
     from layersweep.cli.output import RunFolder
@@ -63,7 +67,7 @@ def compute(
     study = None
     with RunFolder(job.out, resume=job.resume) as folder:
         try:
-            study = _prepare(job, shard, folder, events)
+            study = _prepare(job, shard, folder, events, prepared)
             return _measure(job, study, folder, events, ready)
         except (Exception, KeyboardInterrupt) as failure:
             if job.out is not None and folder.usable:
@@ -121,21 +125,18 @@ def _diagnose(out: Path, failure: BaseException, study: Study | None, events: Ev
         events.say(f"hint: details in {path}")
 
 
-def _prepare(job: Job, shard: Shard, folder: RunFolder, events: Events) -> Study:
+def _prepare(
+    job: Job, shard: Shard, folder: RunFolder, events: Events, prepared: Study | None
+) -> Study:
     from layersweep.cli.events import budget_line, layout_line, paths_line, versions_line
     from layersweep.evals.study import prepare_study
-    from layersweep.kv.arms import parse_arms
 
-    parse_arms(job.settings.kv)  # the cheapest refusal first: no torch yet
-    from layersweep.sweep.model import load
-
-    machine = replace(job.machine, device=device_of(job.machine.device, shard))
-    loaded = load(job.source, **asdict(machine), sharers=shard.local_size)
+    loaded = prepared.model if prepared else _load(job, shard)
     events.say_once(layout_line(loaded.checkpoint))
     for note in loaded.checkpoint.notes:
         events.say_once(f"note: {note}")
     kept = folder.path is not None
-    study = prepare_study(loaded, job.settings, kept=kept, shard=shard)
+    study = prepared or prepare_study(loaded, job.settings, kept=kept, shard=shard)
     folder.start(study, events.say)
     events.say_once(paths_line(study))
     events.say_once(budget_line(study))
@@ -143,6 +144,16 @@ def _prepare(job: Job, shard: Shard, folder: RunFolder, events: Events) -> Study
     for fallback in study.fallbacks:
         events.say_fallback(fallback)
     return study
+
+
+def _load(job: Job, shard: Shard) -> Model:
+    from layersweep.kv.arms import parse_arms
+
+    parse_arms(job.settings.kv)  # the cheapest refusal first: no torch yet
+    from layersweep.sweep.model import load
+
+    machine = replace(job.machine, device=device_of(job.machine.device, shard))
+    return load(job.source, **asdict(machine), sharers=shard.local_size)
 
 
 def _measure(

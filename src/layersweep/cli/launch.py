@@ -87,11 +87,13 @@ def _over_layers(job: Job, say: Say) -> dict[str, Any] | None:
     if not wants_layers_shared([model, *model.beside]):
         return None
     try:
-        prepare_study(model, job.settings)
+        study = prepare_study(model, job.settings, kept=job.out is not None)
     except NoRoomTogether as failure:
         say(f"fallback: layers over devices: used a process for each: {failure}")
         return None
-    return compute(job)
+    except LayersweepError:
+        return compute(job)  # which meets it, too, and leaves a diagnosis
+    return compute(job, prepared=study)
 
 
 def _check_folder(out: Path, of: int, resume: bool) -> None:

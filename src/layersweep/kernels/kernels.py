@@ -49,13 +49,18 @@ def load_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
 
     @functools.cache
     def module(name: str, dim: int = 0) -> Module:
-        defines = {"SCALAR": SCALARS[dtype]} | ({"DIM": dim} if dim else {})
-        cubin = compile_cubin(read_source(name), capability, defines)
-        return Module(cubin, LAYOUTS[name], where)
+        return Module(_cubin(name, capability, SCALARS[dtype], dim), LAYOUTS[name], where)
 
     kernels = Kernels(dtype, module)
     module("rows")
     return kernels
+
+
+@functools.cache
+def _cubin(name: str, capability: tuple[int, int], scalar: int, dim: int) -> bytes:
+    """Compiled once for all devices of a kind: the trellis takes seconds."""
+    defines = {"SCALAR": scalar} | ({"DIM": dim} if dim else {})
+    return compile_cubin(read_source(name), capability, defines)
 
 
 class Kernels(CodecKernels):
