@@ -1,7 +1,8 @@
-// Channel means and levels. Sums over tokens round as rotate.add_rows rounds them: it folds halves onto
-// each other, c rows to c / 2, and adds a row that is left over to the first. So row i of what k foldings have left is
-// the sum of a subtree of 2^k rows, which a thread adds up by itself, one column each; only row 0
-// takes in what was left over. Foldings of fewer than LAST rows meet in shared memory.
+// Channel means and levels. Sums over tokens round as rotate.add_rows rounds them: it folds halves
+// onto each other, c rows to c / 2, and adds a row that is left over to the first. So row i of what
+// k foldings have left is the sum of a subtree of 2^k rows, which a thread adds up by itself, one
+// column each; only row 0 takes in what was left over. Foldings of fewer than LAST rows meet in
+// shared memory.
 #include "common.cuh"
 
 #define COLUMNS 32  // of a block, one for each lane
@@ -31,15 +32,16 @@ struct Column {
     __device__ Sums row_of(int row, int foldings) const {
         const int leaves = 1 << foldings;
         Sums waiting[DEEPEST], sum = {0.0f, 0.0f};
-        for (int batch = 0; 8 * batch < leaves; ++batch) {  // bit j of a leaf: the half of folding j
+        for (int batch = 0; 8 * batch < leaves; ++batch) {  // bit j: the half of folding j
             int at = row;
             for (int j = 0; j + 3 < foldings; ++j) at += (batch >> j & 1) * rows_left(j + 4);
             Sums of[8];
 #pragma unroll
             for (int leaf = 0; leaf < 8; ++leaf) {
                 if (leaf >= leaves) break;
-                const int on = (leaf & 1) * rows_left(1) + (leaf >> 1 & 1) * rows_left(2) + (leaf >> 2) * rows_left(3);
-                const float value = to_float(first[(at + on) * stride]);
+                int on = at + (leaf & 1) * rows_left(1);
+                on += (leaf >> 1 & 1) * rows_left(2) + (leaf >> 2) * rows_left(3);
+                const float value = to_float(first[on * stride]);
                 of[leaf] = {value, value * value};
             }
 #pragma unroll
@@ -69,18 +71,22 @@ __device__ void sum_columns(
 ) {
     __shared__ Sums rows[LAST][COLUMNS], right[DEEPEST][COLUMNS], over[DEEPEST][COLUMNS];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, mine = blockIdx.x * COLUMNS + lane;
-    const int there = mine < dim ? mine : dim - 1;  // nobody leaves before the barriers
-    const Column<X> column = {x + blockIdx.z * of_batch + blockIdx.y * of_head + there, of_token, tokens};
+    x += blockIdx.z * of_batch + blockIdx.y * of_head;
+    x += mine < dim ? mine : dim - 1;  // nobody leaves before the barriers
+    const Column<X> column = {x, of_token, tokens};
     int foldings = 0;
     while (column.rows_left(foldings) >= LAST) ++foldings;
     const int last = column.rows_left(foldings);
     for (int task = warp; task <= last; task += WARPS) {
         if (task == 0) {  // row 0 in its parts: what is folded onto it
             rows[0][lane] = column.row_of(0, 0);
-            for (int k = 0; k < foldings; ++k) right[k][lane] = column.row_of(column.rows_left(k + 1), k);
+            for (int k = 0; k < foldings; ++k) {
+                right[k][lane] = column.row_of(column.rows_left(k + 1), k);
+            }
         } else if (task == last) {  // and what is left over
             for (int k = 0; k < foldings; ++k) {
-                if (column.rows_left(k) % 2) over[k][lane] = column.row_of(column.rows_left(k) - 1, k);
+                const int left = column.rows_left(k);
+                if (left % 2) over[k][lane] = column.row_of(left - 1, k);
             }
         } else {
             rows[task][lane] = column.row_of(task, foldings);
