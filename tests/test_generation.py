@@ -28,12 +28,13 @@ from layersweep.evals.study import prepare_study
 from layersweep.kv.arms import EXACT, Arm, parse_arms
 from layersweep.stream.blocks import BlockSpec
 from layersweep.stream.runs import Placement, compute_ring, runs_of, spread_layers
-from layersweep.stream.shapes import Machine
+from layersweep.stream.shapes import Machine, tile_bytes
 from layersweep.stream.store import BlockStore
 from layersweep.sweep.caches import KeptCaches
-from layersweep.sweep.loop import Engine
+from layersweep.sweep.loop import Engine, SweepRecord
 from layersweep.sweep.model import Model, load
 from layersweep.sweep.sequences import Branch, Sequence, Tile, tiles_of
+from layersweep.sweep.shapes import tile_shape
 from layersweep.sweep.turn import HostTurn
 
 GIB = 2**30
@@ -67,23 +68,28 @@ def trials(context: int, count: int = 60) -> list[Tile]:
     return tiles_of("needle", [one] * count, 5)
 
 
-@pytest.mark.parametrize(("context", "tiles"), [(2048, 3), (4096, 1)])
-def test_two_t4s_hold_mixtral_together_and_read_it_once(context: int, tiles: int) -> None:
+@pytest.mark.parametrize(
+    ("context", "first", "walks"), [(2048, [[3, 3]] * 2, 34), (4096, [[1, 1, 1]] * 4, 72)]
+)
+def test_two_t4s_hold_mixtral_together_and_read_it_once(
+    context: int, first: list[list[int]], walks: int
+) -> None:
     plan = plan_generation(cards(2), trials(context), ARMS)
     assert [stage.layers for stage in plan.stages] == [range(16), range(16, 32)]
     assert all(stage.resident for stage in plan.stages)
     assert all(stage.plan.device_bytes <= 14 * GIB for stage in plan.stages)
     weights = sum(spec.nbytes for spec in SPECS)
-    # the walks over the weights, 16 for each unit of the 12 tiles, copy each of them once
+    # the walks over the weights, 15 and the first ones for each unit of 12 tiles, copy them once
     assert sum(sum(stage.plan.copies) for stage in plan.stages) == weights
     assert sum(stage.plan.bytes_to_read for stage in plan.stages) == sum(
         spec.stored_bytes for spec in SPECS
     )
-    assert [len(unit) for unit in plan.units] == [tiles] * (12 // tiles)
-    assert len(plan.stages[0].plan.copies) == plan.walks == 192 // tiles
+    assert [[len(tiles) for tiles in unit.first] for unit in plan.units] == first
+    assert len(plan.stages[0].plan.copies) == plan.walks == walks
     assert plan.offload and plan.lanes == 2
     # tiles of 5 trials in 2 lanes: a prefix exact at 16 bits, K3V2 at 3.5, K4V2 at 4, and behind
     # it 3 times 76 tokens
+    tiles = len(plan.units[0].tiles)
     held = tiles * 2 * 5 * 2 * 32 * 1024 * ((context - 60) * (16 + 3.5 + 4) + 228 * 16) / 8
     assert plan.cache_bytes == int(held)
 
@@ -91,17 +97,48 @@ def test_two_t4s_hold_mixtral_together_and_read_it_once(context: int, tiles: int
 def test_one_t4_streams_what_does_not_fit() -> None:
     plan = plan_generation(cards(1), trials(2048), ARMS)
     (stage,) = plan.stages
-    assert not stage.resident and stage.plan.device_kept_bytes > 8 * GIB
+    assert stage.resident and not stage.on_device and stage.plan.device_kept_bytes > 8 * GIB
     assert stage.plan.host_kept_bytes > 0
     assert plan.cache_bytes + stage.plan.host_bytes <= 27 * GIB
-    assert sum(len(unit) for unit in plan.units) == 12
+    # caches of half of the tiles, so that no weight is read from the disk twice
+    assert [[len(tiles) for tiles in unit.first] for unit in plan.units] == [[6], [6]]
+    assert sum(stage.plan.reads[1:]) == 0
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.integers(1, 2),
+    st.sampled_from([600, 2048, 4096]),
+    st.integers(1, 8),
+    st.integers(11, 40),
+    st.integers(8, 60),
+    st.booleans(),
+)
+def test_what_is_planned_is_within_budgets_and_leaves_no_tile_out(
+    count: int, context: int, tiles: int, vram: int, ram: int, led: bool
+) -> None:
+    rides, lead = trials(context, 5 * tiles), trials(600, 1)[:led]
+    try:
+        plan = plan_generation(cards(count, vram, ram), rides, ARMS, lead=lead)
+    except BudgetError:
+        return
+    assert [tile for unit in plan.units for tile in unit.tiles] == rides
+    for stage in plan.stages:
+        assert stage.plan.device_bytes <= vram * GIB
+        assert len(stage.plan.copies) == len(stage.plan.reads) == plan.walks
+        assert [tile for tiles in stage.plan.sweeps for tile in tiles if tile >= led] == list(
+            range(led, tiles + led)
+        )
+    held = 0 if not plan.offload else plan.cache_bytes
+    assert held + sum(stage.plan.host_bytes for stage in plan.stages) <= ram * GIB
+    assert count == 1 or all(stage.resident for stage in plan.stages)
 
 
 def test_cards_that_are_too_small_together() -> None:
     with pytest.raises(NoRoomTogether, match=r"found 2 devices of 12\.00 GiB, 12\.00 GiB"):
         plan_generation(cards(2, vram=12), trials(2048), ARMS)
     with pytest.raises(BudgetError, match="for the keys and values of one tile"):
-        plan_generation(cards(1, ram=4), trials(4096), ARMS)
+        plan_generation(cards(1, vram=6, ram=4), trials(4096), ARMS)
 
 
 def test_a_large_card_keeps_all_and_the_caches_too() -> None:
@@ -200,6 +237,36 @@ def one_tile_a_unit(
     plan = plan_generation(models, tiles, arms, len(tiles), lead)
     assert len(plan.units) == len(tiles) == 2
     return plan
+
+
+@pytest.mark.parametrize(("beside", "sweeps"), [("the gate", 17), ("nothing", 18)])
+def test_first_walks_of_a_unit_may_have_a_tile_each(
+    beside: str, sweeps: int, alone: Path, tmp_path: Path
+) -> None:
+    """Memory for the prefixes of one tile, beside the gate's or alone: the further walks have both
+    tiles all the same."""
+    job = EvalSettings(
+        kv="K3V2,e8:K3V2", tasks=("niah",), niah_mode="generate", niah_contexts=(384,),
+        niah_depths=(0.3, 0.7), niah_per_depth=5,
+    )  # fmt: skip
+    study = prepare_study(load("demo", device="cpu"), job)
+    study.plan_rest(at_least=2)
+    room, config = study.plan.device_bytes, study.model.config
+    if beside == "nothing":
+        width, element = config.num_attention_heads * config.head_dim, study.model.machine.element
+        sizes = [tile_bytes(config, tile_shape(tile, width), element) for tile in study.tiles]
+        room += max(sizes) - study.plan.peaks["hidden states"]
+    words = ["eval", "demo", *ARGUMENTS, "--device", "cpu", "--vram", f"{room}B"]
+    assert run([*words, "--out", str(tmp_path / "run")]) == 0
+    assert numbers(tmp_path / "run") == numbers(alone)
+    assert performance(tmp_path / "run")["sweeps"] == sweeps
+
+
+def test_where_a_sweep_was_bad_counts_from_the_first_tile_of_the_unit() -> None:
+    whole = SweepRecord(nonfinite={(0, 1, -1): 7})
+    whole.add(SweepRecord(nonfinite={(0, 1, -1): 3}), ahead=2)
+    whole.add(SweepRecord(nonfinite={(0, 1, -1): 9, (2, 1, -1): 2}))
+    assert whole.nonfinite == {(0, 1, -1): 7, (2, 1, -1): 2}
 
 
 def test_stop_after_ends_between_units(alone: Path, tmp_path: Path) -> None:
@@ -354,9 +421,9 @@ def test_where_memory_ends_there_are_more_units_and_in_the_end_an_error() -> Non
     study = prepare_study(model, settings)
     tiles = len(study.to_generate)
     assert tiles == 4 and study.generation is not None
-    assert [len(unit) for unit in study.generation.units] == [2, 2]
+    assert [len(unit.tiles) for unit in study.generation.units] == [2, 2]
     fallback = shrink(study, "no more")
-    assert [len(unit) for unit in study.generation.units] == [1] * 4
+    assert [len(unit.tiles) for unit in study.generation.units] == [1] * 4
     assert len(study.generation.stages) == 2 and fallback.why == "no more"
     with pytest.raises(MachineError, match="tiles are generated one at a time already"):
         shrink(study, "no more")

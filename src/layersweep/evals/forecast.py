@@ -178,6 +178,6 @@ def _generation(
 
 
 def _walks(generation: Generation) -> str:
-    kept = all(stage.resident for stage in generation.stages)
+    kept = all(stage.on_device for stage in generation.stages)
     where = "which stay on the device" if kept else "part of which is streamed"
     return f"{generation.walks} walks over the weights, {where}"

@@ -4,6 +4,9 @@ Transfers decide here, since a token's arithmetic is little. So weights stay on 
 they fit; where they fit several devices together, each holds its share of the layers, and units of
 tiles go from one to the next, one on each at a time. Keys and values are kept between the visits,
 in host memory where the devices have no room.
+
+A unit's first walks, which read prefixes, take as many tiles at a time as memory holds; the further
+ones all of them, since a token is next to nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from layersweep.errors import BudgetError, NoRoomTogether
 from layersweep.evals.needle_job import NEW_TOKENS
 from layersweep.kv.arms import EXACT, Arm
 from layersweep.stream.blocks import BlockSpec, blocks_of
-from layersweep.stream.plan import Plan, make_plan
+from layersweep.stream.plan import Plan, cut, make_plan
 from layersweep.stream.rates import STEP_SECONDS, sweep_seconds
 from layersweep.stream.runs import spread_layers
 from layersweep.stream.shapes import Machine, TileShape
@@ -29,6 +32,9 @@ from layersweep.units import format_bytes
 # Bits of an element beside a codec's own, for scales and means. What is arithmetic alone holds
 # whole numbers.
 OVERHEAD_BITS, SIMULATED_BITS = 1.0, 32.0
+# Assumed where placements are compared: FLOP/s, bytes/s over the bus and from a disk.
+_RATES = 1e14, 1e10, 1e9
+_KIND = {True: "cpu", False: "cuda"}
 
 
 class Holder(Protocol):
@@ -55,47 +61,63 @@ class Stage:
         """Whether its weights are read once and stay."""
         return self.plan.device_kept_bytes + self.plan.host_kept_bytes == self.plan.weight_bytes
 
+    @property
+    def on_device(self) -> bool:
+        """Whether they stay where they are computed with."""
+        return self.resident and not any(self.plan.copies[1:])
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Trials that are done together. `first`: the tiles of each of its first walks; the gate may
+    ride in one without any."""
+
+    first: list[list[Tile]]
+
+    @property
+    def tiles(self) -> list[Tile]:
+        return [tile for tiles in self.first for tile in tiles]
+
+    @property
+    def walks(self) -> int:
+        """Over all weights: one for each further token."""
+        return len(self.first) + NEW_TOKENS - 1
+
 
 @dataclass(frozen=True)
 class Generation:
-    """How the trials of some tiles are generated.
-
-    `units`: tiles that ride together, and whose trials are done together. `offload`: caches wait
-    in host memory; `cache_bytes` of them at most.
-    """
+    """How the trials of some tiles are generated. `offload`: caches wait in host memory;
+    `cache_bytes` of them at most."""
 
     stages: list[Stage]
-    units: list[list[Tile]]
+    units: list[Unit]
     offload: bool
     cache_bytes: int
 
     @property
     def walks(self) -> int:
-        """Over all weights: one for each token of each unit."""
-        return NEW_TOKENS * len(self.units)
+        return sum(unit.walks for unit in self.units)
 
     def seconds(
         self, device: str, gemm_flops: float, h2d: float | None, disk: float | None = None
     ) -> float:
-        """First walks, as sweeps are planned from the page cache; then for each further token what
+        """First walks, as sweeps are planned from the page cache; then for each further one what
         the host launches, what goes over the bus, weights and caches, or what is read again: the
         longest counts. Rates of one device."""
-        lanes, later = self.lanes, NEW_TOKENS - 1
-        first = [
-            sum(sweep_seconds(stage.plan, device, gemm_flops * lanes, h2d)[::NEW_TOKENS])
-            for stage in self.stages
-        ]
-        visits = later * sum(len(unit) for unit in self.units)
-        visits *= sum(len(stage.layers) for stage in self.stages)
-        moved, read = (
-            max(sum(each) - sum(each[::NEW_TOKENS]) for each in of)
-            for of in zip(*((s.plan.copies, s.plan.reads) for s in self.stages), strict=True)
+        first = max(
+            sum(sweep_seconds(s.plan, device, gemm_flops * self.lanes, h2d)[: len(s.plan.sweeps)])
+            for s in self.stages
         )
+        further, layer_s = (NEW_TOKENS - 1) * len(self.units), STEP_SECONDS[device]
+        steps = sum(layer_s[0] + layer_s[1] * len(unit.tiles) for unit in self.units)
+        steps *= (NEW_TOKENS - 1) * sum(len(stage.layers) for stage in self.stages)
+        moved = max(sum(s.plan.copies[len(s.plan.sweeps) :]) for s in self.stages)
+        read = max(sum(s.plan.reads[len(s.plan.sweeps) :]) for s in self.stages)
         if self.offload:
-            moved += self.unit_cache_bytes * len(self.units) * later // lanes
+            moved += self.unit_cache_bytes * further // self.lanes
         over_the_bus = moved / h2d if h2d else 0.0
         again = read / disk if disk else 0.0
-        return max(first) + max(STEP_SECONDS[device] * visits, over_the_bus, again)
+        return first + max(steps, over_the_bus, again)
 
     @property
     def unit_cache_bytes(self) -> int:
@@ -106,6 +128,32 @@ class Generation:
     def lanes(self) -> int:
         """Units under way at once: one for each stage, so that none is idle."""
         return min(len(self.stages), len(self.units))
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is to be placed: tiles, of which the first `leads` are the gate's, and the bytes of keys
+    and values that each keeps."""
+
+    models: Sequence[Holder]
+    tiles: list[Tile]
+    caches: list[int]
+    leads: int
+
+    @property
+    def trials(self) -> int:
+        return len(self.tiles) - self.leads
+
+    def units(self, count: int) -> list[list[int]]:
+        """Tiles of at most `count` units, as even as they can be, by index."""
+        own = self.caches[self.leads :]
+        parts = [[self.leads + at for at in part] for part in cut(own, sum(own), count)]
+        return [[*range(self.leads), *parts[0]], *parts[1:]]
+
+    def held(self, units: list[list[int]]) -> int:
+        """Bytes of the caches of all units that are under way at once."""
+        most = max(sum(self.caches[index] for index in unit) for unit in units)
+        return min(len(self.models), len(units)) * most
 
 
 def plan_generation(
@@ -121,13 +169,28 @@ def plan_generation(
     it rides with the first unit. Raises BudgetError where that cannot be, of them NoRoomTogether
     for several devices.
     """
-    tiles = [*lead, *tiles]
-    caches = [0] * len(lead) + [_cache_bytes(models[0], tile, arms) for tile in tiles[len(lead) :]]
-    if len(models) == 1:
-        return _on_one(models[0], tiles, caches, at_least, len(lead))
+    caches = [0] * len(lead) + [_cache_bytes(models[0], tile, arms) for tile in tiles]
+    job = _Job(models, [*lead, *tiles], caches, len(lead))
+    least = max(at_least, min(len(models), len(tiles)))
+    found: list[Generation] = []
+    failure: BudgetError | None = None
     for offload in (True,) if models[0].machine.cpu else (False, True):
-        if found := _over_layers(models, tiles, caches, at_least, offload, len(lead)):
-            return found
+        for units in (job.units(count) for count in range(least, len(tiles) + 1)):
+            try:
+                found.append(_placed(job, units, offload))
+            except BudgetError as error:
+                failure = error
+                continue
+            if not any(sum(s.plan.reads[1:]) for s in found[-1].stages):
+                break  # with more units there is only more to do
+    if found:
+        return min(found, key=lambda one: one.seconds(_KIND[models[0].machine.cpu], *_RATES))
+    if len(models) == 1:
+        raise BudgetError(
+            f"--niah-mode generate: needed {format_bytes(max(caches))} for the keys and values of "
+            f"one tile beside what computes: {failure}",
+            hint="--niah-mode teacher keeps none; or a smaller --niah-context, or fewer arms",
+        )
     weights = sum(spec.nbytes for spec in models[0].specs)
     rooms = ", ".join(format_bytes(model.machine.vram) for model in models)
     raise NoRoomTogether(
@@ -144,98 +207,72 @@ def wants_layers_shared(models: Sequence[Holder]) -> bool:
     return any(weights > model.machine.vram or model.machine.cpu for model in models)
 
 
-def _on_one(
-    model: Holder, tiles: list[Tile], caches: list[int], at_least: int, leads: int
-) -> Generation:
-    """As few units as memory allows: each of them visits all weights again for every token."""
+def _placed(job: _Job, units: list[list[int]], offload: bool) -> Generation:
+    """With as few first walks as there may be. Raises the BudgetError of one for each tile."""
+    most = max(map(len, units))
+    for walks in range(1, most + 1):
+        try:
+            if len(job.models) > 1:
+                return _over_layers(job, units, walks, offload)
+            return _on_one(job, units, walks, offload)
+        except BudgetError:
+            if walks == most:
+                raise
+    raise AssertionError("a unit has tiles")
+
+
+def _on_one(job: _Job, units: list[list[int]], walks: int, offload: bool) -> Generation:
+    (model,), held = job.models, job.held(units)
     layers = range(model.config.num_hidden_layers)
-    failure: BudgetError | None = None
-    for count in range(at_least, len(tiles) - leads + 1):
-        for offload in (True,) if model.machine.cpu else (False, True):
-            held = sum(caches)
-            while True:  # the plan of the units whose caches it makes room for
-                try:
-                    plan = _plan(model, layers, tiles, held, offload, count)
-                except BudgetError as error:
-                    failure = error
-                    break
-                most = max(sum(caches[index] for index in unit) for unit in plan.sweeps)
-                if most >= held:
-                    stages = [Stage(layers, plan)]
-                    return Generation(stages, _units(plan, tiles, leads), offload, held)
-                held = most
-    raise BudgetError(
-        f"--niah-mode generate: needed {format_bytes(max(caches))} for the keys and values of one "
-        f"tile beside what computes: {failure}",
-        hint="--niah-mode teacher keeps none; or a smaller --niah-context, or fewer arms",
-    )
+    plan = _plan(model, layers, job, units, walks, held, offload)
+    return Generation([Stage(layers, plan)], _units(plan, job, units), offload, held)
 
 
-def _over_layers(
-    models: Sequence[Holder],
-    tiles: list[Tile],
-    caches: list[int],
-    at_least: int,
-    offload: bool,
-    leads: int,
-) -> Generation | None:
-    """Each device its share of the layers, all of them resident, and as few units as fit beside
-    them, but one for each device; None where that cannot be."""
-    trials = len(tiles) - leads
-    for units in range(max(at_least, min(len(models), trials)), trials + 1):
-        if found := _over_layers_in(models, tiles, caches, offload, leads, units):
-            return found
-    return None
-
-
-def _over_layers_in(
-    models: Sequence[Holder],
-    tiles: list[Tile],
-    caches: list[int],
-    offload: bool,
-    leads: int,
-    units: int,
-) -> Generation | None:
-    config, count = models[0].config, len(models)
-    held = min(count, units) * -(-(len(tiles) - leads) // units) * max(caches)
+def _over_layers(job: _Job, units: list[list[int]], walks: int, offload: bool) -> Generation:
+    """Each device its share of the layers, all of them resident."""
+    models, held = job.models, job.held(units)
+    config, specs = models[0].config, models[0].specs
     every = range(config.num_hidden_layers)
-    sizes = [
-        sum(spec.nbytes for spec in blocks_of(models[0].specs, range(i, i + 1))) for i in every
+    sizes = [sum(spec.nbytes for spec in blocks_of(specs, range(i, i + 1))) for i in every]
+    rooms = [_room(model, every, job, units, walks, held, offload) for model in models]
+    parts = spread_layers(sizes, rooms)
+    if parts is None:
+        raise BudgetError("the layers do not fit")
+    stages = [
+        Stage(layers, _plan(model, layers, job, units, walks, held, offload))
+        for model, layers in zip(models, parts, strict=True)
     ]
-    try:
-        rooms = [_room(model, every, tiles, held, offload, units, count) for model in models]
-        parts = spread_layers(sizes, rooms)
-        if parts is None:
-            return None
-        stages = [
-            Stage(layers, _plan(model, layers, tiles, held, offload, units, count))
-            for model, layers in zip(models, parts, strict=True)
-        ]
-    except BudgetError:
-        return None
     if not all(stage.resident for stage in stages):
-        return None
-    return Generation(stages, _units(stages[0].plan, tiles, leads), offload, held)
+        raise BudgetError("not all of the layers stay")
+    return Generation(stages, _units(stages[0].plan, job, units), offload, held)
 
 
-def _units(plan: Plan, tiles: list[Tile], leads: int) -> list[list[Tile]]:
-    """The tiles of each sweep; the gate's is no trial."""
-    units = [[tiles[index] for index in sweep if index >= leads] for sweep in plan.sweeps]
-    return [unit for unit in units if unit]
+def _units(plan: Plan, job: _Job, units: list[list[int]]) -> list[Unit]:
+    """The first walks of each unit; the gate's tile is no trial."""
+    return [
+        Unit(
+            [
+                [job.tiles[index] for index in sweep if index >= job.leads]
+                for sweep in plan.sweeps
+                if sweep[0] in unit
+            ]
+        )
+        for unit in units
+    ]
 
 
 def _room(
     model: Holder,
     layers: range,
-    tiles: list[Tile],
+    job: _Job,
+    units: list[list[int]],
+    walks: int,
     held: int,
     offload: bool,
-    units: int,
-    sharers: int,
 ) -> int:
     """Bytes of weights that may stay on one of several devices, beside what computes there."""
-    plan = _plan(model, layers, tiles, held, offload, units, sharers, visits=1)
-    machine = _machine(model, held, offload, sharers)
+    plan = _plan(model, layers, job, units, walks, held, offload)
+    machine = _machine(model, held, offload, len(job.models))
     if machine.cpu:
         return machine.ram - plan.placement.host_ring
     of_weights = ("weights in flight", "weights kept")
@@ -245,18 +282,18 @@ def _room(
 def _plan(
     model: Holder,
     layers: range,
-    tiles: list[Tile],
+    job: _Job,
+    units: list[list[int]],
+    walks: int,
     held: int,
     offload: bool,
-    at_least: int,
-    sharers: int = 1,
-    visits: int = NEW_TOKENS,
 ) -> Plan:
+    sharers = len(job.models)
     machine = _machine(model, held, offload, sharers)
-    shapes = [_shape(model, tile) for tile in tiles]
-    plan = make_plan(
-        model.config, blocks_of(model.specs, layers), shapes, machine, at_least, visits
-    )
+    shapes = [_shape(model, tile) for tile in job.tiles]
+    further = (NEW_TOKENS - 1) * len(units)
+    specs = blocks_of(model.specs, layers)
+    plan = make_plan(model.config, specs, shapes, machine, walks, units=units, further=further)
     if offload:
         return plan
     peaks = {**plan.peaks, "kept caches": held // sharers}

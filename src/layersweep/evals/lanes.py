@@ -8,7 +8,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 from layersweep.errors import Fallback
-from layersweep.evals.generation import Generation
+from layersweep.evals.generation import Generation, Unit
 from layersweep.evals.needle_job import NEW_TOKENS, NeedleJob
 from layersweep.sweep.caches import KeptCaches
 from layersweep.sweep.loop import Engine, LayerCheck, LogitsReader, Progress, SweepRecord, run_sweep
@@ -56,8 +56,8 @@ def generate_units(
         room = generation.unit_cache_bytes if generation.offload else None
         caches = KeptCaches(NEW_TOKENS, room, pin=not engines[0].compute.cpu, say=say)
         try:
-            own, first = generation.units[number], lead if number == 0 else None
-            return _unit(engines, needle, own, caches, first, tokens, host)
+            own, its_lead = generation.units[number], lead if number == 0 else None
+            return _unit(engines, needle, own, caches, its_lead, tokens, host)
         finally:
             caches.close()
 
@@ -110,13 +110,14 @@ class _Tokens:
 def _unit(
     engines: Sequence[Engine],
     needle: NeedleJob,
-    tiles: list[Tile],
+    unit: Unit,
     caches: KeptCaches,
     lead: Lead | None,
     tokens: _Tokens,
     host: HostTurn,
 ) -> Generated:
     whole, sweeps = SweepRecord(), 0
+    place = {tile.first: index for index, tile in enumerate(unit.tiles)}
 
     def run(rides: list[Tile], read: LogitsReader) -> None:
         nonlocal sweeps
@@ -130,9 +131,9 @@ def _unit(
             lead=first.tile if first else None, check=first.check if first else None,
             progress=tokens.sweep,
         )  # fmt: skip
-        whole.add(record)
+        whole.add(record, ahead=place[rides[0].first] if rides else 0)
         sweeps += 1
         tokens.one()
 
-    needle.generate(run, tiles)
-    return Generated(tiles, whole, sweeps, whole.moved_bytes + caches.moved_bytes)
+    needle.generate(run, unit.first)
+    return Generated(unit.tiles, whole, sweeps, whole.moved_bytes + caches.moved_bytes)

@@ -103,12 +103,12 @@ class NeedleJob:
                 self.numbers.answer_nll[arm.name][index] = losses.mean().item()
         self._judged.clear()
 
-    def generate(self, run: RunTiles, tiles: Many[Tile]) -> None:
-        """Greedy generation of NEW_TOKENS tokens for the trials of `tiles`, all arms: a sweep per
-        token.
+    def generate(self, run: RunTiles, first: Many[Many[Tile]]) -> None:
+        """Greedy generation of NEW_TOKENS tokens for the trials of all tiles in `first`, all arms:
+        a sweep per token.
 
-        The first sweep reads each trial up to the answer; `run` keeps its caches, to which each
-        further one adds a token of every branch.
+        First sweeps, each with some of the tiles, read their trials up to the answer; `run` keeps
+        the caches, to which every further sweep adds a token of every branch, all tiles together.
         """
         chosen: dict[int, list[list[int]]] = {}
 
@@ -118,15 +118,17 @@ class NeedleJob:
             for branch, token in zip(tokens, best, strict=True):
                 branch.append(token)
 
-        def rides(sequence_of: Callable[[int], Sequence]) -> list[Tile]:
+        def rides(tiles: Many[Tile], sequence_of: Callable[[int], Sequence]) -> list[Tile]:
             return [
                 Tile(NEEDLE, tuple(sequence_of(index) for index in _trials_of(tile)), tile.first)
                 for tile in tiles
             ]
 
-        run(rides(self._question), pick)
+        for tiles in first:
+            run(rides(tiles, self._question), pick)
+        together = [tile for tiles in first for tile in tiles]
         for _ in range(NEW_TOKENS - 1):
-            run(rides(lambda index: self._step(index, chosen[index])), pick)
+            run(rides(together, lambda index: self._step(index, chosen[index])), pick)
         for index, tokens_of in chosen.items():
             for arm, tokens in zip(self._all, tokens_of, strict=True):
                 text = self.tokenizer.decode(tokens)

@@ -45,8 +45,9 @@ def shrink(study: Study, why: str) -> Fallback:
     is too much, too.
     """
     model, old = study.model, study.plan
-    parts = len(old.sweeps)
-    if not study.sweeping and parts == len(study.to_generate):
+    units = None if study.sweeping or not study.generation else study.generation.units
+    parts = len(old.sweeps if units is None else units)
+    if units and parts == len(study.to_generate):
         raise MachineError(
             f"the device ran out of memory ({why}), and tiles are generated one at a time already",
             hint=f"a smaller --niah-context, or --niah-mode teacher; {KEPT}",

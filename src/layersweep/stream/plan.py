@@ -43,9 +43,8 @@ HOST_RING = 2**30
 @dataclass(frozen=True)
 class Plan:
     """`sweeps[i]` are the tiles (by index) of sweep i. `reads`, `copies` and `sweep_flops` are of
-    each walk over the weights, one per sweep unless it visits them more often: bytes from files,
-    bytes to the device, operations (of a token that is generated, none are counted). `peaks` sums
-    to `device_bytes`."""
+    each walk over the weights, the sweeps and further ones behind them: bytes from files, bytes to
+    the device, operations (of a further walk, none are counted). `peaks` sums to `device_bytes`."""
 
     sweeps: tuple[tuple[int, ...], ...]
     peaks: dict[str, int]
@@ -106,12 +105,14 @@ def make_plan(
     tiles: Sequence[TileShape],
     machine: Machine,
     at_least: int = 1,
-    visits: int = 1,
+    units: Sequence[Sequence[int]] | None = None,
+    further: int = 0,
 ) -> Plan:
     """Cut `tiles` into sweeps that fit the machine's budgets, and place the weights.
 
-    `at_least`: sweeps wanted, for as many tiles. `visits`: of all weights by each of them, which
-    generation needs for every token.
+    `at_least`: sweeps wanted, for as many tiles. For generation, `units`: of tiles (by index),
+    where no sweep has tiles of two, and which have `at_least` each; `further`: walks over all
+    weights behind the sweeps, in which a token rides for each of many.
 
     On the CPU both budgets are host memory and `vram` bounds the working set alone. Raises
     BudgetError with needed, available and what would fit.
@@ -129,9 +130,9 @@ def make_plan(
             hint=f"--vram {needed.replace(' ', '')}, or fewer arms in --kv, or a smaller "
             "--niah-context",
         )
-    sweeps = cut(sizes, machine.vram - fixed, at_least)
+    sweeps = _sweeps(sizes, machine.vram - fixed, at_least, units)
     held = max(sum(sizes[index] for index in sweep) for sweep in sweeps)
-    walks = len(sweeps) * visits
+    walks = len(sweeps) + further
     room = machine.vram - fixed - held
     if walks > 1 and room + peaks.get("weights in flight", 0) >= whole:
         room += peaks.pop("weights in flight", 0)  # what stays needs no ring
@@ -156,10 +157,9 @@ def make_plan(
             *[sum(run.stored_bytes for run in from_disk)] * repeats,
         ),
         copies=(0,) * walks if machine.cpu else tuple(copied),
-        sweep_flops=tuple(
-            sum(flops[index] for index in sweep) if visit == 0 else 0.0
-            for sweep in sweeps
-            for visit in range(visits)
+        sweep_flops=(
+            *(sum(flops[index] for index in sweep) for sweep in sweeps),
+            *[0.0] * further,
         ),
         vram=machine.vram,
         ram=machine.ram,
@@ -226,6 +226,15 @@ def place(runs: Sequence[Run], machine: Machine, host_ring: int, room: int | Non
         host_ring=host_ring,
         drop_cache=machine.sharers * machine.ram - held < sum(sizes),
     )
+
+
+def _sweeps(
+    sizes: Sequence[int], room: int, at_least: int, units: Sequence[Sequence[int]] | None
+) -> tuple[tuple[int, ...], ...]:
+    if units is None:
+        return cut(sizes, room, at_least)
+    parts = ((unit, cut([sizes[index] for index in unit], room, at_least)) for unit in units)
+    return tuple(tuple(unit[at] for at in sweep) for unit, sweeps in parts for sweep in sweeps)
 
 
 def cut(sizes: Sequence[int], room: int, at_least: int = 1) -> tuple[tuple[int, ...], ...]:

@@ -72,13 +72,14 @@ class SweepRecord:
     seconds: dict[str, float] = field(default_factory=dict)
     moved_bytes: int = 0
 
-    def add(self, later: SweepRecord) -> None:
-        """Take over a later sweep of the same tiles."""
+    def add(self, later: SweepRecord, ahead: int = 0) -> None:
+        """Take over a later sweep of the same tiles, or of those behind the first `ahead`."""
         for key, counted in later.cache_bits.items():
             total = self.cache_bits.setdefault(key, [0.0, 0.0])
             total[0] += counted[0]
             total[1] += counted[1]
-        for where, layer in later.nonfinite.items():
+        for (tile, sequence, branch), layer in later.nonfinite.items():
+            where = ahead + tile, sequence, branch
             self.nonfinite[where] = min(layer, self.nonfinite.get(where, layer))
         for phase, seconds in later.seconds.items():
             self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
