@@ -80,7 +80,7 @@ class Unit:
 
     @property
     def walks(self) -> int:
-        """Over all weights: one for each further token."""
+        """Over all weights: the first ones, and one for each further token."""
         return len(self.first) + NEW_TOKENS - 1
 
 
@@ -140,20 +140,54 @@ class _Job:
     caches: list[int]
     leads: int
 
-    @property
-    def trials(self) -> int:
-        return len(self.tiles) - self.leads
-
     def units(self, count: int) -> list[list[int]]:
         """Tiles of at most `count` units, as even as they can be, by index."""
         own = self.caches[self.leads :]
         parts = [[self.leads + at for at in part] for part in cut(own, sum(own), count)]
         return [[*range(self.leads), *parts[0]], *parts[1:]]
 
-    def held(self, units: list[list[int]]) -> int:
+
+@dataclass(frozen=True)
+class _Way:
+    """One way to do a job: its units, and at least how many first walks each of them has."""
+
+    job: _Job
+    units: list[list[int]]
+    first: int
+    offload: bool
+
+    @property
+    def held(self) -> int:
         """Bytes of the caches of all units that are under way at once."""
-        most = max(sum(self.caches[index] for index in unit) for unit in units)
-        return min(len(self.models), len(units)) * most
+        most = max(sum(self.job.caches[index] for index in unit) for unit in self.units)
+        return min(len(self.job.models), len(self.units)) * most
+
+    def machine(self, model: Holder) -> Machine:
+        """What the caches leave of the budgets. Stages have one host, and a lane each."""
+        machine, stages = replace(model.machine, lanes=len(self.job.models)), len(self.job.models)
+        if self.offload:
+            return replace(machine, ram=max(0, machine.ram - self.held) // stages)
+        return replace(machine, vram=machine.vram - self.held // stages, ram=machine.ram // stages)
+
+    def plan(self, model: Holder, layers: range) -> Plan:
+        shapes = [_shape(model, tile) for tile in self.job.tiles]
+        plan = make_plan(
+            model.config, blocks_of(model.specs, layers), shapes, self.machine(model), self.first,
+            units=self.units, further=(NEW_TOKENS - 1) * len(self.units),
+        )  # fmt: skip
+        if self.offload:
+            return plan
+        peaks = {**plan.peaks, "kept caches": self.held // len(self.job.models)}
+        return replace(plan, peaks=peaks, vram=model.machine.vram)
+
+    def generation(self, stages: list[Stage]) -> Generation:
+        """With the first walks of the plan; the gate's tile is no trial."""
+        sweeps = [
+            (sweep[0], [self.job.tiles[index] for index in sweep if index >= self.job.leads])
+            for sweep in stages[0].plan.sweeps
+        ]
+        units = [Unit([tiles for first, tiles in sweeps if first in unit]) for unit in self.units]
+        return Generation(stages, units, self.offload, self.held)
 
 
 def plan_generation(
@@ -210,94 +244,45 @@ def wants_layers_shared(models: Sequence[Holder]) -> bool:
 def _placed(job: _Job, units: list[list[int]], offload: bool) -> Generation:
     """With as few first walks as there may be. Raises the BudgetError of one for each tile."""
     most = max(map(len, units))
-    for walks in range(1, most + 1):
+    for first in range(1, most + 1):
+        way = _Way(job, units, first, offload)
         try:
-            if len(job.models) > 1:
-                return _over_layers(job, units, walks, offload)
-            return _on_one(job, units, walks, offload)
+            return _over_layers(way) if len(job.models) > 1 else _on_one(way)
         except BudgetError:
-            if walks == most:
+            if first == most:
                 raise
     raise AssertionError("a unit has tiles")
 
 
-def _on_one(job: _Job, units: list[list[int]], walks: int, offload: bool) -> Generation:
-    (model,), held = job.models, job.held(units)
+def _on_one(way: _Way) -> Generation:
+    (model,) = way.job.models
     layers = range(model.config.num_hidden_layers)
-    plan = _plan(model, layers, job, units, walks, held, offload)
-    return Generation([Stage(layers, plan)], _units(plan, job, units), offload, held)
+    return way.generation([Stage(layers, way.plan(model, layers))])
 
 
-def _over_layers(job: _Job, units: list[list[int]], walks: int, offload: bool) -> Generation:
+def _over_layers(way: _Way) -> Generation:
     """Each device its share of the layers, all of them resident."""
-    models, held = job.models, job.held(units)
-    config, specs = models[0].config, models[0].specs
-    every = range(config.num_hidden_layers)
+    models = way.job.models
+    every, specs = range(models[0].config.num_hidden_layers), models[0].specs
     sizes = [sum(spec.nbytes for spec in blocks_of(specs, range(i, i + 1))) for i in every]
-    rooms = [_room(model, every, job, units, walks, held, offload) for model in models]
-    parts = spread_layers(sizes, rooms)
+    parts = spread_layers(sizes, [_room(way, model, every) for model in models])
     if parts is None:
         raise BudgetError("the layers do not fit")
     stages = [
-        Stage(layers, _plan(model, layers, job, units, walks, held, offload))
-        for model, layers in zip(models, parts, strict=True)
+        Stage(layers, way.plan(model, layers)) for model, layers in zip(models, parts, strict=True)
     ]
     if not all(stage.resident for stage in stages):
         raise BudgetError("not all of the layers stay")
-    return Generation(stages, _units(stages[0].plan, job, units), offload, held)
+    return way.generation(stages)
 
 
-def _units(plan: Plan, job: _Job, units: list[list[int]]) -> list[Unit]:
-    """The first walks of each unit; the gate's tile is no trial."""
-    return [
-        Unit(
-            [
-                [job.tiles[index] for index in sweep if index >= job.leads]
-                for sweep in plan.sweeps
-                if sweep[0] in unit
-            ]
-        )
-        for unit in units
-    ]
-
-
-def _room(
-    model: Holder,
-    layers: range,
-    job: _Job,
-    units: list[list[int]],
-    walks: int,
-    held: int,
-    offload: bool,
-) -> int:
+def _room(way: _Way, model: Holder, layers: range) -> int:
     """Bytes of weights that may stay on one of several devices, beside what computes there."""
-    plan = _plan(model, layers, job, units, walks, held, offload)
-    machine = _machine(model, held, offload, len(job.models))
+    plan, machine = way.plan(model, layers), way.machine(model)
     if machine.cpu:
         return machine.ram - plan.placement.host_ring
     of_weights = ("weights in flight", "weights kept")
     return machine.vram - sum(size for name, size in plan.peaks.items() if name not in of_weights)
-
-
-def _plan(
-    model: Holder,
-    layers: range,
-    job: _Job,
-    units: list[list[int]],
-    walks: int,
-    held: int,
-    offload: bool,
-) -> Plan:
-    sharers = len(job.models)
-    machine = _machine(model, held, offload, sharers)
-    shapes = [_shape(model, tile) for tile in job.tiles]
-    further = (NEW_TOKENS - 1) * len(units)
-    specs = blocks_of(model.specs, layers)
-    plan = make_plan(model.config, specs, shapes, machine, walks, units=units, further=further)
-    if offload:
-        return plan
-    peaks = {**plan.peaks, "kept caches": held // sharers}
-    return replace(plan, peaks=peaks, vram=model.machine.vram)
 
 
 def _shape(model: Holder, tile: Tile) -> TileShape:
@@ -316,14 +301,6 @@ def _columns(tile: Tile) -> int:
     prefix = max(len(sequence.prefix) for sequence in tile.sequences)
     question = max(len(branch.ids) for s in tile.sequences for branch in s.branches)
     return kept_columns(prefix, question, NEW_TOKENS)
-
-
-def _machine(model: Holder, held: int, offload: bool, sharers: int) -> Machine:
-    """What `held` bytes of caches leave of the budgets; `sharers` stages have one host."""
-    machine = replace(model.machine, lanes=sharers)  # a lane for each stage
-    if offload:
-        return replace(machine, ram=max(0, machine.ram - held) // sharers)
-    return replace(machine, vram=machine.vram - held // sharers, ram=machine.ram // sharers)
 
 
 def _cache_bytes(model: Holder, tile: Tile, arms: Sequence[Arm]) -> int:
