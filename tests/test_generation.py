@@ -30,7 +30,7 @@ from layersweep.stream.blocks import BlockSpec
 from layersweep.stream.runs import Placement, compute_ring, runs_of, spread_layers
 from layersweep.stream.shapes import Machine, tile_bytes
 from layersweep.stream.store import BlockStore
-from layersweep.sweep.caches import KeptCaches
+from layersweep.sweep.caches import KeptCaches, cache_memory
 from layersweep.sweep.loop import Engine, SweepRecord
 from layersweep.sweep.model import Model, load
 from layersweep.sweep.sequences import Branch, Sequence, Tile, tiles_of
@@ -322,10 +322,12 @@ def test_where_caches_wait_and_how_many_arms_go_at_once_changes_no_bit(
     rides = texts([(40, 5), (31, 8), (31, 8)], len(arms), 3, tiny.config.vocab_size, 0)
     expected = stepped(tiny, rides, arms, KeptCaches(3))
     for room in (2**24, 1000):  # where it is full, memory of their own
-        caches = KeptCaches(3, room)
+        memory = cache_memory(room)
+        memory.bytes.fill_(255)  # as others left it: NaN in every type
+        caches = KeptCaches(3, memory)
         assert torch.equal(stepped(tiny, rides, arms, caches), expected)
         assert caches.moved_bytes == 0  # nothing leaves the host
-        caches.close()
+        memory.close()
     monkeypatch.setattr("layersweep.sweep.state.STEP_ELEMENTS", 1)
     assert torch.equal(stepped(tiny, rides, arms, KeptCaches(3)), expected)
 

@@ -38,7 +38,7 @@ from layersweep.model.compute import choose_compute
 from layersweep.stream.plan import host_ring_bytes, place
 from layersweep.stream.runs import Placement, compute_ring, runs_of
 from layersweep.stream.store import BlockStore
-from layersweep.sweep.caches import KeptCaches
+from layersweep.sweep.caches import KeptCaches, cache_memory
 from layersweep.sweep.loop import Engine, run_sweep
 from layersweep.sweep.model import Model, load
 from layersweep.sweep.sequences import Branch, Sequence, Tile, tiles_of
@@ -147,10 +147,12 @@ def test_a_token_at_a_time_is_one_pass(wide: Path, capability: str | None) -> No
     assert distance.isfinite().all() and distance.flatten().quantile(0.9) < 1e-3
     for room in (2**28, 2**20):  # the smaller one holds a part of them
         said: list[Fallback] = []
-        caches = KeptCaches(4, room, pin=True, say=said.append)
-        assert torch.equal(stepped(engine, given, arms, caches), found)
-        assert caches.moved_bytes > 0 and not said
-        caches.close()
+        memory = cache_memory(room, pin=True, say=said.append)
+        for _ in range(2):  # and again where others' caches were
+            caches = KeptCaches(4, memory)
+            assert torch.equal(stepped(engine, given, arms, caches), found)
+            assert caches.moved_bytes > 0 and not said
+        memory.close()
     engine.close()
 
 

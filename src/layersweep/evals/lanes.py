@@ -6,11 +6,13 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from itertools import islice, takewhile
 
 from layersweep.errors import Fallback
 from layersweep.evals.generation import Generation, Unit
 from layersweep.evals.needle_job import NEW_TOKENS, NeedleJob
-from layersweep.sweep.caches import KeptCaches
+from layersweep.stream.pinned import HostBuffer
+from layersweep.sweep.caches import KeptCaches, cache_memory
 from layersweep.sweep.loop import Engine, LayerCheck, LogitsReader, Progress, SweepRecord, run_sweep
 from layersweep.sweep.sequences import Tile
 from layersweep.sweep.turn import HostTurn
@@ -51,34 +53,47 @@ def generate_units(
     its layers are visited, so that lanes alternate.
     """
     tokens, host = _Tokens(progress, generation.walks), HostTurn()
+    waiting: list[HostBuffer] = []  # where the caches of a finished unit were: pinned once
 
     def unit(number: int) -> Generated:
-        room = generation.unit_cache_bytes if generation.offload else None
-        caches = KeptCaches(NEW_TOKENS, room, pin=not engines[0].compute.cpu, say=say)
+        own, its_lead = generation.units[number], lead if number == 0 else None
+        memory = waiting.pop() if waiting else None
+        if generation.offload and memory is None:
+            pin = not engines[0].compute.cpu
+            memory = cache_memory(generation.unit_cache_bytes, pin=pin, say=say)
         try:
-            own, its_lead = generation.units[number], lead if number == 0 else None
+            caches = KeptCaches(NEW_TOKENS, memory)
             return _unit(engines, needle, own, caches, its_lead, tokens, host)
-        finally:
-            caches.close()
+        finally:  # every walk ends with the device, so that nothing reads it any more
+            if memory:
+                waiting.append(memory)
 
-    count = len(generation.units)
-    if generation.lanes == 1:
-        for number in range(count):
-            if not allows_another():
-                return
-            yield unit(number)
-        return
-    with engines[0].compute.numerics(), ThreadPoolExecutor(generation.lanes, "lane") as lanes:
+    numbers = takewhile(lambda number: allows_another(), range(len(generation.units)))
+    try:
+        if generation.lanes == 1:
+            yield from map(unit, numbers)
+        else:
+            yield from _in_lanes(generation.lanes, unit, numbers, engines[0], tokens)
+    finally:
+        for memory in waiting:
+            memory.close()
+
+
+def _in_lanes(
+    count: int,
+    unit: Callable[[int], Generated],
+    numbers: Iterator[int],
+    engine: Engine,
+    tokens: _Tokens,
+) -> Iterator[Generated]:
+    """Units as they are done, `count` of them under way."""
+    with engine.compute.numerics(), ThreadPoolExecutor(count, "lane") as lanes:
         running: set[Future[Generated]] = set()
-        begun = 0
         try:
-            while begun < count or running:
-                while begun < count and len(running) < generation.lanes:
-                    if not allows_another():
-                        count = begun
-                        break
-                    running.add(lanes.submit(unit, begun))
-                    begun += 1
+            while True:
+                running |= {lanes.submit(unit, n) for n in islice(numbers, count - len(running))}
+                if not running:
+                    return
                 done, running = wait(running, return_when=FIRST_COMPLETED)
                 for future in done:
                     yield future.result()

@@ -28,31 +28,32 @@ Streams = tuple[CachedStream, CachedStream]
 ALIGNMENT = 64
 
 
+def cache_memory(
+    nbytes: int, *, pin: bool = False, say: Callable[[Fallback], None] = lambda fallback: None
+) -> HostBuffer:
+    """Host memory where caches wait, pinned for a GPU if it can be. Close it."""
+    memory = HostBuffer(nbytes)
+    if pin:
+        memory.touch()
+        if not memory.pin():
+            why = "the system pins no more; copies take about 5 times as long"
+            wanted = f"{format_bytes(nbytes)} pinned"
+            say(Fallback("kept caches", wanted, "pageable memory", why))
+    return memory
+
+
 class KeptCaches:
     """Caches of the tiles that are generated together, up to `new_tokens` tokens of each branch.
 
-    `host_bytes`: they wait in so much host memory, pinned for a GPU if it can be, and visit the
-    device with their layer; None leaves them there. What does not fit any more is pageable.
-    `moved_bytes`: what has gone to a device for that.
+    `memory`: they wait there, and visit the device with their layer; None leaves them on it. What
+    does not fit any more is pageable. `moved_bytes`: what has gone to a device for that.
     """
 
-    def __init__(
-        self,
-        new_tokens: int,
-        host_bytes: int | None = None,
-        *,
-        pin: bool = False,
-        say: Callable[[Fallback], None] = lambda fallback: None,
-    ) -> None:
+    def __init__(self, new_tokens: int, memory: HostBuffer | None = None) -> None:
         self.new_tokens, self.moved_bytes = new_tokens, 0
         self._tiles: dict[int, KeptTile] = {}
         self._layers: dict[tuple[int, int], KeptLayer] = {}
-        self._arena = None if host_bytes is None else HostBuffer(host_bytes)
-        self._used = 0
-        if self._arena and pin and not self._arena.pin():
-            wanted = f"{format_bytes(self._arena.bytes.numel())} pinned"
-            why = "the system pins no more; copies take about 5 times as long"
-            say(Fallback("kept caches", wanted, "pageable memory", why))
+        self._memory, self._used = memory, 0
 
     def tile(self, tile: Tile) -> KeptTile:
         """Lengths of a tile's caches, those of its first sweep."""
@@ -67,22 +68,16 @@ class KeptCaches:
             self._layers[at] = KeptLayer(self.tile(tile), self)
         return self._layers[at]
 
-    def close(self) -> None:
-        """Give pinned memory back, once no copy reads it."""
-        self._layers.clear()
-        if self._arena:
-            self._arena.close()
-
     def zeros(self, shape: Many[int], like: Tensor) -> Tensor:
         """Memory that is kept, of the kind of `like`."""
-        if not self._arena:
+        if not self._memory:
             return torch.zeros(shape, dtype=like.dtype, device=like.device)
-        return self._take(torch.Size(shape), like.dtype)
+        return self._take(torch.Size(shape), like.dtype).zero_()
 
     def put(self, x: Tensor) -> Tensor:
         """A tensor that nobody else has, where it is kept. The host does not wait for a device, and
         must not look: what is read of it later follows on the same stream."""
-        if not self._arena:
+        if not self._memory:
             return x
         return self._take(x.shape, x.dtype).copy_(x, non_blocking=True)
 
@@ -93,14 +88,14 @@ class KeptCaches:
         return x.to(device, non_blocking=True)
 
     def _take(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """Zeros from the arena; memory of its own where that is full."""
-        assert self._arena is not None
+        """Some of `memory`, whatever it holds; memory of its own where that is full."""
+        assert self._memory is not None
         start = self._used
         stop = start + shape.numel() * dtype.itemsize
-        if stop > self._arena.bytes.numel():
-            return torch.zeros(shape, dtype=dtype)
+        if stop > self._memory.bytes.numel():
+            return torch.empty(shape, dtype=dtype)
         self._used = -(-stop // ALIGNMENT) * ALIGNMENT
-        return self._arena.bytes[start:stop].view(dtype).view(shape)
+        return self._memory.bytes[start:stop].view(dtype).view(shape)
 
 
 @dataclass
