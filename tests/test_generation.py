@@ -21,7 +21,8 @@ from stepped import in_one_pass, stepped, texts
 from layersweep.checkpoint.config import ModelConfig
 from layersweep.cli.app import run
 from layersweep.errors import BudgetError, MachineError, NoRoomTogether
-from layersweep.evals.generation import Generation, plan_generation
+from layersweep.evals.generation import Generation
+from layersweep.evals.generation_plan import plan_generation
 from layersweep.evals.settings import EvalSettings
 from layersweep.evals.shrink import shrink
 from layersweep.evals.study import prepare_study

@@ -74,7 +74,7 @@ def _over_layers(job: Job, say: Say) -> dict[str, Any] | None:
     """Answers that are generated visit all weights for every token. Where a device cannot keep them
     but all of them together can, one process computes on all, each with its share of the layers;
     None where that is not so, or not all there is to do."""
-    from layersweep.evals.generation import wants_layers_shared
+    from layersweep.evals.generation_plan import wants_layers_shared
     from layersweep.evals.study import prepare_study
     from layersweep.sweep.model import load
 

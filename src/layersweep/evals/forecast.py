@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from layersweep.checkpoint.config import ModelConfig
 from layersweep.errors import InputError, NoRoomTogether
 from layersweep.evals import needle_job, perplexity
-from layersweep.evals.generation import Generation, plan_generation, wants_layers_shared
+from layersweep.evals.generation import Generation
+from layersweep.evals.generation_plan import plan_generation, wants_layers_shared
 from layersweep.evals.record import CONTROL_WINDOWS, NEEDLE, PERPLEXITY
 from layersweep.evals.settings import EvalSettings
 from layersweep.evals.shard import share

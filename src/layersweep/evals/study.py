@@ -18,7 +18,8 @@ from layersweep.checkpoint.config import ModelConfig
 from layersweep.errors import Fallback, InputError
 from layersweep.evals.finished import FinishedSweep
 from layersweep.evals.gate import Card, Gate
-from layersweep.evals.generation import Generation, plan_generation
+from layersweep.evals.generation import Generation
+from layersweep.evals.generation_plan import plan_generation
 from layersweep.evals.meter import Meter
 from layersweep.evals.needle import make_trials
 from layersweep.evals.needle_job import NeedleJob
