@@ -124,7 +124,7 @@ def test_trellis_scale(workshop: Workshop, scalar: int, dim: int, seed: int) -> 
     check.check_trellis_scale(workshop.kernels(DTYPES[scalar]), CPU, dim, seed)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     batch=st.integers(1, 2),
     heads=st.integers(1, 2),

@@ -154,7 +154,8 @@ def test_address_space_for_fewer_tiles_than_planned(tmp_path: Path, undisturbed:
         done = limited(folder, extra * 2**20)
         if done.returncode == 0 and "host memory" in done.stderr:
             found, wanted = numbers(folder), numbers(undisturbed)
-            assert [one["what"] for one in found.pop("fallbacks")] == ["host memory"]
+            # once, or where that was not enough once more
+            assert {one["what"] for one in found.pop("fallbacks")} == {"host memory"}
             assert wanted.pop("fallbacks") == [] and found == wanted
             return
     pytest.fail(f"all of it fitted, or nothing: {done.stderr}")
