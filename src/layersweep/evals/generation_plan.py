@@ -25,7 +25,6 @@ from layersweep.units import format_bytes
 OVERHEAD_BITS, SIMULATED_BITS = 1.0, 32.0
 # Assumed where placements are compared: FLOP/s, bytes/s over the bus and from a disk.
 _RATES = 1e14, 1e10, 1e9
-_KIND = {True: "cpu", False: "cuda"}
 
 
 class Holder(Protocol):
@@ -74,7 +73,8 @@ class _Way:
 
     def machine(self, model: Holder) -> Machine:
         """What the caches leave of the budgets. Stages have one host, and a lane each."""
-        machine, stages = replace(model.machine, lanes=len(self.job.models)), len(self.job.models)
+        stages = len(self.job.models)
+        machine = replace(model.machine, lanes=stages)
         if self.offload:
             return replace(machine, ram=max(0, machine.ram - self.held) // stages)
         return replace(machine, vram=machine.vram - self.held // stages, ram=machine.ram // stages)
@@ -115,10 +115,10 @@ def plan_generation(
     """
     caches = [0] * len(lead) + [_cache_bytes(models[0], tile, arms) for tile in tiles]
     job = _Job(models, [*lead, *tiles], caches, len(lead))
-    least = max(at_least, min(len(models), len(tiles)))
+    least, cpu = max(at_least, min(len(models), len(tiles))), models[0].machine.cpu
     found: list[Generation] = []
     failure: BudgetError | None = None
-    for offload in (True,) if models[0].machine.cpu else (False, True):
+    for offload in (True,) if cpu else (False, True):
         for units in (job.units(count) for count in range(least, len(tiles) + 1)):
             try:
                 found.append(_placed(job, units, offload))
@@ -128,7 +128,7 @@ def plan_generation(
             if not any(sum(s.plan.reads[1:]) for s in found[-1].stages):
                 break  # with more units there is only more to do
     if found:
-        return min(found, key=lambda one: one.seconds(_KIND[models[0].machine.cpu], *_RATES))
+        return min(found, key=lambda one: one.seconds("cpu" if cpu else "cuda", *_RATES))
     if len(models) == 1:
         raise BudgetError(
             f"--niah-mode generate: needed {format_bytes(max(caches))} for the keys and values of "
@@ -171,7 +171,7 @@ def _on_one(way: _Way) -> Generation:
 
 
 def _over_layers(way: _Way) -> Generation:
-    """Each device its share of the layers, all of them resident."""
+    """Each device its share of the layers, all of which stay on it."""
     models = way.job.models
     every, specs = range(models[0].config.num_hidden_layers), models[0].specs
     sizes = [sum(spec.nbytes for spec in blocks_of(specs, range(i, i + 1))) for i in every]
@@ -181,7 +181,7 @@ def _over_layers(way: _Way) -> Generation:
     stages = [
         Stage(layers, way.plan(model, layers)) for model, layers in zip(models, parts, strict=True)
     ]
-    if not all(stage.resident for stage in stages):
+    if not all(stage.on_device for stage in stages):
         raise BudgetError("not all of the layers stay")
     return way.generation(stages)
 

@@ -14,7 +14,7 @@ from layersweep.kv.rotate import add_rows
 if TYPE_CHECKING:
     from layersweep.kernels import Kernels
 
-MOST_COLUMNS = 256  # of the kernel that takes the level
+MOST_COLUMNS = 256  # of the kernels
 
 
 def mean_kind(codec: Codec) -> tuple[bool, bool]:
@@ -32,16 +32,14 @@ def mean_for(codec: Codec, x_BHTD: Tensor) -> Tensor | None:
     """
     if not wants_mean(codec):
         return None
-    tokens, dim = x_BHTD.shape[2:]
+    tokens = x_BHTD.shape[2]
     kernels = _kernels_for(x_BHTD)
     if kernels is None and not wants_level(codec):
         return (add_rows(x_BHTD.float(), dim=2) / tokens).to(torch.float16)
     sums = kernels.column_sums(x_BHTD) if kernels else sums_by_torch(x_BHTD)
     if not wants_level(codec):
         return (sums[0] / tokens).to(torch.float16)
-    if kernels and dim <= MOST_COLUMNS:
-        return kernels.mean_and_level(sums, tokens)
-    return mean_and_level_by_torch(sums, tokens)
+    return (kernels.mean_and_level if kernels else mean_and_level_by_torch)(sums, tokens)
 
 
 def mean_and_level_by_torch(sums: Tensor, tokens: int) -> Tensor:
@@ -65,7 +63,8 @@ def sums_by_torch(x_BHTD: Tensor) -> Tensor:
 def _kernels_for(x_BHTD: Tensor) -> Kernels | None:
     # kernels for float32 input are part of every module: one less to compile
     dtype = torch.float16 if x_BHTD.dtype == torch.float32 else x_BHTD.dtype
-    return _kernels(x_BHTD.device, dtype) if x_BHTD.stride(3) == 1 else None
+    fits = x_BHTD.stride(3) == 1 and x_BHTD.shape[3] <= MOST_COLUMNS
+    return _kernels(x_BHTD.device, dtype) if fits else None
 
 
 @cache
