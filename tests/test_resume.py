@@ -192,11 +192,11 @@ def test_another_version_text_or_checkpoint_is_refused(
 
 
 def test_two_runs_on_one_folder(tmp_path: Path) -> None:
-    with RunFolder(tmp_path):
+    with RunFolder(tmp_path, print):
         for resume in (False, True):
             with pytest.raises(InputError, match="found another run at work there"):
-                RunFolder(tmp_path, resume=resume)
-    RunFolder(tmp_path).__exit__()
+                RunFolder(tmp_path, print, resume=resume)
+    RunFolder(tmp_path, print).__exit__()
 
 
 def test_resume_needs_a_folder_and_starts_in_an_empty_one(

@@ -134,5 +134,8 @@ def test_a_slow_search_is_announced(model: Model, monkeypatch: pytest.MonkeyPatc
     settings = replace(SMALL, kv="K3V2,e8:K3V2", tasks=("ppl",), gate="off")
     assert "encoder" not in str(prepare_study(model, settings).fallbacks)
     monkeypatch.setattr("layersweep.kv.trellis.encoder_name", lambda: "torch")
+    monkeypatch.setattr("layersweep.study.study.numba_refusal", lambda: "numba is not installed")
     found = [f for f in prepare_study(model, settings).fallbacks if "encoder" in f.what]
-    assert [(f.what, f.used) for f in found] == [("encoder of trellis:K3V2", "plain torch, slower")]
+    assert [(f.what, f.used, f.why) for f in found] == [
+        ("encoder of trellis:K3V2", "plain torch, slower", "numba is not installed")
+    ]

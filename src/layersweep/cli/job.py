@@ -65,7 +65,7 @@ def compute(
 
     events = Events(Console(stderr=True), shard)
     study = None
-    with RunFolder(job.out, resume=job.resume) as folder:
+    with RunFolder(job.out, events.say, resume=job.resume) as folder:
         try:
             study = _prepare(job, shard, folder, events, prepared)
             return _measure(job, study, folder, events, ready)
@@ -137,7 +137,7 @@ def _prepare(
         events.say_once(f"note: {note}")
     kept = folder.path is not None
     study = prepared or prepare_study(loaded, job.settings, kept=kept, shard=shard)
-    folder.start(study, events.say)
+    folder.start(study)
     events.say_once(paths_line(study))
     events.say_once(budget_line(study))
     events.say_once(versions_line())

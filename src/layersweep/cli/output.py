@@ -10,24 +10,22 @@ shards/1-of-2, ...     the same for each of several processes (cli/shards.py)
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from layersweep.errors import InputError, MachineError
+from layersweep.errors import InputError
 from layersweep.report.files import write_report
-from layersweep.report.store import write_atomically
+from layersweep.runs.files import lock, write_atomically, writing
 from layersweep.runs.finished import DamagedSweep, FinishedSweep, pack, unpack
 from layersweep.runs.merge import Merged, StudyPart
 from layersweep.runs.record import NEEDLE, PERPLEXITY, Part, Record
 from layersweep.study.manifest import differences, manifest_of
 from layersweep.study.study import Study
 
-MANIFEST, FACTS, SWEEPS, LOCK = "manifest.json", "study.json", "sweeps", ".lock"
+MANIFEST, FACTS, SWEEPS = "manifest.json", "study.json", "sweeps"
 SHARDS = "shards"
 LINES = {PERPLEXITY: "segments.jsonl", NEEDLE: "needle.jsonl"}
 
@@ -42,8 +40,10 @@ class RunFolder:
     written; MachineError when a write fails later.
     """
 
-    def __init__(self, path: Path | None, *, resume: bool = False) -> None:
-        self.path, self.resume = path, resume
+    def __init__(
+        self, path: Path | None, say: Callable[[str], None], *, resume: bool = False
+    ) -> None:
+        self.path, self.say, self.resume = path, say, resume
         self.usable, self._lock = False, None
         if path is None:
             if resume:
@@ -64,7 +64,7 @@ class RunFolder:
                 "without",
                 hint="--resume on as many devices goes on with that run; or name another folder",
             )
-        self._lock = lock(path)
+        self._lock = lock(path, say)
         self.usable = not (path / MANIFEST).exists()  # not yet: it may be somebody else's run
 
     def __enter__(self) -> RunFolder:
@@ -74,7 +74,7 @@ class RunFolder:
         if self._lock is not None:
             os.close(self._lock)
 
-    def start(self, study: Study, say: Callable[[str], None]) -> None:
+    def start(self, study: Study) -> None:
         """Write the manifest, or check it and put back what finished sweeps had measured."""
         if self.path is None:
             return
@@ -83,10 +83,12 @@ class RunFolder:
             (self.path / SWEEPS).mkdir(exist_ok=True)
             if self.resume and (self.path / MANIFEST).exists():
                 self._check_manifest(manifest)
-                self._put_back(study, say)
+                self._put_back(study)
             else:
                 if self.resume:
-                    say(f"note: {self.path} holds no run yet: nothing to resume, a new one starts")
+                    self.say(
+                        f"note: {self.path} holds no run yet: nothing to resume, a new one starts"
+                    )
                 write_atomically(self.path / MANIFEST, json.dumps(manifest, indent=1))
             facts = {"shard": str(study.shard), **study.record.facts()}
             write_atomically(self.path / FACTS, json.dumps(facts))
@@ -124,7 +126,7 @@ class RunFolder:
                 "name another folder",
             )
 
-    def _put_back(self, study: Study, say: Callable[[str], None]) -> None:
+    def _put_back(self, study: Study) -> None:
         """Read the finished sweeps, and write their lines again: the last may be torn."""
         assert self.path is not None
         for name in LINES.values():
@@ -135,12 +137,12 @@ class RunFolder:
             try:
                 sweeps.append(unpack(study.record, path.read_bytes()))
             except DamagedSweep as failure:
-                say(f"note: {path}: {failure}; its tiles are computed again")
+                self.say(f"note: {path}: {failure}; its tiles are computed again")
                 path.unlink()
                 continue
             add_lines(self.path, study.record, sweeps[-1].parts)
         study.resume(sweeps)
-        say(
+        self.say(
             f"note: resumed behind {len(sweeps)} finished sweep(s): "
             f"{len(study.resumed)} of {len(study.own)} tiles are there"
         )
@@ -213,35 +215,3 @@ def _json_object(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"found {type(content).__name__}, needed an object")
     return content
-
-
-def lock(path: Path, *, wait: bool = False) -> int:
-    """A lock on the folder that ends with this process at the latest, however it ends."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    except OSError as failure:
-        raise InputError(
-            f"--out {path}: cannot be written ({failure.strerror})",
-            hint="name a folder that you may write to",
-        ) from failure
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as failure:
-        os.close(handle)
-        raise InputError(
-            f"--out {path}: found another run at work there, needed a folder of its own",
-            hint="wait for it to end, or name another folder",
-        ) from failure
-    return handle
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as failure:
-        raise MachineError(
-            f"{failure.filename or path}: cannot be written ({failure.strerror})",
-            hint="make room, then go on with --resume: finished sweeps are kept",
-        ) from failure

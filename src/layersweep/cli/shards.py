@@ -63,13 +63,14 @@ def collect(job: Job, of: int, say: Say) -> dict[str, Any] | None:
     Returns None while a process has not come to its end, or not all tiles are done there: with
     --stop-after, OUT/results.json is then of status "partial".
     """
-    from layersweep.cli.output import lock, read_part, write_merged
+    from layersweep.cli.output import read_part, write_merged
     from layersweep.report.store import RESULTS_FILE
+    from layersweep.runs.files import lock
     from layersweep.runs.merge import merge
 
     assert job.out is not None
     folders = _folders(job.out, of)
-    handle = lock(job.out, wait=True)
+    handle = lock(job.out, say, wait=True)
     try:
         there = [folder for folder in folders if (folder / RESULTS_FILE).is_file()]
         if len(there) < of:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 import jsonschema
 
 from layersweep.errors import InputError
+from layersweep.runs.files import write_atomically
 
 Json = dict[str, Any]
 
@@ -52,28 +51,6 @@ def write_results(directory: Path, results: Json) -> Path:
     write_atomically(path, json.dumps(results, indent=1, allow_nan=False, ensure_ascii=False))
     validate(results, source=str(path))
     return path
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Readers see the old file or the new one, after a power failure, too: temporary file beside
-    it, fsync, rename, fsync of the folder. Text gets a newline at its end."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data = content if isinstance(content, bytes) else f"{content}\n".encode()
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp gives 0600; a report is meant to be shown
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
 
 
 def load_results(location: Path) -> Json:

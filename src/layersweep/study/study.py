@@ -21,6 +21,7 @@ from layersweep.generate.plan import plan_generation
 from layersweep.kv.arms import Arm, parse_arms
 from layersweep.kv.codec import check_stream
 from layersweep.kv.stream import keys_and_values
+from layersweep.kv.trellis_search import numba_refusal
 from layersweep.runs.finished import FinishedSweep
 from layersweep.runs.record import NEEDLE, Part, Record
 from layersweep.runs.shard import WHOLE, Shard
@@ -40,7 +41,7 @@ from layersweep.text.tokenizer import TextTokenizer, check_ids
 from layersweep.text.windows import cut_windows, resolve_bos
 
 NEEDLE_TASK = "niah"
-SLOW = "on a CPU it needs numba; on a GPU kernels are for 1 to 4 bits and need NVRTC"
+SLOW_ON_GPU = "its kernels are for 1 to 4 bits and need NVRTC"
 
 
 @dataclass
@@ -197,11 +198,15 @@ class Study:
         notes = self.tokenizer.notes
         found = [Fallback("tokenizer", "tokenizer.json", "see why", note) for note in notes]
         device = self.model.compute.device
-        found += [
-            Fallback(f"encoder of {arm.name}", "a compiled search", "plain torch, slower", SLOW)
+        slow = [
+            arm.name
             for arm in self.arms
             if arm.method == "trellis" and arm.encoder_on(device) == "torch"
         ]
+        if slow:
+            why = numba_refusal() if device.type == "cpu" else SLOW_ON_GPU
+            wanted, used = "a compiled search", "plain torch, slower"
+            found += [Fallback(f"encoder of {name}", wanted, used, why) for name in slow]
         return [*found, *self.model.compute.fallbacks]
 
     def open(self, say: Callable[[Fallback], None] = lambda fallback: None) -> list[Engine]:
