@@ -100,7 +100,7 @@ def test_a_mode_that_cannot_be_set_is_no_failure(
         (errno.EDQUOT, "make room in your quota, then"),
         (errno.EROFS, "mount the file system for writing, then"),
         (errno.EIO, "check the disk"),
-        (errno.EACCES, "see that you may write there, then"),
+        (errno.EACCES, "see that you may read and write there, then"),
         (errno.ELOOP, "mend that, then go on with --resume"),
     ],
 )

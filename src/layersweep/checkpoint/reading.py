@@ -241,7 +241,7 @@ def _fingerprint(shards: Shards, raw_config: bytes) -> str:
     digest = hashlib.sha256()
     for name, source in sorted(shards.sources.items()):
         header = shards.headers[name].raw
-        digest.update(f"{name}\0{source.size}\0{len(header)}\0".encode())
+        digest.update(f"{name}\0{source.size}\0{len(header)}\0".encode(errors="surrogateescape"))
         digest.update(header)
     digest.update(f"config.json\0{len(raw_config)}\0".encode())
     digest.update(raw_config)

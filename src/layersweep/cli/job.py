@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from layersweep.errors import GateError, LayersweepError
+from layersweep.errors import GateError, Interrupted, LayersweepError
 from layersweep.runs.shard import WHOLE, Shard
 from layersweep.study.settings import EvalSettings
 
@@ -70,9 +70,18 @@ def compute(
             study = _prepare(job, shard, folder, events, prepared)
             return _measure(job, study, folder, events, ready)
         except (Exception, KeyboardInterrupt) as failure:
+            told = interrupted(job.out) if isinstance(failure, KeyboardInterrupt) else failure
             if job.out is not None and folder.usable:
-                _diagnose(job.out, failure, study, events)
-            raise
+                _diagnose(job.out, told, study, events)
+            if told is failure:
+                raise
+            raise told from failure
+
+
+def interrupted(out: Path | None) -> Interrupted:
+    """Ctrl-C, and what it leaves of a run."""
+    kept = f"finished sweeps are kept in {out}: --resume goes on behind them"
+    return Interrupted("interrupted", hint=kept if out else "without --out nothing is kept")
 
 
 def device_of(devices: str, shard: Shard) -> str:

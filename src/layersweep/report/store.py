@@ -60,6 +60,12 @@ def load_results(location: Path) -> Json:
     """
     path = location / RESULTS_FILE if location.is_dir() else location
     if not path.is_file():
+        if (location / "manifest.json").exists() or (location / "shards").exists():
+            raise InputError(
+                f"{location}: found no {RESULTS_FILE}, needed the folder of a run that came to its "
+                "end",
+                hint="`layersweep eval` goes on with it: the same command with --resume",
+            )
         raise InputError(
             f"{path}: found no such file, needed the results of a run",
             hint="give the folder that `layersweep eval --out` wrote, or its results.json",

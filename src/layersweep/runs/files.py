@@ -27,8 +27,8 @@ _REMEDIES = {
     errno.ENOSPC: "make room",
     errno.EDQUOT: "make room in your quota",
     errno.EROFS: "mount the file system for writing",
-    errno.EACCES: "see that you may write there",
-    errno.EPERM: "see that you may write there",
+    errno.EACCES: "see that you may read and write there",
+    errno.EPERM: "see that you may read and write there",
     errno.EIO: "check the disk (the system's log says more)",
     errno.ESTALE: "mount the network file system again",
     errno.EFBIG: "raise the limit on file sizes (`ulimit -f`)",
@@ -101,20 +101,20 @@ def writing(path: Path, then: str = RESUME) -> Iterator[None]:
     except OSError as failure:
         raise MachineError(
             f"{failure.filename or path}: cannot be written ({failure.strerror})",
-            hint=f"{remedy(failure)}, then {then}",
+            hint=f"{remedy(failure) or 'mend that'}, then {then}",
         ) from failure
 
 
 def remedy(failure: OSError) -> str:
-    """What to do about a failed write, as a clause."""
-    return _REMEDIES.get(failure.errno or 0, "mend that")
+    """What to do about a file that failed, as a clause; "" where its errno does not say."""
+    return _REMEDIES.get(failure.errno or 0, "")
 
 
 def _unusable(path: Path, failure: OSError) -> InputError:
     place = failure.filename or path
     return InputError(
         f"--out {place}: cannot be written ({failure.strerror})",
-        hint=f"{remedy(failure)}, or name another folder",
+        hint=f"{remedy(failure) or 'mend that'}, or name another folder",
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -24,7 +25,8 @@ class HostBuffer:
     def __init__(self, nbytes: int) -> None:
         self._map = mmap.mmap(-1, max(nbytes, 1))
         if hasattr(mmap, "MADV_HUGEPAGE"):  # 512 times fewer page faults, faster registration
-            self._map.madvise(mmap.MADV_HUGEPAGE)
+            with suppress(OSError):  # advice, which some kernels do not take
+                self._map.madvise(mmap.MADV_HUGEPAGE)
         self.bytes: Tensor = torch.frombuffer(self._map, dtype=torch.uint8)[:nbytes]
         self.pinned = False
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -81,7 +82,8 @@ class RunReader:
         lies behind the readers slows them (1.9 to 1.5 GB/s, seen).
         """
         if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._handle(file), 0, 0, os.POSIX_FADV_DONTNEED)
+            with suppress(OSError):  # advice, which some file systems do not take
+                os.posix_fadvise(self._handle(file), 0, 0, os.POSIX_FADV_DONTNEED)
         return 0
 
     def last_uses(self, runs: Sequence[Run]) -> dict[int, list[Path]]:
