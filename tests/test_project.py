@@ -111,6 +111,23 @@ def test_importing_layersweep_is_quick_and_brings_neither_torch_nor_accelerate()
     assert min(float(answer[0]) for answer in answers) < 0.5
 
 
+def test_records_and_merge_know_neither_torch_nor_a_model() -> None:
+    """A result is put together on a login node, where neither is."""
+    runs = sorted(path.stem for path in (SOURCE / "runs").glob("*.py"))
+    assert {"files", "finished", "folder", "merge", "record"} <= set(runs)
+    modules = ", ".join(f"layersweep.runs.{name}" for name in runs if name != "__init__")
+    code = (
+        f"import sys, {modules}\nfrom layersweep.cli.app import run\n"
+        "code = run(['merge', 'nowhere'])\n"
+        "rooms = {name.split('.')[1] for name in sys.modules if name.startswith('layersweep.')}\n"
+        "print(code, *({'torch', 'transformers'} & set(sys.modules)), "
+        "*({'stream', 'model', 'sweep'} & rooms))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["2"]
+    assert "error: nowhere: found no manifest.json" in done.stderr
+
+
 def test_accelerate_is_neither_imported_nor_required() -> None:
     for path in sorted(SOURCE.rglob("*.py")):
         tree = ast.parse(path.read_text("utf-8"))

@@ -18,13 +18,16 @@ from typing import Any
 import pytest
 
 import layersweep
+from layersweep import environment
 from layersweep.cli.app import run
-from layersweep.cli.output import RunFolder
 from layersweep.errors import InputError
+from layersweep.runs.differences import differences
 from layersweep.runs.finished import DamagedSweep, unpack
+from layersweep.runs.folder import RunFolder
 from layersweep.runs.record import TileKey
 from layersweep.stream.plan import Plan
 from layersweep.stream.rates import SWEEP_EFFICIENCY
+from layersweep.study.manifest import code_sha256
 from layersweep.study.sizing import DISK, LOSS_S, REPEATED_SHARE, sized_plan
 from layersweep.study.study import prepare_study
 from layersweep.tasks.settings import EvalSettings
@@ -189,6 +192,36 @@ def test_another_version_text_or_checkpoint_is_refused(
     (folder / "manifest.json").write_text('{"torch": ')
     assert evaluate(folder, "--resume") == 2
     assert "manifest.json: cannot be read" in capsys.readouterr().err
+
+
+def test_the_code_counts_and_neither_git_nor_a_page_of_docs(
+    undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = json.loads((undisturbed / "manifest.json").read_text())
+    commit = environment.git_commit()
+    assert commit is None or commit not in json.dumps(manifest)
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "run.py").write_text("1")
+    (tmp_path / "kernels/a.cu").write_text("1")
+    (tmp_path / "README.md").write_text("1")
+    before = code_sha256(tmp_path)
+    (tmp_path / "README.md").write_text("2")
+    code_sha256.cache_clear()
+    assert code_sha256(tmp_path) == before
+    (tmp_path / "kernels/a.cu").write_text("2")
+    code_sha256.cache_clear()
+    assert code_sha256(tmp_path) != before
+
+
+def test_values_that_differ_far_behind_are_shown_where_they_do() -> None:
+    there = {"arms": [f"trellis:K3V2@sink={n} version 2" for n in (1, 2, 3)], "same": "x" * 99}
+    here = there | {"arms": [f"trellis:K3V2@sink={n} version 2" for n in (1, 2, 4)]}
+    assert differences(there, here) == [
+        "arms ...ion 2', 'trellis:K3V2@sink=3 version 2'] there, "
+        "...ion 2', 'trellis:K3V2@sink=4 version 2'] here"
+    ]
+    long = {"code sha256": "a" * 60 + "bcde"}, {"code sha256": "a" * 60 + "xyde"}
+    assert differences(*long) == [f"code sha256 ...{'a' * 36}bcde there, ...{'a' * 36}xyde here"]
 
 
 def test_two_runs_on_one_folder(tmp_path: Path) -> None:

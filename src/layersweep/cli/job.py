@@ -15,7 +15,7 @@ from layersweep.tasks.settings import EvalSettings
 
 if TYPE_CHECKING:  # torch and scipy load only once the arguments are known to be good
     from layersweep.cli.events import Events
-    from layersweep.cli.output import RunFolder
+    from layersweep.runs.folder import RunFolder
     from layersweep.study.study import Study
     from layersweep.sweep.model import Model
 
@@ -61,7 +61,7 @@ def compute(
     study, if there is one already. Any failure leaves diagnosis.json.
     """
     from layersweep.cli.events import Events
-    from layersweep.cli.output import RunFolder
+    from layersweep.runs.folder import RunFolder
 
     events = Events(Console(stderr=True), shard)
     study = None
@@ -146,13 +146,26 @@ def _prepare(
         events.say_once(f"note: {note}")
     kept = folder.path is not None
     study = prepared or prepare_study(loaded, job.settings, kept=kept, shard=shard)
-    folder.start(study)
+    if kept:
+        _start(folder, study, events)
     events.say_once(paths_line(study))
     events.say_once(budget_line(study))
     events.say_once(versions_line())
     for fallback in study.fallbacks:
         events.say_fallback(fallback)
     return study
+
+
+def _start(folder: RunFolder, study: Study, events: Events) -> None:
+    from layersweep.study.manifest import manifest_of
+
+    sweeps = folder.start(manifest_of(study), study.record, str(study.shard))
+    if sweeps is not None:
+        study.resume(sweeps)
+        events.say(
+            f"note: resumed behind {len(sweeps)} finished sweep(s): "
+            f"{len(study.resumed)} of {len(study.own)} tiles are there"
+        )
 
 
 def _load(job: Job, shard: Shard) -> Model:
@@ -179,15 +192,15 @@ def _measure(
             with SweepProgress(events.console, shown=study.shard.local_rank == 0) as progress:
                 outcome = running.measure(
                     progress=progress,
-                    finished_sweep=lambda sweep: folder.keep(study, sweep),
+                    finished_sweep=lambda sweep: folder.keep(study.record, sweep),
                     limit=limit,
                 )
         except GateError:
             failed = build_results(study, Outcome(), command=job.command, gate_failed=True)
-            folder.finish(failed)
+            _write(folder.path, failed)
             raise
         results = build_results(study, outcome, command=job.command)
-        folder.finish(results)
+        _write(folder.path, results)
     if limit.reached:
         events.say(
             f"note: stopped behind {len(study.own) - len(study.pending)} of {len(study.own)} "
@@ -196,3 +209,13 @@ def _measure(
     if folder.path is not None and study.complete:
         events.say(f"wrote {folder.path}/results.json, report.html, windows.csv")
     return results
+
+
+def _write(folder: Path | None, results: dict[str, Any]) -> None:
+    """results.json, report.html and windows.csv, each whole or not at all."""
+    from layersweep.report.files import write_report
+    from layersweep.runs.files import writing
+
+    if folder is not None:
+        with writing(folder):
+            write_report(folder, results)

@@ -12,11 +12,11 @@ import jsonschema
 
 from layersweep.errors import InputError
 from layersweep.runs.files import write_atomically
+from layersweep.runs.folder import MANIFEST, RESULTS, SHARDS
 
 Json = dict[str, Any]
 
 SCHEMA_NAME = "layersweep.results/1"
-RESULTS_FILE = "results.json"
 SHOWN_PROBLEMS = 5
 
 
@@ -28,7 +28,7 @@ def results_schema() -> Json:
     return schema
 
 
-def validate(results: Json, *, source: str = RESULTS_FILE) -> None:
+def validate(results: Json, *, source: str = RESULTS) -> None:
     """Raises InputError that names every place (the first 5) where `results` breaks the schema."""
     found = jsonschema.Draft202012Validator(results_schema()).iter_errors(results)
     problems = sorted(f"{_place(error.absolute_path)}: {_reason(error)}" for error in found)
@@ -47,7 +47,7 @@ def write_results(directory: Path, results: Json) -> Path:
     The file is in place before the check, so that a long run is never lost to it.
     Raises ValueError if a number is NaN or infinite, InputError if the schema is broken.
     """
-    path = directory / RESULTS_FILE
+    path = directory / RESULTS
     write_atomically(path, json.dumps(results, indent=1, allow_nan=False, ensure_ascii=False))
     validate(results, source=str(path))
     return path
@@ -58,12 +58,11 @@ def load_results(location: Path) -> Json:
 
     Raises InputError when there is none, it is not JSON, or it does not follow the schema.
     """
-    path = location / RESULTS_FILE if location.is_dir() else location
+    path = location / RESULTS if location.is_dir() else location
     if not path.is_file():
-        if (location / "manifest.json").exists() or (location / "shards").exists():
+        if (location / MANIFEST).exists() or (location / SHARDS).exists():
             raise InputError(
-                f"{location}: found no {RESULTS_FILE}, needed the folder of a run that came to its "
-                "end",
+                f"{location}: found no {RESULTS}, needed the folder of a run that came to its end",
                 hint="`layersweep eval` goes on with it: the same command with --resume",
             )
         raise InputError(
