@@ -65,11 +65,12 @@ def evaluate(
         parse_counts,
         parse_depths,
         parse_segments,
+        parse_tasks,
     )
 
     settings = EvalSettings(
         kv=kv,
-        tasks=tuple(part.strip() for part in tasks.split(",") if part.strip()),
+        tasks=parse_tasks(tasks),
         text=text,
         segments=parse_segments(segments),
         prefix=prefix,

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import product
 from typing import cast
 
 import torch
@@ -19,13 +18,13 @@ from layersweep.errors import Fallback, InputError
 from layersweep.generate.generation import Generation
 from layersweep.generate.plan import plan_generation
 from layersweep.kv.arms import Arm, parse_arms
-from layersweep.kv.codec import check_stream
 from layersweep.kv.stream import keys_and_values
 from layersweep.kv.trellis_search import numba_refusal
 from layersweep.runs.finished import FinishedSweep
 from layersweep.runs.record import Record, TileKey
 from layersweep.runs.shard import WHOLE, Shard
 from layersweep.stream.plan import Plan
+from layersweep.study.fitting import fitting_arms
 from layersweep.study.gate import Card, Gate
 from layersweep.study.meter import Meter
 from layersweep.study.sizing import gemm_rate, sized_plan
@@ -49,8 +48,8 @@ class Study:
     `tiles` are all of the study; this process computes those of its `shard`. `plan` is for the
     sweeps that are left, behind those that are `done`; of these, an earlier process computed
     `resumed`. `generation` is how answers are generated, on `models`; `plan` is that of its first
-    stage where nothing else is left. `gate_passed`: in this process. `gemm_flops`: FLOP/s, where it
-    has been measured.
+    stage where nothing else is left. `left_out`: arms of `all` that do not fit. `gate_passed`: in
+    this process. `gemm_flops`: FLOP/s, where it has been measured.
     """
 
     model: Model
@@ -64,6 +63,7 @@ class Study:
     tiles: list[Tile]
     shard: Shard
     plan: Plan
+    left_out: list[Fallback]
     generation: Generation | None = None
     gemm_flops: float | None = None
     done: FinishedSweep = field(default_factory=lambda: FinishedSweep([]))
@@ -206,7 +206,7 @@ class Study:
             why = numba_refusal() if device.type == "cpu" else SLOW_ON_GPU
             wanted, used = "a compiled search", "plain torch, slower"
             found += [Fallback(f"encoder of {name}", wanted, used, why) for name in slow]
-        return [*found, *self.model.compute.fallbacks]
+        return [*self.left_out, *found, *self.model.compute.fallbacks]
 
     def open(self, say: Callable[[Fallback], None] = lambda fallback: None) -> list[Engine]:
         """Take the memory of what comes next; close it when results are in place, since giving back
@@ -244,9 +244,7 @@ def prepare_study(
             hint="--kv K3V2,K4V2",
         )
     streams = keys_and_values(config.num_key_value_heads, config.head_dim)
-    for arm, stream in product(arms, streams):
-        if arm.codec is not None:
-            check_stream(arm.codec, stream, model.compute.device, model.compute.dtype)
+    arms, left_out = fitting_arms(arms, streams, model.compute.device, model.compute.dtype)
     tokenizer = TextTokenizer.load(model.checkpoint.folder)
     text = load_text(settings.text, model.checkpoint.source)
     bos_id = resolve_bos(tokenizer, settings.bos)
@@ -265,7 +263,7 @@ def prepare_study(
     gemm_flops = gemm_rate(model) if kept else None
     study = Study(
         model, settings, text, tokenizer, arms, bos_id, tasks, gate, tiles,
-        shard, model.plan(lead), gemm_flops=gemm_flops,
+        shard, model.plan(lead), left_out, gemm_flops=gemm_flops,
     )  # fmt: skip
     study.plan_rest()
     return study

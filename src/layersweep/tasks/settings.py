@@ -64,6 +64,11 @@ class EvalSettings:
         return self.generates and self.tasks == ("niah",)
 
 
+def parse_tasks(text: str) -> tuple[str, ...]:
+    """ "ppl,niah" -> ("ppl", "niah")."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
 def parse_segments(text: str) -> int | None:
     """A count, or None for "all"."""
     if text == "all":
