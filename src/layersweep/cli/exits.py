@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import sys
@@ -13,6 +14,8 @@ from layersweep.errors import Interrupted, LayersweepError
 from layersweep.runs.files import remedy
 
 Fail = Callable[[str, str, int], int]
+# errors of writes alone, and of no file of ours: these are told by `runs.files.writing`
+_OF_STDOUT = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EPIPE)
 
 
 def print_any_name() -> None:
@@ -57,11 +60,9 @@ def _failed_file(failure: OSError, fail: Fail) -> int:
     """Tell of a file, or of stdout, that failed; quietly if that is a pipe that nobody reads."""
     if failure.filename is not None:
         return fail(f"{failure.filename}: {failure.strerror}", remedy(failure), 1)
-    try:
-        sys.stdout.flush()
-    except OSError as broken:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
-        if isinstance(broken, BrokenPipeError):
-            return 1
-        return fail(f"stdout: cannot be written ({broken.strerror})", remedy(broken), 1)
-    raise failure
+    if failure.errno not in _OF_STDOUT:
+        raise failure
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+    if failure.errno == errno.EPIPE:
+        return 1
+    return fail(f"stdout: cannot be written ({failure.strerror})", remedy(failure), 1)
