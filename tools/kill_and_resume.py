@@ -2,11 +2,12 @@
 
     python tools/kill_and_resume.py [--kills 25] [--seed N] [-- MODEL and options of `eval`]
 
-Every trial is a run of its own. SIGKILL ends it and its resumptions, at most 3 times a trial; then one
-is left to finish. A moment is drawn in two steps, since a run may be mostly start: after which sweep,
-then how long after it, up to the time that a sweep takes. Prints one JSON line: kills by where they
-fell, trials, and the trials whose results.json has the numbers of an undisturbed run (everything but
-created, command, performance, where weights waited, and the measured peak in the gate).
+Every trial is a run of its own. SIGKILL ends it and its resumptions, at most 3 times a trial; then
+one is left to finish. A moment is drawn in two steps, since a run may be mostly start: after which
+sweep, then how long after it, up to the time that a sweep takes. Prints one JSON line: kills by
+where they fell, trials, and the trials whose results.json has the numbers of an undisturbed run
+(everything but created, command, performance, where weights waited, and the measured peak in the
+gate).
 """
 
 from __future__ import annotations

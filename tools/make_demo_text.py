@@ -24,8 +24,9 @@ SOURCE_NOTE = """\
 # heldout.txt
 
 Source files of celery 5.7.0 (PyPI wheel `{wheel}`, sha256 `{wheel_sha}`).
-Held out from step 2 of the demo model's training (../model/MODEL_CARD.md). {files} files, from `{first}` to `{last}`, each
-stripped and put under a heading line `= path =`; {size} bytes, sha256 `{text_sha}`.
+Held out from step 2 of the demo model's training (../model/MODEL_CARD.md).
+{files} files, from `{first}` to `{last}`, each stripped and put under a
+heading line `= path =`; {size} bytes, sha256 `{text_sha}`.
 
 `python tools/make_demo_text.py {wheel}` writes this folder. Celery's licence
 (BSD-3-Clause) is in `LICENSE.celery` and covers this text.

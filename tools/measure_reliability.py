@@ -4,8 +4,8 @@
     python tools/measure_reliability.py          the table, from what was measured last
 
 Measuring runs the tools named in the table one after another and writes their JSON lines to
-docs/measurements/reliability.jsonl. It takes half an hour on two cores. Lines of another device stay:
-`tools/kill_and_resume.py` measures kills on a GPU, and its line is added by hand.
+docs/measurements/reliability.jsonl. It takes half an hour on two cores. Lines of another device
+stay: `tools/kill_and_resume.py` measures kills on a GPU, and its line is added by hand.
 """
 
 from __future__ import annotations
