@@ -39,8 +39,8 @@ class Stage:
 
 @dataclass(frozen=True)
 class Unit:
-    """Tiles that are generated together. `first`: the tiles of each first walk; the gate may ride in
-    a walk without tiles."""
+    """Tiles that are generated together. `first`: the tiles of each first walk; the gate may ride
+    in a walk without tiles."""
 
     first: list[list[Tile]]
 
