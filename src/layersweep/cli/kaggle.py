@@ -55,7 +55,7 @@ def kaggle(
     source = parse_model(model)
     if revision is not None and source.kind != "hub":
         raise InputError(
-            f"--revision: found '{revision}' with {source}, needed a hub id",
+            f"--revision: found '{revision}' for {source}, needed a hub id",
             hint="leave --revision out",
         )
     parse_duration(stop_after, option="--stop-after")
