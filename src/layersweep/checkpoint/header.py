@@ -115,10 +115,10 @@ class _Scan:
         self.problems.append(Problem(str(self.file), tensor, found, needed, DOWNLOAD_AGAIN))
 
     def metadata(self, found: object) -> None:
-        """Free text, which nothing here reads; the format allows strings alone."""
+        """Free text, which nothing here reads; the format allows strings alone, or null."""
         texts = isinstance(found, dict) and all(isinstance(text, str) for text in found.values())
-        if not texts:
-            self.problem("__metadata__", show(found), "an object of strings")
+        if not texts and found is not None:
+            self.problem("__metadata__", show(found), "an object of strings, or null")
 
     def tensors(self, entries: dict[str, object]) -> dict[str, StoredTensor]:
         found = (self._tensor(name, entry) for name, entry in entries.items())
