@@ -30,6 +30,8 @@ LAYOUTS = [
     {"layout": "per_expert", "weights": "bf16"},
     {"layout": "fused", "weights": "bf16"},
     {"layout": "fused", "weights": "f32"},
+    {"layout": "fused", "weights": "nf4", "nested": True, "router": "nf4", "shards": 3},
+    {"layout": "fused", "weights": "nf4", "nested": False, "router": "float"},
 ]
 
 

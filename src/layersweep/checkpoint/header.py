@@ -46,6 +46,10 @@ class StoredTensor:
         shape, offset = (count, *self.shape[1:]), self.offset + start * step
         return replace(self, shape=shape, offset=offset, nbytes=count * step)
 
+    def as_bytes(self) -> StoredTensor:
+        """The same bytes as U8 [nbytes]."""
+        return replace(self, dtype="U8", shape=(self.nbytes,))
+
     def reshaped(self, shape: tuple[int, ...]) -> StoredTensor:
         """The same bytes under another shape of equal size."""
         if math.prod(shape) != math.prod(self.shape):
