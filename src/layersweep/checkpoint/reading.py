@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from layersweep.checkpoint.companions import SUFFIXES, Classifier
-from layersweep.checkpoint.config import ModelConfig, parse_config
+from layersweep.checkpoint.config import ModelConfig, ParsedConfig, parse_config
 from layersweep.checkpoint.files import Folder, read_small
 from layersweep.checkpoint.fused import expert_weights_of, straddled_elements
 from layersweep.checkpoint.header import StoredTensor
@@ -36,7 +36,8 @@ def scan_folder(
     """The checkpoint in `folder` (a local one is at `path`), or everything that is wrong."""
     problems: list[Problem] = []
     notes: list[str] = []
-    config, raw_config = _open_config(folder, problems)
+    parsed, raw_config = _open_config(folder, problems)
+    config = parsed.config
     shards = open_shards(folder, problems, notes)
     if config is None or problems:
         return None, problems
@@ -57,25 +58,26 @@ def scan_folder(
         fingerprint=_fingerprint(shards, raw_config),
         nbytes=sum(shards.tensors[name].nbytes for name in layout.used & shards.tensors.keys()),
         notes=tuple(notes),
+        unused_fields=parsed.unused,
     )
     return checkpoint, []
 
 
-def _open_config(folder: Folder, problems: list[Problem]) -> tuple[ModelConfig | None, bytes]:
+def _open_config(folder: Folder, problems: list[Problem]) -> tuple[ParsedConfig, bytes]:
     where = f"{folder.label}/config.json"
     if "config.json" not in folder.names():
         needed = "the model's config.json"
         hint = "give the folder that holds config.json and the .safetensors files"
         problems.append(Problem(where, None, "no such file", needed, hint))
-        return None, b""
+        return ParsedConfig(None, problems), b""
     try:
         raw = read_small(folder, "config.json")
     except FileProblem as error:
         problems.append(error.problem)
-        return None, b""
-    config, wrong = parse_config(raw, where)
-    problems.extend(wrong)
-    return config, raw
+        return ParsedConfig(None, problems), b""
+    parsed = parse_config(raw, where)
+    problems.extend(parsed.problems)
+    return parsed, raw
 
 
 class _Layout:
