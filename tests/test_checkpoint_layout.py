@@ -373,6 +373,14 @@ def test_every_problem_is_reported_at_once(tmp_path: Path) -> None:
         open_checkpoint(str(tmp_path))
 
 
+def test_an_adapter_alone_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    save_file({"x": torch.ones(1)}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match=r"config\.json: found no such file") as caught:
+        open_checkpoint(str(tmp_path))
+    assert "this is an adapter: merge it into its model" in caught.value.hint
+
+
 def test_revision_of_a_local_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--revision: found 'main'"):
         open_checkpoint(str(tiny_checkpoint(tmp_path)), revision="main")

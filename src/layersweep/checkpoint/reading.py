@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
+from layersweep.checkpoint.beside import ADAPTER, adapter_note, unused_files
 from layersweep.checkpoint.companions import SUFFIXES, Classifier
 from layersweep.checkpoint.config import ModelConfig, ParsedConfig, parse_config
 from layersweep.checkpoint.files import Folder, read_small
@@ -45,6 +46,8 @@ def scan_folder(
     weights = layout.weights()
     if problems:
         return None, problems
+    names = folder.names()
+    notes.extend(adapter_note(names))
     notes.extend(_tokenizer_note(folder, config))
     if not folder.has_values:
         notes.append("headers only: values of scales and quant_state were not checked")
@@ -59,6 +62,7 @@ def scan_folder(
         nbytes=sum(shards.tensors[name].nbytes for name in layout.used & shards.tensors.keys()),
         notes=tuple(notes),
         unused_fields=parsed.unused,
+        unused_files=unused_files(names, shards.sources),
     )
     return checkpoint, []
 
@@ -68,6 +72,8 @@ def _open_config(folder: Folder, problems: list[Problem]) -> tuple[ParsedConfig,
     if "config.json" not in folder.names():
         needed = "the model's config.json"
         hint = "give the folder that holds config.json and the .safetensors files"
+        if ADAPTER in folder.names():
+            hint = f"{ADAPTER} says that this is an adapter: merge it into its model, and give that"
         problems.append(Problem(where, None, "no such file", needed, hint))
         return ParsedConfig(None, problems), b""
     try:

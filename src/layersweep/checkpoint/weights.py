@@ -89,7 +89,8 @@ class Checkpoint:
     weights: canonical name -> Weight (`embed`, `norm`, `lm_head`, `layers.0.q_proj`,
     `layers.0.experts.3.w1`, ...). fingerprint: sha256 over file names, sizes, headers and
     config.json. nbytes: all weight bytes. notes: oddities that were read, for people.
-    unused_fields: of config.json, that nothing looked at.
+    unused_fields: of config.json, that nothing looks at. unused_files: in the same folder, that
+    nothing reads.
     """
 
     source: str
@@ -101,7 +102,8 @@ class Checkpoint:
     fingerprint: str
     nbytes: int
     notes: tuple[str, ...]
-    unused_fields: tuple[str, ...] = ()
+    unused_fields: tuple[str, ...]
+    unused_files: tuple[str, ...]
 
     @property
     def router_kind(self) -> str:
