@@ -89,7 +89,7 @@ def test_an_incomplete_copy_is_refused_with_both_reasons(
     monkeypatch.setenv("ALL_PROXY", "socks://127.0.0.1:7890")
     with pytest.raises(CheckpointError, match=r"model-00002-of-00002.*no such file") as caught:
         open_checkpoint("some/mixtral")
-    assert "and no connection to the hub (ALL_PROXY: " in str(caught.value)
+    assert "(no connection to the hub: ALL_PROXY: " in str(caught.value)
     assert "correct or unset ALL_PROXY" in caught.value.hint
 
 

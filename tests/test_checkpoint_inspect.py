@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from contextlib import redirect_stdout
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
 
 import pytest
@@ -86,6 +88,18 @@ def test_files_and_fields_that_are_not_used_are_listed(
     content = json.loads(capsys.readouterr().out)
     assert content["unused_files"] == sorted(UNUSED)
     assert content["unused_config_fields"] == ["auto_map", "layer_scale"]
+
+
+def test_names_that_are_not_utf_8_are_escaped(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path / "caf\udce9")
+    (folder / "x\udcff.py").touch()
+    for json_output in (False, True):
+        with redirect_stdout(TextIOWrapper(BytesIO(), encoding="utf-8")) as out:
+            inspect(str(folder), json_output=json_output)
+        out.seek(0)
+        shown = out.read()
+        assert "caf\\udce9" in shown
+        assert "x\\udcff.py" in shown
 
 
 def test_a_line_of_names_stays_short() -> None:

@@ -141,7 +141,7 @@ class Repository:
         """Why the copy in the cache does not do, and why nothing but it can be had."""
         assert self.unreachable is not None
         return CheckpointError(
-            f"{problems_error(problems)}, and no connection to the hub ({self.unreachable.why})",
+            f"{problems_error(problems)} (no connection to the hub: {self.unreachable.why})",
             hint=self.unreachable.hint,
         )
 
