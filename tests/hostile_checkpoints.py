@@ -367,6 +367,17 @@ CONFIGS = {
     "config-rope-parameters-list": case(
         config(rope_parameters=[1e4]), CONFIG, "rope_parameters = [10000.0]"
     ),
+    "config-rope-scaling-beside-parameters": case(
+        config(rope_scaling={"type": "linear", "factor": 4.0}), CONFIG, 'rope_type = "linear"'
+    ),
+    "config-rope-scaling-number": case(config(rope_scaling=4), CONFIG, "rope_scaling = 4"),
+    "config-layer-types-number": case(config(layer_types=7), CONFIG, "layer_types = 7"),
+    "config-quantization-number": case(
+        config(quantization_config=7), CONFIG, "quantization_config.quant_method = 7"
+    ),
+    "config-softcap": case(
+        config(final_logit_softcapping=[30.0]), CONFIG, "final_logit_softcapping = [30.0]"
+    ),
     "config-rope-type-unknown": case(
         config(rope_parameters={"rope_type": "eval(1)"}), CONFIG, 'rope_type = "eval(1)"'
     ),

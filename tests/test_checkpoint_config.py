@@ -83,13 +83,13 @@ def test_optional_fields() -> None:
             "rope_parameters.rope_theta = 10000.0, needed 1000000.0",
         ),
         ({"rope_parameters": {"full_attention": {"rope_theta": 7.0}}}, "needed one RoPE for all"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5, needed nothing or 1.0"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5, needed nothing or 1"),
         ({"per_layer_config": {"0": {"hidden_act": "gelu"}}}, "per_layer_config = {"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types = ["),
         ({"num_experts": 2}, "num_experts = 2, needed num_local_experts = 4, or nothing"),
         ({"quantization_config": {"quant_method": "gptq"}}, 'quant_method = "gptq"'),
         ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0, needed nothing"),
-        ({"norm_topk_prob": False}, "norm_topk_prob = false, needed nothing or True"),
+        ({"norm_topk_prob": False}, "norm_topk_prob = false, needed nothing or true"),
     ],
 )
 def test_refusals_name_the_field(changes: dict[str, Any], expected: str) -> None:

@@ -24,6 +24,7 @@ from checkpoint_builders import (
 )
 from torch import Tensor, nn
 
+from layersweep.bench.sync_nf4 import LoadedWeight
 from layersweep.checkpoint import Checkpoint, open_checkpoint, scan_checkpoint
 from layersweep.stream.blocks import Block, block_specs
 from layersweep.stream.reader import RunReader
@@ -97,6 +98,9 @@ def test_decoded_experts_equal_bitsandbytes_bit_for_bit(tmp_path: Path, nested: 
                 with torch.compiler.set_stance("force_eager"):
                     flat = bnb.functional.dequantize_4bit(stored[name], states[name]).reshape(-1)
                 for expert, elements in slices(part):
+                    weight = checkpoint.weights[f"layers.{layer}.experts.{expert}.{part}"]
+                    plainly = LoadedWeight.read(weight).dense(dtype, bitsandbytes=False)
+                    assert torch.equal(plainly.reshape(-1), flat[elements]), (name, expert, dtype)
                     found = blocks[f"layers.{layer}.experts.{expert}"].dense(part, dtype)
                     assert torch.equal(found.reshape(-1), flat[elements]), (name, expert, dtype)
 

@@ -239,7 +239,8 @@ class _Fields:
         return parts
 
     def check_foreign(self) -> None:
-        for name, needed in foreign_fields(self.fields):
+        for name, plain in foreign_fields(self.fields):
+            needed = " or ".join(["nothing", *map(_show, plain)])
             hint = f"{name} changes the maths: only a plain Mixtral can be computed so far"
             self.problem(name, self.fields[name], needed, hint)
         layers = self.get("layer_types") or []

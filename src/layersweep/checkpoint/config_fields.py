@@ -20,38 +20,67 @@ HARMLESS = frozenset({
     *("id2label", "label2id", "num_labels", "problem_type", "task_specific_params"),
 })  # fmt: skip
 
-# They change the maths of other families, or of any: the values that say what a Mixtral does.
+# They change the maths of other families: the values, beside null, with which a Mixtral is plain.
+NOTHING, OFF, ONE, NONE_OF_THEM = (), (False,), (1,), (0,)
 FOREIGN: Mapping[str, tuple[object, ...]] = {
-    # biases (llama, qwen, phi)
-    **dict.fromkeys(("attention_bias", "mlp_bias", "qkv_bias", "use_bias", "bias"), (False,)),
-    # parts of RoPE (glm, phi, gpt-neox), other positions (falcon, smollm3)
-    **{"partial_rotary_factor": (1.0,), "rotary_pct": (1.0,), "alibi": (False,)},
+    # biases: llama, qwen, phi
+    "attention_bias": OFF,
+    "mlp_bias": OFF,
+    "qkv_bias": OFF,
+    "use_bias": OFF,
+    "bias": OFF,
+    # part of a head under RoPE: glm, phi, gpt-neox; no RoPE: falcon, smollm3
+    "partial_rotary_factor": ONE,
+    "rotary_pct": ONE,
+    "alibi": OFF,
     "no_rope_layers": ([],),
-    # norms, caps and scales of attention (qwen3, gemma2, olmo, dbrx, granite), its kinds (llama4)
-    **dict.fromkeys(("use_qk_norm", "qk_norm", "use_bidirectional_attention"), (False,)),
-    **dict.fromkeys(("attn_logit_softcapping", "query_pre_attn_scalar", "clip_qkv"), ()),
-    **dict.fromkeys(("attention_multiplier", "attention_chunk_size"), ()),
-    # activations (gemma), scales of embedding, residual and logits (gemma2, granite, cohere)
-    **{"hidden_activation": ("silu",), "swiglu_limit": (), "final_logit_softcapping": ()},
-    **dict.fromkeys(("embedding_multiplier", "residual_multiplier", "scale_emb"), (1.0,)),
-    **dict.fromkeys(("logit_scale", "logits_scaling"), (1.0,)),
-    # routing and shared experts (deepseek, glm4_moe, qwen_moe, ernie)
-    **{"norm_topk_prob": (True,), "scoring_func": ("softmax",), "routed_scaling_factor": (1.0,)},
-    **dict.fromkeys(("n_group", "topk_group", "decoder_sparse_step", "moe_layer_freq"), (1,)),
-    **dict.fromkeys(("n_shared_experts", "num_shared_experts", "first_k_dense_replace"), (0,)),
-    **{"shared_expert_intermediate_size": (0,), "mlp_only_layers": ([],)},
+    # norms, caps and scale of attention: qwen3, olmo, gemma2, dbrx, granite; masks: llama4, gemma3
+    "use_qk_norm": OFF,
+    "qk_norm": OFF,
+    "attn_logit_softcapping": NOTHING,
+    "query_pre_attn_scalar": NOTHING,
+    "clip_qkv": NOTHING,
+    "attention_multiplier": NOTHING,
+    "attention_chunk_size": NOTHING,
+    "use_bidirectional_attention": OFF,
+    # activations: gemma, gpt_oss
+    "hidden_activation": ("silu",),
+    "swiglu_limit": NOTHING,
+    # scales and caps of embedding, residual and logits: granite, minicpm, cohere, gemma2
+    "embedding_multiplier": ONE,
+    "scale_emb": ONE,
+    "residual_multiplier": ONE,
+    "logit_scale": ONE,
+    "logits_scaling": ONE,
+    "final_logit_softcapping": NOTHING,
+    # routing, dense layers and shared experts: deepseek, glm4_moe, qwen_moe, ernie
+    "norm_topk_prob": (True,),
+    "scoring_func": ("softmax",),
+    "routed_scaling_factor": ONE,
+    "n_group": ONE,
+    "topk_group": ONE,
+    "decoder_sparse_step": ONE,
+    "moe_layer_freq": ONE,
+    "first_k_dense_replace": NONE_OF_THEM,
+    "mlp_only_layers": ([],),
+    "n_shared_experts": NONE_OF_THEM,
+    "num_shared_experts": NONE_OF_THEM,
+    "shared_expert_intermediate_size": NONE_OF_THEM,
     # any family
-    **{"per_layer_config": ({},), "pruned_heads": ({},), "compression_config": ({},)},
-    **dict.fromkeys(("is_encoder_decoder", "add_cross_attention"), (False,)),
+    "per_layer_config": ({},),
+    "pruned_heads": ({},),
+    "compression_config": ({},),
+    "is_encoder_decoder": OFF,
+    "add_cross_attention": OFF,
 }
 
 
-def foreign_fields(fields: Mapping[str, object]) -> Iterator[tuple[str, str]]:
-    """(field, what is needed) of the fields by which this is no plain Mixtral."""
+def foreign_fields(fields: Mapping[str, object]) -> Iterator[tuple[str, tuple[object, ...]]]:
+    """(field, the values it may have) of every field by which this is no plain Mixtral."""
     for name, plain in FOREIGN.items():
         value = fields.get(name)
         if value is not None and not any(value == one for one in plain):
-            yield name, " or ".join(["nothing", *map(repr, plain)])
+            yield name, plain
 
 
 def unused_fields(fields: Mapping[str, object], read: Iterable[str]) -> tuple[str, ...]:
