@@ -86,6 +86,7 @@ def test_optional_fields() -> None:
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5, needed nothing or 1"),
         ({"per_layer_config": {"0": {"hidden_act": "gelu"}}}, "per_layer_config = {"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types = ["),
+        ({"model_type": "llama"}, 'model_type = "llama", needed "mixtral"'),
         ({"num_experts": 2}, "num_experts = 2, needed num_local_experts = 4, or nothing"),
         ({"quantization_config": {"quant_method": "gptq"}}, 'quant_method = "gptq"'),
         ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0, needed nothing"),

@@ -243,6 +243,8 @@ class _Fields:
             needed = " or ".join(["nothing", *map(_show, plain)])
             hint = f"{name} changes the maths: only a plain Mixtral can be computed so far"
             self.problem(name, self.fields[name], needed, hint)
+        if (family := self.get("model_type", "mixtral")) != "mixtral":  # AutoConfig goes by it
+            self.problem("model_type", family, '"mixtral", as architectures has it')
         layers = self.get("layer_types") or []
         if not isinstance(layers, list) or any(kind != "full_attention" for kind in layers):
             self.problem("layer_types", layers, 'nothing, or "full_attention" for all')

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 # trained (dropout, router noise and losses act in training alone), which dtype the file has (each
 # tensor says its own), which row of the embedding is padding (it is read like any other).
 HARMLESS = frozenset({
-    *("_name_or_path", "name_or_path", "transformers_version", "model_type"),
+    *("_name_or_path", "name_or_path", "transformers_version"),
     *("use_cache", "return_dict", "output_attentions", "output_hidden_states"),
     *("output_router_logits", "chunk_size_feed_forward", "torchscript", "is_decoder"),
     *("attention_dropout", "router_jitter_noise", "router_aux_loss_coef", "initializer_range"),
