@@ -27,12 +27,13 @@ from layersweep.evals.settings import EvalSettings
 from layersweep.evals.shrink import shrink
 from layersweep.evals.study import prepare_study
 from layersweep.kv.arms import EXACT, Arm, parse_arms
-from layersweep.stream.blocks import BlockSpec
+from layersweep.stream.blocks import BlockSpec, blocks_of
+from layersweep.stream.host import HostStage
 from layersweep.stream.runs import Placement, compute_ring, runs_of, spread_layers
 from layersweep.stream.shapes import Machine, tile_bytes
 from layersweep.stream.store import BlockStore
 from layersweep.sweep.caches import KeptCaches, cache_memory
-from layersweep.sweep.loop import Engine, SweepRecord
+from layersweep.sweep.loop import Engine, SweepRecord, run_sweep
 from layersweep.sweep.model import Model, load
 from layersweep.sweep.sequences import Branch, Sequence, Tile, tiles_of
 from layersweep.sweep.shapes import tile_shape
@@ -286,12 +287,20 @@ JOINED = [
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    model = load(str(tiny_checkpoint(tmp_path_factory.mktemp("tiny"))), device="cpu")
-    runs = runs_of(model.specs)
-    placement = Placement(frozenset(), frozenset(), 0, compute_ring(runs))
-    store = BlockStore(model.specs, placement, torch.device("cpu"))
-    engine = Engine(model.checkpoint.config, store, model.compute, 0)
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return load(str(tiny_checkpoint(tmp_path_factory.mktemp("tiny"))), device="cpu")
+
+
+def engine_of(model: Model, layers: range) -> Engine:
+    specs = blocks_of(model.specs, layers)
+    placement = Placement(frozenset(), frozenset(), 0, compute_ring(runs_of(specs)))
+    store = BlockStore(specs, placement, torch.device("cpu"))
+    return Engine(model.config, store, model.compute, 0, layers)
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_model: Model) -> Iterator[Engine]:
+    engine = engine_of(tiny_model, range(tiny_model.config.num_hidden_layers))
     yield engine
     engine.close()
 
@@ -410,6 +419,33 @@ def test_one_lane_launches_at_a_time_and_another_while_it_waits() -> None:
         with turn.away():
             assert entered.wait(10)
             lane.join()
+
+
+def test_another_lane_launches_while_an_engine_is_left(
+    tiny_model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Leaving joins threads and, on a GPU, waits for the device."""
+    turn, stop = HostTurn(), HostStage.stop
+    launched: list[bool] = []
+
+    def launch() -> None:
+        with turn:
+            pass
+
+    def watched(stage: HostStage) -> None:
+        lane = threading.Thread(target=launch)
+        lane.start()
+        lane.join(10)
+        launched.append(not lane.is_alive())
+        stop(stage)
+
+    monkeypatch.setattr(HostStage, "stop", watched)
+    first, second = (engine_of(tiny_model, range(layer, layer + 1)) for layer in range(2))
+    tile = Tile("t", (Sequence((), (Branch(EXACT, (1, 2, 3), (0, 2)),)),))
+    run_sweep(first, [tile], lambda *read: None, then=[second], turn=turn)
+    assert launched == [True, True]
+    first.close()
+    second.close()
 
 
 def test_where_memory_ends_there_are_more_units_and_in_the_end_an_error() -> None:

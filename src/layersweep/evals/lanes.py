@@ -52,7 +52,7 @@ def generate_units(
     On several stages a thread per lane walks its unit through them; an engine is one's own while
     its layers are visited, so that lanes alternate.
     """
-    tokens, host = _Tokens(progress, generation.walks), HostTurn()
+    tokens, turn = _Tokens(progress, generation.walks), HostTurn()
     waiting: list[HostBuffer] = []  # where the caches of a finished unit were: pinned once
 
     def unit(number: int) -> Generated:
@@ -63,7 +63,7 @@ def generate_units(
             memory = cache_memory(generation.unit_cache_bytes, pin=pin, say=say)
         try:
             caches = KeptCaches(NEW_TOKENS, memory)
-            return _unit(engines, needle, own, caches, its_lead, tokens, host)
+            return _unit(engines, needle, own, caches, its_lead, tokens, turn)
         finally:  # every walk ends with the device, so that nothing reads it any more
             if memory:
                 waiting.append(memory)
@@ -129,7 +129,7 @@ def _unit(
     caches: KeptCaches,
     lead: Lead | None,
     tokens: _Tokens,
-    host: HostTurn,
+    turn: HostTurn,
 ) -> Generated:
     whole, sweeps = SweepRecord(), 0
     place = {tile.first: index for index, tile in enumerate(unit.tiles)}
@@ -142,7 +142,7 @@ def _unit(
             (first.read if first and tile is first.tile else read)(tile, *what)  # type: ignore[arg-type]
 
         record = run_sweep(
-            engines[0], rides, reads, then=engines[1:], caches=caches, host=host,
+            engines[0], rides, reads, then=engines[1:], caches=caches, turn=turn,
             lead=first.tile if first else None, check=first.check if first else None,
             progress=tokens.sweep,
         )  # fmt: skip
