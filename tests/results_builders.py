@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from layersweep.evals.measured import (
+from layersweep.tasks.measured import (
     ArmInfo,
     ControlMeasurement,
     NeedleMeasurements,
@@ -15,7 +15,7 @@ from layersweep.evals.measured import (
     TrialInfo,
     WindowInfo,
 )
-from layersweep.evals.summary import reasons_not_publishable, summarize_needle, summarize_perplexity
+from layersweep.tasks.summary import reasons_not_publishable, summarize_needle, summarize_perplexity
 
 SCORED = 511
 

@@ -11,12 +11,12 @@ import torch
 from oracle_models import oracle_model, scored_with_cache
 from torch import Tensor
 
-from layersweep.evals.run import run_study
-from layersweep.evals.settings import EvalSettings
-from layersweep.evals.study import Study, prepare_study
 from layersweep.kv import parse
 from layersweep.kv.cache import Shared, store
 from layersweep.kv.stream import Stream
+from layersweep.study.run import run_study
+from layersweep.study.settings import EvalSettings
+from layersweep.study.study import Study, prepare_study
 from layersweep.sweep.model import load
 
 DEMO = Path(__file__).parents[1] / "src/layersweep/demo/model"

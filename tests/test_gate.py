@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from layersweep.errors import GateError
-from layersweep.evals.gate import Gate
-from layersweep.evals.run import run_study
-from layersweep.evals.settings import EvalSettings
-from layersweep.evals.study import prepare_study
+from layersweep.study.gate import Gate
+from layersweep.study.run import run_study
+from layersweep.study.settings import EvalSettings
+from layersweep.study.study import prepare_study
 from layersweep.sweep.model import load
 
 planting = runpy.run_path(str(Path(__file__).parents[1] / "tools/plant_faults.py"))

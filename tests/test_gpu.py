@@ -23,9 +23,6 @@ import layersweep
 from layersweep.checkpoint.synth import MIXTRAL_8X7B, write_synthetic
 from layersweep.environment import DEVICE_RESERVE, Budget
 from layersweep.errors import Fallback, GateError, MachineError
-from layersweep.evals.run import Outcome, StudyRun, run_study
-from layersweep.evals.settings import EvalSettings
-from layersweep.evals.study import Study, prepare_study
 from layersweep.kernels import KernelError, Kernels
 from layersweep.kv import parse
 from layersweep.kv.arms import EXACT
@@ -38,6 +35,9 @@ from layersweep.model.compute import choose_compute
 from layersweep.stream.plan import host_ring_bytes, place
 from layersweep.stream.runs import Placement, compute_ring, runs_of
 from layersweep.stream.store import BlockStore
+from layersweep.study.run import Outcome, StudyRun, run_study
+from layersweep.study.settings import EvalSettings
+from layersweep.study.study import Study, prepare_study
 from layersweep.sweep.caches import KeptCaches, cache_memory
 from layersweep.sweep.loop import Engine, run_sweep
 from layersweep.sweep.model import Model, load

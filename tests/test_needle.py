@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layersweep.errors import InputError
-from layersweep.evals.needle import (
+from layersweep.kv.arms import parse_arms
+from layersweep.tasks.needle.task import NeedleJob
+from layersweep.tasks.needle.trials import (
     ANSWER_PREFIX,
     INTRO,
     NEEDLE,
@@ -21,10 +23,8 @@ from layersweep.evals.needle import (
     generated_correctly,
     make_trials,
 )
-from layersweep.evals.needle_job import NeedleJob
-from layersweep.evals.summary import summarize_needle
-from layersweep.evals.tokenizer import TextTokenizer
-from layersweep.kv.arms import parse_arms
+from layersweep.tasks.summary import summarize_needle
+from layersweep.text.tokenizer import TextTokenizer
 
 TEXT = demo_text(120_000)
 DEPTHS = [0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95]

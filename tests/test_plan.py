@@ -10,8 +10,6 @@ from hypothesis import strategies as st
 from mixtral_shapes import MIXTRAL, mixtral_specs
 
 from layersweep.errors import BudgetError, InputError
-from layersweep.evals.forecast import forecast, placeholder_tiles
-from layersweep.evals.settings import EvalSettings
 from layersweep.kv import parse
 from layersweep.stream.blocks import BlockSpec
 from layersweep.stream.plan import Plan, cut, make_plan
@@ -27,6 +25,8 @@ from layersweep.stream.shapes import (
     tile_bytes,
     tile_flops,
 )
+from layersweep.study.forecast import forecast, placeholder_tiles
+from layersweep.study.settings import EvalSettings
 
 SPECS = mixtral_specs()
 RUNS = runs_of(SPECS)

@@ -21,13 +21,13 @@ import layersweep
 from layersweep.cli.app import run
 from layersweep.cli.output import RunFolder
 from layersweep.errors import InputError
-from layersweep.evals.finished import DamagedSweep, unpack
-from layersweep.evals.record import Part
-from layersweep.evals.settings import EvalSettings
-from layersweep.evals.sizing import DISK, LOSS_S, REPEATED_SHARE, sized_plan
-from layersweep.evals.study import prepare_study
+from layersweep.runs.finished import DamagedSweep, unpack
+from layersweep.runs.record import Part
 from layersweep.stream.plan import Plan
 from layersweep.stream.rates import SWEEP_EFFICIENCY
+from layersweep.study.settings import EvalSettings
+from layersweep.study.sizing import DISK, LOSS_S, REPEATED_SHARE, sized_plan
+from layersweep.study.study import prepare_study
 
 Json = dict[str, Any]
 ARGUMENTS = (
@@ -55,7 +55,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def interrupted(folder: Path, after: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that gets Ctrl-C in the sweep behind the `after`-th."""
-    from layersweep.evals import run as running
+    from layersweep.study import run as running
 
     real, sweeps = running.run_sweep, 0
 

@@ -9,11 +9,11 @@ import pytest
 
 import layersweep
 from layersweep.environment import Budget
-from layersweep.evals.results import exact_pair_fraction
-from layersweep.evals.run import Outcome, run_study
-from layersweep.evals.settings import EvalSettings
-from layersweep.evals.study import Study, prepare_study
 from layersweep.report.store import validate
+from layersweep.study.results import exact_pair_fraction
+from layersweep.study.run import Outcome, run_study
+from layersweep.study.settings import EvalSettings
+from layersweep.study.study import Study, prepare_study
 from layersweep.sweep.model import Model
 
 SMALL = EvalSettings(

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from results_builders import STUDY, build_results, simulate_needle, simulate_perplexity
 
-from layersweep.evals.measured import ControlMeasurement
-from layersweep.evals.summary import reasons_not_publishable, summarize_needle, summarize_perplexity
 from layersweep.report.store import validate
+from layersweep.tasks.measured import ControlMeasurement
+from layersweep.tasks.summary import reasons_not_publishable, summarize_needle, summarize_perplexity
 
 
 @pytest.fixture(scope="module")

@@ -16,15 +16,15 @@ import numpy as np
 
 import layersweep
 from layersweep.checkpoint.layout import demo_folder
-from layersweep.evals.gate import Gate
-from layersweep.evals.needle import make_trials
-from layersweep.evals.needle_job import NeedleJob
-from layersweep.evals.perplexity import PerplexityJob
-from layersweep.evals.settings import DEPTHS
-from layersweep.evals.statistics import wilson_interval
-from layersweep.evals.text import load_text
-from layersweep.evals.tokenizer import TextTokenizer
-from layersweep.evals.windows import cut_windows
+from layersweep.statistics.paired import wilson_interval
+from layersweep.study.gate import Gate
+from layersweep.study.settings import DEPTHS
+from layersweep.tasks.needle.task import NeedleJob
+from layersweep.tasks.needle.trials import make_trials
+from layersweep.tasks.perplexity.task import PerplexityJob
+from layersweep.text.source import load_text
+from layersweep.text.tokenizer import TextTokenizer
+from layersweep.text.windows import cut_windows
 
 
 def needles(model: layersweep.Model, tokenizer: TextTokenizer, text: str, keys: int) -> dict:

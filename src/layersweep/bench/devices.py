@@ -21,15 +21,15 @@ from threading import BrokenBarrierError
 from typing import Any
 
 from layersweep.bench.study import Say, floor, long_text, measure_ceilings, one_tile
-from layersweep.evals.finished import pack
-from layersweep.evals.manifest import manifest_of
-from layersweep.evals.merge import StudyPart, merge
-from layersweep.evals.results import build_results
-from layersweep.evals.run import StudyRun
-from layersweep.evals.settings import EvalSettings
-from layersweep.evals.shard import WHOLE, Shard
-from layersweep.evals.study import prepare_study
 from layersweep.report.store import write_results
+from layersweep.runs.finished import pack
+from layersweep.runs.merge import StudyPart, merge
+from layersweep.runs.shard import WHOLE, Shard
+from layersweep.study.manifest import manifest_of
+from layersweep.study.results import build_results
+from layersweep.study.run import StudyRun
+from layersweep.study.settings import EvalSettings
+from layersweep.study.study import prepare_study
 from layersweep.sweep.model import load
 from layersweep.units import parse_size
 

@@ -24,9 +24,9 @@ def merge(
     from rich.console import Console
 
     from layersweep.cli.output import parts_of, read_part, write_merged
-    from layersweep.evals.merge import merge as merge_parts
-    from layersweep.evals.merge import words
     from layersweep.report.table import print_report
+    from layersweep.runs.merge import merge as merge_parts
+    from layersweep.runs.merge import words
 
     folders = [part for directory in directories for part in parts_of(directory)]
     parts = [read_part(folder) for folder in folders]

@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from layersweep.errors import InputError, MachineError
-from layersweep.evals.finished import DamagedSweep, FinishedSweep, pack, unpack
-from layersweep.evals.manifest import differences, manifest_of
-from layersweep.evals.merge import Merged, StudyPart
-from layersweep.evals.record import NEEDLE, PERPLEXITY, Part, Record
-from layersweep.evals.study import Study
 from layersweep.report.files import write_report
 from layersweep.report.store import write_atomically
+from layersweep.runs.finished import DamagedSweep, FinishedSweep, pack, unpack
+from layersweep.runs.merge import Merged, StudyPart
+from layersweep.runs.record import NEEDLE, PERPLEXITY, Part, Record
+from layersweep.study.manifest import differences, manifest_of
+from layersweep.study.study import Study
 
 MANIFEST, FACTS, SWEEPS, LOCK = "manifest.json", "study.json", "sweeps", ".lock"
 SHARDS = "shards"

@@ -16,11 +16,11 @@ from layersweep.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from layersweep.checkpoint.weights import Checkpoint
-    from layersweep.evals.forecast import Forecast
-    from layersweep.evals.settings import EvalSettings
     from layersweep.kv.arms import Arm
     from layersweep.stream.blocks import BlockSpec
     from layersweep.stream.rates import MachineRates
+    from layersweep.study.forecast import Forecast
+    from layersweep.study.settings import EvalSettings
 
 Cheaper = list[tuple[str, float]]
 
@@ -49,8 +49,8 @@ def plan(
     json_output: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """Predict memory and time of an evaluation; reads headers, computes nothing."""
-    from layersweep.evals.settings import EvalSettings, parse_counts, parse_segments
     from layersweep.kv.arms import parse_arms
+    from layersweep.study.settings import EvalSettings, parse_counts, parse_segments
 
     settings = EvalSettings(
         kv=kv,
@@ -76,8 +76,8 @@ def plan(
     rates = _rates(machine, vram, ram)
     from layersweep.checkpoint.layout import scan_checkpoint
     from layersweep.checkpoint.problems import problems_error
-    from layersweep.evals.forecast import forecast
     from layersweep.stream.blocks import block_specs
+    from layersweep.study.forecast import forecast
 
     checkpoint, problems = scan_checkpoint(model, revision)  # of a hub id, headers alone
     if checkpoint is None:
@@ -145,7 +145,7 @@ def _cheaper(
     total_s: float,
 ) -> Cheaper:
     """Settings that take less time, still publishable first."""
-    from layersweep.evals.forecast import forecast
+    from layersweep.study.forecast import forecast
 
     options: dict[str, dict[str, Any]] = {
         "--segments 60 --niah-per-depth 6": {"segments": 60, "niah_per_depth": 6},

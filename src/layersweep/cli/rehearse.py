@@ -13,7 +13,7 @@ from layersweep.units import format_bytes
 
 if TYPE_CHECKING:
     from layersweep.cli.job import Job
-    from layersweep.evals.rehearsal import Rehearsal
+    from layersweep.study.rehearsal import Rehearsal
 
 
 def rehearse_study(job: Job, layers: int) -> None:
@@ -25,8 +25,8 @@ def rehearse_study(job: Job, layers: int) -> None:
             hint="leave --out out",
         )
     from layersweep.cli.events import Events, layout_line, paths_line, versions_line
-    from layersweep.evals.rehearsal import rehearse
     from layersweep.kv.arms import parse_arms
+    from layersweep.study.rehearsal import rehearse
 
     parse_arms(job.settings.kv)
     from layersweep.sweep.model import load

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from layersweep.errors import InputError
-from layersweep.evals.finished import DamagedSweep, FinishedSweep, unpack
-from layersweep.evals.manifest import differences
-from layersweep.evals.record import Part, Record
-from layersweep.evals.results import measured_sections, now, verdict
+from layersweep.runs.finished import DamagedSweep, FinishedSweep, unpack
+from layersweep.runs.record import Part, Record
+from layersweep.study.manifest import differences
+from layersweep.study.results import measured_sections, now, verdict
 
 Json = dict[str, Any]
 

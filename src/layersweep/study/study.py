@@ -16,28 +16,28 @@ import torch
 
 from layersweep.checkpoint.config import ModelConfig
 from layersweep.errors import Fallback, InputError
-from layersweep.evals.finished import FinishedSweep
-from layersweep.evals.gate import Card, Gate
-from layersweep.evals.generation import Generation
-from layersweep.evals.generation_plan import plan_generation
-from layersweep.evals.meter import Meter
-from layersweep.evals.needle import make_trials
-from layersweep.evals.needle_job import NeedleJob
-from layersweep.evals.perplexity import PerplexityJob
-from layersweep.evals.record import NEEDLE, Part, Record
-from layersweep.evals.settings import EvalSettings
-from layersweep.evals.shard import WHOLE, Shard
-from layersweep.evals.sizing import gemm_rate, sized_plan
-from layersweep.evals.text import SourceText, load_text
-from layersweep.evals.tokenizer import TextTokenizer, check_ids
-from layersweep.evals.windows import cut_windows, resolve_bos
+from layersweep.generate.generation import Generation
+from layersweep.generate.plan import plan_generation
 from layersweep.kv.arms import Arm, parse_arms
 from layersweep.kv.codec import check_stream
 from layersweep.kv.stream import keys_and_values
+from layersweep.runs.finished import FinishedSweep
+from layersweep.runs.record import NEEDLE, Part, Record
+from layersweep.runs.shard import WHOLE, Shard
 from layersweep.stream.plan import Plan
+from layersweep.study.gate import Card, Gate
+from layersweep.study.meter import Meter
+from layersweep.study.settings import EvalSettings
+from layersweep.study.sizing import gemm_rate, sized_plan
 from layersweep.sweep.loop import Engine
 from layersweep.sweep.model import Model
 from layersweep.sweep.sequences import Tile
+from layersweep.tasks.needle.task import NeedleJob
+from layersweep.tasks.needle.trials import make_trials
+from layersweep.tasks.perplexity.task import PerplexityJob
+from layersweep.text.source import SourceText, load_text
+from layersweep.text.tokenizer import TextTokenizer, check_ids
+from layersweep.text.windows import cut_windows, resolve_bos
 
 NEEDLE_TASK = "niah"
 SLOW = "on a CPU it needs numba; on a GPU kernels are for 1 to 4 bits and need NVRTC"

@@ -8,8 +8,7 @@ from typing import Protocol
 
 from layersweep.checkpoint.config import ModelConfig
 from layersweep.errors import BudgetError, NoRoomTogether
-from layersweep.evals.generation import Generation, Stage, Unit
-from layersweep.evals.needle_job import NEW_TOKENS
+from layersweep.generate.generation import Generation, Stage, Unit
 from layersweep.kv.arms import EXACT, Arm
 from layersweep.stream.blocks import BlockSpec, blocks_of
 from layersweep.stream.plan import Plan, cut, make_plan
@@ -18,6 +17,7 @@ from layersweep.stream.shapes import Machine, TileShape
 from layersweep.sweep.sequences import Tile
 from layersweep.sweep.shapes import tile_shape
 from layersweep.sweep.state import arms_at_once, kept_columns
+from layersweep.tasks.needle.task import NEW_TOKENS
 from layersweep.units import format_bytes
 
 # Bits of an element beside a codec's own, for scales and means. What is arithmetic alone holds

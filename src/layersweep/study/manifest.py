@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from layersweep.environment import device_facts, versions
-from layersweep.evals.results import METRICS_VERSION
-from layersweep.evals.study import Study
+from layersweep.study.results import METRICS_VERSION
+from layersweep.study.study import Study
 
 SCHEMA = "layersweep.manifest/1"
 

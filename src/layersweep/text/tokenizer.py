@@ -19,7 +19,7 @@ from tokenizers import Encoding, Tokenizer
 from layersweep.checkpoint.files import LocalFolder, read_small
 from layersweep.checkpoint.strict_json import UnusableJson, parse_json
 from layersweep.errors import InputError
-from layersweep.evals.chat import render
+from layersweep.text.chat import render
 
 MOST_GROWTH = 64  # published ones replace a character by one of three bytes
 SLOW_TOKENIZER_FILES = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from layersweep.errors import GateError, InputError
-from layersweep.evals.gate import Check
-from layersweep.evals.settings import EvalSettings
-from layersweep.evals.study import Study, prepare_study
 from layersweep.stream.blocks import block_specs
+from layersweep.study.gate import Check
+from layersweep.study.settings import EvalSettings
+from layersweep.study.study import Study, prepare_study
 from layersweep.sweep.loop import run_sweep
 from layersweep.sweep.model import Model
 from layersweep.sweep.sequences import Sequence, Tile

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from layersweep.evals.measured import TrialInfo
-from layersweep.evals.needle import Trial, generated_correctly
-from layersweep.evals.record import NEEDLE, NeedleNumbers
-from layersweep.evals.tokenizer import TextTokenizer
 from layersweep.kv.arms import EXACT, Arm
+from layersweep.runs.record import NEEDLE, NeedleNumbers
 from layersweep.sweep.loop import LogitsReader
 from layersweep.sweep.sequences import Branch, Sequence, Tile, tiles_of
+from layersweep.tasks.measured import TrialInfo
+from layersweep.tasks.needle.trials import Trial, generated_correctly
+from layersweep.text.tokenizer import TextTokenizer
 
 TILE_TRIALS = 10
 # Generated trials: with fewer at once, two cards of 14 GiB hold Mixtral-8x7B beside 4096 tokens.

@@ -13,10 +13,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from layersweep.evals.needle_job import NEW_TOKENS
 from layersweep.stream.plan import Plan
 from layersweep.stream.rates import STEP_SECONDS, sweep_seconds
 from layersweep.sweep.sequences import Tile
+from layersweep.tasks.needle.task import NEW_TOKENS
 
 
 @dataclass(frozen=True)

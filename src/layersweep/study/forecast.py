@@ -7,19 +7,20 @@ from dataclasses import dataclass, replace
 
 from layersweep.checkpoint.config import ModelConfig
 from layersweep.errors import InputError, NoRoomTogether
-from layersweep.evals import needle_job, perplexity
-from layersweep.evals.generation import Generation
-from layersweep.evals.generation_plan import plan_generation, wants_layers_shared
-from layersweep.evals.record import CONTROL_WINDOWS, NEEDLE, PERPLEXITY
-from layersweep.evals.settings import EvalSettings
-from layersweep.evals.shard import share
+from layersweep.generate.generation import Generation
+from layersweep.generate.plan import plan_generation, wants_layers_shared
 from layersweep.kv.arms import EXACT, Arm
+from layersweep.runs.record import CONTROL_WINDOWS, NEEDLE, PERPLEXITY
+from layersweep.runs.shard import share
 from layersweep.stream.blocks import BlockSpec
 from layersweep.stream.plan import Plan, make_plan
 from layersweep.stream.rates import SWEEP_EFFICIENCY, MachineRates
 from layersweep.stream.shapes import Machine, tile_flops
+from layersweep.study.settings import EvalSettings
 from layersweep.sweep.sequences import Branch, Sequence, Tile, tiles_of
 from layersweep.sweep.shapes import tile_shape
+from layersweep.tasks.needle import task as needle_job
+from layersweep.tasks.perplexity import task as perplexity
 
 NEEDLE_BRANCH = 60  # tokens of question, answer prefix and answer
 

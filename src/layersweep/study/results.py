@@ -8,14 +8,14 @@ from datetime import UTC, datetime
 from typing import Any
 
 from layersweep.environment import device_facts, versions
-from layersweep.evals.finished import FinishedSweep
-from layersweep.evals.perplexity import TILE_SEGMENTS
-from layersweep.evals.record import NEEDLE, PERPLEXITY, Part, Record, finite
-from layersweep.evals.run import Outcome
-from layersweep.evals.study import Study
-from layersweep.evals.summary import reasons_not_publishable, summarize_needle, summarize_perplexity
 from layersweep.kv.cache import bits_per_element
+from layersweep.runs.finished import FinishedSweep
+from layersweep.runs.record import NEEDLE, PERPLEXITY, Part, Record, finite
 from layersweep.stream.rates import planned_seconds
+from layersweep.study.run import Outcome
+from layersweep.study.study import Study
+from layersweep.tasks.perplexity.task import TILE_SEGMENTS
+from layersweep.tasks.summary import reasons_not_publishable, summarize_needle, summarize_perplexity
 
 Json = dict[str, Any]
 

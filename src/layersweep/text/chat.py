@@ -3,7 +3,7 @@
 A template is a program from a stranger. Jinja's sandbox keeps it from Python and from files, but
 not from loops without end or strings without bound.
 
-    {"template", "message", "tokens"} --> python -m layersweep.evals.chat --> [text, error], in JSON
+    {"template", "message", "tokens"} --> python -m layersweep.text.chat --> [text, error], in JSON
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def render(template: str, message: str, tokens: Mapping[str, str]) -> str:
     """
     content = json.dumps({"template": template, "message": message, "tokens": dict(tokens)})
     # -P: a jinja2.py in the current folder, perhaps the checkpoint's, is not imported
-    command = [sys.executable, "-P", "-m", "layersweep.evals.chat"]
+    command = [sys.executable, "-P", "-m", "layersweep.text.chat"]
     try:
         done = subprocess.run(
             command, input=content.encode(), capture_output=True, timeout=PATIENCE

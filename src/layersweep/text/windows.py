@@ -11,8 +11,8 @@ from typing import Literal
 import numpy as np
 
 from layersweep.errors import InputError
-from layersweep.evals.text import headings
-from layersweep.evals.tokenizer import TextTokenizer
+from layersweep.text.source import headings
+from layersweep.text.tokenizer import TextTokenizer
 
 BosMode = Literal["auto", "always", "never"]
 

@@ -12,14 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from layersweep.evals.measured import (
-    ArmInfo,
-    ControlMeasurement,
-    NeedleMeasurements,
-    PerplexityMeasurements,
-    TrialInfo,
-)
-from layersweep.evals.statistics import (
+from layersweep.statistics.paired import (
     Ints,
     PairedStatistics,
     group_windows,
@@ -30,6 +23,13 @@ from layersweep.evals.statistics import (
     paired_statistics,
     quantiles,
     wilson_interval,
+)
+from layersweep.tasks.measured import (
+    ArmInfo,
+    ControlMeasurement,
+    NeedleMeasurements,
+    PerplexityMeasurements,
+    TrialInfo,
 )
 
 Json = dict[str, Any]

@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from layersweep.evals.measured import (
+from layersweep.kv.arms import EXACT
+from layersweep.sweep.sequences import Tile
+from layersweep.tasks.measured import (
     ArmInfo,
     ControlMeasurement,
     NeedleMeasurements,
@@ -22,8 +24,6 @@ from layersweep.evals.measured import (
     TrialInfo,
     WindowInfo,
 )
-from layersweep.kv.arms import EXACT
-from layersweep.sweep.sequences import Tile
 
 PERPLEXITY, NEEDLE = "perplexity", "needle"
 CONTROL_WINDOWS = 4

@@ -19,9 +19,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from layersweep.errors import InputError
-from layersweep.evals.tokenizer import TextTokenizer
-from layersweep.evals.windows import BosMode, resolve_bos
-from layersweep.evals.words import ADJECTIVES, NOUNS
+from layersweep.tasks.needle.words import ADJECTIVES, NOUNS
+from layersweep.text.tokenizer import TextTokenizer
+from layersweep.text.windows import BosMode, resolve_bos
 
 # RULER (Hsieh et al. 2024), niah_single: template, needle, question and answer prefix.
 INTRO = (

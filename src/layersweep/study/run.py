@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from layersweep.errors import Fallback, GateError, MachineError
-from layersweep.evals.finished import FinishedSweep
-from layersweep.evals.lanes import Lead, generate_units
-from layersweep.evals.record import NEEDLE, PERPLEXITY, Part
-from layersweep.evals.shrink import KEPT, of_the_host, out_of_memory, shrink
-from layersweep.evals.sizing import gemm_rate
-from layersweep.evals.study import Study
+from layersweep.generate.lanes import Lead, generate_units
 from layersweep.kv.arms import EXACT
+from layersweep.runs.finished import FinishedSweep
+from layersweep.runs.record import NEEDLE, PERPLEXITY, Part
+from layersweep.study.shrink import KEPT, of_the_host, out_of_memory, shrink
+from layersweep.study.sizing import gemm_rate
+from layersweep.study.study import Study
 from layersweep.sweep.loop import Engine, Progress, SweepRecord, run_sweep
 from layersweep.sweep.sequences import Sequence, Tile
 

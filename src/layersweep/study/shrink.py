@@ -12,7 +12,7 @@ import torch
 
 from layersweep.environment import Budget, ram_budget, vram_budget
 from layersweep.errors import BudgetError, Fallback, MachineError
-from layersweep.evals.study import Study
+from layersweep.study.study import Study
 from layersweep.units import format_bytes
 
 # Of RuntimeErrors; torch.OutOfMemoryError is one class for all GPUs, the CPU has none.

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from itertools import islice, takewhile
 
 from layersweep.errors import Fallback
-from layersweep.evals.generation import Generation, Unit
-from layersweep.evals.needle_job import NEW_TOKENS, NeedleJob
+from layersweep.generate.generation import Generation, Unit
 from layersweep.stream.pinned import HostBuffer
 from layersweep.sweep.caches import KeptCaches, cache_memory
 from layersweep.sweep.loop import Engine, LayerCheck, LogitsReader, Progress, SweepRecord, run_sweep
 from layersweep.sweep.sequences import Tile
 from layersweep.sweep.turn import HostTurn
+from layersweep.tasks.needle.task import NEW_TOKENS, NeedleJob
 
 
 @dataclass

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from layersweep.evals.record import NEEDLE, PERPLEXITY, Part, Record
+from layersweep.runs.record import NEEDLE, PERPLEXITY, Part, Record
 
 FORMAT = "layersweep.sweep/1"
 

@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from layersweep.evals.measured import ArmInfo, WindowInfo
-from layersweep.evals.record import CONTROL_WINDOWS, PERPLEXITY, PerplexityNumbers
-from layersweep.evals.windows import Window
 from layersweep.kv.arms import EXACT, Arm, identity_arm
 from layersweep.kv.methods import METHODS
 from layersweep.model import maths
+from layersweep.runs.record import CONTROL_WINDOWS, PERPLEXITY, PerplexityNumbers
 from layersweep.sweep.sequences import Branch, Sequence, Tile, tiles_of
+from layersweep.tasks.measured import ArmInfo, WindowInfo
+from layersweep.text.windows import Window
 
 TILE_SEGMENTS = 20
 

@@ -21,10 +21,10 @@ from layersweep.checkpoint.files import LocalFolder, read_small
 from layersweep.checkpoint.problems import FileProblem
 from layersweep.checkpoint.strict_json import UnusableJson, parse_json
 from layersweep.errors import GateError, InputError
-from layersweep.evals.windows import hash_ids
 from layersweep.kv.arms import EXACT
 from layersweep.sweep.loop import LayerHealth
 from layersweep.sweep.sequences import Branch, Sequence, Tile
+from layersweep.text.windows import hash_ids
 
 HALF = 256
 COPY_GAIN = 0.5
