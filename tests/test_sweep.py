@@ -11,7 +11,7 @@ from checkpoint_builders import tiny_checkpoint
 from oracle_models import oracle_model, scored_with_cache
 from torch import Tensor
 
-from layersweep.errors import BudgetError
+from layersweep.errors import BudgetError, InputError
 from layersweep.kv import parse
 from layersweep.kv.arms import EXACT, Arm
 from layersweep.stream.blocks import Block
@@ -96,6 +96,18 @@ def test_log_probabilities_equal_transformers_for_every_layout(
         expected = logits.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
         assert score.dtype == torch.float32
         assert (score - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("field", ["sliding_window", "max_position_embeddings"])
+def test_a_sequence_beyond_the_models_limit_is_refused(field: str, tiny: Path) -> None:
+    """Attention here sees the whole past, whatever the window: numbers would be wrong."""
+    model = load(str(tiny), device="cpu")
+    config = replace(model.config, **{field: 32})
+    model = replace(model, checkpoint=replace(model.checkpoint, config=config))
+    assert [len(score) for score in model.score([random_ids(32, 128, 0)])] == [31]
+    with pytest.raises(InputError, match=f"found 33 tokens, needed at most 32.*{field}") as refused:
+        model.score([random_ids(count, 128, 0) for count in (20, 33, 25)])
+    assert refused.value.hint == "cut it into pieces: up to 32 tokens"
 
 
 @pytest.mark.parametrize("name", ["lloyd:K3V2", "lloyd:K1V16", "e8:K4V2", "e8:K3V2@v=0.5",

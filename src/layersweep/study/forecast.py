@@ -6,7 +6,7 @@ from collections.abc import Sequence as Many
 from dataclasses import dataclass, replace
 
 from layersweep.checkpoint.config import ModelConfig
-from layersweep.errors import InputError, NoRoomTogether
+from layersweep.errors import NoRoomTogether
 from layersweep.generate.generation import Generation
 from layersweep.generate.plan import plan_generation, wants_layers_shared
 from layersweep.kv.arms import EXACT, Arm
@@ -16,9 +16,9 @@ from layersweep.stream.blocks import BlockSpec
 from layersweep.stream.plan import Plan, make_plan
 from layersweep.stream.rates import SWEEP_EFFICIENCY, MachineRates
 from layersweep.stream.shapes import Machine, tile_flops
-from layersweep.study.settings import EvalSettings
+from layersweep.study.settings import SHORTEN, EvalSettings
 from layersweep.sweep.sequences import Branch, Sequence, Tile, tiles_of
-from layersweep.sweep.shapes import tile_shape
+from layersweep.sweep.shapes import check_length, tile_shape
 from layersweep.tasks.needle import task as needle_job
 from layersweep.tasks.perplexity import task as perplexity
 
@@ -91,12 +91,7 @@ def forecast(
         settings.prefix + settings.continuation if "ppl" in settings.tasks else 0,
         max(settings.niah_contexts) if "niah" in settings.tasks else 0,
     )
-    if longest > config.max_position_embeddings:
-        raise InputError(
-            f"context: found {longest} tokens, needed at most {config.max_position_embeddings}, "
-            "the model's limit",
-            hint="smaller --niah-context or --prefix",
-        )
+    check_length(config, longest, SHORTEN)
     every = placeholder_tiles(settings, arms, settings.segments or 0)
     tiles = [tile for tile in every if tile.name != NEEDLE or not settings.generates]
     width = config.num_attention_heads * config.head_dim

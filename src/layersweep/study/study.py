@@ -27,11 +27,12 @@ from layersweep.runs.shard import WHOLE, Shard
 from layersweep.stream.plan import Plan
 from layersweep.study.gate import Card, Gate
 from layersweep.study.meter import Meter
-from layersweep.study.settings import EvalSettings
+from layersweep.study.settings import SHORTEN, EvalSettings
 from layersweep.study.sizing import gemm_rate, sized_plan
 from layersweep.sweep.loop import Engine
 from layersweep.sweep.model import Model
 from layersweep.sweep.sequences import Tile
+from layersweep.sweep.shapes import check_length, length_limit
 from layersweep.tasks.needle.task import NeedleJob
 from layersweep.tasks.needle.trials import make_trials
 from layersweep.tasks.perplexity.task import PerplexityJob
@@ -260,7 +261,8 @@ def prepare_study(
         gate = Gate(config, ids, bos_id, Card.beside(model.checkpoint.folder), half=half)
     lead = [gate.tile()] if gate else []
     tiles = [*(perplexity.tiles() if perplexity else []), *(needle.tiles() if needle else [])]
-    _check_sliding_window(config.sliding_window, [*lead, *tiles])
+    longest = max((s.longest for tile in [*lead, *tiles] for s in tile.sequences), default=0)
+    check_length(config, longest, SHORTEN)
     gemm_flops = gemm_rate(model) if kept else None
     study = Study(
         model, settings, text, tokenizer, arms, bos_id, perplexity, needle, gate,
@@ -284,17 +286,6 @@ def _plan(model: Model, lead: list[Tile], tiles: list[Tile], gemm_flops: float |
     return sized_plan(plan_of, len(tiles), model.compute.device.type, gemm_flops)
 
 
-def _check_sliding_window(window: int | None, tiles: list[Tile]) -> None:
-    """Attention here sees the whole past: a sliding window may not be shorter than that."""
-    longest = max((s.longest for tile in tiles for s in tile.sequences), default=0)
-    if window is not None and longest > window:
-        raise InputError(
-            f"config.json: found sliding_window {window}, needed at least {longest}, the longest "
-            "sequence, or none",
-            hint=f"smaller --prefix and --niah-context: up to {window} tokens",
-        )
-
-
 def _perplexity(
     settings: EvalSettings,
     tokenizer: TextTokenizer,
@@ -303,14 +294,7 @@ def _perplexity(
     model: Model,
 ) -> PerplexityJob:
     config = model.checkpoint.config
-    limit = config.max_position_embeddings
-    length = settings.prefix + settings.continuation
-    if length > limit:
-        raise InputError(
-            f"--prefix {settings.prefix} + --continuation {settings.continuation}: found {length} "
-            f"tokens, needed at most {limit}, the model's limit",
-            hint=f"--prefix {max(1, limit - settings.continuation)}",
-        )
+    check_length(config, settings.prefix + settings.continuation, SHORTEN)
     windows = cut_windows(
         text, tokenizer, segments=settings.segments, prefix=settings.prefix,
         continuation=settings.continuation, bos=settings.bos,
@@ -332,7 +316,7 @@ def _needle(
     trials = make_trials(
         text, tokenizer, contexts=settings.niah_contexts, depths=settings.niah_depths,
         per_depth=settings.niah_per_depth, keys=settings.niah_keys, bos=settings.bos,
-        seed=settings.seed, max_context=config.max_position_embeddings,
+        seed=settings.seed, max_context=length_limit(config)[0],
     )  # fmt: skip
     for trial in trials:
         check_ids(trial.prefix_ids, config.vocab_size)
