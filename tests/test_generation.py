@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import runpy
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +24,7 @@ from layersweep.checkpoint.config import ModelConfig
 from layersweep.cli.app import run
 from layersweep.errors import BudgetError, MachineError, NoRoomTogether
 from layersweep.generate.generation import Generation
+from layersweep.generate.lanes import generate_units
 from layersweep.generate.plan import plan_generation
 from layersweep.kv.arms import EXACT, Arm, parse_arms
 from layersweep.stream.blocks import BlockSpec, blocks_of
@@ -29,6 +32,7 @@ from layersweep.stream.host import HostStage
 from layersweep.stream.runs import Placement, compute_ring, runs_of, spread_layers
 from layersweep.stream.shapes import Machine, tile_bytes
 from layersweep.stream.store import BlockStore
+from layersweep.study.run import TimeLimit
 from layersweep.study.shrink import shrink
 from layersweep.study.study import prepare_study
 from layersweep.sweep.caches import KeptCaches, cache_memory
@@ -276,6 +280,41 @@ def test_stop_after_ends_between_units(alone: Path, tmp_path: Path) -> None:
     assert (stopped["status"], stopped["performance"]["sweeps"]) == ("partial", 16)
     assert run([*words, "--resume"]) == 0
     assert numbers(tmp_path / "run") == numbers(alone)
+
+
+def test_each_of_two_units_under_way_has_its_own_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Units 0 and 1 begin at 0 s; 0 ends after 100 s, where 2 begins, and both others after 150."""
+    now, both, third = [0.0], threading.Barrier(2), threading.Event()
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+
+    def generate(run: object, number: int) -> None:
+        if number < 2:
+            both.wait(10)
+        if number == 0:
+            now[0] = 100.0
+        elif number == 1:
+            assert third.wait(10)
+            now[0] = 150.0
+        else:
+            third.set()
+            assert done[1].wait(10)
+
+    done = [threading.Event() for _ in range(3)]
+    three = [SimpleNamespace(tiles=[], first=number) for number in range(3)]
+    generation: Any = SimpleNamespace(units=three, walks=3, lanes=2, offload=False)
+    engine: Any = SimpleNamespace(compute=load("demo", device="cpu").compute)
+    task: Any = SimpleNamespace(new_tokens=1, generate=generate)
+    limit = TimeLimit(1000.0)
+    took: list[float] = []
+    units = generate_units(
+        generation, [engine], task, lead=None, progress=lambda *step: None,
+        allows_another=limit.allows_another, say=lambda fallback: None,
+    )  # fmt: skip
+    for number, one in enumerate(units):
+        limit.took_one(one.began)
+        took.append(now[0] - one.began)
+        done[number].set()
+    assert (took, limit.longest) == ([100.0, 150.0, 50.0], 150.0)
 
 
 OWN = f"{Path(__file__).parent / 'own_codec.py'}:Rounded:K3V2"

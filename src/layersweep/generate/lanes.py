@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -20,12 +21,14 @@ from layersweep.tasks.task import GeneratedTask
 
 @dataclass
 class Generated:
-    """A finished unit. `moved_bytes`: hidden states between devices, and caches to them."""
+    """A finished unit, which `began` then (time.monotonic). `moved_bytes`: hidden states between
+    devices, and caches to them."""
 
     tiles: list[Tile]
     record: SweepRecord
     sweeps: int
     moved_bytes: int
+    began: float
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,7 @@ def _unit(
     tokens: _Tokens,
     turn: HostTurn,
 ) -> Generated:
-    whole, sweeps = SweepRecord(), 0
+    whole, sweeps, began = SweepRecord(), 0, time.monotonic()
     place = {tile.first: index for index, tile in enumerate(unit.tiles)}
 
     def run(rides: list[Tile], read: LogitsReader) -> None:
@@ -151,4 +154,4 @@ def _unit(
         tokens.one()
 
     task.generate(run, unit.first)
-    return Generated(unit.tiles, whole, sweeps, whole.moved_bytes + caches.moved_bytes)
+    return Generated(unit.tiles, whole, sweeps, whole.moved_bytes + caches.moved_bytes, began)
