@@ -25,13 +25,14 @@ from layersweep.runs.finished import FinishedSweep
 from layersweep.runs.record import Record, TileKey
 from layersweep.runs.shard import WHOLE, Shard
 from layersweep.stream.plan import Plan
-from layersweep.study.gate import Card, Gate
+from layersweep.study.gate import COPY, Card, Gate
+from layersweep.study.gate_tokens import choose_tokens
 from layersweep.study.meter import Meter
 from layersweep.study.sizing import gemm_rate, sized_plan
 from layersweep.sweep.loop import Engine
 from layersweep.sweep.model import Model
 from layersweep.sweep.sequences import Tile
-from layersweep.sweep.shapes import check_length
+from layersweep.sweep.shapes import check_length, length_limit
 from layersweep.tasks.registry import asked
 from layersweep.tasks.settings import SHORTEN, EvalSettings
 from layersweep.tasks.task import GeneratedTask, Source, Task
@@ -202,7 +203,8 @@ class Study:
             for arm in self.arms
             if arm.method == "trellis" and arm.encoder_on(device) == "torch"
         ]
-        return [*found, *self.model.compute.fallbacks]
+        gate = self.gate.tokens.fallbacks if self.gate else ()
+        return [*found, *gate, *self.model.compute.fallbacks]
 
     def open(self, say: Callable[[Fallback], None] = lambda fallback: None) -> list[Engine]:
         """Take the memory of what comes next; close it when results are in place, since giving back
@@ -253,10 +255,11 @@ def prepare_study(
     tasks = [kind.task.prepare(source) for kind in kinds]
     gate = None
     if settings.gate != "off" and shard.has_gate:
-        ids = tokenizer.encode(text.text[:8192])
-        check_ids([*([] if bos_id is None else [bos_id]), *ids], config.vocab_size)
+        count = min(COPY, length_limit(config)[0] // 2)
+        tokens = choose_tokens(text.text, tokenizer, bos_id, count)
+        check_ids(tokens.ids, config.vocab_size)
         half = model.compute.dtype == torch.float16
-        gate = Gate(config, ids, bos_id, Card.beside(model.checkpoint.folder), half=half)
+        gate = Gate(config, tokens, Card.beside(model.checkpoint.folder), half=half)
     lead = [gate.tile()] if gate else []
     tiles = [tile for task in tasks for tile in task.tiles()]
     gemm_flops = gemm_rate(model) if kept else None
