@@ -133,7 +133,7 @@ def test_the_paragraph_judges_the_model(tmp_path: Path) -> None:
     run_study(study)
     folder = copy_demo(tmp_path / "model", card=False)
     planting["FAULTS"]["rope_theta 100"](folder)
-    with pytest.raises(GateError, match=r"a repeated text is only 0\.13\d nats easier, needed 0\.5"):
+    with pytest.raises(GateError, match=r"only 0\.13\d nats easier, needed 0\.5"):
         run_study(prepare_study(load(str(folder), device="cpu"), settings))
 
 
