@@ -38,7 +38,7 @@ from layersweep.study.study import prepare_study
 from layersweep.sweep.caches import KeptCaches, cache_memory
 from layersweep.sweep.loop import Engine, SweepRecord, run_sweep
 from layersweep.sweep.model import Model, load
-from layersweep.sweep.sequences import Branch, Sequence, Tile, tiles_of
+from layersweep.sweep.sequences import Branch, BranchedSequence, Tile, tiles_of
 from layersweep.sweep.shapes import tile_shape
 from layersweep.sweep.turn import HostTurn
 from layersweep.tasks.settings import EvalSettings
@@ -70,7 +70,9 @@ def cards(count: int, vram: int = 14, ram: int = 27) -> list[Card]:
 
 def trials(context: int, count: int = 60) -> list[Tile]:
     every = [EXACT, *ARMS]
-    one = Sequence((0,) * (context - 60), tuple(Branch(arm, (0,) * 60, (58, 59)) for arm in every))
+    one = BranchedSequence(
+        (0,) * (context - 60), tuple(Branch(arm, (0,) * 60, (58, 59)) for arm in every)
+    )
     return tiles_of("needle", [one] * count, 5)
 
 
@@ -480,7 +482,7 @@ def test_another_lane_launches_while_an_engine_is_left(
 
     monkeypatch.setattr(HostStage, "stop", watched)
     first, second = (engine_of(tiny_model, range(layer, layer + 1)) for layer in range(2))
-    tile = Tile("t", (Sequence((), (Branch(EXACT, (1, 2, 3), (0, 2)),)),))
+    tile = Tile("t", (BranchedSequence((), (Branch(EXACT, (1, 2, 3), (0, 2)),)),))
     run_sweep(first, [tile], lambda *read: None, then=[second], turn=turn)
     assert launched == [True, True]
     first.close()

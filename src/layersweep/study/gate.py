@@ -24,7 +24,7 @@ from layersweep.errors import GateError, InputError
 from layersweep.kv.arms import EXACT
 from layersweep.study.gate_tokens import GateTokens
 from layersweep.sweep.loop import LayerHealth
-from layersweep.sweep.sequences import Branch, Sequence, Tile
+from layersweep.sweep.sequences import Branch, BranchedSequence, Tile
 from layersweep.text.windows import hash_ids
 
 COPY = 256  # tokens, less where the model's limit is below 512
@@ -93,7 +93,7 @@ class Gate:
 
     def tile(self) -> Tile:
         branch = Branch(EXACT, self.ids, (0, len(self.ids) - 1))
-        return Tile(NAME, (Sequence((), (branch,)),))
+        return Tile(NAME, (BranchedSequence((), (branch,)),))
 
     def check_layer(self, health: LayerHealth) -> None:
         """Finite everywhere, and a router that sends tokens to different places, where it has a
