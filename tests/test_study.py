@@ -13,10 +13,12 @@ import layersweep
 from layersweep import api
 from layersweep.environment import Budget
 from layersweep.errors import InputError
-from layersweep.kv.arms import parse_arms
+from layersweep.kv.arms import EXACT, parse_arms
 from layersweep.kv.stream import keys_and_values
 from layersweep.report.store import validate
+from layersweep.stream.rates import MACHINES
 from layersweep.study.fitting import fitting_arms
+from layersweep.study.forecast import forecast
 from layersweep.study.run import Outcome, run_study
 from layersweep.study.study import Study, prepare_study
 from layersweep.sweep.model import Model
@@ -200,3 +202,16 @@ def test_evaluate_takes_one_for_a_list_of_one(
     ):
         with pytest.raises(InputError, match=said):
             layersweep.evaluate(model, **wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("settings", [EvalSettings(tasks=("ppl",)), EvalSettings(tasks=("niah",))])
+def test_a_task_beyond_a_sliding_window_is_refused_by_study_and_plan(
+    model: Model, settings: EvalSettings
+) -> None:
+    config = replace(model.config, sliding_window=1000)
+    model = replace(model, checkpoint=replace(model.checkpoint, config=config))
+    refusal = r"needed at most 1000, the model's limit \(sliding_window in config.json\)"
+    with pytest.raises(InputError, match=refusal):
+        prepare_study(model, settings)
+    with pytest.raises(InputError, match=refusal):
+        forecast(config, model.specs, settings, [EXACT], MACHINES["t4"])
