@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layersweep.errors import InputError
-from layersweep.text.tokenizer import TextTokenizer
-from layersweep.text.windows import cut_windows, hash_ids, resolve_bos
+from layersweep.text.bos import resolve_bos
+from layersweep.text.tokenizer import TextTokenizer, hash_ids
+from layersweep.text.windows import cut_windows
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from layersweep.study.study import prepare_study
 from layersweep.sweep import model as engine
 from layersweep.sweep.loop import Progress
 from layersweep.sweep.model import Model
-from layersweep.text.windows import BosMode
+from layersweep.text.bos import BosMode
 
 
 def load(

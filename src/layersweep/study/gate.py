@@ -24,7 +24,7 @@ from layersweep.errors import GateError, InputError
 from layersweep.kv.arms import EXACT
 from layersweep.sweep.loop import LayerHealth
 from layersweep.sweep.sequences import Branch, Sequence, Tile
-from layersweep.text.windows import hash_ids
+from layersweep.text.tokenizer import hash_ids
 
 HALF = 256
 COPY_GAIN = 0.5

@@ -35,9 +35,10 @@ from layersweep.sweep.sequences import Tile
 from layersweep.tasks.needle.task import NeedleJob
 from layersweep.tasks.needle.trials import make_trials
 from layersweep.tasks.perplexity.task import PerplexityJob
+from layersweep.text.bos import resolve_bos
 from layersweep.text.source import SourceText, load_text
 from layersweep.text.tokenizer import TextTokenizer, check_ids
-from layersweep.text.windows import cut_windows, resolve_bos
+from layersweep.text.windows import cut_windows
 
 NEEDLE_TASK = "niah"
 SLOW = "on a CPU it needs numba; on a GPU kernels are for 1 to 4 bits and need NVRTC"

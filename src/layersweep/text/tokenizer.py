@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tokenizers import Encoding, Tokenizer
 
 from layersweep.checkpoint.files import LocalFolder, read_small
@@ -130,6 +131,11 @@ def check_ids(ids: Iterable[int], vocab_size: int) -> None:
             hint="the tokenizer does not belong to this checkpoint, or the text spells a token "
             "that was added after training: use the model's own tokenizer files or another --text",
         )
+
+
+def hash_ids(ids: Sequence[int]) -> str:
+    """SHA-256 of token ids as little-endian uint32: equal exactly when the tokens are."""
+    return hashlib.sha256(np.asarray(ids, dtype="<u4").tobytes()).hexdigest()
 
 
 def _build(data: bytes, path: Path, *, parse_special: bool) -> Tokenizer:

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from bisect import bisect_right
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
-
-import numpy as np
 
 from layersweep.errors import InputError
+from layersweep.text.bos import BosMode, resolve_bos
 from layersweep.text.source import headings
-from layersweep.text.tokenizer import TextTokenizer
-
-BosMode = Literal["auto", "always", "never"]
+from layersweep.text.tokenizer import TextTokenizer, hash_ids
 
 
 @dataclass(frozen=True)
@@ -32,23 +26,6 @@ class Window:
     article: str | None
     tokens_sha: str
     possible: int
-
-
-def resolve_bos(tokenizer: TextTokenizer, bos: BosMode) -> int | None:
-    """Id of the BOS token to put first, or None for none.
-
-    `auto` puts it where the tokenizer's default call does. Raises InputError for `always`
-    with a tokenizer that has no BOS, and for any other word.
-    """
-    if bos not in ("auto", "always", "never"):
-        raise InputError(f"--bos: found '{bos}', needed auto, always or never")
-    if bos == "always" and tokenizer.bos_id is None:
-        raise InputError(
-            "--bos always: found a tokenizer without a BOS token, needed one",
-            hint="use --bos auto or --bos never",
-        )
-    wanted = bos == "always" or (bos == "auto" and tokenizer.bos_by_default)
-    return tokenizer.bos_id if wanted else None
 
 
 def cut_windows(
@@ -88,11 +65,6 @@ def cut_windows(
         sha = hash_ids(window_ids)
         windows.append(Window(index, window_ids, prefix, article, sha, possible))
     return windows
-
-
-def hash_ids(ids: Sequence[int]) -> str:
-    """SHA-256 of token ids as little-endian uint32: equal exactly when the tokens are."""
-    return hashlib.sha256(np.asarray(ids, dtype="<u4").tobytes()).hexdigest()
 
 
 def _article_at(titles: list[tuple[int, str]], character: int) -> str | None:

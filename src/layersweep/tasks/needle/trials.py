@@ -20,8 +20,8 @@ from dataclasses import dataclass
 
 from layersweep.errors import InputError
 from layersweep.tasks.needle.words import ADJECTIVES, NOUNS
+from layersweep.text.bos import BosMode, resolve_bos
 from layersweep.text.tokenizer import TextTokenizer
-from layersweep.text.windows import BosMode, resolve_bos
 
 # RULER (Hsieh et al. 2024), niah_single: template, needle, question and answer prefix.
 INTRO = (
