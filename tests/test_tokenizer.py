@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -53,12 +52,36 @@ def test_bytes_come_back_and_offsets_cover_the_text(loaded: TextTokenizer, text:
     assert covered == set(range(len(text)))
 
 
-def test_vocabulary_and_hash_are_those_of_the_file(byte_level: Tokenizer, tmp_path: Path) -> None:
+def test_the_hash_is_that_of_the_file_and_what_is_added_to_it(
+    byte_level: Tokenizer, tmp_path: Path
+) -> None:
     found = TextTokenizer.load(save_tokenizer(tmp_path, byte_level))
-    assert found.vocab_size == 700
     data = (tmp_path / "tokenizer.json").read_bytes()
     assert found.sha256 == hashlib.sha256(data).hexdigest()
     assert found.notes == ()
+    save_tokenizer(tmp_path, byte_level, extra_special_tokens=["<|turn|>"])
+    assert TextTokenizer.load(tmp_path).sha256 != found.sha256
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"added_tokens_decoder": {"-1": {"content": "x"}}},
+        {"added_tokens_decoder": {"700": {"content": 3}}},
+        {"added_tokens_decoder": {"700": {"content": "x", "lstrip": "no"}}},
+        {"added_tokens_decoder": ["x"]},
+        {"extra_special_tokens": [""]},
+        {"extra_special_tokens": "x"},
+        {"pad_token": 7},
+    ],
+    ids=str,
+)
+def test_an_added_token_that_is_none_is_refused(
+    byte_level: Tokenizer, tmp_path: Path, settings: dict[str, object]
+) -> None:
+    save_tokenizer(tmp_path, byte_level, **settings)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"tokenizer_config\.json: .* needed a token"):
+        TextTokenizer.load(tmp_path)
 
 
 def test_truncation_and_padding_in_the_file_are_ignored(
@@ -72,25 +95,13 @@ def test_truncation_and_padding_in_the_file_are_ignored(
     assert len(found.encode("1")) == 1
 
 
-@pytest.mark.parametrize(
-    ("puts_bos", "extra", "by_default"),
-    [
-        (False, {}, False),
-        (True, {}, True),
-        (False, {"add_bos_token": True}, True),
-        (True, {"add_bos_token": False}, False),
-    ],
-)
+@pytest.mark.parametrize("puts_bos", [False, True])
 def test_bos_is_found_as_the_default_call_has_it(
-    byte_level: Tokenizer,
-    tmp_path: Path,
-    puts_bos: bool,
-    extra: dict[str, object],
-    by_default: bool,
+    byte_level: Tokenizer, tmp_path: Path, puts_bos: bool
 ) -> None:
-    found = TextTokenizer.load(save_tokenizer(tmp_path, byte_level, puts_bos=puts_bos, **extra))
+    found = TextTokenizer.load(save_tokenizer(tmp_path, byte_level, puts_bos=puts_bos))
     assert found.bos_id == 1
-    assert found.bos_by_default is by_default
+    assert found.bos_by_default is puts_bos
     assert found.encode("x") == byte_level.encode("x").ids  # never added by encode
 
 
@@ -172,23 +183,6 @@ def test_damaged_settings_are_named(byte_level: Tokenizer, tmp_path: Path, data:
     (tmp_path / "tokenizer_config.json").write_bytes(data)
     with pytest.raises(InputError, match=r"tokenizer_config\.json: found .*needed a.* object"):
         TextTokenizer.load(tmp_path)
-
-
-def test_without_tokenizer_json_transformers_converts_and_it_is_noted(
-    byte_level: Tokenizer, tmp_path: Path
-) -> None:
-    save_tokenizer(tmp_path, byte_level, tokenizer_class="GPT2Tokenizer", unk_token="<unk>")
-    model = json.loads((tmp_path / "tokenizer.json").read_text())["model"]
-    (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
-    merges = "\n".join(" ".join(pair) for pair in model["merges"])
-    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + merges + "\n")
-    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    (tmp_path / "tokenizer.json").unlink()
-    found = TextTokenizer.load(tmp_path)
-    assert found.notes == (
-        "tokenizer: no tokenizer.json, converted from vocab.json by transformers",
-    )
-    assert found.decode(found.encode("def encode(self):")) == "def encode(self):"
 
 
 def test_check_ids_refuses_the_first_id_beyond_the_vocabulary() -> None:
