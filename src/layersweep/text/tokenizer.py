@@ -88,6 +88,11 @@ class TextTokenizer:
         encoding = self._encode(self.tokenizer, text)
         return encoding.ids, encoding.offsets
 
+    def encode_with_words(self, text: str) -> Encoding:
+        """As `encode`, as the library has it: also to which word of the pre-tokenizer, if there is
+        one, each token belongs."""
+        return self._encode(self.tokenizer, text)
+
     def encode_chat(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """As `encode_with_offsets`, for rendered chat: special tokens in `text` are parsed.
 

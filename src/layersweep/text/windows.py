@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from layersweep.errors import InputError
 from layersweep.text.bos import BosMode, resolve_bos
+from layersweep.text.encoding import EncodedText
 from layersweep.text.source import headings
-from layersweep.text.tokenizer import TextTokenizer, hash_ids
+from layersweep.text.tokenizer import hash_ids
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class Window:
 
     `article` is the heading under which the window's first text token stands, None before
     the first heading. `tokens_sha` is the SHA-256 of the ids as little-endian uint32, `possible`
-    the number of windows that the text has.
+    the number of windows that the text has, None where it is long and not encoded to its end.
     """
 
     index: int
@@ -25,43 +26,43 @@ class Window:
     prefix: int
     article: str | None
     tokens_sha: str
-    possible: int
+    possible: int | None
 
 
 def cut_windows(
-    text: str,
-    tokenizer: TextTokenizer,
+    encoded: EncodedText,
     *,
     segments: int | None,
     prefix: int,
     continuation: int,
     bos: BosMode,
 ) -> list[Window]:
-    """The first `segments` windows of `text` in order, all of them where it is None.
+    """The first `segments` windows of the text in order, all of them where it is None.
 
-    The text is tokenized once. With BOS a window is BOS and prefix + continuation - 1 text
+    The text is encoded as far as they need it. With BOS a window is BOS and prefix + continuation - 1 text
     tokens; none is dropped between windows. Raises InputError for impossible lengths and
     where the text has too few tokens.
     """
     _check_lengths(segments, prefix, continuation)
-    bos_id = resolve_bos(tokenizer, bos)
+    bos_id = resolve_bos(encoded.tokenizer, bos)
     lead = () if bos_id is None else (bos_id,)
     stride = prefix + continuation - len(lead)
-    ids, offsets = tokenizer.encode_with_offsets(text)
-    possible = len(ids) // stride
-    count = possible if segments is None else segments
-    if count > possible or possible == 0:
+    encoded.reach(None if segments is None or encoded.is_small else segments * stride)
+    found = len(encoded.ids) // stride
+    count = found if segments is None else segments
+    if count > found or found == 0:
         raise InputError(
-            f"--segments: found {len(ids)} tokens of text = {possible} windows of "
+            f"--segments: found {len(encoded.ids)} tokens of text = {found} windows of "
             f"{prefix} + {continuation}, needed {'at least 1' if segments is None else count}",
-            hint=_shortage_hint(possible),
+            hint=_shortage_hint(found),
         )
-    titles = headings(text)
+    possible = found if encoded.complete else None
+    titles = headings(encoded.text)
     windows = []
     for index in range(count):
         start = index * stride
-        window_ids = (*lead, *ids[start : start + stride])
-        article = _article_at(titles, offsets[start][0])
+        window_ids = (*lead, *encoded.ids[start : start + stride].tolist())
+        article = _article_at(titles, int(encoded.starts[start]))
         sha = hash_ids(window_ids)
         windows.append(Window(index, window_ids, prefix, article, sha, possible))
     return windows
