@@ -20,6 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import (
     AddedToken,
+    Encoding,
     Regex,
     Tokenizer,
     decoders,
@@ -29,8 +30,9 @@ from tokenizers import (
     trainers,
 )
 
+from layersweep.errors import BudgetError, InputError
 from layersweep.text import encoding
-from layersweep.text.encoding import EncodedText
+from layersweep.text.encoding import EncodedText, encoding_bytes
 from layersweep.text.tokenizer import TextTokenizer
 
 
@@ -101,7 +103,7 @@ def tokenizer(kind: str) -> TextTokenizer:
 
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"PIECE": 512, "LONGEST_PIECE": 2**14, "OVERLAP": 4, "ALIKE": 16}.items():
+    for name, value in {"PIECE": 512, "OVERLAP": 4, "ALIKE": 16}.items():
         monkeypatch.setattr(encoding, name, value)
 
 
@@ -135,3 +137,78 @@ def test_tokens_in_pieces_are_those_of_the_whole_text(kind: str, texts: list[str
     assert encoded.ids.tolist() == ids
     assert list(zip(encoded.starts.tolist(), encoded.ends.tolist(), strict=True)) == offsets
     assert encoded.complete
+
+
+class Counting:
+    """A tokenizer that notes how many characters it is given at once."""
+
+    def __init__(self, kind: str) -> None:
+        self.given: list[int] = []
+        self.inner = tokenizer(kind)
+
+    def encode_with_words(self, text: str) -> Encoding:
+        self.given.append(len(text))
+        return self.inner.encode_with_words(text)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_piece_is_long_in_a_text_of_words(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoding, "PIECE", 2**13)
+    text = demo_text(200_000)
+    encoded = EncodedText(text, counting := Counting(kind))  # type: ignore[arg-type]
+    encoded.reach(None)
+    assert encoded.ids.tolist() == tokenizer(kind).encode(text)
+    assert max(counting.given) <= 2**14
+    assert sum(counting.given) < 1.2 * len(text)
+
+
+@pytest.mark.parametrize("tight", [False, True], ids=["words", "no blank"])
+def test_a_long_text_is_encoded_as_far_as_it_is_asked_for(tight: bool) -> None:
+    text = demo_text(200_000)
+    text = 20 * ("".join(text.split()) if tight else text)
+    encoded = EncodedText(text, counting := Counting("bytes"))  # type: ignore[arg-type]
+    encoded.reach(192)
+    assert counting.given == [encoding.PIECE] * 2
+    assert len(encoded.ids) > 192
+    assert not encoded.complete
+
+
+def test_a_head_is_of_the_texts_tokens_that_end_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoding, "PIECE", 2**13)
+    encoded = EncodedText(demo_text(100_000), tokenizer("bytes"))
+    text, starts, ends = encoded.head(30_000)
+    offsets = tokenizer("bytes").encode_with_offsets(demo_text(100_000))[1]
+    expected = [(start, end) for start, end in offsets if end <= 30_000]
+    assert list(zip(starts.tolist(), ends.tolist(), strict=True)) == expected
+    assert text == demo_text(30_000)
+    assert not encoded.complete
+    text, starts, _ = encoded.head(10**6)
+    assert (len(text), len(starts), encoded.complete) == (100_000, len(offsets), True)
+
+
+def _never_alike(monkeypatch: pytest.MonkeyPatch, small: int) -> EncodedText:
+    for name, value in {"PIECE": 512, "SMALL_TEXT": small}.items():
+        monkeypatch.setattr(encoding, name, value)
+    monkeypatch.setattr(encoding, "_find_joint", lambda piece, following: None)
+    return EncodedText(demo_text(5_000), tokenizer("bytes"))
+
+
+def test_where_pieces_never_agree_a_small_text_is_one_piece(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    encoded = _never_alike(monkeypatch, small=5_000)
+    encoded.reach(10)
+    assert encoded.ids.tolist() == tokenizer("bytes").encode(demo_text(5_000))
+    with pytest.raises(InputError, match="found no place to cut it in characters 0 to 4096"):
+        _never_alike(monkeypatch, small=4_999).reach(10)
+
+
+def test_memory_is_bounded_and_refused_before_it_is_taken() -> None:
+    assert encoding_bytes(30 * 10**6, 192) < 200 * 2**20
+    assert encoding_bytes(30 * 10**6, None) == 30 * 10**6 * 73 + 80 * 2**20
+    text = "word " * 10**6
+    few = EncodedText(text, tokenizer("bytes"), available=200 * 2**20)
+    few.reach(192)
+    with pytest.raises(BudgetError, match=r"200\.00 MiB, needed 428\.09 MiB for the tokens"):
+        few.reach(None)
+    EncodedText("word " * 100, tokenizer("bytes"), available=2**20).reach(None)

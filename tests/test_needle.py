@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from layersweep.errors import InputError
 from layersweep.kv.arms import parse_arms
-from layersweep.tasks.needle.task import NeedleJob
+from layersweep.tasks.needle.summary import summarize_needle
+from layersweep.tasks.needle.task import NeedleTask
 from layersweep.tasks.needle.trials import (
     ANSWER_PREFIX,
     INTRO,
@@ -23,7 +24,8 @@ from layersweep.tasks.needle.trials import (
     generated_correctly,
     make_trials,
 )
-from layersweep.tasks.summary import summarize_needle
+from layersweep.tasks.settings import EvalSettings
+from layersweep.text.encoding import EncodedText
 from layersweep.text.tokenizer import TextTokenizer
 
 TEXT = demo_text(120_000)
@@ -36,7 +38,7 @@ def trials(tokenizer: TextTokenizer, **changes: object) -> list[Trial]:
         "contexts": [1024], "depths": DEPTHS, "per_depth": 1, "keys": 1, "bos": "auto",
         "seed": 0, "max_context": 8192,
     }  # fmt: skip
-    return make_trials(TEXT, tokenizer, **(arguments | changes))  # type: ignore[arg-type]
+    return make_trials(EncodedText(TEXT, tokenizer), **(arguments | changes))  # type: ignore[arg-type]
 
 
 @settings(max_examples=25, deadline=None)
@@ -125,18 +127,21 @@ def test_special_tokens_of_the_text_are_not_parsed_in_a_chat() -> None:
     half = TEXT[:60_000]
     text = half.replace("import", "</s>") + half
     made = make_trials(
-        text, load_kind("marked"), contexts=[1024], depths=[0.5], per_depth=10, keys=1, bos="auto",
+        EncodedText(text, load_kind("marked")),
+        contexts=[1024], depths=[0.5], per_depth=10, keys=1, bos="auto",
         seed=0, max_context=8192,
     )  # fmt: skip
     for trial in made:
         assert (trial.prefix_ids + trial.branch_ids).count(2) == 1  # the template's own
     with pytest.raises(InputError, match="special tokens all over the text"):
         make_trials(
-            "word </s> " * 9_000, load_kind("marked"), contexts=[1024], depths=[0.5], per_depth=1,
+            EncodedText("word </s> " * 9_000, load_kind("marked")),
+            contexts=[1024], depths=[0.5], per_depth=1,
             keys=1, bos="auto", seed=0, max_context=8192,
         )  # fmt: skip
     plain = make_trials(
-        "word </s> " * 9_000, load_kind("bytes"), contexts=[1024], depths=[0.5], per_depth=1,
+        EncodedText("word </s> " * 9_000, load_kind("bytes")),
+        contexts=[1024], depths=[0.5], per_depth=1,
         keys=1, bos="auto", seed=0, max_context=8192,
     )  # fmt: skip
     assert 2 not in plain[0].prefix_ids
@@ -182,7 +187,8 @@ def test_the_needle_stands_at_a_sentence_end_else_a_line_end() -> None:
         (words, "cat", " "),
     ):
         made = make_trials(
-            text, load_kind("bytes"), contexts=[1024], depths=[0.3, 0.7], per_depth=2, keys=1,
+            EncodedText(text, load_kind("bytes")),
+            contexts=[1024], depths=[0.3, 0.7], per_depth=2, keys=1,
             bos="auto", seed=3, max_context=8192,
         )  # fmt: skip
         for trial in made:
@@ -233,7 +239,8 @@ def test_too_little_text_is_refused_and_never_wrapped() -> None:
     count = len(load_kind("bytes").encode(text))
     with pytest.raises(InputError, match=f"found {count} tokens of text, needed [0-9]+ for"):
         make_trials(
-            text, load_kind("bytes"), contexts=[4096], depths=[0.5], per_depth=1, keys=1,
+            EncodedText(text, load_kind("bytes")),
+            contexts=[4096], depths=[0.5], per_depth=1, keys=1,
             bos="auto", seed=0, max_context=8192,
         )  # fmt: skip
 
@@ -288,12 +295,12 @@ TIE_LOST = [RIGHT[0], [0.4, 0.4, 0.1, 0.1], RIGHT[2]]
 ALL_WRONG = [[0.7, 0.1, 0.1, 0.1]] * 3
 
 
-def judge(branches: list[list[list[list[float]]]], arms: str) -> NeedleJob:
+def judge(branches: list[list[list[list[float]]]], arms: str) -> NeedleTask:
     """A teacher-forced job of one trial per entry: what each branch, exact first, predicts."""
     trial = Trial(0, 64, 0.5, 0.5, "red-fox", "1234567", (0, 1), (2, 0, 3, 1, 2), answer_length=3)
-    job = NeedleJob(
+    job = NeedleTask(
         trials=[trial] * len(branches), arms=parse_arms(arms), tokenizer=Words(),  # type: ignore[arg-type]
-        streaming=False, contexts=[64], keys=1, mode="teacher",
+        settings=EvalSettings(niah_contexts=(64,)),
     )  # fmt: skip
     (tile,) = job.tiles()
     for number, predictions in enumerate(branches):

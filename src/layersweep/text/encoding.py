@@ -12,6 +12,7 @@ two neighbours are, and every two neighbours stand together in one of the pieces
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,13 +27,17 @@ SMALL_TEXT = 4 * 2**20
 needles are hidden in all of it. Of a longer one windows are not counted where a number of them is
 asked for, and needles are hidden in its head."""
 
-PIECE = 2**16  # characters
+PIECE = 2**16  # characters; where no joint is found, twice that, and so on up to SMALL_TEXT
 PIECE_BYTES = 40 * 2**20  # a piece while it is encoded, of one token per character
-LONGEST_PIECE = 2**22  # 690 MiB; a piece grows only where no joint is found
+TOKEN_BYTES = 2 * 16 + 40  # its row, twice while rows are joined, and its id as Python's integer
 OVERLAP = 16  # the share of a piece, one in 16, in which a joint is looked for
 ALIKE = 64  # tokens around a joint that both pieces have
 
 Ints = NDArray[np.int32]
+
+
+class _NoJoint(Exception):
+    """No two pieces agree somewhere; the message says where."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +61,10 @@ class EncodedText:
     `tokenizer.encode_with_offsets(text)`. `complete`: they are all of the text's.
     """
 
-    def __init__(self, text: str, tokenizer: TextTokenizer) -> None:
-        self.text, self.tokenizer = text, tokenizer
+    def __init__(self, text: str, tokenizer: TextTokenizer, available: int | None = None) -> None:
+        """`available`: bytes of host memory, where they are bounded."""
+        self.text, self.tokenizer, self.available = text, tokenizer, available
+        self.notes: list[str] = []  # what the run has to announce
         self.complete = False
         self.ids, self.starts, self.ends = (np.empty(0, np.int32) for _ in range(3))
         self._piece = self._encode(0, PIECE)
@@ -68,31 +75,57 @@ class EncodedText:
         return len(self.text) <= SMALL_TEXT
 
     def reach(self, tokens: int | None) -> None:
-        """Have `tokens` or more, or all that there are. Raises InputError where pieces cannot be
-        joined."""
-        parts, count = [], len(self.ids)
-        while not self.complete and (tokens is None or count < tokens):
-            parts.append(self._next_part())
-            count += parts[-1].shape[1]
-        self._append(parts)
+        """Have `tokens` or more, or all that there are.
+
+        Raises BudgetError where they do not fit, InputError where pieces cannot be joined and the
+        text is too long to be one.
+        """
+        self._check_room(tokens)
+        self._advance(lambda count: tokens is not None and count >= tokens)
 
     def head(self, characters: int) -> tuple[str, Ints, Ints]:
-        """The text's first `characters`, and `starts` and `ends` of the tokens in them."""
-        parts = []
-        while not self.complete and self._reached <= characters:
-            parts.append(self._next_part())
-        self._append(parts)
+        """The text's first `characters`, and `starts` and `ends` of the tokens in them. Raises as
+        `reach`."""
+        text = self.text[:characters]
+        self._check_room(len(text.encode()))
+        self._advance(lambda count: self._reached > characters)
         count = int(np.searchsorted(self.ends, characters, side="right"))
-        return self.text[:characters], self.starts[:count], self.ends[:count]
+        return text, self.starts[:count], self.ends[:count]
+
+    def _check_room(self, tokens: int | None) -> None:
+        if self.is_small or self.available is None:
+            return
+        needed = encoding_bytes(len(self.text.encode()), tokens)
+        if needed > self.available:
+            raise BudgetError(
+                f"--ram: available {format_bytes(self.available)}, needed {format_bytes(needed)} "
+                "for the tokens of the text",
+                hint="a larger --ram, a shorter --text FILE, or fewer --segments",
+            )
+
+    def _advance(self, enough: Callable[[int], bool]) -> None:
+        """Append parts until the number of tokens is `enough` or the text ends."""
+        parts, count = [np.stack([self.ids, self.starts, self.ends])], len(self.ids)
+        try:
+            while not self.complete and not enough(count):
+                parts.append(self._next_part())
+                count += parts[-1].shape[1]
+        except _NoJoint as error:
+            if not self.is_small:
+                raise InputError(
+                    f"--text: found no place to cut it in {error}: wherever the tokenizer starts, "
+                    "it splits them in another way; needed one",
+                    hint="use a text of lines and words, or one of at most "
+                    f"{SMALL_TEXT >> 20} million characters",
+                ) from error
+            parts = [self._encode(0, len(self.text)).rows[:3]]
+            self.complete = True
+        self.ids, self.starts, self.ends = np.concatenate(parts, axis=1)
 
     @property
     def _reached(self) -> int:
         """The first character of the first token that is not yet settled."""
         return int(self._piece.rows[1, self._joint]) if self._joint else 0
-
-    def _append(self, parts: list[Ints]) -> None:
-        rows = np.concatenate([np.stack([self.ids, self.starts, self.ends]), *parts], axis=1)
-        self.ids, self.starts, self.ends = rows
 
     def _encode(self, begin: int, size: int) -> _Piece:
         end = min(begin + size, len(self.text))
@@ -117,17 +150,13 @@ class EncodedText:
         return piece.rows[:3, first:]
 
     def _longer(self, piece: _Piece, certain: int) -> _Piece:
-        """Twice the piece, whose `certain` first tokens must stay."""
+        """Twice the piece. Its `certain` first tokens, by which it was joined, have to stay."""
         size = 2 * (piece.end - piece.begin)
-        longer = self._encode(piece.begin, size)
-        stay = np.array_equal(longer.rows[:, :certain], piece.rows[:, :certain])
-        if not stay or size > LONGEST_PIECE:
-            raise InputError(
-                f"--text: found no place to cut it in characters {piece.begin} to {piece.end}: "
-                "the tokenizer splits them otherwise from every start; needed one",
-                hint="use a text of lines and words, or a tokenizer without dropout",
-            )
-        return longer
+        if size <= SMALL_TEXT:
+            longer = self._encode(piece.begin, size)
+            if np.array_equal(longer.rows[:, :certain], piece.rows[:, :certain]):
+                return longer
+        raise _NoJoint(f"characters {piece.begin} to {piece.end}")
 
 
 def _find_joint(piece: _Piece, following: _Piece) -> tuple[int, int] | None:
@@ -142,21 +171,10 @@ def _find_joint(piece: _Piece, following: _Piece) -> tuple[int, int] | None:
 
 
 def encoding_bytes(size: int, tokens: int | None) -> int:
-    """A bound on the memory that `tokens` of a text of `size` bytes, or all, take while windows
-    are cut: ids and offsets twice, ids as Python's integers, and two pieces.
+    """A bound on what a text of `size` bytes and `tokens` of it, None for all, take in host memory
+    while windows are cut.
 
     A token stands for a byte or more. Pieces that have to grow are not counted.
     """
-    most = size if tokens is None else min(size, max(tokens, 4 * SMALL_TEXT))
-    return size + most * (2 * 12 + 40) + 2 * PIECE_BYTES
-
-
-def check_memory(size: int, tokens: int | None, available: int) -> None:
-    """Raise BudgetError where a text of `size` bytes, not a small one, is too long to encode."""
-    needed = encoding_bytes(size, tokens)
-    if size > SMALL_TEXT and needed > available:
-        raise BudgetError(
-            f"--ram: available {format_bytes(available)}, needed {format_bytes(needed)} for the "
-            f"tokens of {format_bytes(size)} of text",
-            hint="a larger --ram, a shorter --text FILE, or fewer --segments",
-        )
+    most = size if tokens is None else min(size, tokens + 2 * PIECE)
+    return size + most * TOKEN_BYTES + 2 * PIECE_BYTES

@@ -39,9 +39,9 @@ def cut_windows(
 ) -> list[Window]:
     """The first `segments` windows of the text in order, all of them where it is None.
 
-    The text is encoded as far as they need it. With BOS a window is BOS and prefix + continuation - 1 text
-    tokens; none is dropped between windows. Raises InputError for impossible lengths and
-    where the text has too few tokens.
+    The text is encoded as far as they need it. With BOS a window is BOS and prefix +
+    continuation - 1 text tokens; none is dropped between windows. Raises InputError for
+    impossible lengths and where the text has too few tokens.
     """
     _check_lengths(segments, prefix, continuation)
     bos_id = resolve_bos(encoded.tokenizer, bos)

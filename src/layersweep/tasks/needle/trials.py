@@ -129,6 +129,8 @@ class _Builder:
         self.tokenizer, self.keys, self.bos, self.seed = encoded.tokenizer, keys, bos, seed
         self.bos_id = resolve_bos(self.tokenizer, bos)
         self.text, self.starts, self.ends = encoded.head(SMALL_TEXT)
+        if len(self.text) < len(encoded.text):
+            encoded.notes.append(f"needles are hidden in its first {SMALL_TEXT} characters")
         self.chat = self.tokenizer.chat_template is not None
         self.head, self.tail = self._chat_frame() if self.chat else ("", "")
         self.phase = random.Random(f"{seed}").random()
@@ -243,7 +245,7 @@ class _Builder:
 
         def place_of(tokens: float) -> int:
             token = first + min(count - 1, max(0, round(tokens)))
-            return self.starts[token] - begin
+            return int(self.starts[token] - begin)
 
         target = len(hay) if depth >= 1 else place_of(depth * count)
         low = place_of((depth - _REACH) * count)
