@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -262,6 +264,38 @@ def test_unusable_text_files_are_named(tmp_path: Path, data: bytes | None, messa
         load_text(str(tmp_path), "demo")
 
 
+def test_a_pipe_is_read_like_a_file(tmp_path: Path) -> None:
+    os.mkfifo(pipe := tmp_path / "pipe")
+    writer = threading.Thread(target=pipe.write_bytes, args=("é text\n".encode() * 20_000,))
+    writer.start()
+    source = load_text(str(pipe), "demo")
+    writer.join()
+    assert (len(source.text), source.source) == (140_000, str(pipe))
+
+
+def test_a_text_that_memory_may_not_hold_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("layersweep.text.source.LARGEST_TEXT", 2**10)
+    path = tmp_path / "text.txt"
+    path.write_bytes(b"a" * 2**10)
+    assert len(load_text(str(path), "demo").text) == 2**10
+    path.write_bytes(b"a" * (2**10 + 1))
+    with pytest.raises(InputError, match=r"text\.txt: found more than 1\.00 KiB, needed at most"):
+        load_text(str(path), "demo")
+
+
+def test_a_name_that_is_no_utf8_is_printable(tmp_path: Path) -> None:
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.txt")
+    Path(path).write_text("text")
+    source = load_text(path, "demo").source
+    assert source.endswith(r"/caf\xe9.txt")
+    assert source.encode()
+    with pytest.raises(InputError, match="found no such file") as caught:
+        load_text(path + "x", "demo")
+    assert str(caught.value).encode()
+
+
 def test_wikitext_rows_are_joined_with_two_newlines(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -281,8 +315,6 @@ def test_without_a_network_the_hint_says_what_to_do(tmp_path: Path) -> None:
         "from layersweep.errors import InputError\nfrom layersweep.text.source import load_text\n"
         "try: load_text(None, 'some/model')\nexcept InputError as error: print(error, error.hint)"
     )
-    import os
-
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True
