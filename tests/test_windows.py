@@ -60,6 +60,21 @@ def test_first_n_windows_are_the_same_whatever_n_is(tokenizer: TextTokenizer) ->
     assert few == many[:3]
 
 
+def test_windows_of_a_long_text_are_counted_if_all_are_asked_for(
+    tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = demo_text(300_000)
+    lengths = {"prefix": 64, "continuation": 32, "bos": "never"}
+    whole = cut_windows(EncodedText(text, tokenizer), segments=2, **lengths)
+    assert whole[0].possible == len(tokenizer.encode(text)) // 96
+    monkeypatch.setattr("layersweep.text.encoding.SMALL_TEXT", 200_000)
+    few = cut_windows(EncodedText(text, tokenizer), segments=2, **lengths)
+    assert [window.possible for window in few] == [None, None]
+    assert [window.ids for window in few] == [window.ids for window in whole]
+    every = cut_windows(EncodedText(text, tokenizer), segments=None, **lengths)
+    assert every[0].possible == len(every) == whole[0].possible
+
+
 def test_tokens_sha_is_over_little_endian_uint32(tokenizer: TextTokenizer) -> None:
     window = cut_windows(
         EncodedText(demo_text(2_000), tokenizer), segments=1, prefix=8, continuation=4, bos="always"
