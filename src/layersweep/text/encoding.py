@@ -28,7 +28,7 @@ needles are hidden in all of it. Of a longer one windows are not counted where a
 asked for, and needles are hidden in its head."""
 
 PIECE = 2**16  # characters; where no joint is found, twice that, and so on up to SMALL_TEXT
-PIECE_BYTES = 40 * 2**20  # a piece while it is encoded, of one token per character
+PIECE_BYTES = PIECE * 4 * 600  # while it is encoded, with a token for each of UTF-8's 4 bytes
 TOKEN_BYTES = 2 * 16 + 40  # its row, twice while rows are joined, and its id as Python's integer
 OVERLAP = 16  # the share of a piece, one in 16, in which a joint is looked for
 ALIKE = 64  # tokens around a joint that both pieces have
