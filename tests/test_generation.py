@@ -33,7 +33,7 @@ from layersweep.study.study import prepare_study
 from layersweep.sweep.caches import KeptCaches, cache_memory
 from layersweep.sweep.loop import Engine, SweepRecord
 from layersweep.sweep.model import Model, load
-from layersweep.sweep.sequences import Branch, Sequence, Tile, tiles_of
+from layersweep.sweep.sequences import Branch, BranchedSequence, Tile, tiles_of
 from layersweep.sweep.shapes import tile_shape
 from layersweep.sweep.turn import HostTurn
 from layersweep.tasks.settings import EvalSettings
@@ -65,7 +65,9 @@ def cards(count: int, vram: int = 14, ram: int = 27) -> list[Card]:
 
 def trials(context: int, count: int = 60) -> list[Tile]:
     every = [EXACT, *ARMS]
-    one = Sequence((0,) * (context - 60), tuple(Branch(arm, (0,) * 60, (58, 59)) for arm in every))
+    one = BranchedSequence(
+        (0,) * (context - 60), tuple(Branch(arm, (0,) * 60, (58, 59)) for arm in every)
+    )
     return tiles_of("needle", [one] * count, 5)
 
 

@@ -20,7 +20,7 @@ from layersweep.stream.store import BlockStore
 from layersweep.sweep.dense import DenseWeights
 from layersweep.sweep.loop import Engine, run_sweep
 from layersweep.sweep.model import Model, load
-from layersweep.sweep.sequences import Branch, Sequence, Tile, tiles_of
+from layersweep.sweep.sequences import Branch, BranchedSequence, Tile, tiles_of
 
 LAYOUTS = [
     {"layout": "per_expert", "weights": "nf4", "nested": True, "router": "nf4", "shards": 3},
@@ -43,13 +43,13 @@ def random_ids(count: int, vocab: int, seed: int) -> tuple[int, ...]:
     return tuple(torch.randint(0, vocab, (count,), generator=generator).tolist())
 
 
-def windows(model: Model, count: int, arms: list[Arm], prefix: int = 40) -> list[Sequence]:
+def windows(model: Model, count: int, arms: list[Arm], prefix: int = 40) -> list[BranchedSequence]:
     vocab = model.checkpoint.config.vocab_size
     rides = []
     for index in range(count):
         ids = random_ids(prefix + 24, vocab, index)
         branches = tuple(Branch(arm, ids[prefix:], (0, 23)) for arm in arms)
-        rides.append(Sequence(ids[:prefix], branches))
+        rides.append(BranchedSequence(ids[:prefix], branches))
     return rides
 
 
@@ -64,7 +64,7 @@ def sweep_logits(
     """{sequence index: logits per branch}, and the store after `sweeps` equal sweeps' tiles."""
     found: dict[int, list[Tensor]] = {}
 
-    def read(tile: Tile, number: int, sequence: Sequence, logits: list[Tensor]) -> None:
+    def read(tile: Tile, number: int, sequence: BranchedSequence, logits: list[Tensor]) -> None:
         found[tile.first + number] = [part.clone() for part in logits]
 
     runs = runs_of(model.specs)
@@ -177,7 +177,7 @@ def test_streaming_reads_every_token_through_the_codec(tiny: Path) -> None:
     ids = random_ids(30, 128, 5)
     arm = parse("lloyd:K3V2")
     rides = [
-        Sequence((), (Branch(a, ids, (0, 29), streaming=True),))
+        BranchedSequence((), (Branch(a, ids, (0, 29), streaming=True),))
         for a in (
             EXACT,
             arm,
@@ -194,7 +194,7 @@ def test_streaming_reads_every_token_through_the_codec(tiny: Path) -> None:
     assert (exact[6:] - windowed[6:]).abs().max() > 1e-3
     # token 0 reads only its own decoded value: a one-token streaming run gives the same
     alone, _ = sweep_logits(
-        model, [Tile("t", (Sequence((), (Branch(arm, ids[:1], (0, 1), True),)),))]
+        model, [Tile("t", (BranchedSequence((), (Branch(arm, ids[:1], (0, 1), True),)),))]
     )
     assert (alone[0][0] - coded[:1]).abs().max() < 1e-4
 
@@ -207,7 +207,7 @@ def test_streaming_equals_a_cache_that_grows_token_by_token(name: str, tiny: Pat
     from layersweep.integrations.transformers import cache_for
 
     ids = random_ids(75, 128, 5)
-    ride = Sequence((), (Branch(parse(name), ids, (0, 75), streaming=True),))
+    ride = BranchedSequence((), (Branch(parse(name), ids, (0, 75), streaming=True),))
     logits, _ = sweep_logits(load(str(tiny), device="cpu"), [Tile("t", (ride,))])
     oracle = oracle_model(tiny)
     cache = cache_for(oracle, name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Many
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from layersweep.checkpoint.config import ModelConfig
@@ -44,7 +44,7 @@ def forecast(
     config: ModelConfig,
     specs: list[BlockSpec],
     settings: EvalSettings,
-    arms: Many[Arm],
+    arms: Sequence[Arm],
     machine: MachineRates,
 ) -> Forecast:
     """Plan `settings`, whose segments are a number, on `machine`.
@@ -116,7 +116,7 @@ def _generation(
     config: ModelConfig,
     specs: list[BlockSpec],
     tiles: list[Tile],
-    arms: Many[Arm],
+    arms: Sequence[Arm],
     rates: MachineRates,
     place: Machine,
     *,

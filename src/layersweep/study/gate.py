@@ -23,7 +23,7 @@ from layersweep.checkpoint.strict_json import UnusableJson, parse_json
 from layersweep.errors import GateError, InputError
 from layersweep.kv.arms import EXACT
 from layersweep.sweep.loop import LayerHealth
-from layersweep.sweep.sequences import Branch, Sequence, Tile
+from layersweep.sweep.sequences import Branch, BranchedSequence, Tile
 from layersweep.text.tokenizer import hash_ids
 
 HALF = 256
@@ -95,7 +95,7 @@ class Gate:
 
     def tile(self) -> Tile:
         branch = Branch(EXACT, self.ids, (0, len(self.ids) - 1))
-        return Tile(NAME, (Sequence((), (branch,)),))
+        return Tile(NAME, (BranchedSequence((), (branch,)),))
 
     def check_layer(self, health: LayerHealth) -> None:
         """Finite everywhere, and a router that sends tokens to different places."""

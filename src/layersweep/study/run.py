@@ -22,7 +22,7 @@ from layersweep.study.shrink import KEPT, of_the_host, out_of_memory, shrink
 from layersweep.study.sizing import gemm_rate
 from layersweep.study.study import Study, tile_key
 from layersweep.sweep.loop import Engine, Progress, SweepRecord, run_sweep
-from layersweep.sweep.sequences import Sequence, Tile
+from layersweep.sweep.sequences import BranchedSequence, Tile
 
 Finished = Callable[[FinishedSweep], None]
 
@@ -245,7 +245,9 @@ def _sweep_tiles(
         _finish(study, some, record, listeners)
 
 
-def _read(study: Study, tile: Tile, number: int, sequence: Sequence, logits: list[Tensor]) -> None:
+def _read(
+    study: Study, tile: Tile, number: int, sequence: BranchedSequence, logits: list[Tensor]
+) -> None:
     for task in study.tasks:
         if task.name == tile.name:
             task.read(tile, number, sequence, logits)

@@ -9,8 +9,7 @@ device anyway: a broken model stops there.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from collections.abc import Sequence as Many
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
@@ -28,7 +27,7 @@ from layersweep.sweep.clock import PhaseClock
 from layersweep.sweep.context import LayerContext
 from layersweep.sweep.dense import DenseWeights
 from layersweep.sweep.experts import visit_expert
-from layersweep.sweep.sequences import Sequence, Tile
+from layersweep.sweep.sequences import BranchedSequence, Tile
 from layersweep.sweep.state import Routing, TileState, read_rows
 from layersweep.sweep.turn import HostTurn
 
@@ -52,7 +51,7 @@ class _Left:
     largest_and_spread: Tensor
 
 
-LogitsReader = Callable[[Tile, int, Sequence, list[Tensor]], None]
+LogitsReader = Callable[[Tile, int, BranchedSequence, list[Tensor]], None]
 LayerCheck = Callable[[LayerHealth], None]
 Progress = Callable[[str, int, int], None]
 
@@ -125,7 +124,7 @@ def run_sweep(
     tiles: list[Tile],
     read_logits: LogitsReader,
     *,
-    then: Many[Engine] = (),
+    then: Sequence[Engine] = (),
     lead: Tile | None = None,
     check: LayerCheck | None = None,
     caches: KeptCaches | None = None,

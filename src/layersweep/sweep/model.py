@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Sequence as Many
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
@@ -23,7 +22,7 @@ from layersweep.stream.plan import Plan, make_plan
 from layersweep.stream.shapes import Machine, TileShape, tile_flops
 from layersweep.stream.store import BlockStore
 from layersweep.sweep.loop import Engine, LogitsReader, run_sweep
-from layersweep.sweep.sequences import Branch, Sequence, Tile, tiles_of
+from layersweep.sweep.sequences import Branch, BranchedSequence, Tile, tiles_of
 from layersweep.sweep.shapes import tile_shape
 from layersweep.units import format_bytes
 
@@ -114,7 +113,7 @@ class Model:
         config = self.checkpoint.config
         return tile_shape(tile, config.num_attention_heads * config.head_dim)
 
-    def plan(self, tiles: Many[Tile], at_least: int = 1) -> Plan:
+    def plan(self, tiles: Sequence[Tile], at_least: int = 1) -> Plan:
         """Where `tiles` and weights go, in `at_least` sweeps if there are so many tiles. Raises
         BudgetError for what cannot fit."""
         shapes = [self.shape(tile) for tile in tiles]
@@ -151,7 +150,7 @@ class Model:
             undo.pop_all()
         return engine
 
-    def score(self, sequences: Many[Many[int]]) -> list[Tensor]:
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
         """Log-probability of every token but the first, float32 [len - 1] per sequence.
 
         One sweep over the weights for any number of sequences that fit the budget. Raises
@@ -165,11 +164,14 @@ class Model:
                     f"2 or more ids from 0 to {config.vocab_size - 1}",
                     hint="tokenize with this model's own tokenizer",
                 )
-        rides = [Sequence((), (Branch(EXACT, tuple(ids), (0, len(ids) - 1)),)) for ids in sequences]
+        rides = [
+            BranchedSequence((), (Branch(EXACT, tuple(ids), (0, len(ids) - 1)),))
+            for ids in sequences
+        ]
         tiles = tiles_of("score", rides, SCORE_TILE)
         scores: list[Tensor] = [torch.empty(0)] * len(rides)
 
-        def read(tile: Tile, number: int, sequence: Sequence, logits: list[Tensor]) -> None:
+        def read(tile: Tile, number: int, sequence: BranchedSequence, logits: list[Tensor]) -> None:
             target = torch.tensor(sequence.branches[0].ids[1:], device=logits[0].device)
             chosen = logits[0].log_softmax(-1).gather(1, target[:, None])[:, 0]
             scores[tile.first + number] = chosen.cpu()

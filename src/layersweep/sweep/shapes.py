@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from layersweep.stream.shapes import TileShape
-from layersweep.sweep.sequences import Sequence, Tile
+from layersweep.sweep.sequences import BranchedSequence, Tile
 from layersweep.sweep.state import attention_batch
 
 
@@ -29,7 +29,7 @@ def _rows_at_once(tile: Tile, longest: int, heads_times_dim: int) -> int:
     return max(group.stop - group.start for group in groups)
 
 
-def _attended(sequence: Sequence) -> int:
+def _attended(sequence: BranchedSequence) -> int:
     """Keys that all rows of a sequence attend to, together."""
     prefix = len(sequence.prefix)
     total = prefix * (prefix + 1) // 2
@@ -39,5 +39,5 @@ def _attended(sequence: Sequence) -> int:
     return total
 
 
-def _read(sequence: Sequence) -> int:
+def _read(sequence: BranchedSequence) -> int:
     return sum(branch.read[1] - branch.read[0] for branch in sequence.branches)
