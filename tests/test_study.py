@@ -47,9 +47,10 @@ def one_sweep(model: Model) -> tuple[Study, Outcome]:
 
 
 def same_numbers(a: Study, b: Study) -> bool:
-    arms = a.perplexity.numbers.nll.keys() & b.perplexity.numbers.nll.keys()
+    arms = perplexity_of(a).numbers.nll.keys() & perplexity_of(b).numbers.nll.keys()
     return all(
-        np.array_equal(a.perplexity.numbers.nll[arm], b.perplexity.numbers.nll[arm]) for arm in arms
+        np.array_equal(perplexity_of(a).numbers.nll[arm], perplexity_of(b).numbers.nll[arm])
+        for arm in arms
     )
 
 
