@@ -10,8 +10,8 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers.trainers import BpeTrainer
 
-from layersweep.evals.text import load_text
-from layersweep.evals.tokenizer import TextTokenizer
+from layersweep.text.source import load_text
+from layersweep.text.tokenizer import TextTokenizer
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
 

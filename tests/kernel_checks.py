@@ -316,7 +316,7 @@ def check_trellis_nonfinite(kernels: Kernels, device: torch.device, dim: int) ->
 
 
 def score_oracle(exact: Tensor, arm: Tensor, target: Tensor) -> Tensor:
-    """As evals.perplexity scores the branches of a window, in float64."""
+    """As maths.score_branches scores the branches of a window, in float64."""
     p, q = exact.double().log_softmax(-1), arm.double().log_softmax(-1)
     loss = -q.gather(1, target[:, None])[:, 0]
     kl = (p.exp() * (p - q)).sum(-1)

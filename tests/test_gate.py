@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from layersweep.errors import GateError
-from layersweep.evals.gate import Gate
-from layersweep.evals.run import run_study
-from layersweep.evals.settings import EvalSettings
-from layersweep.evals.study import prepare_study
+from layersweep.study.gate import Gate
+from layersweep.study.run import run_study
+from layersweep.study.study import prepare_study
 from layersweep.sweep.model import load
+from layersweep.tasks.settings import EvalSettings
 
 planting = runpy.run_path(str(Path(__file__).parents[1] / "tools/plant_faults.py"))
 DEMO, copy_demo, tensor = planting["DEMO"], planting["copy_demo"], planting["tensor"]

@@ -21,22 +21,22 @@ from stepped import in_one_pass, stepped, texts
 from layersweep.checkpoint.config import ModelConfig
 from layersweep.cli.app import run
 from layersweep.errors import BudgetError, MachineError, NoRoomTogether
-from layersweep.evals.generation import Generation
-from layersweep.evals.generation_plan import plan_generation
-from layersweep.evals.settings import EvalSettings
-from layersweep.evals.shrink import shrink
-from layersweep.evals.study import prepare_study
+from layersweep.generate.generation import Generation
+from layersweep.generate.plan import plan_generation
 from layersweep.kv.arms import EXACT, Arm, parse_arms
 from layersweep.stream.blocks import BlockSpec
 from layersweep.stream.runs import Placement, compute_ring, runs_of, spread_layers
 from layersweep.stream.shapes import Machine, tile_bytes
 from layersweep.stream.store import BlockStore
+from layersweep.study.shrink import shrink
+from layersweep.study.study import prepare_study
 from layersweep.sweep.caches import KeptCaches, cache_memory
 from layersweep.sweep.loop import Engine, SweepRecord
 from layersweep.sweep.model import Model, load
 from layersweep.sweep.sequences import Branch, Sequence, Tile, tiles_of
 from layersweep.sweep.shapes import tile_shape
 from layersweep.sweep.turn import HostTurn
+from layersweep.tasks.settings import EvalSettings
 
 GIB = 2**30
 SPECS = mixtral_specs()
@@ -210,7 +210,7 @@ def test_layers_over_two_devices_give_the_bits_of_one(alone: Path, tmp_path: Pat
 def test_a_unit_is_kept_when_it_is_done(
     alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from layersweep.evals import lanes
+    from layersweep.generate import lanes
 
     real, sweeps = lanes.run_sweep, 0
 
@@ -225,7 +225,7 @@ def test_a_unit_is_kept_when_it_is_done(
     with monkeypatch.context() as patch:
         patch.setattr(lanes, "run_sweep", sweep)
         # caches of one tile alone fit
-        patch.setattr("layersweep.evals.study.plan_generation", one_tile_a_unit)
+        patch.setattr("layersweep.study.study.plan_generation", one_tile_a_unit)
         assert run(words) == 130
     assert run([*words, "--resume"]) == 0
     assert numbers(tmp_path / "run") == numbers(alone)
@@ -269,7 +269,7 @@ def test_where_a_sweep_was_bad_counts_from_the_first_tile_of_the_unit() -> None:
 def test_stop_after_ends_between_units(alone: Path, tmp_path: Path) -> None:
     words = ["eval", "demo", *ARGUMENTS, "--device", "cpu", "--out", str(tmp_path / "run")]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("layersweep.evals.study.plan_generation", one_tile_a_unit)
+        patch.setattr("layersweep.study.study.plan_generation", one_tile_a_unit)
         assert run([*words, "--stop-after", "1s"]) == 0
     stopped = json.loads((tmp_path / "run" / "results.json").read_text())
     assert (stopped["status"], stopped["performance"]["sweeps"]) == ("partial", 16)
@@ -401,7 +401,7 @@ def test_where_the_weights_do_not_fit_together_each_device_has_its_own(
         assert len(models) == 2  # one model each in the processes, which this does not reach
         raise NoRoomTogether("found 2 small devices")
 
-    monkeypatch.setattr("layersweep.evals.study.plan_generation", no_room)
+    monkeypatch.setattr("layersweep.study.study.plan_generation", no_room)
     folder = tmp_path / "two"
     assert run(["eval", "demo", *ARGUMENTS, "--device", "cpu,cpu", "--out", str(folder)]) == 0
     said = capfd.readouterr().err

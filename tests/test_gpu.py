@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from stepped import in_one_pass, stepped, texts
+from studies import perplexity_of
 from test_stream import a_file
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
@@ -23,9 +24,6 @@ import layersweep
 from layersweep.checkpoint.synth import MIXTRAL_8X7B, write_synthetic
 from layersweep.environment import DEVICE_RESERVE, Budget
 from layersweep.errors import Fallback, GateError, MachineError
-from layersweep.evals.run import Outcome, StudyRun, run_study
-from layersweep.evals.settings import EvalSettings
-from layersweep.evals.study import Study, prepare_study
 from layersweep.kernels import KernelError, Kernels
 from layersweep.kv import parse
 from layersweep.kv.arms import EXACT
@@ -38,10 +36,13 @@ from layersweep.model.compute import choose_compute
 from layersweep.stream.plan import host_ring_bytes, place
 from layersweep.stream.runs import Placement, compute_ring, runs_of
 from layersweep.stream.store import BlockStore
+from layersweep.study.run import Outcome, StudyRun, run_study
+from layersweep.study.study import Study, prepare_study
 from layersweep.sweep.caches import KeptCaches, cache_memory
 from layersweep.sweep.loop import Engine, run_sweep
 from layersweep.sweep.model import Model, load
 from layersweep.sweep.sequences import Branch, Sequence, Tile, tiles_of
+from layersweep.tasks.settings import EvalSettings
 
 pytestmark = [
     pytest.mark.gpu,
@@ -233,8 +234,8 @@ def measured(model: Model, settings: EvalSettings) -> tuple[Study, Outcome]:
 
 
 def nll(study: Study) -> dict[str, np.ndarray]:
-    assert study.perplexity is not None
-    return study.perplexity.numbers.nll
+    assert perplexity_of(study) is not None
+    return perplexity_of(study).numbers.nll
 
 
 def test_cpu_and_gpu_agree_on_the_bundled_model() -> None:

@@ -22,7 +22,7 @@ from layersweep.checkpoint import header, strict_json
 from layersweep.checkpoint.strict_json import UnusableJson, parse_json
 from layersweep.cli.app import run
 from layersweep.errors import InputError
-from layersweep.evals import chat
+from layersweep.text import chat
 
 RUNNER = Path(__file__).with_name("hostile_run.py")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -31,14 +31,14 @@ from layersweep.checkpoint import open_checkpoint
 from layersweep.checkpoint.layout import demo_folder
 from layersweep.cli.app import run
 from layersweep.errors import BudgetError, CheckpointError, InputError
-from layersweep.evals.settings import EvalSettings
-from layersweep.evals.study import prepare_study
 from layersweep.kaggle import kernel, sources
 from layersweep.kaggle.folders import filled_in
 from layersweep.kaggle.metadata import Id
 from layersweep.kaggle.sources import JOB_BYTES, ModelSource, parse_model, share_out
 from layersweep.kaggle.wheel import write_wheel
+from layersweep.study.study import prepare_study
 from layersweep.sweep.model import load
+from layersweep.tasks.settings import EvalSettings
 
 TESTS = Path(__file__).parent
 TINY = (

@@ -13,12 +13,12 @@ from test_kv_codecs import codec_of, encode, gaussians, positions_of
 from torch import Tensor
 
 from layersweep.errors import InputError
-from layersweep.evals.perplexity import control_arms
 from layersweep.kv import Stream, parse, parse_arms
 from layersweep.kv.codec import Codec, Packed, check_stream
 from layersweep.kv.growing import GrowingStream
 from layersweep.kv.kivi import KeyGroups
 from layersweep.kv.uniform import Untransformed
+from layersweep.tasks.perplexity.task import control_arms
 
 # Every arm, and the multiple that a head size must be of.
 ARMS = {
@@ -316,8 +316,8 @@ def test_e8_is_the_published_package(bits: int) -> None:
 def test_a_study_with_an_arm_that_cannot_work_does_not_open(arm: str) -> None:
     """The demo's head size is 64; nothing but its headers has been read."""
     import layersweep
-    from layersweep.evals.settings import EvalSettings
-    from layersweep.evals.study import prepare_study
+    from layersweep.study.study import prepare_study
+    from layersweep.tasks.settings import EvalSettings
 
     model = layersweep.load("demo", device="cpu")
     with pytest.raises(InputError, match=r"found no file|'k' has head size 64, needed a multiple"):

@@ -20,8 +20,8 @@ from test_resume import ARGUMENTS, evaluate, numbers
 
 import layersweep
 from layersweep.cli.app import run
-from layersweep.evals import run as running
-from layersweep.evals.shrink import out_of_memory
+from layersweep.study import run as running
+from layersweep.study.shrink import out_of_memory
 
 DEMO = Path(layersweep.__file__).parent / "demo" / "model"
 
@@ -108,7 +108,7 @@ def test_memory_that_ends_for_one_tile_too_is_an_error_and_loses_nothing(
 LIMITED = """
     import resource, sys
     from layersweep.cli.app import run
-    from layersweep.evals import run as running
+    from layersweep.study import run as running
 
     real = running.run_sweep
 

@@ -12,7 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layersweep.errors import InputError
-from layersweep.evals.needle import (
+from layersweep.kv.arms import parse_arms
+from layersweep.tasks.needle.summary import summarize_needle
+from layersweep.tasks.needle.task import NeedleTask
+from layersweep.tasks.needle.trials import (
     ANSWER_PREFIX,
     INTRO,
     NEEDLE,
@@ -21,10 +24,8 @@ from layersweep.evals.needle import (
     generated_correctly,
     make_trials,
 )
-from layersweep.evals.needle_job import NeedleJob
-from layersweep.evals.summary import summarize_needle
-from layersweep.evals.tokenizer import TextTokenizer
-from layersweep.kv.arms import parse_arms
+from layersweep.tasks.settings import EvalSettings
+from layersweep.text.tokenizer import TextTokenizer
 
 TEXT = demo_text(120_000)
 DEPTHS = [0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95]
@@ -288,12 +289,12 @@ TIE_LOST = [RIGHT[0], [0.4, 0.4, 0.1, 0.1], RIGHT[2]]
 ALL_WRONG = [[0.7, 0.1, 0.1, 0.1]] * 3
 
 
-def judge(branches: list[list[list[list[float]]]], arms: str) -> NeedleJob:
+def judge(branches: list[list[list[list[float]]]], arms: str) -> NeedleTask:
     """A teacher-forced job of one trial per entry: what each branch, exact first, predicts."""
     trial = Trial(0, 64, 0.5, 0.5, "red-fox", "1234567", (0, 1), (2, 0, 3, 1, 2), answer_length=3)
-    job = NeedleJob(
+    job = NeedleTask(
         trials=[trial] * len(branches), arms=parse_arms(arms), tokenizer=Words(),  # type: ignore[arg-type]
-        streaming=False, contexts=[64], keys=1, mode="teacher",
+        settings=EvalSettings(niah_contexts=(64,)),
     )  # fmt: skip
     (tile,) = job.tiles()
     for number, predictions in enumerate(branches):

@@ -21,11 +21,11 @@ from rich.console import Console
 import layersweep
 from layersweep.cli.app import run as command
 from layersweep.errors import Fallback, GateError, InputError, LayersweepWarning
-from layersweep.evals.study import Study
 from layersweep.notebook import Bars, NotebookProgress, in_notebook, tell
 from layersweep.progress import SweepProgress
 from layersweep.report import cell, html
 from layersweep.report.store import load_results, validate
+from layersweep.study.study import Study
 from layersweep.sweep.model import Model
 
 PROJECT = Path(__file__).resolve().parents[1]

@@ -26,8 +26,8 @@ SOURCE = PROJECT / "src/layersweep"
 # Data flows from left to right; nothing imports from its right.
 ORDER = (
     *("errors", "units", "notebook", "progress", "environment", "probes", "demo", "kernels"),
-    *("checkpoint", "stream", "model", "kv", "sweep", "evals", "report", "api", "integrations"),
-    *("bench", "kaggle", "cli", "__main__"),
+    *("checkpoint", "stream", "model", "kv", "sweep", "text", "statistics", "tasks", "runs"),
+    *("generate", "study", "report", "api", "integrations", "bench", "kaggle", "cli", "__main__"),
 )
 
 
@@ -65,7 +65,8 @@ def test_every_folder_has_its_place_in_the_order() -> None:
         path.name for path in SOURCE.iterdir() if path.is_dir() and any(path.glob("*.py"))
     }
     assert there - {"__init__"} <= set(ORDER)
-    assert {"checkpoint", "stream", "model", "kv", "sweep", "evals", "report", "cli"} <= there
+    rooms = {"checkpoint", "stream", "model", "kv", "sweep", "text", "tasks", "statistics", "runs"}
+    assert rooms | {"generate", "study", "report", "bench", "kaggle", "cli"} <= there
 
 
 def test_folders_import_only_from_earlier_ones() -> None:

@@ -21,13 +21,13 @@ import layersweep
 from layersweep.cli.app import run
 from layersweep.cli.output import RunFolder
 from layersweep.errors import InputError
-from layersweep.evals.finished import DamagedSweep, unpack
-from layersweep.evals.record import Part
-from layersweep.evals.settings import EvalSettings
-from layersweep.evals.sizing import DISK, LOSS_S, REPEATED_SHARE, sized_plan
-from layersweep.evals.study import prepare_study
+from layersweep.runs.finished import DamagedSweep, unpack
+from layersweep.runs.record import TileKey
 from layersweep.stream.plan import Plan
 from layersweep.stream.rates import SWEEP_EFFICIENCY
+from layersweep.study.sizing import DISK, LOSS_S, REPEATED_SHARE, sized_plan
+from layersweep.study.study import prepare_study
+from layersweep.tasks.settings import EvalSettings
 
 Json = dict[str, Any]
 ARGUMENTS = (
@@ -55,7 +55,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def interrupted(folder: Path, after: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that gets Ctrl-C in the sweep behind the `after`-th."""
-    from layersweep.evals import run as running
+    from layersweep.study import run as running
 
     real, sweeps = running.run_sweep, 0
 
@@ -130,7 +130,7 @@ def test_what_is_no_sweep_of_this_study(undisturbed: Path) -> None:
     )
     study = prepare_study(layersweep.load("demo", device="cpu"), settings)
     data = (undisturbed / "sweeps" / "0001.safetensors").read_bytes()
-    assert unpack(study.record, data).parts == [Part("perplexity", 20, 20)]
+    assert unpack(study.record, data).tiles == [TileKey("perplexity", 20, 20)]
     other_tile = data.replace(b'\\"first\\": 20', b'\\"first\\": 21')
     other_arm = data.replace(b"trellis:K3V2", b"trellis:K4V2")
     results = (undisturbed / "results.json").read_bytes()

@@ -23,8 +23,8 @@ from layersweep.cli.app import run
 from layersweep.cli.job import device_of
 from layersweep.cli.shards import collect
 from layersweep.errors import InputError
-from layersweep.evals.run import TimeLimit
-from layersweep.evals.shard import WHOLE, Shard, parse_shard, shard_of_rank, share
+from layersweep.runs.shard import WHOLE, Shard, parse_shard, shard_of_rank, share
+from layersweep.study.run import TimeLimit
 from layersweep.units import parse_duration
 
 ARGUMENTS = (
@@ -298,7 +298,7 @@ def test_durations() -> None:
 def test_collect_waits_for_all(shards: list[Path], tmp_path: Path, capsys: Any) -> None:
     """A rank that ends first leaves the rest to the others."""
     from layersweep.cli.job import Job, Machine
-    from layersweep.evals.settings import EvalSettings
+    from layersweep.tasks.settings import EvalSettings
 
     machine = Machine(None, "auto", "auto", "cpu", "auto", "auto", "float32", None)
     job = Job("demo", EvalSettings(), machine, tmp_path, False, None, 0.0, "layersweep eval")

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from layersweep.evals.statistics import (
+from layersweep.statistics.paired import (
     bca_interval,
     bootstrap_z,
     cluster_sem,

@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from layersweep.errors import InputError
-from layersweep.evals.text import headings, load_text
-from layersweep.evals.tokenizer import TextTokenizer, check_ids
+from layersweep.text.source import headings, load_text
+from layersweep.text.tokenizer import TextTokenizer, check_ids
 
 
 @pytest.fixture(scope="module")
@@ -211,8 +211,8 @@ def test_loading_imports_neither_torch_nor_transformers(
     save_tokenizer(tmp_path, byte_level)
     code = (
         "import sys; from pathlib import Path\n"
-        "from layersweep.evals.tokenizer import TextTokenizer\n"
-        "import layersweep.evals.needle\n"
+        "from layersweep.text.tokenizer import TextTokenizer\n"
+        "import layersweep.tasks.needle.trials\n"
         "TextTokenizer.load(Path(sys.argv[1])).encode('x')\n"
         "print([m for m in ('torch', 'transformers', 'accelerate', 'jinja2') if m in sys.modules])"
     )
@@ -275,7 +275,7 @@ def test_wikitext_rows_are_joined_with_two_newlines(
     parquet = pytest.importorskip("pyarrow.parquet")
     path = tmp_path / "test.parquet"
     parquet.write_table(arrow.table({"text": ["", " = A = \n", " b \n"]}), path)
-    monkeypatch.setattr("layersweep.evals.text._wikitext_path", lambda: str(path))
+    monkeypatch.setattr("layersweep.text.source._wikitext_path", lambda: str(path))
     source = load_text(None, "some/model")
     assert source.text == "\n\n = A = \n\n\n b \n"
     assert source.source == "wikitext-2-raw-v1 test"
@@ -284,7 +284,7 @@ def test_wikitext_rows_are_joined_with_two_newlines(
 def test_without_a_network_the_hint_says_what_to_do(tmp_path: Path) -> None:
     pytest.importorskip("pyarrow")
     code = (
-        "from layersweep.errors import InputError\nfrom layersweep.evals.text import load_text\n"
+        "from layersweep.errors import InputError\nfrom layersweep.text.source import load_text\n"
         "try: load_text(None, 'some/model')\nexcept InputError as error: print(error, error.hint)"
     )
     import os

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layersweep.errors import InputError
-from layersweep.evals.tokenizer import TextTokenizer
-from layersweep.evals.windows import cut_windows, hash_ids, resolve_bos
+from layersweep.text.tokenizer import TextTokenizer
+from layersweep.text.windows import cut_windows, hash_ids, resolve_bos
 
 
 @pytest.fixture(scope="module")

@@ -25,10 +25,10 @@ from pathlib import Path
 import numpy as np
 
 import layersweep.demo
-from layersweep.evals.statistics import RESAMPLES, Floats, Ints, bca_interval, group_windows
-from layersweep.evals.text import load_text
-from layersweep.evals.tokenizer import TextTokenizer
-from layersweep.evals.windows import cut_windows
+from layersweep.statistics.paired import RESAMPLES, Floats, Ints, bca_interval, group_windows
+from layersweep.text.source import load_text
+from layersweep.text.tokenizer import TextTokenizer
+from layersweep.text.windows import cut_windows
 
 WINDOWS = 80
 LOWEST, HIGHEST = 0.93, 0.97

@@ -26,10 +26,10 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from layersweep.evals.words import ADJECTIVES, NOUNS
+from layersweep.tasks.needle.words import ADJECTIVES, NOUNS
 
 # (needle, intro, question, answer prefix). The first is the wording of the needle protocol
-# (layersweep.evals.needle), and is used for most rows.
+# (layersweep.tasks.needle.trials), and is used for most rows.
 WORDINGS = [
     (
         "One of the special magic numbers for {key} is: {value}.",

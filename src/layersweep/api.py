@@ -9,17 +9,17 @@ from typing import Literal
 
 from rich.console import Console
 
-from layersweep.evals.results import build_results
-from layersweep.evals.run import StudyRun
-from layersweep.evals.settings import DEPTHS, TASKS, EvalSettings
-from layersweep.evals.study import prepare_study
-from layersweep.evals.windows import BosMode
 from layersweep.notebook import NotebookProgress, in_notebook, tell, tell_fallback
 from layersweep.progress import SweepProgress
 from layersweep.report.results import Results
+from layersweep.study.results import build_results
+from layersweep.study.run import StudyRun
+from layersweep.study.study import prepare_study
 from layersweep.sweep import model as engine
 from layersweep.sweep.loop import Progress
 from layersweep.sweep.model import Model
+from layersweep.tasks.settings import DEPTHS, TASKS, EvalSettings
+from layersweep.text.windows import BosMode
 
 
 def load(

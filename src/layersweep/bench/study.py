@@ -16,16 +16,16 @@ from typing import Any
 
 from layersweep.bench.ceilings import disk_rate, evict, gemm_ceiling
 from layersweep.environment import versions
-from layersweep.evals.needle_job import TILE_TRIALS
-from layersweep.evals.perplexity import TILE_SEGMENTS
-from layersweep.evals.results import build_results
-from layersweep.evals.run import StudyRun
-from layersweep.evals.settings import EvalSettings
-from layersweep.evals.study import prepare_study
 from layersweep.report.store import write_results
 from layersweep.stream.plan import Plan
 from layersweep.stream.rates import planned_seconds
+from layersweep.study.results import build_results
+from layersweep.study.run import StudyRun
+from layersweep.study.study import prepare_study
 from layersweep.sweep.model import Model
+from layersweep.tasks.needle.task import TILE_TRIALS
+from layersweep.tasks.perplexity.task import TILE_SEGMENTS
+from layersweep.tasks.settings import EvalSettings
 
 Json = dict[str, Any]
 Say = Callable[[str], None]

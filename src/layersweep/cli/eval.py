@@ -60,7 +60,7 @@ def evaluate(
 ) -> None:
     """Paired perplexity and needle-in-a-haystack of KV-cache codecs against the exact cache."""
     began = time.monotonic()
-    from layersweep.evals.settings import (
+    from layersweep.tasks.settings import (
         EvalSettings,
         parse_counts,
         parse_depths,
@@ -112,7 +112,7 @@ def _compute(job: Job, shard: str | None) -> dict[str, Any] | None:
     """Here, as one of several processes, or with a process for each device."""
     from layersweep.cli.launch import launch
     from layersweep.cli.shards import compute_rank
-    from layersweep.evals.shard import parse_shard, shard_of_rank
+    from layersweep.runs.shard import parse_shard, shard_of_rank
 
     def say(line: str) -> None:
         Console(stderr=True).print(line, highlight=False, markup=False, soft_wrap=True)

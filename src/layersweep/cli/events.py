@@ -14,10 +14,10 @@ from rich.console import Console
 from layersweep.checkpoint.layout import Checkpoint, Weight
 from layersweep.environment import host_memory, versions
 from layersweep.errors import Fallback
-from layersweep.evals.meter import host_bytes
-from layersweep.evals.shard import WHOLE, Shard
-from layersweep.evals.study import Study
 from layersweep.report.store import write_atomically
+from layersweep.runs.shard import WHOLE, Shard
+from layersweep.study.meter import host_bytes
+from layersweep.study.study import Study
 from layersweep.units import format_bytes
 
 LAST_EVENTS = 50

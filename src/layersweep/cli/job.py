@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from layersweep.errors import GateError, LayersweepError
-from layersweep.evals.settings import EvalSettings
-from layersweep.evals.shard import WHOLE, Shard
+from layersweep.runs.shard import WHOLE, Shard
+from layersweep.tasks.settings import EvalSettings
 
 if TYPE_CHECKING:  # torch and scipy load only once the arguments are known to be good
     from layersweep.cli.events import Events
     from layersweep.cli.output import RunFolder
-    from layersweep.evals.study import Study
+    from layersweep.study.study import Study
     from layersweep.sweep.model import Model
 
 
@@ -129,7 +129,7 @@ def _prepare(
     job: Job, shard: Shard, folder: RunFolder, events: Events, prepared: Study | None
 ) -> Study:
     from layersweep.cli.events import budget_line, layout_line, paths_line, versions_line
-    from layersweep.evals.study import prepare_study
+    from layersweep.study.study import prepare_study
 
     loaded = prepared.model if prepared else _load(job, shard)
     events.say_once(layout_line(loaded.checkpoint))
@@ -159,9 +159,9 @@ def _load(job: Job, shard: Shard) -> Model:
 def _measure(
     job: Job, study: Study, folder: RunFolder, events: Events, ready: Callable[[], object]
 ) -> dict[str, Any]:
-    from layersweep.evals.results import build_results
-    from layersweep.evals.run import Outcome, StudyRun, TimeLimit
     from layersweep.progress import SweepProgress
+    from layersweep.study.results import build_results
+    from layersweep.study.run import Outcome, StudyRun, TimeLimit
 
     limit = TimeLimit(float("inf") if job.stop_after is None else job.stop_after, job.began)
     with StudyRun(study, events.say_fallback) as running:

@@ -22,7 +22,7 @@ from layersweep.cli.exits import exit_code
 from layersweep.cli.job import Job, compute
 from layersweep.cli.shards import Say, check_counts, collect, in_shards, keep_refusal
 from layersweep.errors import GateError, InputError, LayersweepError, MachineError, NoRoomTogether
-from layersweep.evals.shard import Shard
+from layersweep.runs.shard import Shard
 
 PR_SET_PDEATHSIG = 1
 START_TIMEOUT_S = 3600.0  # of the slowest process, with its kernels to compile
@@ -74,8 +74,8 @@ def _over_layers(job: Job, say: Say) -> dict[str, Any] | None:
     """Answers that are generated visit all weights for every token. Where a device cannot keep them
     but all of them together can, one process computes on all, each with its share of the layers;
     None where that is not so, or not all there is to do."""
-    from layersweep.evals.generation_plan import wants_layers_shared
-    from layersweep.evals.study import prepare_study
+    from layersweep.generate.plan import wants_layers_shared
+    from layersweep.study.study import prepare_study
     from layersweep.sweep.model import load
 
     if not job.settings.generates:

@@ -13,7 +13,7 @@ from layersweep.units import format_bytes
 
 if TYPE_CHECKING:
     from layersweep.cli.job import Job
-    from layersweep.evals.rehearsal import Rehearsal
+    from layersweep.study.rehearsal import Rehearsal
 
 
 def rehearse_study(job: Job, layers: int) -> None:
@@ -25,8 +25,8 @@ def rehearse_study(job: Job, layers: int) -> None:
             hint="leave --out out",
         )
     from layersweep.cli.events import Events, layout_line, paths_line, versions_line
-    from layersweep.evals.rehearsal import rehearse
     from layersweep.kv.arms import parse_arms
+    from layersweep.study.rehearsal import rehearse
 
     parse_arms(job.settings.kv)
     from layersweep.sweep.model import load
@@ -42,11 +42,14 @@ def rehearse_study(job: Job, layers: int) -> None:
 
 
 def _lines(seen: Rehearsal) -> list[str]:
+    from layersweep.tasks.registry import BY_NAME
+
     study = seen.study
     bos = "none" if study.bos_id is None else f"id {study.bos_id}"
     return [
         f"text: {study.text.source}, sha256 {study.text.sha256[:16]}...; BOS {bos}",
-        f"tokenized: {seen.windows} windows, {seen.needles} needles, {seen.tokens} tokens",
+        f"tokenized: {', '.join(f'{n} {BY_NAME[task].items}' for task, n in seen.items.items())}, "
+        f"{seen.tokens} tokens",
         f"arms: exact, {', '.join(arm.name for arm in study.arms)}",
         f"gate: {seen.layers} of {seen.of_layers} layers with their weights "
         f"({format_bytes(seen.weight_bytes_read)} read), {len(seen.checks)} checks passed: "

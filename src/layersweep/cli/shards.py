@@ -1,7 +1,7 @@
 """Several processes on one study, each with a folder of its own in OUT/shards, and one result.
 
 No process waits for another, and none is told what others do: each knows its tiles by arithmetic
-(evals/shard.py). Whoever finds all parts there puts them together.
+(runs/shard.py). Whoever finds all parts there puts them together.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from layersweep.cli.job import Job, compute
 from layersweep.errors import InputError
-from layersweep.evals.shard import Shard
+from layersweep.runs.shard import Shard
 
 Say = Callable[[str], None]
 
@@ -64,8 +64,8 @@ def collect(job: Job, of: int, say: Say) -> dict[str, Any] | None:
     --stop-after, OUT/results.json is then of status "partial".
     """
     from layersweep.cli.output import lock, read_part, write_merged
-    from layersweep.evals.merge import merge
     from layersweep.report.store import RESULTS_FILE
+    from layersweep.runs.merge import merge
 
     assert job.out is not None
     folders = _folders(job.out, of)
@@ -80,8 +80,8 @@ def collect(job: Job, of: int, say: Say) -> dict[str, Any] | None:
     finally:
         os.close(handle)
     if merged.missing:
-        done = len(merged.record.parts) - len(merged.missing)
-        say(f"note: {done} of {len(merged.record.parts)} tiles are done; --resume goes on")
+        done = len(merged.record.tiles) - len(merged.missing)
+        say(f"note: {done} of {len(merged.record.tiles)} tiles are done; --resume goes on")
     else:
         say(f"wrote {job.out}/results.json, report.html, windows.csv")
     return merged.results

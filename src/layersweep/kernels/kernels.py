@@ -212,7 +212,7 @@ class Kernels(CodecKernels):
     def score(self, exact: Tensor, arm: Tensor, target: Tensor, out: Tensor) -> None:
         """out float32 [T, 3] = loss of `target` under arm, KL(exact || arm), 1.0 if argmax agrees.
 
-        exact, arm float32 [T, V]; target int64 [T]. As evals.perplexity computes them; the lowest
+        exact, arm float32 [T, V]; target int64 [T]. As maths.score_branches; the lowest
         index wins among equal maxima. exact may be arm.
         """
         _logits(exact, target, out, 3)

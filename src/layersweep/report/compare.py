@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from layersweep.errors import InputError
-from layersweep.evals.statistics import PairedStatistics, group_windows, holm, paired_statistics
 from layersweep.report import text
+from layersweep.statistics.paired import PairedStatistics, group_windows, holm, paired_statistics
 
 Json = dict[str, Any]
 

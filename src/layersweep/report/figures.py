@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from layersweep.evals.statistics import wilson_interval
 from layersweep.report import rows, svg, text
+from layersweep.statistics.paired import wilson_interval
 
 Json = dict[str, Any]
 

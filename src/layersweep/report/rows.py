@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from layersweep.evals.statistics import group_windows, wilson_interval
 from layersweep.report import text
+from layersweep.statistics.paired import group_windows, wilson_interval
 
 Json = dict[str, Any]
 

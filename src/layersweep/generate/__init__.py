@@ -1,0 +1,1 @@
+"""Generation: placement, and walks over the weights for one more token."""

@@ -1,0 +1,1 @@
+"""Runs as files: records, finished sweeps, shards, merging. No torch, no model."""

@@ -1,0 +1,1 @@
+"""Statistics of paired measurements. Pure functions: numpy and scipy, no torch."""

@@ -1,0 +1,1 @@
+"""A study: its settings, its plan, its run."""

@@ -1,0 +1,55 @@
+"""What the numbers of a run belong to. Two runs with equal manifests give equal numbers.
+
+Budgets are not in it: where weights wait and how many sweeps it takes changes no number.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+
+from layersweep.environment import device_facts, versions
+from layersweep.study.results import METRICS_VERSION
+from layersweep.study.study import Study
+
+SCHEMA = "layersweep.manifest/1"
+
+
+def manifest_of(study: Study) -> dict[str, Any]:
+    """Flat: every value is compared, and named where it differs."""
+    model, settings = study.model, study.settings
+    found = versions()
+    device, threads = device_facts(str(model.compute.device)), torch.get_num_threads()
+    asked = {name: value for name, value in vars(settings).items() if name not in ("kv", "text")}
+    return {
+        "schema": SCHEMA,
+        "metrics_version": METRICS_VERSION,
+        "checkpoint fingerprint": model.checkpoint.fingerprint,
+        "weights": model.weights,
+        "text sha256": study.text.sha256,
+        "tokenizer sha256": study.tokenizer.sha256,
+        "tokens sha256": _tokens_sha256(study),
+        "arms": [f"{arm.name} version {arm.codec_version}" for arm in study.arms],
+        **{name.replace("_", "-"): _plain(value) for name, value in asked.items()},
+        "dtype": str(model.compute.dtype).removeprefix("torch."),
+        "router-dtype": model.router_dtype,
+        "paths": vars(model.paths),
+        "device": device["name"] if not model.cpu else f"{device['name']}, {threads} threads",
+        "layersweep": [found.get("layersweep"), found.get("git")],
+        "torch": found.get("torch"),
+        "cuda": found.get("cuda"),
+    }
+
+
+def _tokens_sha256(study: Study) -> str:
+    hashed = hashlib.sha256()
+    for tile in study.tiles:
+        hashed.update(f"{tile.name} {tile.first} {tile.rows}\n".encode())
+        hashed.update(tile.ids().astype("<i8").tobytes())
+    return hashed.hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
