@@ -78,9 +78,9 @@ def test_one_bit_keys_are_worse_than_three(model: Model) -> None:
         a: (n - perplexity_of(study).numbers.nll["exact"]).mean()
         for a, n in perplexity_of(study).numbers.nll.items()
     }
-    assert loss["trellis:K1V16"] > 3 * abs(loss["trellis:K3V16"])
-    assert loss["trellis:K1V16"] > 0.01
-    assert abs(loss["trellis:K8V8"]) < 1e-3
+    assert loss["trellis:K1V16@sink=4"] > 3 * abs(loss["trellis:K3V16@sink=4"])
+    assert loss["trellis:K1V16@sink=4"] > 0.01
+    assert abs(loss["trellis:K8V8@sink=4"]) < 1e-3
 
 
 def test_streaming_costs_more_than_prefill_and_its_control_is_zero(
@@ -91,13 +91,13 @@ def test_streaming_costs_more_than_prefill_and_its_control_is_zero(
     whole = one_sweep[0].perplexity.numbers.nll
     assert np.abs(exact - whole["exact"]).max() < 1e-5
     assert np.array_equal(perplexity_of(study).numbers.control_delta["exact"], np.zeros(4))
-    for arm in ("trellis:K3V2", "e8:K3V2"):
+    for arm in ("trellis:K3V2@sink=4", "e8:K3V2"):
         cost = (perplexity_of(study).numbers.nll[arm] - exact).mean()
         prefill = (
             one_sweep[0].perplexity.numbers.nll[arm] - one_sweep[0].perplexity.numbers.nll["exact"]
         ).mean()
         assert cost > prefill > 0
-    assert study.done.cache_bits["perplexity", "trellis:K3V2"][1] == 2 * 6 * 45 * 96 * 2 * 64
+        assert study.done.cache_bits["perplexity", arm][1] == 2 * 6 * 45 * 96 * 2 * 64
 
 
 def test_generation_agrees_with_teacher_forcing(
@@ -119,7 +119,7 @@ def test_generation_agrees_with_teacher_forcing(
 
 def test_python_interface_returns_the_schema(model: Model) -> None:
     results = layersweep.evaluate(
-        model, kv=["K3V2@window=16@sink=4"], tasks=["ppl"], segments=2, prefix=64, continuation=16
+        model, kv=["K3V2@window=16"], tasks=["ppl"], segments=2, prefix=64, continuation=16
     )
     validate(results)
     arm = results["perplexity"]["arms"][0]
@@ -136,4 +136,6 @@ def test_a_slow_search_is_announced(model: Model, monkeypatch: pytest.MonkeyPatc
     assert "encoder" not in str(prepare_study(model, settings).fallbacks)
     monkeypatch.setattr("layersweep.kv.trellis.encoder_name", lambda: "torch")
     found = [f for f in prepare_study(model, settings).fallbacks if "encoder" in f.what]
-    assert [(f.what, f.used) for f in found] == [("encoder of trellis:K3V2", "plain torch, slower")]
+    assert [(f.what, f.used) for f in found] == [
+        ("encoder of trellis:K3V2@sink=4", "plain torch, slower")
+    ]
