@@ -230,9 +230,9 @@ def _named(words: _Words) -> list[Arm]:
         raise words.error(f"'{words.last}' takes no options")
     if words.last == "exact":
         return [replace(EXACT, requested=words.requested)]
-    counts = {DEFAULT_METHOD: DEFAULT_COUNTS}
+    kept = {DEFAULT_METHOD: DEFAULT_COUNTS}
     return [
-        _arm(words, name, keys, values, {}, counts.get(name, _NO_COUNTS))
+        _arm(words, name, keys, values, {}, kept.get(name, _NO_COUNTS))
         for name, method in METHODS.items()
         if method.installed
         for keys, values in method.pairs
