@@ -25,8 +25,8 @@ SOURCE = PROJECT / "src/layersweep"
 
 # Data flows from left to right; nothing imports from its right.
 ORDER = (
-    *("errors", "units", "notebook", "progress", "environment", "probes", "demo", "kernels"),
-    *("checkpoint", "stream", "model", "kv", "sweep", "text", "statistics", "tasks", "runs"),
+    *("errors", "units", "notebook", "progress", "environment", "demo", "kernels", "checkpoint"),
+    *("stream", "probes", "model", "kv", "sweep", "text", "statistics", "tasks", "runs"),
     *("generate", "study", "report", "api", "integrations", "bench", "kaggle", "cli", "__main__"),
 )
 
@@ -71,6 +71,17 @@ def test_every_folder_has_its_place_in_the_order() -> None:
 
 def test_folders_import_only_from_earlier_ones() -> None:
     assert violations(SOURCE, ORDER) == []
+
+
+ENGINE = ("checkpoint", "stream", "model", "kv", "sweep")
+FRONTENDS = ("notebook", "progress", "probes", "cli")
+
+
+def test_the_engine_knows_no_frontend() -> None:
+    """What it has to say, it says to who is given to it."""
+    rest = [name for name in ORDER if name not in FRONTENDS]
+    found = violations(SOURCE, (*rest, *FRONTENDS))
+    assert [line for line in found if line.split("/")[0] in ENGINE] == []
 
 
 def test_key_value_codecs_know_nothing_of_the_engine() -> None:

@@ -21,7 +21,7 @@ import layersweep
 from layersweep.cli.app import run
 from layersweep.cli.output import RunFolder
 from layersweep.errors import InputError
-from layersweep.runs.finished import DamagedSweep, unpack
+from layersweep.runs.finished import DamagedSweep, sealed, unpack
 from layersweep.runs.record import TileKey
 from layersweep.stream.plan import Plan
 from layersweep.stream.rates import SWEEP_EFFICIENCY
@@ -131,10 +131,19 @@ def test_what_is_no_sweep_of_this_study(undisturbed: Path) -> None:
     study = prepare_study(layersweep.load("demo", device="cpu"), settings)
     data = (undisturbed / "sweeps" / "0001.safetensors").read_bytes()
     assert unpack(study.record, data).tiles == [TileKey("perplexity", 20, 20)]
-    other_tile = data.replace(b'\\"first\\": 20', b'\\"first\\": 21')
-    other_arm = data.replace(b"trellis:K3V2", b"trellis:K4V2")
+    other_tile = sealed(data.replace(b'\\"first\\": 20', b'\\"first\\": 21'))
+    other_arm = sealed(data.replace(b"trellis:K3V2", b"trellis:K4V2"))
+    other_format = sealed(data.replace(b"layersweep.sweep/2", b"layersweep.sweep/3"))
     results = (undisturbed / "results.json").read_bytes()
-    for damaged in (data[: len(data) // 2], b"", data + b"0", results, other_tile, other_arm):
+    for damaged in (
+        data[: len(data) // 2],
+        b"",
+        data + b"0",
+        results,
+        other_tile,
+        other_arm,
+        other_format,
+    ):
         assert damaged != data
         with pytest.raises(DamagedSweep):
             unpack(study.record, damaged)

@@ -297,10 +297,10 @@ def test_durations() -> None:
 
 def test_collect_waits_for_all(shards: list[Path], tmp_path: Path, capsys: Any) -> None:
     """A rank that ends first leaves the rest to the others."""
-    from layersweep.cli.job import Job, Machine
+    from layersweep.cli.job import Job, MachineOptions
     from layersweep.tasks.settings import EvalSettings
 
-    machine = Machine(None, "auto", "auto", "cpu", "auto", "auto", "float32", None)
+    machine = MachineOptions(None, "auto", "auto", "cpu", "auto", "auto", "float32", None)
     job = Job("demo", EvalSettings(), machine, tmp_path, False, None, 0.0, "layersweep eval")
     shutil.copytree(shards[0], tmp_path / "shards" / "1-of-2")
     said: list[str] = []

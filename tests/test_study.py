@@ -10,7 +10,11 @@ from studies import needle_of, perplexity_of
 
 import layersweep
 from layersweep.environment import Budget
+from layersweep.errors import InputError
+from layersweep.kv.arms import EXACT
 from layersweep.report.store import validate
+from layersweep.stream.rates import MACHINES
+from layersweep.study.forecast import forecast
 from layersweep.study.run import Outcome, run_study
 from layersweep.study.study import Study, prepare_study
 from layersweep.sweep.model import Model
@@ -139,3 +143,16 @@ def test_a_slow_search_is_announced(model: Model, monkeypatch: pytest.MonkeyPatc
     assert [(f.what, f.used) for f in found] == [
         ("encoder of trellis:K3V2@sink=4", "plain torch, slower")
     ]
+
+
+@pytest.mark.parametrize("settings", [EvalSettings(tasks=("ppl",)), EvalSettings(tasks=("niah",))])
+def test_a_task_beyond_a_sliding_window_is_refused_by_study_and_plan(
+    model: Model, settings: EvalSettings
+) -> None:
+    config = replace(model.config, sliding_window=1000)
+    model = replace(model, checkpoint=replace(model.checkpoint, config=config))
+    refusal = r"needed at most 1000, the model's limit \(sliding_window in config.json\)"
+    with pytest.raises(InputError, match=refusal):
+        prepare_study(model, settings)
+    with pytest.raises(InputError, match=refusal):
+        forecast(config, model.specs, settings, [EXACT], MACHINES["t4"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Literal
 
 from rich.console import Console
@@ -49,7 +50,7 @@ def load(
         tell(f"note: {note}")
     for fallback in model.compute.fallbacks:
         tell_fallback(fallback)
-    return model
+    return replace(model, say=tell_fallback)
 
 
 def evaluate(

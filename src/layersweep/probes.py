@@ -16,13 +16,13 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from layersweep.environment import GIB, HOST_RESERVE
+from layersweep.stream.pinned import clear_cuda_error, cuda_runtime
 from layersweep.units import format_bytes
 
 MIB = 2**20
@@ -215,18 +215,3 @@ def pin_limit(device: str, available: int) -> PinLimit:
         for _, address in held:
             runtime.cudaHostUnregister(address)
     return PinLimit(len(held) * PIN_STEP, error)
-
-
-def cuda_runtime() -> Any:
-    """The CUDA runtime library, as torch has loaded it."""
-    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
-
-
-def clear_cuda_error(device: str) -> None:
-    """A failed registration leaves its error behind, and the next kernel launch reports it as its
-    own; launching one here takes the error away."""
-    try:
-        torch.zeros(1, device=device)
-        torch.cuda.synchronize(device)
-    except RuntimeError:
-        return

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from layersweep.cli.command import command_line
-from layersweep.cli.job import Job, Machine, compute
+from layersweep.cli.job import Job, MachineOptions, compute
 from layersweep.errors import InputError
 from layersweep.units import parse_duration
 
@@ -84,7 +84,7 @@ def evaluate(
         gate=gate,  # type: ignore[arg-type]
         seed=seed,
     )
-    machine = Machine(
+    machine = MachineOptions(
         revision, vram, ram, device, dtype, weights, router_dtype, assume_capability
     )  # fmt: skip
     job = Job(

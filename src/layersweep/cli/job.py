@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # torch and scipy load only once the arguments are known to b
 
 
 @dataclass(frozen=True)
-class Machine:
+class MachineOptions:
     """Where and how to compute; field names are the command's options."""
 
     revision: str | None
@@ -41,7 +41,7 @@ class Job:
 
     source: str
     settings: EvalSettings
-    machine: Machine
+    machine: MachineOptions
     out: Path | None
     resume: bool
     stop_after: float | None

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
-
-from layersweep.probes import clear_cuda_error, cuda_runtime
 
 Register = Callable[[int, int], int]  # (address, bytes) -> CUDA error number, 0 for success
 
@@ -71,3 +70,18 @@ def _register(address: int, nbytes: int) -> int:
     if status:
         clear_cuda_error("cuda")
     return status
+
+
+def cuda_runtime() -> Any:
+    """The CUDA runtime library, as torch has loaded it."""
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
+
+
+def clear_cuda_error(device: str) -> None:
+    """A failed registration leaves its error behind, and the next kernel launch reports it as its
+    own; launching one here takes the error away."""
+    try:
+        torch.zeros(1, device=device)
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return

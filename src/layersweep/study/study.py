@@ -25,14 +25,16 @@ from layersweep.runs.finished import FinishedSweep
 from layersweep.runs.record import Record, TileKey
 from layersweep.runs.shard import WHOLE, Shard
 from layersweep.stream.plan import Plan
-from layersweep.study.gate import Card, Gate
+from layersweep.study.gate import COPY, Card, Gate
+from layersweep.study.gate_tokens import choose_tokens
 from layersweep.study.meter import Meter
 from layersweep.study.sizing import gemm_rate, sized_plan
 from layersweep.sweep.loop import Engine
 from layersweep.sweep.model import Model
 from layersweep.sweep.sequences import Tile
+from layersweep.sweep.shapes import check_length, length_limit
 from layersweep.tasks.registry import asked
-from layersweep.tasks.settings import EvalSettings
+from layersweep.tasks.settings import SHORTEN, EvalSettings
 from layersweep.tasks.task import GeneratedTask, Source, Task
 from layersweep.text.source import SourceText, load_text
 from layersweep.text.tokenizer import TextTokenizer, check_ids
@@ -201,7 +203,8 @@ class Study:
             for arm in self.arms
             if arm.method == "trellis" and arm.encoder_on(device) == "torch"
         ]
-        return [*found, *self.model.compute.fallbacks]
+        gate = self.gate.tokens.fallbacks if self.gate else ()
+        return [*found, *gate, *self.model.compute.fallbacks]
 
     def open(self, say: Callable[[Fallback], None] = lambda fallback: None) -> list[Engine]:
         """Take the memory of what comes next; close it when results are in place, since giving back
@@ -247,16 +250,18 @@ def prepare_study(
     bos_id = resolve_bos(tokenizer, settings.bos)
     source = Source(settings, text.text, tokenizer, arms, config, model.compute)
     kinds = [] if settings.gate == "only" else asked(settings)
+    longest = max((kind.task.longest(settings) for kind in kinds), default=0)
+    check_length(config, longest, SHORTEN)
     tasks = [kind.task.prepare(source) for kind in kinds]
     gate = None
     if settings.gate != "off" and shard.has_gate:
-        ids = tokenizer.encode(text.text[:8192])
-        check_ids([*([] if bos_id is None else [bos_id]), *ids], config.vocab_size)
+        count = min(COPY, length_limit(config)[0] // 2)
+        tokens = choose_tokens(text.text, tokenizer, bos_id, count)
+        check_ids(tokens.ids, config.vocab_size)
         half = model.compute.dtype == torch.float16
-        gate = Gate(config, ids, bos_id, Card.beside(model.checkpoint.folder), half=half)
+        gate = Gate(config, tokens, Card.beside(model.checkpoint.folder), half=half)
     lead = [gate.tile()] if gate else []
     tiles = [tile for task in tasks for tile in task.tiles()]
-    _check_sliding_window(config.sliding_window, [*lead, *tiles])
     gemm_flops = gemm_rate(model) if kept else None
     study = Study(
         model, settings, text, tokenizer, arms, bos_id, tasks, gate, tiles,
@@ -283,14 +288,3 @@ def _plan(model: Model, lead: list[Tile], tiles: list[Tile], gemm_flops: float |
     if gemm_flops is None or not tiles:
         return plan_of(1)
     return sized_plan(plan_of, len(tiles), model.compute.device.type, gemm_flops)
-
-
-def _check_sliding_window(window: int | None, tiles: list[Tile]) -> None:
-    """Attention here sees the whole past: a sliding window may not be shorter than that."""
-    longest = max((s.longest for tile in tiles for s in tile.sequences), default=0)
-    if window is not None and longest > window:
-        raise InputError(
-            f"config.json: found sliding_window {window}, needed at least {longest}, the longest "
-            "sequence, or none",
-            hint=f"smaller --prefix and --niah-context: up to {window} tokens",
-        )
