@@ -43,9 +43,10 @@ def one_sweep(model: Model) -> tuple[Study, Outcome]:
 
 
 def same_numbers(a: Study, b: Study) -> bool:
-    arms = a.perplexity.numbers.nll.keys() & b.perplexity.numbers.nll.keys()
+    arms = perplexity_of(a).numbers.nll.keys() & perplexity_of(b).numbers.nll.keys()
     return all(
-        np.array_equal(a.perplexity.numbers.nll[arm], b.perplexity.numbers.nll[arm]) for arm in arms
+        np.array_equal(perplexity_of(a).numbers.nll[arm], perplexity_of(b).numbers.nll[arm])
+        for arm in arms
     )
 
 
@@ -92,13 +93,14 @@ def test_streaming_costs_more_than_prefill_and_its_control_is_zero(
 ) -> None:
     study, _ = measured(model, replace(SMALL, cache_mode="streaming"))
     exact = perplexity_of(study).numbers.nll["exact"]
-    whole = one_sweep[0].perplexity.numbers.nll
+    whole = perplexity_of(one_sweep[0]).numbers.nll
     assert np.abs(exact - whole["exact"]).max() < 1e-5
     assert np.array_equal(perplexity_of(study).numbers.control_delta["exact"], np.zeros(4))
     for arm in ("trellis:K3V2@sink=4", "e8:K3V2"):
         cost = (perplexity_of(study).numbers.nll[arm] - exact).mean()
         prefill = (
-            one_sweep[0].perplexity.numbers.nll[arm] - one_sweep[0].perplexity.numbers.nll["exact"]
+            perplexity_of(one_sweep[0]).numbers.nll[arm]
+            - perplexity_of(one_sweep[0]).numbers.nll["exact"]
         ).mean()
         assert cost > prefill > 0
         assert study.done.cache_bits["perplexity", arm][1] == 2 * 6 * 45 * 96 * 2 * 64
@@ -116,7 +118,9 @@ def test_generation_agrees_with_teacher_forcing(
         ):
             assert hit == text.strip().startswith(trial.answer)
         # an arm whose every answer token is the argmax generates the answer
-        for teacher, generated in zip(one_sweep[0].needle.numbers.correct[arm], hits, strict=True):
+        for teacher, generated in zip(
+            needle_of(one_sweep[0]).numbers.correct[arm], hits, strict=True
+        ):
             assert generated or not teacher
     assert sum(needle_of(study).numbers.correct["exact"]) >= 1
 
