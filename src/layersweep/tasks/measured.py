@@ -62,7 +62,8 @@ class PerplexityMeasurements:
 
 @dataclass(frozen=True)
 class TrialInfo:
-    """One needle: where it was meant to lie, where it lies, and what was asked."""
+    """One needle: where it was meant to lie, where it lies, and what was asked. The haystack is
+    the text's characters [haystack_begin, haystack_end)."""
 
     id: str
     context: int
@@ -70,6 +71,8 @@ class TrialInfo:
     achieved_depth: float
     key: str
     answer: str
+    haystack_begin: int
+    haystack_end: int
 
 
 @dataclass(frozen=True)
@@ -89,3 +92,4 @@ class NeedleMeasurements:
     outputs: Mapping[str, Sequence[str]]
     correct: Mapping[str, Sequence[bool]]
     answer_nll: Mapping[str, Sequence[float | None]]
+    seed: int
