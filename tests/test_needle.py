@@ -341,7 +341,7 @@ def test_eight_hand_made_trials_add_up() -> None:
     assert (exact["correct"], arm["correct"], arm["n"]) == (8, 2, 8)
     assert exact["wilson95"] == pytest.approx([0.6756, 1.0], abs=1e-4)  # 8 / (8 + 3.8415)
     assert arm["wilson95"] == pytest.approx([0.0715, 0.5907], abs=1e-4)
-    assert (arm["lost"], arm["gained"], arm["mcnemar_p"]) == (6, 0, pytest.approx(2 / 64))
+    assert (arm["lost"], arm["gained"], arm["p_mcnemar_iid"]) == (6, 0, pytest.approx(2 / 64))
     # ln(0.6 / 0.3) / 3 in six of eight, 0 in two; sd sqrt(0.75 x 0.25 x 8 / 7), over sqrt(8)
     step = math.log(2) / 3
     assert arm["answer_nll_delta"] == pytest.approx(0.75 * step, abs=1e-6)
@@ -354,7 +354,7 @@ def test_an_arm_can_gain_needles_and_a_baseline_can_fail() -> None:
     exact, arm = section["arms"]
     assert section["baseline_gate"] == "failed"
     assert (exact["correct"], arm["correct"], arm["lost"], arm["gained"]) == (1, 4, 1, 4)
-    assert arm["mcnemar_p"] == pytest.approx(2 * (1 + 5) / 32)
+    assert arm["p_mcnemar_iid"] == pytest.approx(2 * (1 + 5) / 32)
 
 
 def test_wording_is_the_one_that_published_numbers_used() -> None:

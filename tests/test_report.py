@@ -146,8 +146,8 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path):
         (None, "found no such file"),
         ("{broken", "not JSON"),
         ("[1]", "found schema 'list'"),
-        ('{"schema": "other/2"}', "found schema 'other/2', needed 'layersweep.results/1'"),
-        ('{"schema": "layersweep.results/1"}', "'command' is a required property"),
+        ('{"schema": "other/2"}', "found schema 'other/2', needed 'layersweep.results/2'"),
+        ('{"schema": "layersweep.results/2"}', "'command' is a required property"),
     ],
 )
 def test_unusable_results_are_input_errors(tmp_path, content, message):
@@ -247,16 +247,6 @@ def test_a_ratio_without_bounds_is_a_dash(full):
     assert ratio not in "".join(read(html_page(full)).words)
 
 
-def test_results_of_earlier_versions_are_still_read_and_printed(full):
-    for pair in full["perplexity"]["pairs"]:
-        for key in ("z", "loss_ratio", "loss_ratio_ci95"):
-            del pair[key]
-    validate(full)
-    assert ", z -  ratio -" in printed(full)
-    assert markdown(full)
-    assert html_page(full)
-
-
 def test_output_that_is_no_terminal_gets_the_full_table(full):
     console = Console(file=io.StringIO(), width=80)
     print_report(console, full)
@@ -298,8 +288,7 @@ def test_unknown_bits_and_nonfinite_arms(full):
 
 def test_grouping_is_named_as_it_was_computed(full, weak):
     assert re.fullmatch(r"\d+ articles", rows.grouping(full))
-    for segment in weak["perplexity"]["segments"]:
-        segment["article"] = None
+    weak["perplexity"]["groups"] = {"kind": "blocks", "count": 5}
     assert rows.grouping(weak) == "5 blocks of 4 windows"
 
 

@@ -13,7 +13,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from layersweep.report.compare import Comparison
+    from layersweep.runs.compare import Comparison
 
 
 class ReportFormat(StrEnum):
@@ -60,10 +60,10 @@ def compare(
     from rich.console import Console
     from rich.text import Text
 
-    from layersweep.report.compare import compare_runs
     from layersweep.report.rows import caption_lines
     from layersweep.report.store import load_results
     from layersweep.report.table import FULL_WIDTH
+    from layersweep.runs.compare import compare_runs
 
     first_results = load_results(first)
     comparison = compare_runs(first_results, load_results(second))

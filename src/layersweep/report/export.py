@@ -15,9 +15,9 @@ ARM_FIELDS = (
     *("arm", "requested", "status", "method", "key_bits", "value_bits", "codec_version"),
     *("simulated", "encoder", "bits_per_element", "compression", "ppl", "delta_percent"),
     *("percent_mean_of_windows", "mean_delta_nll", "sem", "sem_iid", "z", "n", "n_negative"),
-    *("significant_2sigma", "ci95_low", "ci95_high", "p_sign", "p_wilcoxon", "p_holm"),
-    *("mde_percent", "below_noise_floor", "kl_mean", "kl_p50", "kl_p99", "kl_p999", "kl_max"),
-    "top1_agreement",
+    *("n_worse", "significant_2sigma", "ci95_low", "ci95_high", "p_flip", "p_holm", "p_sign_iid"),
+    *("p_wilcoxon_iid", "mde_percent", "below_noise_floor", "kl_mean", "kl_p50", "kl_p99"),
+    *("kl_p999", "kl_max", "top1_agreement"),
 )
 COLUMNS = (
     ("arm", "label"),

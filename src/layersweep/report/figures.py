@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from layersweep.report import rows, svg, text
-from layersweep.statistics.paired import wilson_interval
 
 Json = dict[str, Any]
 
@@ -23,7 +22,7 @@ def forest(results: Json) -> str | None:
     names = [_clip(f"{arm['arm']} (sim.)" if arm["simulated"] else arm["arm"]) for arm in arms]
     left, right, top = _name_width(names), 590, 16
     bottom = top + ROW * len(arms)
-    noise = 2 * abs(_identity_percent(results))
+    noise = 2 * _identity_percent(results)
     span = [bound for arm in arms for bound in _bounds(arm)]
     low, high = svg.padded([*span, 0.0, noise, -noise])
     x = svg.Scale(low, high, left, right)
@@ -87,13 +86,13 @@ def windows(results: Json, arm: Json) -> str | None:
     if arm["status"] != "ok":
         return None
     segments = results["perplexity"]["segments"]
-    deltas = rows.window_deltas(segments, arm["arm"])
+    deltas = [segment["delta"][arm["arm"]] for segment in segments]
     known = [
         100 * delta
         for other in results["perplexity"]["arms"]
         if other["status"] == "ok"
-        for delta in rows.window_deltas(segments, other["arm"])
-        if delta is not None
+        for segment in segments
+        if (delta := segment["delta"][other["arm"]]) is not None
     ]
     left, right, top, bottom = 64, WIDTH - 30, 12, 152
     x = svg.Scale(-0.5, len(segments) - 0.5, left, right)
@@ -144,7 +143,7 @@ def heatmap(results: Json) -> str:
         for column, depth in enumerate(depths):
             if depth in cells:
                 marks.append(_cell(left + step * column, y, step, height, cells[depth]))
-        total = rows.context_counts(arm, [context])[0].partition(": ")[2]
+        total = dict(rows.context_counts(arm))[context]
         marks.append(svg.text(right + 14, y + 18, total, "number"))
     return svg.drawing(WIDTH, top + height * len(lines) + 8, "Needles by depth", marks)
 
@@ -157,8 +156,8 @@ def method_colours(results: Json) -> dict[str, int]:
 
 def _cell(x: float, y: float, width: float, height: float, cell: Json) -> str:
     share = cell["correct"] / cell["n"]
-    bounds = wilson_interval(cell["correct"], cell["n"])
-    tip = f"{100 * cell['depth']:.0f} %: {text.count_of(cell['correct'], cell['n'], bounds)}"
+    count = text.count_of(cell["correct"], cell["n"], cell["wilson95"])
+    tip = f"{100 * cell['depth']:.0f} %: {count}"
     style, opacity = ("found", 0.16) if share == 1 else ("lost", 0.12 + 0.6 * (1 - share))
     box = svg.rect(x + 1, y + 1, width - 2, height - 2, style, opacity=opacity)
     words = svg.text(
@@ -223,7 +222,8 @@ def _delta_words(arm: Json, decimals: int) -> str:
 
 def _identity_percent(results: Json) -> float:
     identity = results["perplexity"]["noise_floor"]["identity"]
-    return 0.0 if identity is None else text.percent_of_nats(identity["mean"])
+    rms = None if identity is None else identity["rms"]
+    return 0.0 if rms is None else text.percent_of_nats(rms)
 
 
 def _style(arm: Json, colour: dict[str, int]) -> str:

@@ -143,7 +143,7 @@ def pair_table(results: Json, *, every: bool) -> str:
     pairs = rows.pair_rows(results, every=every)
     if not pairs:
         return ""
-    head = ["pair", "difference %", "95 % CI", "Wilcoxon, Holm", "z", "loss ratio, 95 % CI"]
+    head = ["pair", "difference %", "95 % CI", "Holm p", "z", "loss ratio, 95 % CI"]
     body = [
         [f"{p.a} - {p.b}", _minus(p.delta), _minus(p.interval), p.p]
         + [cell.replace("-", "\u2212") for cell in (p.z, p.ratio)]
@@ -167,27 +167,29 @@ def _pairs(results: Json) -> str:
 
 
 def _controls(results: Json) -> str:
-    floor = results["perplexity"]["noise_floor"]
-    named = [("exact again", floor["exact"])] if floor["exact"] else []
-    if floor["identity"]:
-        named += [(f"identity, {m}", n) for m, n in floor["identity"]["by_method"].items()]
+    named = rows.controls(results["perplexity"])
     detail = [
         [arm["arm"], text.fixed(_times(arm["sem_iid"], 100), 4)]
-        + [text.p_value(arm[key], "p") for key in ("p_sign", "p_wilcoxon", "p_holm")]
+        + [text.p_value(arm[key], "p") for key in ("p_flip", "p_holm")]
         + [text.fixed(arm["mde_percent"], 3), text.fixed(arm["percent_mean_of_windows"], 4)]
         for arm in results["perplexity"]["arms"]
     ]
-    head = ["arm", "iid SEM %", "sign", "Wilcoxon", "Holm", "MDE %", "mean of window %"]
+    head = ["arm", "iid SEM %", "sign flips", "Holm", "MDE %", "mean of window %"]
     tests = scroll(table(head, detail))
     controls = [
-        [name, str(n["n"]), f"{100 * n['mean']:.2g}", f"{100 * n['max']:.2g}", f"{n['kl']:.2g}"]
+        [name, str(n["n"])]
+        + [text.significant(_times(n[key], 100)) for key in ("rms", "mean", "max")]
+        + [text.significant(n["kl"])]
         for name, n in named
     ]
-    noise = table(["control", "windows", "mean %", "largest %", "KL"], controls) if named else ""
+    names = ["control", "windows", "rms %", "mean %", "largest %", "KL"]
+    noise = table(names, controls) if named else ""
     lag = text.fixed(results["perplexity"]["lag1"], 2)
     return (
         f"<details><summary>Tests and controls</summary>{tests}"
-        f"<p class='how'>Largest lag-1 autocorrelation of the differences: {_minus(lag)}. The "
+        f"<p class='how'>Sign flips change whole {rows.grouping(results)}, because neighbours "
+        f"correlate; Holm adjusts for the number of arms. Largest lag-1 autocorrelation of the "
+        f"differences: {_minus(lag)}. The "
         "exact control repeats the uncompressed cache; the identity control runs a codec's "
         f"transforms without quantizing.</p>{scroll(noise)}</details>"
     )

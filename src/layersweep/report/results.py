@@ -18,7 +18,7 @@ from layersweep.report.table import FULL_WIDTH, print_report
 
 
 class Results(dict[str, Any]):
-    """A dict, equal to the object in results.json (`layersweep.results/1`).
+    """A dict, equal to the object in results.json (`layersweep.results/2`).
 
     As the last expression of a notebook's cell it is the report's table; printed, the terminal's.
     """

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from layersweep.report import text
-from layersweep.statistics.paired import group_windows, wilson_interval
 
 Json = dict[str, Any]
 
 TOY = "17 M toy model"
 SHOWN_PAIRS = 6
+GROUPS = {"articles": "articles", "blocks": "blocks of 4 windows"}
 PAIR_NOTE = (
     "z of a pair: difference over its SEM; ratio: first loss over second loss, percentile bootstrap"
 )
@@ -113,7 +113,7 @@ def perplexity_rows(results: Json) -> list[ArmRow]:
         **dict.fromkeys(("delta", "interval", "sem", "z", "worse", "kl", "top1"), ""),
     )
     decimals = percent_decimals(results)
-    return [exact, *(_arm_row(arm, section, decimals) for arm in section["arms"])]
+    return [exact, *(_arm_row(arm, decimals) for arm in section["arms"])]
 
 
 def percent_decimals(results: Json) -> int:
@@ -142,8 +142,8 @@ def pair_rows(results: Json, *, every: bool) -> list[PairRow]:
             delta=text.signed(text.percent_of_nats(pair["mean_delta_nll"]), decimals),
             interval=text.interval_percent(pair["ci95"], decimals),
             p=text.p_value(pair["p"], "Holm p"),
-            z=text.fixed(pair.get("z"), 1),  # files of earlier versions have neither z nor ratio
-            ratio=text.ratio(pair.get("loss_ratio"), pair.get("loss_ratio_ci95")),
+            z=text.fixed(pair["z"], 1),
+            ratio=text.ratio(pair["loss_ratio"], pair["loss_ratio_ci95"]),
         )
         for pair in chosen
     ]
@@ -154,11 +154,9 @@ def uncertainty_line(results: Json) -> str:
     section = results["perplexity"]
     parts = [f"SEM and BCa interval over {grouping(results)}, z from the iid SEM"]
     floor = section["noise_floor"]
-    if floor["identity"]:
-        identity = abs(text.percent_of_nats(floor["identity"]["mean"]))
-        parts.append(f"noise floor {identity:.2g} %")
-    if floor["exact"]:
-        parts.append(f"exact again {100 * abs(floor['exact']['mean']):.2g} %")
+    for words, control in (("noise floor", floor["identity"]), ("exact again", floor["exact"])):
+        if control and control["rms"] is not None:
+            parts.append(f"{words} {text.percent_of_nats(control['rms']):.2g} %")
     detectable = [arm["mde_percent"] for arm in section["arms"] if arm["mde_percent"] is not None]
     if detectable:
         parts.append(f"MDE {max(detectable):.2g} %")
@@ -167,12 +165,8 @@ def uncertainty_line(results: Json) -> str:
 
 def grouping(results: Json) -> str:
     """ "27 articles" or "20 blocks of 4 windows", as the statistics grouped them."""
-    articles = [segment["article"] for segment in results["perplexity"]["segments"]]
-    groups = group_windows(articles)
-    blocks = group_windows([None] * len(articles))
-    by_block = bool((groups == blocks).all())
-    count = len(set(groups.tolist()))
-    return f"{count} blocks of 4 windows" if by_block else f"{count} articles"
+    groups = results["perplexity"]["groups"]
+    return f"{groups['count']} {GROUPS[groups['kind']]}"
 
 
 def warnings(results: Json) -> list[str]:
@@ -190,7 +184,20 @@ def warnings(results: Json) -> list[str]:
                 found.append(f"{arm['arm']} gave non-finite values and was dropped")
             elif arm["below_noise_floor"]:
                 found.append(f"{arm['arm']} is below the noise floor: no effect can be claimed")
+        found += [
+            f"the control {name} gave non-finite values: its noise floor is unknown"
+            for name, control in controls(section)
+            if control["rms"] is None
+        ]
     return found
+
+
+def controls(section: Json) -> list[tuple[str, Json]]:
+    """Every control with its name: the exact cache again, then each method's identity."""
+    floor = section["noise_floor"]
+    named = [("exact again", floor["exact"])] if floor["exact"] else []
+    by_method = floor["identity"]["by_method"] if floor["identity"] else {}
+    return [*named, *((f"identity, {method}", noise) for method, noise in by_method.items())]
 
 
 def verdict(results: Json) -> str:
@@ -230,14 +237,12 @@ def needle_failure(results: Json) -> str | None:
     return f"needle baseline FAILED: exact finds {count}, 80 % are needed; arms are not meaningful"
 
 
-def context_counts(arm: Json, contexts: list[int]) -> list[str]:
-    """k/n with its interval for each context length, from the counts by depth."""
-    lines = []
-    for context in contexts:
-        cells = [cell for cell in arm["by_depth"] if cell["context"] == context]
-        correct, n = sum(c["correct"] for c in cells), sum(c["n"] for c in cells)
-        lines.append(f"{context}: {text.count_of(correct, n, wilson_interval(correct, n))}")
-    return lines
+def context_counts(arm: Json) -> list[tuple[int, str]]:
+    """k/n with its interval for each context length."""
+    return [
+        (cell["context"], text.count_of(cell["correct"], cell["n"], cell["wilson95"]))
+        for cell in arm["by_context"]
+    ]
 
 
 def _protocol_line(results: Json) -> str:
@@ -273,8 +278,7 @@ def _needle_line(results: Json) -> str:
     )
 
 
-def _arm_row(arm: Json, section: Json, decimals: int) -> ArmRow:
-    pair = (section["segments"], arm["arm"])
+def _arm_row(arm: Json, decimals: int) -> ArmRow:
     return ArmRow(
         arm=arm["arm"],
         simulated=arm["simulated"],
@@ -286,29 +290,16 @@ def _arm_row(arm: Json, section: Json, decimals: int) -> ArmRow:
         interval=text.interval_percent(arm["ci95"], decimals),
         sem=text.fixed(None if arm["sem"] is None else 100 * arm["sem"], decimals + 1),
         z=text.fixed(arm["z"], 1),
-        worse=_worse(*pair) if arm["status"] == "ok" else text.MISSING,
+        worse=f"{arm['n_worse']}/{arm['n']}" if arm["status"] == "ok" else text.MISSING,
         kl=f"{text.two_digits(arm['kl_mean'])}/{text.two_digits(arm['kl_p999'])}",
         top1=text.fixed(None if arm["top1_agreement"] is None else 100 * arm["top1_agreement"], 1),
     )
 
 
-def window_deltas(segments: list[Json], arm: str) -> list[float | None]:
-    """arm - exact per window, nats; None where either is not finite."""
-    pairs = [(segment["nll"].get(arm), segment["nll"].get("exact")) for segment in segments]
-    return [None if there is None or here is None else there - here for there, here in pairs]
-
-
-def _worse(segments: list[Json], arm: str) -> str:
-    known = [delta for delta in window_deltas(segments, arm) if delta is not None]
-    return f"{sum(delta > 0 for delta in known)}/{len(known)}"
-
-
 def _against(arm: Json) -> str:
     if arm["lost"] is None:
         return ""
-    words = (
-        f"lost {arm['lost']} gained {arm['gained']}, {text.p_value(arm['mcnemar_p'], 'McNemar p')}"
-    )
+    words = f"lost {arm['lost']} gained {arm['gained']}, {text.p_value(arm['p_flip'], 'p')}"
     if arm["answer_nll_delta"] is None:
         return words
     delta = arm["answer_nll_delta"]

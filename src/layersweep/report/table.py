@@ -75,10 +75,9 @@ def _needle(results: Json) -> list[RenderableType]:
     exact, *others = rows.needle_rows(results)
     lines = [Text(f"{rows.needle_title(results)}: exact {exact.count}", style=style)]
     lines += [Text(f"  {row.arm} {row.count}, {row.against}", style=style) for row in others]
-    contexts = results["needle"]["contexts"]
-    if len(contexts) > 1:
+    if len(results["needle"]["contexts"]) > 1:
         for arm in results["needle"]["arms"]:
-            counts = ", ".join(rows.context_counts(arm, contexts))
+            counts = ", ".join(f"{context}: {n}" for context, n in rows.context_counts(arm))
             lines.append(Text(f"  {arm['arm']} by context {counts}", style=style))
     if failure:
         lines.append(Text(failure, style="bold red"))

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy import stats
 
 from layersweep.statistics.groups import Floats, Groups, group_sums
@@ -53,13 +54,13 @@ def _extremeness(sums: Floats, sizes: Floats, neighbours: bool) -> Floats:
     products = (residuals[:, :-1] * residuals[:, 1:]).sum(axis=-1)
     spread = np.sqrt(np.maximum(SMALLEST_VARIANCE * squares, squares + 2.0 * products))
     without_spread = np.where(total > 0.0, np.inf, 0.0)
-    return np.divide(total, spread, out=without_spread, where=spread > 0.0)
+    extremeness: Floats = np.divide(total, spread, out=without_spread, where=spread > 0.0)
+    return extremeness
 
 
 def _all_signs(groups: int) -> Iterator[Floats]:
     """All signs of the groups but for a common one, which changes nothing: [2^(G - 1), G]."""
-    flips = np.arange(2 ** (groups - 1))[:, None] >> np.arange(groups) & 1
-    yield 1.0 - 2.0 * flips
+    yield _signs(np.arange(2 ** (groups - 1))[:, None] >> np.arange(groups) & 1)
 
 
 def _drawn_signs(groups: int, draws: int, seed: int) -> Iterator[Floats]:
@@ -68,7 +69,12 @@ def _drawn_signs(groups: int, draws: int, seed: int) -> Iterator[Floats]:
     rows = max(1, CHUNK // groups)
     for first in range(0, draws, rows):
         size = (min(rows, draws - first), groups)
-        yield 1.0 - 2.0 * rng.integers(2, size=size, dtype=np.int8)
+        yield _signs(rng.integers(2, size=size, dtype=np.int8))
+
+
+def _signs(flipped: NDArray[np.integer]) -> Floats:
+    """-1 where a group changes sign, 1 where not."""
+    return 1.0 - 2.0 * flipped.astype(np.float64)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
