@@ -63,6 +63,10 @@ def test_every_trial_holds_what_the_protocol_says(
     assert INTRO in prefix
     assert prefix.count(NEEDLE.format(key=trial.key, value=trial.answer)) == 1
     assert prefix.count("One of the special magic numbers for") == keys
+    begin, end = trial.haystack
+    hay = re.sub(r" One of the special magic numbers for \S+ is: \d+\.", "", prefix)
+    assert TEXT[begin:end].startswith(hay.partition(INTRO)[2])
+    assert len(hay.partition(INTRO)[2]) > end - begin - 20  # the last token may be in the branch
 
     answer_ids = trial.branch_ids[-trial.answer_length :]
     assert tokenizer.decode(answer_ids).strip() == trial.answer
@@ -291,7 +295,9 @@ ALL_WRONG = [[0.7, 0.1, 0.1, 0.1]] * 3
 
 def judge(branches: list[list[list[list[float]]]], arms: str) -> NeedleTask:
     """A teacher-forced job of one trial per entry: what each branch, exact first, predicts."""
-    trial = Trial(0, 64, 0.5, 0.5, "red-fox", "1234567", (0, 1), (2, 0, 3, 1, 2), answer_length=3)
+    trial = Trial(
+        0, 64, 0.5, 0.5, "red-fox", "1234567", (0, 60), (0, 1), (2, 0, 3, 1, 2), answer_length=3
+    )  # fmt: skip
     job = NeedleTask(
         trials=[trial] * len(branches), arms=parse_arms(arms), tokenizer=Words(),  # type: ignore[arg-type]
         settings=EvalSettings(niah_contexts=(64,)),

@@ -416,12 +416,12 @@ def test_false_positives_of_every_printed_p(monkeypatch):
             found = tool["count_windows"](groups, stretches, rho, 200)
             printed += [count for name, count in found.items() if "iid" not in name]
             if rho:
-                assert found["wilcoxon, iid"] / 200 > 0.15
+                assert found["Wilcoxon, iid"] / 200 > 0.15
     # 2.5 binomial errors of one, sqrt(0.05 * 0.95 / 200) = 1.5 %; the mean of all has a third of it
     assert all(0.012 <= count / 200 <= 0.09 for count in printed), printed
     assert 0.03 <= np.mean(printed) / 200 <= 0.07
     needles = tool["count_needles"](60, 0.5, 200)
-    assert needles["flip of needles"] / 200 <= 0.07
+    assert needles["sign flips"] / 200 <= 0.07
 
 
 def test_holm_by_hand():

@@ -4,9 +4,9 @@
 
 Deltas are normal with mean 0 and AR(1): each window correlates by rho with the one before, anew in
 each article of the bundled text, or through the whole text where it has no headings (blocks of 4).
-`holm` counts studies of 4 independent arms in which any arm falls to 5 %, `holm of pairs` those in
-which any of the 6 differences does. `wilcoxon, iid` and `mcnemar, iid` are in results.json, named
-so; no report prints them. Needles lie in overlapping haystacks of 4,096 tokens in a text of
+`Holm over 4 arms` counts studies of independent arms in which any arm falls to 5 %, `Holm over 6
+pairs` those in which any of their differences does. `Wilcoxon, iid` and `McNemar, iid` are in
+results.json under that name; no report prints them. Needles lie in overlapping haystacks of 4,096 tokens in a text of
 160,000; a fifth is lost or gained, and two that share all their text agree by rho. The exit code is
 1 where a printed p falls to 5 % in more than 7 % of the studies, or a p of perplexity in less than
 3 %. Needles are counts: few values are possible, and the largest below 5 % may be 2 %.
@@ -49,7 +49,7 @@ Counts = dict[str, int]
 
 def count_windows(groups: Groups, stretches: Ints, rho: float, studies: int) -> Counts:
     """Studies in which a p is at most 5 %, per test; each study has its own seed."""
-    draw, found = ar1(rho), dict.fromkeys(("flip", "holm", "holm of pairs", "wilcoxon, iid"), 0)
+    draw, found = ar1(rho), dict.fromkeys(("sign flips", "Holm over 4 arms", "Holm over 6 pairs", "Wilcoxon, iid"), 0)
     for seed in range(studies):
         # not the seed of the flips, which would draw the very same numbers
         rng = np.random.default_rng([seed, 1])
@@ -59,10 +59,10 @@ def count_windows(groups: Groups, stretches: Ints, rho: float, studies: int) -> 
             [flip_test(deltas, groups, seed=seed, draws=DRAWS) for deltas in some]
             for some in (arms, pairs)
         )
-        found["flip"] += p_arms[0] <= LEVEL
-        found["holm"] += min(holm(p_arms)) <= LEVEL
-        found["holm of pairs"] += min(holm(p_pairs)) <= LEVEL
-        found["wilcoxon, iid"] += (wilcoxon_test_iid(arms[0]) or 1.0) <= LEVEL
+        found["sign flips"] += p_arms[0] <= LEVEL
+        found["Holm over 4 arms"] += min(holm(p_arms)) <= LEVEL
+        found["Holm over 6 pairs"] += min(holm(p_pairs)) <= LEVEL
+        found["Wilcoxon, iid"] += (wilcoxon_test_iid(arms[0]) or 1.0) <= LEVEL
     return found
 
 
@@ -71,13 +71,13 @@ def count_needles(needles: int, rho: float, studies: int) -> Counts:
     phases = (np.arange(needles) * GOLDEN) % 1.0
     begins = (phases * (TEXT - CONTEXT)).astype(int)
     groups = group_haystacks([(begin, begin + CONTEXT) for begin in begins.tolist()])
-    found = dict.fromkeys(("flip of needles", "mcnemar, iid"), 0)
+    found = dict.fromkeys(("sign flips", "McNemar, iid"), 0)
     for seed in range(studies):
         rng = np.random.default_rng([seed, 1])
         verdicts = needle_verdicts(rng, begins, rho)
         lost, gained = int((verdicts < 0).sum()), int((verdicts > 0).sum())
-        found["flip of needles"] += flip_test(verdicts, groups, seed=seed, draws=DRAWS) <= LEVEL
-        found["mcnemar, iid"] += mcnemar_exact_iid(lost, gained) <= LEVEL
+        found["sign flips"] += flip_test(verdicts, groups, seed=seed, draws=DRAWS) <= LEVEL
+        found["McNemar, iid"] += mcnemar_exact_iid(lost, gained) <= LEVEL
     return found
 
 
