@@ -295,11 +295,13 @@ ALL_WRONG = [[0.7, 0.1, 0.1, 0.1]] * 3
 
 def judge(branches: list[list[list[list[float]]]], arms: str) -> NeedleTask:
     """A teacher-forced job of one trial per entry: what each branch, exact first, predicts."""
-    trial = Trial(
-        0, 64, 0.5, 0.5, "red-fox", "1234567", (0, 60), (0, 1), (2, 0, 3, 1, 2), answer_length=3
-    )  # fmt: skip
+    trials = [
+        Trial(0, 64, 0.5, 0.5, "red-fox", "1234567", (999 * i, 999 * i + 60), (0, 1),
+              (2, 0, 3, 1, 2), answer_length=3)
+        for i in range(len(branches))
+    ]  # fmt: skip
     job = NeedleTask(
-        trials=[trial] * len(branches), arms=parse_arms(arms), tokenizer=Words(),  # type: ignore[arg-type]
+        trials=trials, arms=parse_arms(arms), tokenizer=Words(),  # type: ignore[arg-type]
         settings=EvalSettings(niah_contexts=(64,)),
     )  # fmt: skip
     (tile,) = job.tiles()
@@ -341,13 +343,13 @@ def test_teacher_forcing_is_right_only_where_every_answer_token_is_the_first_gue
 def test_eight_hand_made_trials_add_up() -> None:
     """exact finds all; the arm loses six of eight, each for 0.231 nats a token."""
     job = judge([[RIGHT, RIGHT]] * 2 + [[RIGHT, ONE_WRONG]] * 6, "lloyd:K3V2")
-    section = summarize_needle(job.numbers.measurements())
+    section = summarize_needle(job.numbers.measurements(seed=0))
     exact, arm = section["arms"]
     assert section["baseline_gate"] == "passed"
     assert (exact["correct"], arm["correct"], arm["n"]) == (8, 2, 8)
     assert exact["wilson95"] == pytest.approx([0.6756, 1.0], abs=1e-4)  # 8 / (8 + 3.8415)
     assert arm["wilson95"] == pytest.approx([0.0715, 0.5907], abs=1e-4)
-    assert (arm["lost"], arm["gained"], arm["p_mcnemar_iid"]) == (6, 0, pytest.approx(2 / 64))
+    assert (arm["lost"], arm["gained"], arm["p_flip"]) == (6, 0, pytest.approx(2 / 64))
     # ln(0.6 / 0.3) / 3 in six of eight, 0 in two; sd sqrt(0.75 x 0.25 x 8 / 7), over sqrt(8)
     step = math.log(2) / 3
     assert arm["answer_nll_delta"] == pytest.approx(0.75 * step, abs=1e-6)
@@ -356,7 +358,7 @@ def test_eight_hand_made_trials_add_up() -> None:
 
 def test_an_arm_can_gain_needles_and_a_baseline_can_fail() -> None:
     job = judge([[RIGHT, ALL_WRONG]] + [[ALL_WRONG, RIGHT]] * 4, "lloyd:K3V2")
-    section = summarize_needle(job.numbers.measurements())
+    section = summarize_needle(job.numbers.measurements(seed=0))
     exact, arm = section["arms"]
     assert section["baseline_gate"] == "failed"
     assert (exact["correct"], arm["correct"], arm["lost"], arm["gained"]) == (1, 4, 1, 4)

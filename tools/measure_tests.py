@@ -6,10 +6,10 @@ Deltas are normal with mean 0 and AR(1): each window correlates by rho with the 
 each article of the bundled text, or through the whole text where it has no headings (blocks of 4).
 `Holm over 4 arms` counts studies of independent arms in which any arm falls to 5 %, `Holm over 6
 pairs` those in which any of their differences does. `Wilcoxon, iid` and `McNemar, iid` are in
-results.json under that name; no report prints them. Needles lie in overlapping haystacks of 4,096 tokens in a text of
-160,000; a fifth is lost or gained, and two that share all their text agree by rho. The exit code is
-1 where a printed p falls to 5 % in more than 7 % of the studies, or a p of perplexity in less than
-3 %. Needles are counts: few values are possible, and the largest below 5 % may be 2 %.
+results.json under that name; no report prints them. Needles lie in overlapping haystacks of 4,096
+tokens in a text of 160,000; a fifth is lost or gained, and two that share all their text agree by
+rho. The exit code is 1 where a printed p falls to 5 % in more than 7 % of the studies, or a p of
+perplexity in less than 3 %. Needles are counts: few values of p are possible.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ DRAWS = 1000  # of flips: p of 5 % is then known to 0.7 %
 NEEDLES = (60, 200)
 TEXT, CONTEXT = 160_000, 4096
 GOLDEN = (math.sqrt(5) - 1) / 2
+OF_WINDOWS = ("sign flips", "Holm over 4 arms", "Holm over 6 pairs", "Wilcoxon, iid")
+OF_NEEDLES = ("sign flips", "McNemar, iid")
 NOT_PRINTED = "iid"
 
 Counts = dict[str, int]
@@ -49,7 +51,7 @@ Counts = dict[str, int]
 
 def count_windows(groups: Groups, stretches: Ints, rho: float, studies: int) -> Counts:
     """Studies in which a p is at most 5 %, per test; each study has its own seed."""
-    draw, found = ar1(rho), dict.fromkeys(("sign flips", "Holm over 4 arms", "Holm over 6 pairs", "Wilcoxon, iid"), 0)
+    draw, found = ar1(rho), dict.fromkeys(OF_WINDOWS, 0)
     for seed in range(studies):
         # not the seed of the flips, which would draw the very same numbers
         rng = np.random.default_rng([seed, 1])
@@ -71,7 +73,7 @@ def count_needles(needles: int, rho: float, studies: int) -> Counts:
     phases = (np.arange(needles) * GOLDEN) % 1.0
     begins = (phases * (TEXT - CONTEXT)).astype(int)
     groups = group_haystacks([(begin, begin + CONTEXT) for begin in begins.tolist()])
-    found = dict.fromkeys(("sign flips", "McNemar, iid"), 0)
+    found = dict.fromkeys(OF_NEEDLES, 0)
     for seed in range(studies):
         rng = np.random.default_rng([seed, 1])
         verdicts = needle_verdicts(rng, begins, rho)
