@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from results_builders import STUDY, build_results, simulate_needle, simulate_perplexity
 
-from layersweep.report import rows
+from layersweep.report.sections import warnings
 from layersweep.report.store import validate
 from layersweep.runs.sections import reasons_not_publishable
 from layersweep.tasks.needle.summary import summarize_needle
@@ -162,7 +162,7 @@ def test_a_control_that_is_not_finite_is_said_and_ends_no_run(measured, name):
     validate(results)
     words = "identity, lloyd" if name != "exact" else "exact again"
     line = f"the control {words} gave non-finite values: its noise floor is unknown"
-    assert line in rows.warnings(results)
+    assert line in warnings(results)
 
 
 def test_without_controls_the_noise_floor_is_unknown(measured):

@@ -60,9 +60,9 @@ def compare(
     from rich.console import Console
     from rich.text import Text
 
-    from layersweep.report.rows import caption_lines
+    from layersweep.report.sections import caption_lines
     from layersweep.report.store import load_results
-    from layersweep.report.table import FULL_WIDTH
+    from layersweep.report.width import FULL_WIDTH
     from layersweep.runs.compare import compare_runs
 
     first_results = load_results(first)

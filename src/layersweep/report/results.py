@@ -10,11 +10,12 @@ from typing import Any
 
 from rich.console import Console
 
-from layersweep.report import rows
 from layersweep.report.cell import figure_cell, results_cell
 from layersweep.report.files import write_report
+from layersweep.report.sections import caption_lines
 from layersweep.report.store import load_results
-from layersweep.report.table import FULL_WIDTH, print_report
+from layersweep.report.table import print_report
+from layersweep.report.width import FULL_WIDTH
 
 
 class Results(dict[str, Any]):
@@ -42,7 +43,7 @@ class Results(dict[str, Any]):
 
         Raises InputError for another name, and for what was not measured.
         """
-        return Figure(name, "; ".join(rows.caption_lines(self)), figure_cell(self, name))
+        return Figure(name, "; ".join(caption_lines(self)), figure_cell(self, name))
 
     def __repr__(self) -> str:
         stream = io.StringIO()
