@@ -16,21 +16,18 @@ Json = dict[str, Any]
 
 
 def print_report(console: Console, results: Json) -> None:
-    """Prints the report. Where `console` is no terminal, as wide as its content: a file has no
-    right edge at which a long arm's name would have to be cut or folded."""
+    """Prints the report, with all of its columns where `console` is no terminal."""
+    width = console.width if console.is_terminal else max(FULL_WIDTH, console.width)
+    print_whole(console, report_table(results, width=width))
+
+
+def print_whole(console: Console, content: RenderableType) -> None:
+    """Prints `content`; where `console` is no terminal, as wide as it is. A file has no right edge
+    at which a long name would have to be folded."""
     if not console.is_terminal:
-        console.width = max(FULL_WIDTH, console.width)
-        table = report_table(results, width=console.width)
-        console.width = max(console.width, content_width(console, table))
-    else:
-        table = report_table(results, width=console.width)
-    console.print(table, highlight=False, markup=False)
-
-
-def content_width(console: Console, table: RenderableType) -> int:
-    """Columns that the widest line needs."""
-    endless = console.options.update(max_width=10_000)
-    return Measurement.get(console, endless, table).maximum
+        endless = console.options.update(max_width=10_000)
+        console.width = max(FULL_WIDTH, Measurement.get(console, endless, content).maximum)
+    console.print(content, highlight=False, markup=False)
 
 
 def report_table(results: Json, *, width: int = FULL_WIDTH) -> RenderableType:
