@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.measure import Measurement
+from rich.table import Table
 from rich.text import Text
 
 from layersweep.report import caption
@@ -21,16 +22,18 @@ def print_report(console: Console, results: Json) -> None:
     print_whole(console, report_table(results, width=width))
 
 
-def print_whole(console: Console, content: RenderableType) -> None:
-    """Prints `content`; where `console` is no terminal, as wide as it is. A file has no right edge
-    at which a long name would have to be folded."""
+def print_whole(console: Console, content: Group) -> None:
+    """Prints `content`; where `console` is no terminal, as wide as its widest table. A file has no
+    right edge at which a long name would have to be folded."""
     if not console.is_terminal:
         endless = console.options.update(max_width=10_000)
-        console.width = max(FULL_WIDTH, Measurement.get(console, endless, content).maximum)
+        tables = [part for part in content.renderables if isinstance(part, Table)]
+        widths = [Measurement.get(console, endless, table).maximum for table in tables]
+        console.width = max([FULL_WIDTH, *widths])
     console.print(content, highlight=False, markup=False)
 
 
-def report_table(results: Json, *, width: int = FULL_WIDTH) -> RenderableType:
+def report_table(results: Json, *, width: int = FULL_WIDTH) -> Group:
     """Caption, every section, notes, verdict."""
     parts: list[RenderableType] = [Text(line) for line in caption_lines(results)]
     for section in shown(results):

@@ -21,7 +21,7 @@ def page(results: Json) -> str:
         how(
             "A sentence with a number is hidden in the text and asked for at the end. The exact "
             "cache shows what the model can do at all; lost and gained count needles on which an "
-            "arm differs from it."
+            f"arm differs from it.{_stretches(results)}"
         ),
         notice(results),
         figure(
@@ -83,3 +83,14 @@ def _failures(results: Json) -> str:
 
 def _lines(results: Json) -> list[str]:
     return [model_line(results), rows.protocol_line(results)]
+
+
+def _stretches(results: Json) -> str:
+    """What p and the error of answers are taken over."""
+    groups = results["needle"]["groups"]
+    if groups is None:
+        return ""
+    return (
+        " Haystacks overlap, so p and the error of the answers' NLL are taken over "
+        f"{groups['count']} stretches of the text."
+    )
