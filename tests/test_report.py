@@ -331,6 +331,8 @@ def test_grouping_is_named_as_it_was_computed(full, weak):
     assert re.fullmatch(r"\d+ articles", rows.grouping(full))
     weak["perplexity"]["groups"] = {"kind": "blocks", "count": 5}
     assert rows.grouping(weak) == "5 blocks of 4 windows"
+    weak["perplexity"]["groups"] = {"kind": "articles", "count": 1}
+    assert rows.grouping(weak) == "1 article"
 
 
 def test_several_contexts_are_counted_apart():

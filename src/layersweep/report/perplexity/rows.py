@@ -12,7 +12,10 @@ from layersweep.tasks.arms import BASELINE
 Json = dict[str, Any]
 
 SHOWN_PAIRS = 6
-GROUPS = {"articles": "articles", "blocks": "blocks of 4 windows"}
+GROUPS = {
+    "articles": ("article", "articles"),
+    "blocks": ("block of 4 windows", "blocks of 4 windows"),
+}
 PAIR_NOTE = (
     "z of a pair: difference over its SEM; ratio: first loss over second loss, percentile bootstrap"
 )
@@ -161,7 +164,8 @@ def uncertainty_line(results: Json) -> str:
 def grouping(results: Json) -> str:
     """ "27 articles" or "20 blocks of 4 windows", as the statistics grouped them."""
     groups = results["perplexity"]["groups"]
-    return f"{groups['count']} {GROUPS[groups['kind']]}"
+    one, many = GROUPS[groups["kind"]]
+    return f"{groups['count']} {one if groups['count'] == 1 else many}"
 
 
 def controls(section: Json) -> list[tuple[str, Json]]:
