@@ -27,6 +27,7 @@ import numpy as np
 import layersweep.demo
 from layersweep.statistics.groups import Floats, Groups, Ints, group_windows
 from layersweep.statistics.intervals import RESAMPLES, bca_interval
+from layersweep.text.encoding import EncodedText
 from layersweep.text.source import load_text
 from layersweep.text.tokenizer import TextTokenizer
 from layersweep.text.windows import cut_windows
@@ -81,7 +82,7 @@ def groupings(count: int = WINDOWS) -> list[tuple[Groups, Ints]]:
     text = load_text(None, "demo").text
     tokenizer = TextTokenizer.load(Path(layersweep.demo.__path__[0]) / "model")
     windows = cut_windows(
-        text, tokenizer, segments=count, prefix=1024, continuation=512, bos="auto"
+        EncodedText(text, tokenizer), segments=count, prefix=1024, continuation=512, bos="auto"
     )
     articles = group_windows([window.article for window in windows])
     blocks = group_windows([None] * count)

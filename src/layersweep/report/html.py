@@ -11,7 +11,7 @@ from layersweep.report import caption
 from layersweep.report.facts import run_facts
 from layersweep.report.section import Section
 from layersweep.report.sections import shown, warnings
-from layersweep.report.store import write_atomically
+from layersweep.runs.files import write_atomically
 
 Json = dict[str, Any]
 
