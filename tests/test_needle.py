@@ -137,7 +137,8 @@ def test_the_demos_trials_are_those_of_its_text_encoded_at_once() -> None:
         contexts=[1024, 2048], depths=[0.0, 0.25, 0.5, 1.0], per_depth=2, keys=3, bos="auto",
         seed=7, max_context=8192,
     )  # fmt: skip
-    digest = hashlib.sha256(repr(made).encode()).hexdigest()
+    alike = re.sub(r"haystack=\(\d+, \d+\), ", "", repr(made))  # trials did not know theirs then
+    digest = hashlib.sha256(alike.encode()).hexdigest()
     assert digest.startswith("539a0ab1801997a8")
 
 
