@@ -224,7 +224,7 @@ class _Builder:
 
     def _fill(self, plan: _Plan, first: int, count: int) -> _Filled:
         """The trial's whole text with the `count` text tokens from `first`, and its ids."""
-        begin = self.starts[first] if count else 0
+        begin = int(self.starts[first]) if count else 0
         hay = self.text[begin : self.ends[first + count - 1]] if count else ""
         places = [self._needle_place(hay, first, count, depth) for depth in plan.depths]
         pieces, last = [], 0
