@@ -387,7 +387,7 @@ def test_eight_hand_made_trials_add_up() -> None:
     assert (exact["correct"], arm["correct"], arm["n"]) == (8, 2, 8)
     assert exact["wilson95"] == pytest.approx([0.6756, 1.0], abs=1e-4)  # 8 / (8 + 3.8415)
     assert arm["wilson95"] == pytest.approx([0.0715, 0.5907], abs=1e-4)
-    assert (arm["lost"], arm["gained"], arm["p_flip"]) == (6, 0, pytest.approx(2 / 64))
+    assert (arm["lost"], arm["gained"], arm["p_flip"]) == (6, 0, pytest.approx(1 / 64))
     # ln(0.6 / 0.3) / 3 in six of eight, 0 in two; sd sqrt(0.75 x 0.25 x 8 / 7), over sqrt(8)
     step = math.log(2) / 3
     assert arm["answer_nll_delta"] == pytest.approx(0.75 * step, abs=1e-6)

@@ -392,8 +392,12 @@ def test_flips_are_counted_up_to_sixteen_groups_and_drawn_beyond():
 def test_flips_of_needles_apart_are_mcnemars():
     for lost, gained in ((6, 0), (8, 2), (1, 0), (0, 0)):
         verdicts = np.array([-1.0] * lost + [1.0] * gained + [0.0] * (14 - lost - gained))
-        p = flip_test(verdicts, Groups("stretches", np.arange(14)), seed=0)
+        apart = Groups("stretches", np.arange(14))
+        p = flip_test(verdicts, apart, seed=0)
         assert p == pytest.approx(mcnemar_exact_iid(lost, gained))
+        # the mid-p takes half of the chance of just this many, on both sides
+        half = stats.binom.pmf(gained, lost + gained, 0.5) if lost else 0.0
+        assert flip_test(verdicts, apart, seed=0, counts=True) == pytest.approx(p - half)
 
 
 def test_haystacks_are_grouped_by_stretches_of_four():

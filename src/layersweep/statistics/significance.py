@@ -17,23 +17,36 @@ ROUNDING = 1e-9  # flips that only rounding separates from what was observed are
 CHUNK = 1 << 21  # signs at a time, so that memory does not grow with draws x groups
 
 
-def flip_test(values: Floats, groups: Groups, *, seed: int, draws: int = DRAWS) -> float:
+def flip_test(
+    values: Floats, groups: Groups, *, seed: int, draws: int = DRAWS, counts: bool = False
+) -> float:
     """Two-sided p of mean 0: whole groups change sign, and the share of flips that are at least as
     extreme as what was observed is p (Fisher 1935, The Design of Experiments, section 21; over
     few groups: Canay, Romano & Shaikh 2017, Econometrica 85, 1013-1030).
 
     All flips are tried where they are no more than `draws` (16 groups), else `draws` of them with
     `seed`: p = (1 + extreme) / (1 + draws). G groups cannot give less than 2 / 2^G.
+
+    `counts`: values are -1, 0 and 1, whose sums take few values, so that many flips are exactly as
+    extreme. Each of them then counts half (the mid-p of Lancaster 1961, J. Am. Stat. Assoc. 56,
+    223-234): counted whole, 60 needles would reach 5 % in 1.5 % of studies without a difference.
     """
+    if not values.any():
+        return 1.0
     sums, sizes = group_sums(values, groups.labels)
     neighbours = groups.kind == "blocks"
-    observed = _extremeness(sums[None], sizes, neighbours)[0] * (1.0 - ROUNDING)
-    count = tried = 0
+    observed = _extremeness(sums[None], sizes, neighbours)[0]
+    beyond = equal = tried = 0
     exact = 2 ** len(sums) <= draws
     for signs in _all_signs(len(sums)) if exact else _drawn_signs(len(sums), draws, seed):
-        count += int((_extremeness(signs * sums, sizes, neighbours) >= observed).sum())
+        flipped = _extremeness(signs * sums, sizes, neighbours)
+        more = int((flipped > observed * (1.0 + ROUNDING)).sum())
+        beyond += more
+        equal += int((flipped >= observed * (1.0 - ROUNDING)).sum()) - more
         tried += len(signs)
-    return count / tried if exact else (1 + count) / (1 + tried)
+    if not exact:  # what was observed is one more
+        equal, tried = equal + 1, tried + 1
+    return (beyond + equal * (0.5 if counts else 1.0)) / tried
 
 
 def _extremeness(sums: Floats, sizes: Floats, neighbours: bool) -> Floats:

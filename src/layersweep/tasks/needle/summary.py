@@ -72,7 +72,7 @@ def _against_baseline(measured: NeedleMeasurements, arm: str, groups: Groups) ->
     return {
         "lost": lost,
         "gained": gained,
-        "p_flip": flip_test(verdicts, groups, seed=measured.seed),
+        "p_flip": flip_test(verdicts, groups, seed=measured.seed, counts=True),
         "p_mcnemar_iid": mcnemar_exact_iid(lost, gained),
         "answer_nll_delta": mean,
         "answer_nll_sem": sem,
