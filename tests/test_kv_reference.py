@@ -16,8 +16,8 @@ from layersweep.errors import InputError
 from layersweep.kv import Stream, parse, parse_arms
 from layersweep.kv.codec import Codec, Packed, check_stream
 from layersweep.kv.growing import GrowingStream
+from layersweep.kv.identity import Untransformed
 from layersweep.kv.kivi import KeyGroups
-from layersweep.kv.uniform import Untransformed
 from layersweep.tasks.perplexity.task import control_arms
 
 # Every arm, and the multiple that a head size must be of.
@@ -43,10 +43,6 @@ CPU = torch.device("cpu")
 def stream_of(role: str, x: Tensor) -> Stream:
     is_key = role == "key"
     return Stream(role, x.shape[1], x.shape[3], "key" if is_key else "value", rope=is_key)
-
-
-def held_bytes(packed: Packed) -> int:
-    return sum(part.nbytes for part in vars(packed).values() if isinstance(part, Tensor))
 
 
 def same(a: Packed, b: Packed) -> bool:
@@ -219,7 +215,7 @@ def test_batch_order_slices_and_append_change_no_bit(
             check_stream(codec, stream, CPU, torch.float32)
         return
     whole = codec.encode(x, stream, at)
-    assert held_bytes(whole) == codec.nbytes(whole)
+    assert whole.held_bytes == codec.nbytes(whole)
     assert (whole.tokens, whole.elements) == (shape[2], x.numel())
     decoded = codec.decode(whole, at)
     assert (decoded.shape, decoded.dtype) == (x.shape, torch.float32)
