@@ -14,9 +14,10 @@ DEMO_ARMS := K3V2,K4V2,e8:K3V2,e8:K4V2
 # 10 depths x 2 = 20 needles: a spot check, not a claim.
 DEMO_NEEDLES_PER_DEPTH := 2
 
-# Packages of the dev group in pyproject.toml need pip >= 25.1 (--group).
+# Packages of the dev group in pyproject.toml need pip >= 25.1 (--group). Each step says one line;
+# pip itself speaks only when it fails.
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-INSTALL := $(PIP) install --constraint constraints.txt
+INSTALL := $(PIP) install -qq --constraint constraints.txt
 
 .PHONY: demo test test-gpu lint clean
 .DELETE_ON_ERROR:
@@ -41,20 +42,23 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# torch comes first and alone: only it may come from TORCH_INDEX, and what follows finds it there.
+# torch comes first and alone: only it may come from TORCH_INDEX, and the later steps find it there.
 $(VENV)/.torch: constraints.txt tools/find-python.sh
 	@PYTHON="$(PYTHON)" sh tools/find-python.sh $(VENV)
 	@TORCH_INDEX="$(TORCH_INDEX)" sh tools/say-download.sh
-	$(PIP) install --quiet --upgrade "pip>=25.1"
-	$(INSTALL) $(if $(TORCH_INDEX),--index-url "$(TORCH_INDEX)") torch
+	@echo "install: torch"
+	@$(PIP) install -qq --upgrade "pip>=25.1"
+	@$(INSTALL) $(if $(TORCH_INDEX),--index-url "$(TORCH_INDEX)") torch
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.torch pyproject.toml
-	$(INSTALL) --editable .
+	@echo "install: layersweep and the packages it needs"
+	@$(INSTALL) --editable .
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(INSTALL) --group dev
+	@echo "install: tools for tests"
+	@$(INSTALL) --group dev
 	@touch $@
 
 clean:

@@ -7,15 +7,16 @@ from typing import Any
 
 import numpy as np
 
-from layersweep.tasks.measured import (
-    ArmInfo,
+from layersweep.runs.sections import reasons_not_publishable
+from layersweep.tasks.arms import ArmInfo
+from layersweep.tasks.needle.measurements import NeedleMeasurements, TrialInfo
+from layersweep.tasks.needle.summary import summarize_needle
+from layersweep.tasks.perplexity.measurements import (
     ControlMeasurement,
-    NeedleMeasurements,
     PerplexityMeasurements,
-    TrialInfo,
     WindowInfo,
 )
-from layersweep.tasks.summary import reasons_not_publishable, summarize_needle, summarize_perplexity
+from layersweep.tasks.perplexity.summary import summarize_perplexity
 
 SCORED = 511
 
@@ -155,7 +156,7 @@ def build_results(
             simulate_needle(per_depth=per_depth, contexts=contexts, arms=arms, baseline=baseline)
         )
     reasons = reasons_not_publishable(
-        status="complete", weights=weights, perplexity=perplexity, needle=needle
+        status="complete", weights=weights, measured={"perplexity": perplexity, "needle": needle}
     )
     return {
         "schema": "layersweep.results/1",

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from layersweep.bench.devices import Place, _rows, bench_devices
-from layersweep.study.settings import EvalSettings
+from layersweep.tasks.settings import EvalSettings
 
 SMALL = EvalSettings(tasks=("ppl",), segments=40, prefix=32, continuation=16)
 

@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 import torch
 from oracle_models import oracle_model, scored_with_cache
+from studies import needle_of, perplexity_of
 from torch import Tensor
 
 from layersweep.kv import parse
 from layersweep.kv.cache import Shared, store
 from layersweep.kv.stream import Stream
 from layersweep.study.run import run_study
-from layersweep.study.settings import EvalSettings
 from layersweep.study.study import Study, prepare_study
 from layersweep.sweep.model import load
+from layersweep.tasks.settings import EvalSettings
 
 DEMO = Path(__file__).parents[1] / "src/layersweep/demo/model"
 ARMS = "lloyd:K3V2,lloyd:K4V2,e8:K3V2,e8:K4V2,e8:K3V2@v=0.5,lloyd:K2V2@pb=1"
@@ -56,7 +57,7 @@ def codec_of(name: str, layers: int) -> object:
 
 def test_baseline_nll_of_every_window_equals_transformers(study: Study, oracle: object) -> None:
     for window, ours in zip(
-        study.perplexity.windows, study.perplexity.numbers.nll["exact"], strict=True
+        perplexity_of(study).windows, perplexity_of(study).numbers.nll["exact"], strict=True
     ):
         ids = torch.tensor([window.ids])
         with torch.inference_mode():
@@ -68,7 +69,7 @@ def test_baseline_nll_of_every_window_equals_transformers(study: Study, oracle: 
 
 @pytest.mark.parametrize("name", ARMS.split(","))
 def test_delta_of_every_window_equals_transformers(name: str, study: Study, oracle: object) -> None:
-    job = study.perplexity
+    job = perplexity_of(study)
     for window in job.windows[: WINDOWS if name.count("@") == 0 else 2]:
         prefix, branch = list(window.ids[: window.prefix]), list(window.ids[window.prefix :])
         exact = -scored_with_cache(oracle, prefix, branch, None).double().mean().item()
@@ -80,17 +81,17 @@ def test_delta_of_every_window_equals_transformers(name: str, study: Study, orac
 
 @pytest.mark.parametrize("name", ARMS.split(",")[:4])
 def test_needle_answer_nll_equals_transformers(name: str, study: Study, oracle: object) -> None:
-    trial = study.needle.trials[0]
+    trial = needle_of(study).trials[0]
     branch = list(trial.branch_ids)
     prefix = list(trial.prefix_ids)
     for arm, through in (("exact", None), (name, codec_of(name, 6))):
         scores = scored_with_cache(oracle, prefix, branch, through)[-trial.answer_length :]
-        ours = study.needle.numbers.answer_nll[arm][0]
+        ours = needle_of(study).numbers.answer_nll[arm][0]
         assert abs(ours - -scores.double().mean().item()) < 1e-4
 
 
 def test_exact_control_is_zero_and_deltas_are_not(study: Study) -> None:
-    job = study.perplexity
+    job = perplexity_of(study)
     assert np.array_equal(job.numbers.control_delta["exact"], np.zeros(4))
     assert np.array_equal(job.numbers.control_kl["exact"], np.zeros((4, 511), np.float32))
     for method in ("lloyd", "e8"):
@@ -106,7 +107,7 @@ def test_e8_equals_the_published_package(study: Study, oracle: object) -> None:
             cache, mode="quant_only", rope_base=1e6, key_bits=3, value_bits=2
         )
 
-    job = study.perplexity
+    job = perplexity_of(study)
     for window in job.windows:
         prefix, branch = list(window.ids[: window.prefix]), list(window.ids[window.prefix :])
         exact = -scored_with_cache(oracle, prefix, branch, None).double().mean().item()

@@ -13,9 +13,9 @@ import torch
 from layersweep.errors import GateError
 from layersweep.study.gate import Gate
 from layersweep.study.run import run_study
-from layersweep.study.settings import EvalSettings
 from layersweep.study.study import prepare_study
 from layersweep.sweep.model import load
+from layersweep.tasks.settings import EvalSettings
 
 planting = runpy.run_path(str(Path(__file__).parents[1] / "tools/plant_faults.py"))
 DEMO, copy_demo, tensor = planting["DEMO"], planting["copy_demo"], planting["tensor"]

@@ -28,7 +28,6 @@ from layersweep.stream.blocks import BlockSpec
 from layersweep.stream.runs import Placement, compute_ring, runs_of, spread_layers
 from layersweep.stream.shapes import Machine, tile_bytes
 from layersweep.stream.store import BlockStore
-from layersweep.study.settings import EvalSettings
 from layersweep.study.shrink import shrink
 from layersweep.study.study import prepare_study
 from layersweep.sweep.caches import KeptCaches, cache_memory
@@ -37,6 +36,7 @@ from layersweep.sweep.model import Model, load
 from layersweep.sweep.sequences import Branch, Sequence, Tile, tiles_of
 from layersweep.sweep.shapes import tile_shape
 from layersweep.sweep.turn import HostTurn
+from layersweep.tasks.settings import EvalSettings
 
 GIB = 2**30
 SPECS = mixtral_specs()

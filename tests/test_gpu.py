@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from stepped import in_one_pass, stepped, texts
+from studies import perplexity_of
 from test_stream import a_file
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
@@ -36,12 +37,12 @@ from layersweep.stream.plan import host_ring_bytes, place
 from layersweep.stream.runs import Placement, compute_ring, runs_of
 from layersweep.stream.store import BlockStore
 from layersweep.study.run import Outcome, StudyRun, run_study
-from layersweep.study.settings import EvalSettings
 from layersweep.study.study import Study, prepare_study
 from layersweep.sweep.caches import KeptCaches, cache_memory
 from layersweep.sweep.loop import Engine, run_sweep
 from layersweep.sweep.model import Model, load
 from layersweep.sweep.sequences import Branch, Sequence, Tile, tiles_of
+from layersweep.tasks.settings import EvalSettings
 
 pytestmark = [
     pytest.mark.gpu,
@@ -233,8 +234,8 @@ def measured(model: Model, settings: EvalSettings) -> tuple[Study, Outcome]:
 
 
 def nll(study: Study) -> dict[str, np.ndarray]:
-    assert study.perplexity is not None
-    return study.perplexity.numbers.nll
+    assert perplexity_of(study) is not None
+    return perplexity_of(study).numbers.nll
 
 
 def test_cpu_and_gpu_agree_on_the_bundled_model() -> None:

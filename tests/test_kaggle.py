@@ -36,9 +36,9 @@ from layersweep.kaggle.folders import filled_in
 from layersweep.kaggle.metadata import Id
 from layersweep.kaggle.sources import JOB_BYTES, ModelSource, parse_model, share_out
 from layersweep.kaggle.wheel import write_wheel
-from layersweep.study.settings import EvalSettings
 from layersweep.study.study import prepare_study
 from layersweep.sweep.model import load
+from layersweep.tasks.settings import EvalSettings
 
 TESTS = Path(__file__).parent
 TINY = (

@@ -312,8 +312,8 @@ def test_e8_is_the_published_package(bits: int) -> None:
 def test_a_study_with_an_arm_that_cannot_work_does_not_open(arm: str) -> None:
     """The demo's head size is 64; nothing but its headers has been read."""
     import layersweep
-    from layersweep.study.settings import EvalSettings
     from layersweep.study.study import prepare_study
+    from layersweep.tasks.settings import EvalSettings
 
     model = layersweep.load("demo", device="cpu")
     with pytest.raises(InputError, match=r"found no file|'k' has head size 64, needed a multiple"):

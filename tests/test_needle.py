@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from layersweep.errors import InputError
 from layersweep.kv.arms import parse_arms
-from layersweep.tasks.needle.task import NeedleJob
+from layersweep.tasks.needle.summary import summarize_needle
+from layersweep.tasks.needle.task import NeedleTask
 from layersweep.tasks.needle.trials import (
     ANSWER_PREFIX,
     INTRO,
@@ -23,7 +24,7 @@ from layersweep.tasks.needle.trials import (
     generated_correctly,
     make_trials,
 )
-from layersweep.tasks.summary import summarize_needle
+from layersweep.tasks.settings import EvalSettings
 from layersweep.text.tokenizer import TextTokenizer
 
 TEXT = demo_text(120_000)
@@ -288,12 +289,12 @@ TIE_LOST = [RIGHT[0], [0.4, 0.4, 0.1, 0.1], RIGHT[2]]
 ALL_WRONG = [[0.7, 0.1, 0.1, 0.1]] * 3
 
 
-def judge(branches: list[list[list[list[float]]]], arms: str) -> NeedleJob:
+def judge(branches: list[list[list[list[float]]]], arms: str) -> NeedleTask:
     """A teacher-forced job of one trial per entry: what each branch, exact first, predicts."""
     trial = Trial(0, 64, 0.5, 0.5, "red-fox", "1234567", (0, 1), (2, 0, 3, 1, 2), answer_length=3)
-    job = NeedleJob(
+    job = NeedleTask(
         trials=[trial] * len(branches), arms=parse_arms(arms), tokenizer=Words(),  # type: ignore[arg-type]
-        streaming=False, contexts=[64], keys=1, mode="teacher",
+        settings=EvalSettings(niah_contexts=(64,)),
     )  # fmt: skip
     (tile,) = job.tiles()
     for number, predictions in enumerate(branches):

@@ -25,8 +25,9 @@ from layersweep.stream.shapes import (
     tile_bytes,
     tile_flops,
 )
-from layersweep.study.forecast import forecast, placeholder_tiles
-from layersweep.study.settings import EvalSettings
+from layersweep.study.forecast import forecast
+from layersweep.tasks.registry import TASKS
+from layersweep.tasks.settings import EvalSettings
 
 SPECS = mixtral_specs()
 RUNS = runs_of(SPECS)
@@ -75,10 +76,10 @@ def test_generated_answers_are_planned_as_eval_does_them(
     assert (found.generation, found.sweeps) == (words, 0)
     assert found.plan.device_bytes <= found.plan.vram == MACHINES[name].vram
     # at least 3.5 ms of the host for each of 12 tiles, 32 layers and 15 tokens
-    assert found.needle_s > 12 * 32 * 15 * 0.0035 and found.perplexity_s == 0
-    assert found.total_s == found.needle_s + found.first_read_s
+    assert found.task_s["needle"] > 12 * 32 * 15 * 0.0035 and found.task_s["perplexity"] == 0
+    assert found.total_s == found.task_s["needle"] + found.first_read_s
     both = forecast(MIXTRAL, SPECS, replace(settings, tasks=("ppl", "niah")), arms, MACHINES[name])
-    assert both.sweeps == 1 and both.total_s > found.needle_s
+    assert both.sweeps == 1 and both.total_s > found.task_s["needle"]
     # beside perplexity each device generates with weights of its own
     assert "layers over" not in both.generation
 
@@ -242,7 +243,7 @@ def test_a_context_beyond_the_model_is_refused() -> None:
 
 def test_placeholder_tiles_have_the_rows_of_the_study() -> None:
     arms = [parse("K3V2"), parse("K4V2")]
-    tiles = placeholder_tiles(EvalSettings(), arms, 80)
+    tiles = [t for kind in TASKS for t in kind.task.placeholders(EvalSettings(), arms)]
     # 80 windows of 1024 + 3 x 512, controls (identity, exact) on 4 of them; 60 needles
     windows = sum(t.rows for t in tiles if t.name == "perplexity")
     assert windows == 80 * (1024 + 3 * 512) + 4 * 2 * 512

@@ -22,12 +22,12 @@ from layersweep.cli.app import run
 from layersweep.cli.output import RunFolder
 from layersweep.errors import InputError
 from layersweep.runs.finished import DamagedSweep, unpack
-from layersweep.runs.record import Part
+from layersweep.runs.record import TileKey
 from layersweep.stream.plan import Plan
 from layersweep.stream.rates import SWEEP_EFFICIENCY
-from layersweep.study.settings import EvalSettings
 from layersweep.study.sizing import DISK, LOSS_S, REPEATED_SHARE, sized_plan
 from layersweep.study.study import prepare_study
+from layersweep.tasks.settings import EvalSettings
 
 Json = dict[str, Any]
 ARGUMENTS = (
@@ -130,7 +130,7 @@ def test_what_is_no_sweep_of_this_study(undisturbed: Path) -> None:
     )
     study = prepare_study(layersweep.load("demo", device="cpu"), settings)
     data = (undisturbed / "sweeps" / "0001.safetensors").read_bytes()
-    assert unpack(study.record, data).parts == [Part("perplexity", 20, 20)]
+    assert unpack(study.record, data).tiles == [TileKey("perplexity", 20, 20)]
     other_tile = data.replace(b'\\"first\\": 20', b'\\"first\\": 21')
     other_arm = data.replace(b"trellis:K3V2", b"trellis:K4V2")
     results = (undisturbed / "results.json").read_bytes()

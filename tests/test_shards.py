@@ -298,7 +298,7 @@ def test_durations() -> None:
 def test_collect_waits_for_all(shards: list[Path], tmp_path: Path, capsys: Any) -> None:
     """A rank that ends first leaves the rest to the others."""
     from layersweep.cli.job import Job, Machine
-    from layersweep.study.settings import EvalSettings
+    from layersweep.tasks.settings import EvalSettings
 
     machine = Machine(None, "auto", "auto", "cpu", "auto", "auto", "float32", None)
     job = Job("demo", EvalSettings(), machine, tmp_path, False, None, 0.0, "layersweep eval")

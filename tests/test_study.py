@@ -6,15 +6,16 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from studies import needle_of, perplexity_of
 
 import layersweep
 from layersweep.environment import Budget
 from layersweep.report.store import validate
-from layersweep.study.results import exact_pair_fraction
 from layersweep.study.run import Outcome, run_study
-from layersweep.study.settings import EvalSettings
 from layersweep.study.study import Study, prepare_study
 from layersweep.sweep.model import Model
+from layersweep.tasks.perplexity.task import exact_pair_fraction
+from layersweep.tasks.settings import EvalSettings
 
 SMALL = EvalSettings(
     kv="K3V2,e8:K3V2", segments=45, prefix=64, continuation=32, niah_contexts=(512,),
@@ -56,7 +57,7 @@ def test_several_sweeps_within_a_smaller_budget_give_the_same_bits(
         again, several = measured(small, SMALL)
         assert several.sweeps >= 2
         assert same_numbers(study, again)
-        assert again.needle.numbers.answer_nll == study.needle.numbers.answer_nll
+        assert needle_of(again).numbers.answer_nll == needle_of(study).numbers.answer_nll
         assert several.bytes_read == again.plan.bytes_to_read
 
 
@@ -67,15 +68,15 @@ def test_the_baseline_does_not_depend_on_the_arms(
     five, _ = measured(model, replace(SMALL, kv=arms, tasks=("ppl",), gate="off"))
     assert same_numbers(one_sweep[0], five)
     for study in (one_sweep[0], five):
-        assert np.array_equal(study.perplexity.numbers.control_delta["exact"], np.zeros(4))
-        assert not study.perplexity.numbers.control_kl["exact"].any()
+        assert np.array_equal(perplexity_of(study).numbers.control_delta["exact"], np.zeros(4))
+        assert not perplexity_of(study).numbers.control_kl["exact"].any()
 
 
 def test_one_bit_keys_are_worse_than_three(model: Model) -> None:
     study, _ = measured(model, replace(SMALL, kv="K1V16,K3V16,K8V8", tasks=("ppl",), gate="off"))
     loss = {
-        a: (n - study.perplexity.numbers.nll["exact"]).mean()
-        for a, n in study.perplexity.numbers.nll.items()
+        a: (n - perplexity_of(study).numbers.nll["exact"]).mean()
+        for a, n in perplexity_of(study).numbers.nll.items()
     }
     assert loss["trellis:K1V16"] > 3 * abs(loss["trellis:K3V16"])
     assert loss["trellis:K1V16"] > 0.01
@@ -86,12 +87,12 @@ def test_streaming_costs_more_than_prefill_and_its_control_is_zero(
     model: Model, one_sweep: tuple[Study, Outcome]
 ) -> None:
     study, _ = measured(model, replace(SMALL, cache_mode="streaming"))
-    exact = study.perplexity.numbers.nll["exact"]
+    exact = perplexity_of(study).numbers.nll["exact"]
     whole = one_sweep[0].perplexity.numbers.nll
     assert np.abs(exact - whole["exact"]).max() < 1e-5
-    assert np.array_equal(study.perplexity.numbers.control_delta["exact"], np.zeros(4))
+    assert np.array_equal(perplexity_of(study).numbers.control_delta["exact"], np.zeros(4))
     for arm in ("trellis:K3V2", "e8:K3V2"):
-        cost = (study.perplexity.numbers.nll[arm] - exact).mean()
+        cost = (perplexity_of(study).numbers.nll[arm] - exact).mean()
         prefill = (
             one_sweep[0].perplexity.numbers.nll[arm] - one_sweep[0].perplexity.numbers.nll["exact"]
         ).mean()
@@ -104,16 +105,16 @@ def test_generation_agrees_with_teacher_forcing(
 ) -> None:
     study, outcome = measured(model, replace(SMALL, niah_mode="generate", tasks=("niah",)))
     assert outcome.sweeps == 16
-    for arm, hits in study.needle.numbers.correct.items():
-        assert len(study.needle.numbers.outputs[arm]) == 2
+    for arm, hits in needle_of(study).numbers.correct.items():
+        assert len(needle_of(study).numbers.outputs[arm]) == 2
         for text, trial, hit in zip(
-            study.needle.numbers.outputs[arm], study.needle.trials, hits, strict=True
+            needle_of(study).numbers.outputs[arm], needle_of(study).trials, hits, strict=True
         ):
             assert hit == text.strip().startswith(trial.answer)
         # an arm whose every answer token is the argmax generates the answer
         for teacher, generated in zip(one_sweep[0].needle.numbers.correct[arm], hits, strict=True):
             assert generated or not teacher
-    assert sum(study.needle.numbers.correct["exact"]) >= 1
+    assert sum(needle_of(study).numbers.correct["exact"]) >= 1
 
 
 def test_python_interface_returns_the_schema(model: Model) -> None:

@@ -11,8 +11,10 @@ import pytest
 from results_builders import STUDY, build_results, simulate_needle, simulate_perplexity
 
 from layersweep.report.store import validate
-from layersweep.tasks.measured import ControlMeasurement
-from layersweep.tasks.summary import reasons_not_publishable, summarize_needle, summarize_perplexity
+from layersweep.runs.sections import reasons_not_publishable
+from layersweep.tasks.needle.summary import summarize_needle
+from layersweep.tasks.perplexity.measurements import ControlMeasurement
+from layersweep.tasks.perplexity.summary import summarize_perplexity
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +139,7 @@ def test_nonfinite_arm_is_dropped_from_every_comparison(measured):
     assert section["segments"][4]["nll"]["e8:K3V2"] == broken[4]
     json.dumps(section, allow_nan=False)
     reasons = reasons_not_publishable(
-        status="complete", weights="nf4", perplexity=section, needle=None
+        status="complete", weights="nf4", measured={"perplexity": section, "needle": None}
     )
     assert reasons == ["e8:K3V2 gave non-finite values"]
 
@@ -183,7 +185,7 @@ def test_needle_gate_fails_below_eighty_percent():
     assert section["baseline_gate"] == "failed"
     assert section["spot_check"] is False
     reasons = reasons_not_publishable(
-        status="complete", weights="nf4", perplexity=None, needle=section
+        status="complete", weights="nf4", measured={"perplexity": None, "needle": section}
     )
     assert reasons == ["the exact cache finds fewer than 80 % of the needles"]
 
@@ -214,5 +216,5 @@ def test_what_a_run_lacks_to_be_published():
     synthetic = build_results(weights="synthetic", tasks="ppl")
     assert synthetic["reasons"] == ["the weights are synthetic"]
     assert reasons_not_publishable(
-        status="gate_failed", weights="nf4", perplexity=None, needle=None
+        status="gate_failed", weights="nf4", measured={"perplexity": None, "needle": None}
     ) == ["the run is not complete (status: gate_failed)", "nothing was measured"]

@@ -14,9 +14,9 @@ from layersweep.checkpoint.synth import LEVELS_STD, MIXTRAL_8X7B, synthetic_byte
 from layersweep.cli.app import run
 from layersweep.errors import InputError
 from layersweep.study.run import run_study
-from layersweep.study.settings import EvalSettings
 from layersweep.study.study import prepare_study
 from layersweep.sweep.model import load
+from layersweep.tasks.settings import EvalSettings
 
 SMALL = replace(
     MIXTRAL_8X7B, vocab_size=4096, hidden_size=128, intermediate_size=192, num_hidden_layers=32,

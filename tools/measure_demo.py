@@ -18,10 +18,10 @@ import layersweep
 from layersweep.checkpoint.layout import demo_folder
 from layersweep.statistics.paired import wilson_interval
 from layersweep.study.gate import Gate
-from layersweep.study.settings import DEPTHS
-from layersweep.tasks.needle.task import NeedleJob
+from layersweep.tasks.needle.task import NeedleTask
 from layersweep.tasks.needle.trials import make_trials
-from layersweep.tasks.perplexity.task import PerplexityJob
+from layersweep.tasks.perplexity.task import PerplexityTask
+from layersweep.tasks.settings import DEPTHS, EvalSettings
 from layersweep.text.source import load_text
 from layersweep.text.tokenizer import TextTokenizer
 from layersweep.text.windows import cut_windows
@@ -33,17 +33,17 @@ def needles(model: layersweep.Model, tokenizer: TextTokenizer, text: str, keys: 
         text, tokenizer, contexts=(4096,), depths=DEPTHS, per_depth=6, keys=keys, bos="auto",
         seed=0, max_context=model.checkpoint.config.max_position_embeddings,
     )  # fmt: skip
-    job = NeedleJob(trials, [], tokenizer, False, (4096,), keys, "teacher")
+    job = NeedleTask(trials, [], tokenizer, EvalSettings(niah_keys=keys))
     model.run(job.tiles(), job.read)
     job.settle()
-    found = sum(job.correct["exact"])
+    found = sum(job.numbers.correct["exact"])
     return {
         "context": 4096,
         "keys": keys,
         "correct": found,
         "n": len(trials),
         "wilson95": wilson_interval(found, len(trials)),
-        "answer_nll": float(np.mean(job.answer_nll["exact"])),
+        "answer_nll": float(np.mean(job.numbers.answer_nll["exact"])),
     }
 
 
@@ -54,10 +54,10 @@ def main() -> None:
     windows = cut_windows(
         text, tokenizer, segments=80, prefix=1024, continuation=512, bos="auto"
     )  # fmt: skip
-    job = PerplexityJob(windows, [], False)
+    job = PerplexityTask(windows, [], False, model.compute.device)
     model.run(job.tiles(), job.read)
     job.settle()
-    nll = float(job.nll["exact"].mean())
+    nll = float(job.numbers.nll["exact"].mean())
     gate = Gate(model.checkpoint.config, tokenizer.encode(text[:8192]), None, None)
     model.run([gate.tile()], lambda tile, number, sequence, logits: gate.check_logits(logits[0]))
     assert gate.copies_nll is not None

@@ -14,11 +14,11 @@ from layersweep.progress import SweepProgress
 from layersweep.report.results import Results
 from layersweep.study.results import build_results
 from layersweep.study.run import StudyRun
-from layersweep.study.settings import DEPTHS, TASKS, EvalSettings
 from layersweep.study.study import prepare_study
 from layersweep.sweep import model as engine
 from layersweep.sweep.loop import Progress
 from layersweep.sweep.model import Model
+from layersweep.tasks.settings import DEPTHS, TASKS, EvalSettings
 from layersweep.text.windows import BosMode
 
 

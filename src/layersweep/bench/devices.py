@@ -23,14 +23,15 @@ from typing import Any
 from layersweep.bench.study import Say, floor, long_text, measure_ceilings, one_tile
 from layersweep.report.store import write_results
 from layersweep.runs.finished import pack
-from layersweep.runs.merge import StudyPart, merge
+from layersweep.runs.merge import ShardOutput, merge
 from layersweep.runs.shard import WHOLE, Shard
 from layersweep.study.manifest import manifest_of
 from layersweep.study.results import build_results
 from layersweep.study.run import StudyRun
-from layersweep.study.settings import EvalSettings
 from layersweep.study.study import prepare_study
 from layersweep.sweep.model import load
+from layersweep.tasks.registry import TASKS
+from layersweep.tasks.settings import EvalSettings
 from layersweep.units import parse_size
 
 Json = dict[str, Any]
@@ -51,7 +52,7 @@ class Place:
 class Part:
     """What a process has measured. `started`: time.perf_counter, one for all of a host."""
 
-    part: StudyPart
+    part: ShardOutput
     started: float
     ended: float
     floors: Json
@@ -221,7 +222,7 @@ def _work(
                 write_results(folder / device, results)
             ended = time.perf_counter()
             sweeps = {"sweeps/0000": pack(study.record, study.done)}
-            left = StudyPart(
+            left = ShardOutput(
                 shard.folder, str(shard), manifest, study.record.facts(), results, sweeps
             )
             floors = floor(study.plan, ceilings, outcome.h2d_rate)
@@ -241,4 +242,4 @@ def _work(
 
 def _numbers(results: Json) -> Json:
     """Everything that is measured of the model."""
-    return {name: results[name] for name in ("perplexity", "needle")}
+    return {kind.name: results[kind.name] for kind in TASKS}

@@ -21,11 +21,11 @@ from layersweep.stream.plan import Plan
 from layersweep.stream.rates import planned_seconds
 from layersweep.study.results import build_results
 from layersweep.study.run import StudyRun
-from layersweep.study.settings import EvalSettings
 from layersweep.study.study import prepare_study
 from layersweep.sweep.model import Model
 from layersweep.tasks.needle.task import TILE_TRIALS
 from layersweep.tasks.perplexity.task import TILE_SEGMENTS
+from layersweep.tasks.settings import EvalSettings
 
 Json = dict[str, Any]
 Say = Callable[[str], None]

@@ -65,7 +65,7 @@ def study(
 ) -> None:
     """The paired study at full size: wall time over floor, stalls, peak memory."""
     from layersweep.bench.study import bench_study
-    from layersweep.study.settings import EvalSettings
+    from layersweep.tasks.settings import EvalSettings
 
     settings = EvalSettings(
         kv=kv, tasks=tuple(part.strip() for part in tasks.split(",")), segments=segments,

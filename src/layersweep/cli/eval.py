@@ -60,7 +60,7 @@ def evaluate(
 ) -> None:
     """Paired perplexity and needle-in-a-haystack of KV-cache codecs against the exact cache."""
     began = time.monotonic()
-    from layersweep.study.settings import (
+    from layersweep.tasks.settings import (
         EvalSettings,
         parse_counts,
         parse_depths,

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from layersweep.errors import GateError, LayersweepError
 from layersweep.runs.shard import WHOLE, Shard
-from layersweep.study.settings import EvalSettings
+from layersweep.tasks.settings import EvalSettings
 
 if TYPE_CHECKING:  # torch and scipy load only once the arguments are known to be good
     from layersweep.cli.events import Events

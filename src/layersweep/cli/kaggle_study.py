@@ -119,7 +119,7 @@ def _check_machine(device: str, params: dict[str, Any]) -> None:
 def _check_settings(kv: str, params: dict[str, Any]) -> None:
     """As `eval` checks them, text and codecs of one's own included."""
     from layersweep.kv.arms import parse_arms
-    from layersweep.study.settings import EvalSettings, parse_counts, parse_depths, parse_segments
+    from layersweep.tasks.settings import EvalSettings, parse_counts, parse_depths, parse_segments
     from layersweep.text.source import load_text
 
     plain = ("bos", "cache_mode", "niah_per_depth", "niah_keys", "niah_mode", "gate", "seed")

@@ -26,7 +26,6 @@ def merge(
     from layersweep.cli.output import parts_of, read_part, write_merged
     from layersweep.report.table import print_report
     from layersweep.runs.merge import merge as merge_parts
-    from layersweep.runs.merge import words
 
     folders = [part for directory in directories for part in parts_of(directory)]
     parts = [read_part(folder) for folder in folders]
@@ -34,9 +33,9 @@ def merge(
     if merged.missing:
         there = ", ".join(sorted({part.shard for part in parts}))
         raise InputError(
-            f"merge: found {len(merged.record.parts) - len(merged.missing)} of "
-            f"{len(merged.record.parts)} tiles in shards {there}, needed all; the first that is "
-            f"missing is {words(merged.missing[0])}",
+            f"merge: found {len(merged.record.tiles) - len(merged.missing)} of "
+            f"{len(merged.record.tiles)} tiles in shards {there}, needed all; the first that is "
+            f"missing is {merged.missing[0].words}",
             hint="name the folders of all shards; one that was stopped goes on with --resume",
         )
     if out is not None:

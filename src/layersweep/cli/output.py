@@ -21,15 +21,17 @@ from typing import Any
 from layersweep.errors import InputError, MachineError
 from layersweep.report.files import write_report
 from layersweep.report.store import write_atomically
+from layersweep.runs.differences import differences
 from layersweep.runs.finished import DamagedSweep, FinishedSweep, pack, unpack
-from layersweep.runs.merge import Merged, StudyPart
-from layersweep.runs.record import NEEDLE, PERPLEXITY, Part, Record
-from layersweep.study.manifest import differences, manifest_of
+from layersweep.runs.merge import Merged, ShardOutput
+from layersweep.runs.record import Record, TileKey
+from layersweep.study.manifest import manifest_of
 from layersweep.study.study import Study
+from layersweep.tasks.registry import TASKS
 
 MANIFEST, FACTS, SWEEPS, LOCK = "manifest.json", "study.json", "sweeps", ".lock"
 SHARDS = "shards"
-LINES = {PERPLEXITY: "segments.jsonl", NEEDLE: "needle.jsonl"}
+LINES = {kind.name: kind.lines for kind in TASKS}
 
 
 class RunFolder:
@@ -100,7 +102,7 @@ class RunFolder:
             number = 1 + max(self._numbers(), default=-1)
             data = pack(study.record, sweep)
             write_atomically(self.path / SWEEPS / f"{number:04}.safetensors", data)
-            add_lines(self.path, study.record, sweep.parts)
+            add_lines(self.path, study.record, sweep.tiles)
 
     def finish(self, results: dict[str, Any]) -> None:
         """results.json, report.html and windows.csv, each whole or not at all."""
@@ -138,7 +140,7 @@ class RunFolder:
                 say(f"note: {path}: {failure}; its tiles are computed again")
                 path.unlink()
                 continue
-            add_lines(self.path, study.record, sweeps[-1].parts)
+            add_lines(self.path, study.record, sweeps[-1].tiles)
         study.resume(sweeps)
         say(
             f"note: resumed behind {len(sweeps)} finished sweep(s): "
@@ -150,14 +152,14 @@ class RunFolder:
         return [int(path.stem) for path in (self.path / SWEEPS).glob("[0-9]*.safetensors")]
 
 
-def add_lines(folder: Path, record: Record, parts: list[Part]) -> None:
+def add_lines(folder: Path, record: Record, tiles: list[TileKey]) -> None:
     """Append finished tiles to the files that people read while a run is under way."""
-    for part in parts:
-        with (folder / LINES[part.job]).open("a", encoding="utf-8") as stream:
-            stream.writelines(json.dumps(line) + "\n" for line in record.lines(part))
+    for tile in tiles:
+        with (folder / LINES[tile.task]).open("a", encoding="utf-8") as stream:
+            stream.writelines(json.dumps(line) + "\n" for line in record.lines(tile))
 
 
-def read_part(folder: Path) -> StudyPart:
+def read_part(folder: Path) -> ShardOutput:
     """What a run has left in its folder. Raises InputError where it has not come to results."""
     from layersweep.report.store import RESULTS_FILE, load_results
 
@@ -183,7 +185,7 @@ def read_part(folder: Path) -> StudyPart:
         for path in sorted((folder / SWEEPS).glob("[0-9]*.safetensors"))
     }
     shard = str(facts.pop("shard", "1/1"))
-    return StudyPart(str(folder), shard, found[MANIFEST], facts, found[RESULTS_FILE], sweeps)
+    return ShardOutput(str(folder), shard, found[MANIFEST], facts, found[RESULTS_FILE], sweeps)
 
 
 def parts_of(folder: Path) -> list[Path]:
@@ -203,7 +205,7 @@ def write_merged(folder: Path, merged: Merged, parts: list[Path]) -> None:
         write_atomically(folder / FACTS, json.dumps(facts))
         data = pack(merged.record, merged.done)
         write_atomically(folder / SWEEPS / "0000.safetensors", data)
-        done = sorted(merged.done.parts, key=merged.record.parts.index)
+        done = sorted(merged.done.tiles, key=merged.record.tiles.index)
         add_lines(folder, merged.record, done)
         write_report(folder, merged.results)
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from layersweep.stream.blocks import BlockSpec
     from layersweep.stream.rates import MachineRates
     from layersweep.study.forecast import Forecast
-    from layersweep.study.settings import EvalSettings
+    from layersweep.tasks.settings import EvalSettings
 
 Cheaper = list[tuple[str, float]]
 
@@ -50,7 +50,7 @@ def plan(
 ) -> None:
     """Predict memory and time of an evaluation; reads headers, computes nothing."""
     from layersweep.kv.arms import parse_arms
-    from layersweep.study.settings import EvalSettings, parse_counts, parse_segments
+    from layersweep.tasks.settings import EvalSettings, parse_counts, parse_segments
 
     settings = EvalSettings(
         kv=kv,
@@ -88,12 +88,18 @@ def plan(
     if json_output:
         content = {
             "machine": dataclasses.asdict(rates),
-            "forecast": dataclasses.asdict(found),
+            "forecast": _as_json(found),
             "cheaper": [{"settings": words, "total_s": seconds} for words, seconds in cheaper],
         }
         typer.echo(json.dumps(content))
         return
     _show(Console(), checkpoint, rates, found, cheaper)
+
+
+def _as_json(found: Forecast) -> dict[str, Any]:
+    """Its fields; the seconds of each task as perplexity_s and so on."""
+    content = dataclasses.asdict(found)
+    return content | {f"{name}_s": spent for name, spent in content.pop("task_s").items()}
 
 
 def _rates(name: str | None, vram: str | None, ram: str | None) -> MachineRates:
@@ -164,6 +170,8 @@ def _cheaper(
 def _show(
     console: Console, checkpoint: Checkpoint, rates: MachineRates, found: Forecast, cheaper: Cheaper
 ) -> None:
+    from layersweep.tasks.registry import TASKS
+
     plan = found.plan
     console.print(
         f"{checkpoint.source}: {format_bytes(checkpoint.nbytes)} {checkpoint.weights_kind}, "
@@ -200,8 +208,8 @@ def _show(
     table.add_row("read from the files", format_bytes(found.read_bytes))
     table.add_row("download, at 100 MB/s", format_seconds(found.download_s))
     table.add_row("first read", format_seconds(found.first_read_s))
-    table.add_row("perplexity", format_seconds(found.perplexity_s))
-    table.add_row("needles", format_seconds(found.needle_s))
+    for kind in TASKS:
+        table.add_row(kind.name, format_seconds(found.task_s[kind.name]))
     table.add_row("total, transfers overlapped", format_seconds(found.total_s))
     console.print(table)
     for words, seconds in cheaper:

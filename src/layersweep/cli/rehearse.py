@@ -42,11 +42,14 @@ def rehearse_study(job: Job, layers: int) -> None:
 
 
 def _lines(seen: Rehearsal) -> list[str]:
+    from layersweep.tasks.registry import BY_NAME
+
     study = seen.study
     bos = "none" if study.bos_id is None else f"id {study.bos_id}"
     return [
         f"text: {study.text.source}, sha256 {study.text.sha256[:16]}...; BOS {bos}",
-        f"tokenized: {seen.windows} windows, {seen.needles} needles, {seen.tokens} tokens",
+        f"tokenized: {', '.join(f'{n} {BY_NAME[task].items}' for task, n in seen.items.items())}, "
+        f"{seen.tokens} tokens",
         f"arms: exact, {', '.join(arm.name for arm in study.arms)}",
         f"gate: {seen.layers} of {seen.of_layers} layers with their weights "
         f"({format_bytes(seen.weight_bytes_read)} read), {len(seen.checks)} checks passed: "

@@ -80,8 +80,8 @@ def collect(job: Job, of: int, say: Say) -> dict[str, Any] | None:
     finally:
         os.close(handle)
     if merged.missing:
-        done = len(merged.record.parts) - len(merged.missing)
-        say(f"note: {done} of {len(merged.record.parts)} tiles are done; --resume goes on")
+        done = len(merged.record.tiles) - len(merged.missing)
+        say(f"note: {done} of {len(merged.record.tiles)} tiles are done; --resume goes on")
     else:
         say(f"wrote {job.out}/results.json, report.html, windows.csv")
     return merged.results

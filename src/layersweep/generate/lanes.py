@@ -15,7 +15,7 @@ from layersweep.sweep.caches import KeptCaches, cache_memory
 from layersweep.sweep.loop import Engine, LayerCheck, LogitsReader, Progress, SweepRecord, run_sweep
 from layersweep.sweep.sequences import Tile
 from layersweep.sweep.turn import HostTurn
-from layersweep.tasks.needle.task import NEW_TOKENS, NeedleJob
+from layersweep.tasks.task import GeneratedTask
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Lead:
 def generate_units(
     generation: Generation,
     engines: Sequence[Engine],
-    needle: NeedleJob,
+    task: GeneratedTask,
     *,
     lead: Lead | None,
     progress: Progress,
@@ -62,8 +62,8 @@ def generate_units(
             pin = not engines[0].compute.cpu
             memory = cache_memory(generation.unit_cache_bytes, pin=pin, say=say)
         try:
-            caches = KeptCaches(NEW_TOKENS, memory)
-            return _unit(engines, needle, own, caches, its_lead, tokens, host)
+            caches = KeptCaches(task.new_tokens, memory)
+            return _unit(engines, task, own, caches, its_lead, tokens, host)
         finally:  # every walk ends with the device, so that nothing reads it any more
             if memory:
                 waiting.append(memory)
@@ -124,7 +124,7 @@ class _Tokens:
 
 def _unit(
     engines: Sequence[Engine],
-    needle: NeedleJob,
+    task: GeneratedTask,
     unit: Unit,
     caches: KeptCaches,
     lead: Lead | None,
@@ -150,5 +150,5 @@ def _unit(
         sweeps += 1
         tokens.one()
 
-    needle.generate(run, unit.first)
+    task.generate(run, unit.first)
     return Generated(unit.tiles, whole, sweeps, whole.moved_bytes + caches.moved_bytes)

@@ -16,27 +16,28 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from layersweep.runs.record import NEEDLE, PERPLEXITY, Part, Record
+from layersweep.runs.record import Json, Record, TileKey
+from layersweep.tasks.task import Stored
 
-FORMAT = "layersweep.sweep/1"
+FORMAT = "layersweep.sweep/2"
 
 
 @dataclass
 class FinishedSweep:
-    """The tiles of one sweep, and what it counted besides the numbers that the jobs hold.
+    """The tiles of one sweep, and what it counted besides the numbers of its tasks.
 
-    `cache_bits[job, arm]` = [bits stored, elements]; `nonfinite[arm]` = first bad layer; `gate` is
+    `cache_bits[task, arm]` = [bits stored, elements]; `nonfinite[arm]` = first bad layer; `gate` is
     the report of the gate that had passed.
     """
 
-    parts: list[Part]
+    tiles: list[TileKey]
     cache_bits: dict[tuple[str, str], list[float]] = field(default_factory=dict)
     nonfinite: dict[str, int] = field(default_factory=dict)
     gate: dict[str, Any] | None = None
 
     def add(self, other: FinishedSweep) -> None:
         """Take over another sweep's tiles and counts."""
-        self.parts += other.parts
+        self.tiles += other.tiles
         for key, counted in other.cache_bits.items():
             total = self.cache_bits.setdefault(key, [0.0, 0.0])
             total[0] += counted[0]
@@ -53,18 +54,15 @@ class DamagedSweep(Exception):
 def pack(record: Record, sweep: FinishedSweep) -> bytes:
     """The file of a sweep of `record`: safetensors, everything else as JSON in its header."""
     arrays: dict[str, NDArray[Any]] = {}
-    trials: list[dict[str, Any]] = []
-    for part in sweep.parts:
-        if part.job == PERPLEXITY:
-            assert record.perplexity is not None
-            arrays |= record.perplexity.arrays(part.first, part.count)
-        elif part.job == NEEDLE:
-            assert record.needle is not None
-            trials += record.needle.verdicts(part.first, part.count)
+    rows: dict[str, list[Json]] = {}
+    for tile in sweep.tiles:
+        stored = record.numbers[tile.task].stored(tile.first, tile.count)
+        arrays |= {f"{tile.task}/{tile.first}/{name}": of for name, of in stored.arrays.items()}
+        rows[_row_key(tile)] = stored.rows
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     facts = {
-        "parts": [asdict(part) for part in sweep.parts],
-        "trials": trials,
+        "tiles": [asdict(tile) for tile in sweep.tiles],
+        "rows": rows,
         "cache_bits": [[*key, *counted] for key, counted in sweep.cache_bits.items()],
         "nonfinite": sweep.nonfinite,
         "gate": sweep.gate,
@@ -77,21 +75,25 @@ def unpack(record: Record, data: bytes) -> FinishedSweep:
     """Put a sweep's numbers back into `record`. Raises DamagedSweep."""
     try:
         arrays, facts = load(data), _facts(data)
-        parts = [Part(**part) for part in facts["parts"]]
+        tiles = [TileKey(**tile) for tile in facts["tiles"]]
         if _digest(arrays) != facts["arrays_sha256"]:
             raise DamagedSweep("its numbers do not have the hash that was written with them")
-        unknown = [part for part in parts if part not in record.parts]
+        unknown = [tile for tile in tiles if tile not in record.tiles]
         if unknown:
-            raise DamagedSweep(f"tile {unknown[0]} is none of this study's")
-        for part in parts:
-            if part.job == PERPLEXITY and record.perplexity:
-                record.perplexity.restore(part.first, part.count, arrays)
-        if record.needle:
-            record.needle.restore(facts["trials"])
-        bits = {(job, arm): [bits, elements] for job, arm, bits, elements in facts["cache_bits"]}
-        return FinishedSweep(parts, bits, facts["nonfinite"], facts["gate"])
+            raise DamagedSweep(f"tile {unknown[0].words} is none of this study's")
+        for tile in tiles:
+            start = f"{tile.task}/{tile.first}/"
+            own = {n.removeprefix(start): of for n, of in arrays.items() if n.startswith(start)}
+            stored = Stored(own, facts["rows"][_row_key(tile)])
+            record.numbers[tile.task].restore(tile.first, tile.count, stored)
+        bits = {(task, arm): [bits, elements] for task, arm, bits, elements in facts["cache_bits"]}
+        return FinishedSweep(tiles, bits, facts["nonfinite"], facts["gate"])
     except (SafetensorError, ValueError, KeyError, TypeError, IndexError) as failure:
         raise DamagedSweep(f"{type(failure).__name__}: {failure}") from failure
+
+
+def _row_key(tile: TileKey) -> str:
+    return f"{tile.task} {tile.first}"
 
 
 def _facts(data: bytes) -> dict[str, Any]:

@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from layersweep.errors import InputError
+from layersweep.runs.differences import differences
 from layersweep.runs.finished import DamagedSweep, FinishedSweep, unpack
-from layersweep.runs.record import Part, Record
-from layersweep.study.manifest import differences
-from layersweep.study.results import measured_sections, now, verdict
+from layersweep.runs.record import Record, TileKey
+from layersweep.runs.sections import measured_sections, now, verdict
 
 Json = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class StudyPart:
+class ShardOutput:
     """What one process left in its folder `name`. `shard` as "1/2"; `sweeps` by file name."""
 
     name: str
@@ -37,12 +37,12 @@ class Merged:
     done: FinishedSweep
 
     @property
-    def missing(self) -> list[Part]:
+    def missing(self) -> list[TileKey]:
         """Tiles that no part has."""
-        return [part for part in self.record.parts if part not in self.done.parts]
+        return [tile for tile in self.record.tiles if tile not in self.done.tiles]
 
 
-def merge(parts: Sequence[StudyPart], *, command: str) -> Merged:
+def merge(parts: Sequence[ShardOutput], *, command: str) -> Merged:
     """Put parts of one study together.
 
     Status "partial" where tiles are missing, "gate_failed" where a part's gate failed. Raises
@@ -58,14 +58,14 @@ def merge(parts: Sequence[StudyPart], *, command: str) -> Merged:
     for other in parts[1:]:
         _check_same_study(first, other)
     record, done = _record(first), FinishedSweep([])
-    owner: dict[Part, str] = {}
+    owner: dict[TileKey, str] = {}
     for part in parts:
         for name, data in part.sweeps.items():
             sweep = _unpack(record, part, name, data)
-            for tile in sweep.parts:
+            for tile in sweep.tiles:
                 if tile in owner:
                     raise InputError(
-                        f"{part.name}: found {words(tile)}, which {owner[tile]} has, too; needed "
+                        f"{part.name}: found {tile.words}, which {owner[tile]} has, too; needed "
                         "every tile once",
                         hint="merge the shards of one --shard i/n series, each folder once",
                     )
@@ -74,7 +74,7 @@ def merge(parts: Sequence[StudyPart], *, command: str) -> Merged:
     return Merged(_results(parts, record, done, command), record, done)
 
 
-def _record(part: StudyPart) -> Record:
+def _record(part: ShardOutput) -> Record:
     try:
         return Record.of(part.facts)
     except (KeyError, TypeError) as failure:
@@ -85,15 +85,10 @@ def _record(part: StudyPart) -> Record:
         ) from failure
 
 
-def words(part: Part) -> str:
-    """A tile as people count: "perplexity 0 to 19"."""
-    return f"{part.job} {part.first} to {part.first + part.count - 1}"
-
-
-def _check_same_study(first: StudyPart, other: StudyPart) -> None:
+def _check_same_study(first: ShardOutput, other: ShardOutput) -> None:
     apart = differences(other.manifest, first.manifest)
     if not apart and other.facts != first.facts:
-        apart = ["windows or needles"]
+        apart = ["other windows or trials"]
     if apart:
         there_here = "; ".join(apart).replace(" here", f" in {first.name}")
         raise InputError(
@@ -103,7 +98,7 @@ def _check_same_study(first: StudyPart, other: StudyPart) -> None:
         )
 
 
-def _unpack(record: Record, part: StudyPart, name: str, data: bytes) -> FinishedSweep:
+def _unpack(record: Record, part: ShardOutput, name: str, data: bytes) -> FinishedSweep:
     try:
         return unpack(record, data)
     except DamagedSweep as failure:
@@ -113,10 +108,12 @@ def _unpack(record: Record, part: StudyPart, name: str, data: bytes) -> Finished
         ) from failure
 
 
-def _results(parts: Sequence[StudyPart], record: Record, done: FinishedSweep, command: str) -> Json:
+def _results(
+    parts: Sequence[ShardOutput], record: Record, done: FinishedSweep, command: str
+) -> Json:
     about = parts[0].results
     failed = next((p.results for p in parts if p.results["status"] == "gate_failed"), None)
-    complete = all(tile in done.parts for tile in record.parts)
+    complete = all(tile in done.tiles for tile in record.tiles)
     status = "gate_failed" if failed else "complete" if complete else "partial"
     gates = [part.results["gate"] for part in parts if part.results["gate"]]
     fallbacks = [fallback for part in parts for fallback in part.results["fallbacks"]]

@@ -9,25 +9,21 @@ from layersweep.checkpoint.config import ModelConfig
 from layersweep.errors import InputError, NoRoomTogether
 from layersweep.generate.generation import Generation
 from layersweep.generate.plan import plan_generation, wants_layers_shared
-from layersweep.kv.arms import EXACT, Arm
-from layersweep.runs.record import CONTROL_WINDOWS, NEEDLE, PERPLEXITY
+from layersweep.kv.arms import Arm
 from layersweep.runs.shard import share
 from layersweep.stream.blocks import BlockSpec
 from layersweep.stream.plan import Plan, make_plan
 from layersweep.stream.rates import SWEEP_EFFICIENCY, MachineRates
 from layersweep.stream.shapes import Machine, tile_flops
-from layersweep.study.settings import EvalSettings
-from layersweep.sweep.sequences import Branch, Sequence, Tile, tiles_of
+from layersweep.sweep.sequences import Tile
 from layersweep.sweep.shapes import tile_shape
-from layersweep.tasks.needle import task as needle_job
-from layersweep.tasks.perplexity import task as perplexity
-
-NEEDLE_BRANCH = 60  # tokens of question, answer prefix and answer
+from layersweep.tasks.registry import TASKS, asked
+from layersweep.tasks.settings import EvalSettings
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """A plan on a machine, and seconds by job. Compute and transfer overlap: the longer counts.
+    """A plan on a machine, and seconds by task. Compute and transfer overlap: the longer counts.
 
     `plan`: of sweeps or of generation, whichever takes more of a device. `sweeps`: 0 where all
     answers are generated, `generation`: how that is done, in words. `read_bytes`: from the files,
@@ -40,40 +36,8 @@ class Forecast:
     read_bytes: int
     download_s: float
     first_read_s: float
-    perplexity_s: float
-    needle_s: float
+    task_s: dict[str, float]
     total_s: float
-
-
-def placeholder_tiles(settings: EvalSettings, arms: Many[Arm], count: int) -> list[Tile]:
-    """Tiles of the right shapes, every token 0: `count` windows and the needles asked for."""
-    every = [EXACT, *arms]
-    tiles: list[Tile] = []
-    if "ppl" in settings.tasks:
-        windows = []
-        for index in range(count):
-            controls = perplexity.control_arms(arms) if index < CONTROL_WINDOWS else []
-            held = [*every, *(arm for _, arm in controls)]
-            windows.append(_ride(held, settings.prefix, settings.continuation, settings))
-        tiles += tiles_of(PERPLEXITY, windows, perplexity.TILE_SEGMENTS)
-    if "niah" in settings.tasks:
-        per_context = len(settings.niah_depths) * settings.niah_per_depth
-        trials = [
-            _ride(every, context - NEEDLE_BRANCH, NEEDLE_BRANCH, settings)
-            for context in settings.niah_contexts
-            for _ in range(per_context)
-        ]
-        tiles += tiles_of(NEEDLE, trials, needle_job.tile_size(settings.niah_mode))
-    return tiles
-
-
-def _ride(arms: Many[Arm], prefix: int, length: int, settings: EvalSettings) -> Sequence:
-    if settings.streaming:
-        ids = (0,) * (prefix + length)
-        read = (prefix, prefix + length - 1)
-        return Sequence((), tuple(Branch(arm, ids, read, streaming=True) for arm in arms))
-    read = (0, length - 1)
-    return Sequence((0,) * prefix, tuple(Branch(arm, (0,) * length, read) for arm in arms))
 
 
 def forecast(
@@ -87,18 +51,17 @@ def forecast(
 
     Raises InputError or BudgetError for what cannot run there.
     """
-    longest = max(
-        settings.prefix + settings.continuation if "ppl" in settings.tasks else 0,
-        max(settings.niah_contexts) if "niah" in settings.tasks else 0,
-    )
+    kinds = asked(settings)
+    longest = max(kind.task.longest(settings) for kind in kinds)
     if longest > config.max_position_embeddings:
         raise InputError(
             f"context: found {longest} tokens, needed at most {config.max_position_embeddings}, "
             "the model's limit",
             hint="smaller --niah-context or --prefix",
         )
-    every = placeholder_tiles(settings, arms, settings.segments or 0)
-    tiles = [tile for tile in every if tile.name != NEEDLE or not settings.generates]
+    swept = {kind.name: kind.task.placeholders(settings, arms) for kind in kinds}
+    generated = {kind.name: swept.pop(kind.name) for kind in kinds if kind.generates(settings)}
+    tiles = [tile for tiles in swept.values() for tile in tiles]
     width = config.num_attention_heads * config.head_dim
     shapes = [tile_shape(tile, width) for tile in tiles]
     cpu = machine.device == "cpu"
@@ -108,9 +71,9 @@ def forecast(
     )  # fmt: skip
     rate = machine.gemm_flops * SWEEP_EFFICIENCY[machine.device]
     seconds = {
-        name: sum(tile_flops(config, shape) for shape in shapes if shape.name == name)
+        kind.name: sum(tile_flops(config, shape) for shape in shapes if shape.name == kind.name)
         / (rate * machine.devices)
-        for name in (PERPLEXITY, NEEDLE)
+        for kind in TASKS
     }
     stored = sum(spec.stored_bytes for spec in specs)
     first_read = total = stored / machine.disk
@@ -122,15 +85,12 @@ def forecast(
         sweeps, read = len(plans[0].sweeps), plans[0].bytes_to_read
         again = (plans[0].bytes_to_read - stored) / machine.disk
         total = max(plans[0].flops / rate, first_read + again, plans[0].bytes_to_read / machine.h2d)
-    if settings.generates:
-        rest = [tile for tile in every if tile.name == NEEDLE]
+    for name, rest in generated.items():
         found, generation = _generation(config, specs, rest, arms, machine, place, alone=not tiles)
         plans.append(found.stages[0].plan)
         read += sum(stage.plan.bytes_to_read for stage in found.stages)
-        seconds[NEEDLE] = found.seconds(
-            machine.device, machine.gemm_flops, machine.h2d, machine.disk
-        )
-        total = seconds[NEEDLE] + (total if tiles else first_read)
+        seconds[name] = found.seconds(machine.device, machine.gemm_flops, machine.h2d, machine.disk)
+        total = seconds[name] + (total if tiles else first_read)
     return Forecast(
         plan=max(plans, key=lambda plan: plan.device_bytes),
         sweeps=sweeps,
@@ -138,8 +98,7 @@ def forecast(
         read_bytes=read,
         download_s=stored / machine.download,
         first_read_s=first_read,
-        perplexity_s=seconds[PERPLEXITY],
-        needle_s=seconds[NEEDLE],
+        task_s=seconds,
         total_s=total,
     )
 

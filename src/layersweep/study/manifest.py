@@ -43,18 +43,6 @@ def manifest_of(study: Study) -> dict[str, Any]:
     }
 
 
-def differences(found: Any, wanted: dict[str, Any]) -> list[str]:
-    """What of the manifest `found` is not as `wanted`, in words."""
-    if not isinstance(found, dict):
-        return ["a manifest that is no JSON object"]
-    names = [*wanted, *(name for name in found if name not in wanted)]
-    return [
-        f"{name} {_short(found.get(name))} there, {_short(wanted.get(name))} here"
-        for name in names
-        if found.get(name) != wanted.get(name)
-    ]
-
-
 def _tokens_sha256(study: Study) -> str:
     hashed = hashlib.sha256()
     for tile in study.tiles:
@@ -65,8 +53,3 @@ def _tokens_sha256(study: Study) -> str:
 
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 40 else f"{text[:16]}..."

@@ -12,22 +12,21 @@ from torch import Tensor
 from layersweep.errors import GateError, InputError
 from layersweep.stream.blocks import block_specs
 from layersweep.study.gate import Check
-from layersweep.study.settings import EvalSettings
 from layersweep.study.study import Study, prepare_study
 from layersweep.sweep.loop import run_sweep
 from layersweep.sweep.model import Model
 from layersweep.sweep.sequences import Sequence, Tile
+from layersweep.tasks.settings import EvalSettings
 
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What a rehearsal saw. `tokens`: of the windows and needles, arms counted once."""
+    """What a rehearsal saw. `items`: by task; `tokens`: of all of them, arms counted once."""
 
     study: Study
     layers: int
     of_layers: int
-    windows: int
-    needles: int
+    items: dict[str, int]
     tokens: int
     checks: list[Check]
     weight_bytes_read: int
@@ -59,8 +58,10 @@ def rehearse(model: Model, settings: EvalSettings, layers: int) -> Rehearsal:
         engine.close()
     return Rehearsal(
         study, layers, whole,
-        windows=len(study.perplexity.windows) if study.perplexity else 0,
-        needles=len(study.needle.trials) if study.needle else 0,
+        items={
+            task.name: sum(len(tile.sequences) for tile in study.tiles if tile.name == task.name)
+            for task in study.tasks
+        },
         tokens=sum(_tokens(sequence) for tile in study.tiles for sequence in tile.sequences),
         checks=study.gate.checks,
         weight_bytes_read=read,

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import time
 from dataclasses import asdict
-from datetime import UTC, datetime
 from typing import Any
 
 from layersweep.environment import device_facts, versions
-from layersweep.kv.cache import bits_per_element
-from layersweep.runs.finished import FinishedSweep
-from layersweep.runs.record import NEEDLE, PERPLEXITY, Part, Record, finite
+from layersweep.runs.sections import measured_sections, now, verdict
 from layersweep.stream.rates import planned_seconds
 from layersweep.study.run import Outcome
-from layersweep.study.study import Study
-from layersweep.tasks.perplexity.task import TILE_SEGMENTS
-from layersweep.tasks.summary import reasons_not_publishable, summarize_needle, summarize_perplexity
+from layersweep.study.study import Study, tile_key
+from layersweep.tasks.registry import TASKS
 
 Json = dict[str, Any]
 
@@ -26,7 +22,7 @@ METRICS_VERSION = 2
 def build_results(
     study: Study, outcome: Outcome, *, command: str, gate_failed: bool = False
 ) -> Json:
-    """The whole object. A job is summarized once all of its tiles are done: until then, and in one
+    """The whole object. A task is summarized once all of its tiles are done: until then, and in one
     process of several, the status is "partial"."""
     status = "complete" if study.complete else "partial"
     if gate_failed:
@@ -50,33 +46,6 @@ def build_results(
         **measured,
         "performance": _performance(study, outcome),
     }
-
-
-def now() -> str:
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-def measured_sections(record: Record, done: FinishedSweep) -> Json:
-    """`perplexity` and `needle`, each None until all of its tiles are done."""
-    perplexity = needle = None
-    missing = {part.job for part in record.parts if part not in done.parts}
-    if record.perplexity and PERPLEXITY not in missing:
-        bits = {info.arm: _bits(done, info.arm) for info in record.perplexity.arms}
-        perplexity = summarize_perplexity(
-            record.perplexity.measurements(bits, set(done.nonfinite), record.seed)
-        )
-    if record.needle and NEEDLE not in missing:
-        needle = summarize_needle(record.needle.measurements())
-    return {"perplexity": perplexity, "needle": needle}
-
-
-def verdict(status: str, record: Record, done: FinishedSweep, measured: Json, weights: str) -> Json:
-    """`publishable` and `reasons`."""
-    reasons = reasons_not_publishable(status=status, weights=weights, **measured)
-    if status == "partial":
-        finished = sum(part in done.parts for part in record.parts)
-        reasons.insert(0, f"{finished} of {len(record.parts)} tiles are done")
-    return {"publishable": not reasons, "reasons": reasons}
 
 
 def weights_of(study: Study) -> str:
@@ -111,56 +80,27 @@ def _paths(study: Study, outcome: Outcome) -> Json:
     return asdict(study.model.paths) | {"host": host}
 
 
-def _bits(done: FinishedSweep, arm: str) -> float | None:
-    """Measured bits per element of an arm's caches on the perplexity windows; None where nothing
-    was measured, or somebody's own codec does not say what it stores."""
-    bits, elements = done.cache_bits.get((PERPLEXITY, arm), [0.0, 0.0])
-    return finite(bits_per_element(bits, elements)) if elements else None
-
-
 def _protocol(study: Study) -> Json:
+    """How it was measured. A task's own keys are null where it was not asked for."""
     settings, model = study.settings, study.model
-    job = study.perplexity
     dtype = str(model.compute.dtype).removeprefix("torch.")
-    needle = None
-    if study.needle:
-        needle = {
-            "contexts": list(settings.niah_contexts),
-            "depths": list(settings.niah_depths),
-            "per_depth": settings.niah_per_depth,
-            "keys": settings.niah_keys,
-            "mode": settings.niah_mode,
-        }
+    own: Json = {key: None for kind in TASKS for key in kind.protocol}
+    for task in study.tasks:
+        own |= task.protocol()
     return {
         "text_source": study.text.source,
         "text_sha256": study.text.sha256,
         "tokenizer_sha256": study.tokenizer.sha256,
         "bos": settings.bos,
         "bos_id": study.bos_id,
-        "segments": len(job.windows) if job else None,
-        "prefix": settings.prefix if job else None,
-        "continuation": settings.continuation if job else None,
-        "scored_tokens": len(job.windows) * (settings.continuation - 1) if job else None,
         "cache_mode": settings.cache_mode,
-        "windows": job.windows[0].possible if job else None,
-        "exact_pair_fraction": exact_pair_fraction(settings.prefix, settings.continuation)
-        if job and not settings.streaming
-        else (0.0 if job else None),
         "seed": settings.seed,
         "dtype": dtype,
         "kv_dtype": dtype,
         "router_dtype": dtype if model.router_dtype == "hidden" else "float32",
-        "tile_segments": TILE_SEGMENTS if job else None,
         "weights": model.weights,
-        "niah": needle,
+        **own,
     }
-
-
-def exact_pair_fraction(prefix: int, continuation: int) -> float:
-    """Share of the (query, key) pairs of a scored continuation whose key is not quantized."""
-    queries = continuation - 1
-    own = queries * (queries + 1) // 2
-    return own / (own + queries * prefix)
 
 
 def _planned_seconds(study: Study, gemm_flops: float, h2d: float | None) -> float:
@@ -176,7 +116,7 @@ def _performance(study: Study, outcome: Outcome) -> Json:
     asked for until here, with results.json still to be written."""
     model = study.model
     flops = sum(plan.flops for plan in study.plans)
-    swept = [tile for tile in study.own if Part.of(tile) not in study.resumed]
+    swept = [tile for tile in study.own if tile_key(tile) not in study.resumed]
     grown = study.meter.peak_bytes - study.meter.start_bytes
     sweep_s, ceiling = outcome.sweep_s, outcome.gemm_flops
     return {

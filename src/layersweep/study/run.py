@@ -17,12 +17,10 @@ from torch import Tensor
 
 from layersweep.errors import Fallback, GateError, MachineError
 from layersweep.generate.lanes import Lead, generate_units
-from layersweep.kv.arms import EXACT
 from layersweep.runs.finished import FinishedSweep
-from layersweep.runs.record import NEEDLE, PERPLEXITY, Part
 from layersweep.study.shrink import KEPT, of_the_host, out_of_memory, shrink
 from layersweep.study.sizing import gemm_rate
-from layersweep.study.study import Study
+from layersweep.study.study import Study, tile_key
 from layersweep.sweep.loop import Engine, Progress, SweepRecord, run_sweep
 from layersweep.sweep.sequences import Sequence, Tile
 
@@ -248,12 +246,12 @@ def _sweep_tiles(
 
 
 def _read(study: Study, tile: Tile, number: int, sequence: Sequence, logits: list[Tensor]) -> None:
-    if tile.name == PERPLEXITY and study.perplexity:
-        study.perplexity.read(tile, number, sequence, logits)
-    elif tile.name == NEEDLE and study.needle:
-        study.needle.read(tile, number, sequence, logits)
-    elif study.gate:
-        study.gate.check_logits(logits[0])
+    for task in study.tasks:
+        if task.name == tile.name:
+            task.read(tile, number, sequence, logits)
+            return
+    assert study.gate is not None
+    study.gate.check_logits(logits[0])
 
 
 def _generate(
@@ -264,12 +262,12 @@ def _generate(
     say: Callable[[Fallback], None],
 ) -> None:
     """Trials unit by unit: a sweep per token, and caches are not kept on disk."""
-    assert study.needle is not None and study.generation is not None
+    assert study.generated is not None and study.generation is not None
     lead = None
     if study.lead and study.gate:
         lead = Lead(study.lead[0], study.gate.check_layer, lambda *what: _read(study, *what))
     units = generate_units(
-        study.generation, engines, study.needle, lead=lead, progress=listeners.progress,
+        study.generation, engines, study.generated, lead=lead, progress=listeners.progress,
         allows_another=listeners.limit.allows_another, say=say,
     )  # fmt: skip
     for unit in units:
@@ -296,38 +294,24 @@ def _take(study: Study, tiles: list[Tile], record: SweepRecord) -> FinishedSweep
     for phase, seconds in record.seconds.items():
         study.meter.phases[phase] = study.meter.phases.get(phase, 0.0) + seconds
     with study.meter.phase("results to the host"):
-        if study.perplexity:
-            study.perplexity.settle()
-        if study.needle:
-            study.needle.settle()
+        for task in study.tasks:
+            task.settle()
     report = study.gate.report() if study.gate else None
-    finished = FinishedSweep([Part.of(tile) for tile in tiles], record.cache_bits, gate=report)
+    finished = FinishedSweep([tile_key(tile) for tile in tiles], record.cache_bits, gate=report)
     for (tile_index, sequence, branch), layer in record.nonfinite.items():
         tile = tiles[tile_index]
-        if branch <= 0:
+        found = tile.sequences[sequence].branches[branch] if branch >= 0 else None
+        if found is None or found.role == "baseline":  # or the prefix, which all branches read
             raise GateError(
                 f"{tile.name} {tile.first + sequence}: the exact baseline is not finite from "
                 f"layer {layer} on",
                 hint="try --dtype bfloat16 or float32; see diagnosis.json for the layer",
             )
-        if branch <= len(study.arms):
-            name = study.arms[branch - 1].name
+        if found.role == "arm":
+            name = found.arm.name
             finished.nonfinite[name] = min(layer, finished.nonfinite.get(name, layer))
-    _check_baseline(study, tiles)
-    return finished
-
-
-def _check_baseline(study: Study, tiles: list[Tile]) -> None:
-    """Hidden states can be finite and the head's logits not: the baseline's losses say so."""
     for tile in tiles:
-        if tile.name != PERPLEXITY or study.perplexity is None:
-            continue
-        nll = study.perplexity.numbers.nll[EXACT.name]
-        losses = nll[tile.first : tile.first + len(tile.sequences)]
-        for offset, loss in enumerate(losses):
-            if not math.isfinite(loss):
-                raise GateError(
-                    f"perplexity {tile.first + offset}: the exact baseline's loss is {loss}, "
-                    "needed a finite number (its hidden states are finite, the head's logits not)",
-                    hint="try --dtype bfloat16 or float32",
-                )
+        for task in study.tasks:
+            if task.name == tile.name:
+                task.check_baseline(tile.first, len(tile.sequences))
+    return finished

@@ -11,10 +11,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
+from typing import cast
 
 import torch
 
-from layersweep.checkpoint.config import ModelConfig
 from layersweep.errors import Fallback, InputError
 from layersweep.generate.generation import Generation
 from layersweep.generate.plan import plan_generation
@@ -22,30 +22,28 @@ from layersweep.kv.arms import Arm, parse_arms
 from layersweep.kv.codec import check_stream
 from layersweep.kv.stream import keys_and_values
 from layersweep.runs.finished import FinishedSweep
-from layersweep.runs.record import NEEDLE, Part, Record
+from layersweep.runs.record import Record, TileKey
 from layersweep.runs.shard import WHOLE, Shard
 from layersweep.stream.plan import Plan
 from layersweep.study.gate import Card, Gate
 from layersweep.study.meter import Meter
-from layersweep.study.settings import EvalSettings
 from layersweep.study.sizing import gemm_rate, sized_plan
 from layersweep.sweep.loop import Engine
 from layersweep.sweep.model import Model
 from layersweep.sweep.sequences import Tile
-from layersweep.tasks.needle.task import NeedleJob
-from layersweep.tasks.needle.trials import make_trials
-from layersweep.tasks.perplexity.task import PerplexityJob
+from layersweep.tasks.registry import asked
+from layersweep.tasks.settings import EvalSettings
+from layersweep.tasks.task import GeneratedTask, Source, Task
 from layersweep.text.source import SourceText, load_text
 from layersweep.text.tokenizer import TextTokenizer, check_ids
-from layersweep.text.windows import cut_windows, resolve_bos
+from layersweep.text.windows import resolve_bos
 
-NEEDLE_TASK = "niah"
 SLOW = "on a CPU it needs numba; on a GPU kernels are for 1 to 4 bits and need NVRTC"
 
 
 @dataclass
 class Study:
-    """A prepared evaluation: its jobs, tiles and plan.
+    """A prepared evaluation: its tasks, tiles and plan.
 
     `tiles` are all of the study; this process computes those of its `shard`. `plan` is for the
     sweeps that are left, behind those that are `done`; of these, an earlier process computed
@@ -60,8 +58,7 @@ class Study:
     tokenizer: TextTokenizer
     arms: list[Arm]
     bos_id: int | None
-    perplexity: PerplexityJob | None
-    needle: NeedleJob | None
+    tasks: list[Task]
     gate: Gate | None
     tiles: list[Tile]
     shard: Shard
@@ -69,19 +66,15 @@ class Study:
     generation: Generation | None = None
     gemm_flops: float | None = None
     done: FinishedSweep = field(default_factory=lambda: FinishedSweep([]))
-    resumed: list[Part] = field(default_factory=list)
+    resumed: list[TileKey] = field(default_factory=list)
     gate_passed: bool = False
     meter: Meter = field(default_factory=Meter)
 
     @cached_property
     def record(self) -> Record:
-        """The numbers that the jobs fill, of all tiles."""
-        return Record(
-            [Part.of(tile) for tile in self.tiles],
-            self.settings.seed,
-            self.perplexity.numbers if self.perplexity else None,
-            self.needle.numbers if self.needle else None,
-        )
+        """The numbers that the tasks fill, of all tiles."""
+        numbers = {task.name: task.numbers for task in self.tasks}
+        return Record([tile_key(tile) for tile in self.tiles], self.settings.seed, numbers)
 
     @cached_property
     def own(self) -> list[Tile]:
@@ -91,22 +84,30 @@ class Study:
     @property
     def pending(self) -> list[Tile]:
         """Own tiles that no finished sweep had."""
-        return [tile for tile in self.own if Part.of(tile) not in self.done.parts]
+        return [tile for tile in self.own if tile_key(tile) not in self.done.tiles]
 
     @property
     def complete(self) -> bool:
         """Whether all tiles of the study are done, those of other processes, too."""
-        return all(part in self.done.parts for part in self.record.parts)
+        return all(tile in self.done.tiles for tile in self.record.tiles)
+
+    @cached_property
+    def generated(self) -> GeneratedTask | None:
+        """The task whose answers are generated."""
+        found = [task for task in self.tasks if task.generated]
+        return cast(GeneratedTask, found[0]) if found else None
 
     @property
     def to_generate(self) -> list[Tile]:
-        """Pending trials whose answers are generated, in sweeps of their own."""
-        return [t for t in self.pending if t.name == NEEDLE] if self.settings.generates else []
+        """Pending tiles whose answers are generated, in sweeps of their own."""
+        task = self.generated
+        return [tile for tile in self.pending if task and tile.name == task.name]
 
     @property
     def to_sweep(self) -> list[Tile]:
         """Pending tiles that are read in one sweep."""
-        return [t for t in self.pending if t.name != NEEDLE or not self.settings.generates]
+        task = self.generated
+        return [tile for tile in self.pending if not task or tile.name != task.name]
 
     @property
     def finished(self) -> bool:
@@ -159,11 +160,9 @@ class Study:
         return [self.gate.tile()] if self.gate and not done else []
 
     def forget_unfinished(self) -> None:
-        """Drop what a sweep that failed has left in the jobs and the gate."""
-        if self.perplexity:
-            self.perplexity.forget()
-        if self.needle:
-            self.needle.forget()
+        """Drop what a sweep that failed has left in the tasks and the gate."""
+        for task in self.tasks:
+            task.forget()
         if self.gate and not self.gate_passed:
             self.gate.forget()
 
@@ -171,7 +170,7 @@ class Study:
         """Go on behind sweeps that `finished.unpack` has put back, and plan what is left."""
         for sweep in sweeps:
             self.done.add(sweep)
-        self.resumed = list(self.done.parts)
+        self.resumed = list(self.done.tiles)
         if not self.finished:
             self.plan_rest()
         elif self.gate and self.done.gate:
@@ -227,7 +226,7 @@ def prepare_study(
     `kept`: finished sweeps are written down, so that there should be enough of them (sizing.py).
     """
     arms = parse_arms(settings.kv)
-    if model.beside and not (settings.generates and settings.tasks == (NEEDLE_TASK,)):
+    if model.beside and not settings.only_generates:
         raise InputError(
             f"--device: found {1 + len(model.beside)} devices in one process, needed one: only "
             "--tasks niah --niah-mode generate shares the layers among them",
@@ -246,12 +245,9 @@ def prepare_study(
     tokenizer = TextTokenizer.load(model.checkpoint.folder)
     text = load_text(settings.text, model.checkpoint.source)
     bos_id = resolve_bos(tokenizer, settings.bos)
-    tasks = () if settings.gate == "only" else settings.tasks
-    perplexity = needle = None
-    if "ppl" in tasks:
-        perplexity = _perplexity(settings, tokenizer, text.text, arms, model)
-    if "niah" in tasks:
-        needle = _needle(settings, tokenizer, text.text, arms, config)
+    source = Source(settings, text.text, tokenizer, arms, config, model.compute)
+    kinds = [] if settings.gate == "only" else asked(settings)
+    tasks = [kind.task.prepare(source) for kind in kinds]
     gate = None
     if settings.gate != "off" and shard.has_gate:
         ids = tokenizer.encode(text.text[:8192])
@@ -259,15 +255,20 @@ def prepare_study(
         half = model.compute.dtype == torch.float16
         gate = Gate(config, ids, bos_id, Card.beside(model.checkpoint.folder), half=half)
     lead = [gate.tile()] if gate else []
-    tiles = [*(perplexity.tiles() if perplexity else []), *(needle.tiles() if needle else [])]
+    tiles = [tile for task in tasks for tile in task.tiles()]
     _check_sliding_window(config.sliding_window, [*lead, *tiles])
     gemm_flops = gemm_rate(model) if kept else None
     study = Study(
-        model, settings, text, tokenizer, arms, bos_id, perplexity, needle, gate,
-        tiles, shard, model.plan(lead), gemm_flops=gemm_flops,
+        model, settings, text, tokenizer, arms, bos_id, tasks, gate, tiles,
+        shard, model.plan(lead), gemm_flops=gemm_flops,
     )  # fmt: skip
     study.plan_rest()
     return study
+
+
+def tile_key(tile: Tile) -> TileKey:
+    """How files name a tile."""
+    return TileKey(tile.name, tile.first, len(tile.sequences))
 
 
 def own_tiles(model: Model, tiles: list[Tile], shard: Shard) -> list[Tile]:
@@ -293,51 +294,3 @@ def _check_sliding_window(window: int | None, tiles: list[Tile]) -> None:
             "sequence, or none",
             hint=f"smaller --prefix and --niah-context: up to {window} tokens",
         )
-
-
-def _perplexity(
-    settings: EvalSettings,
-    tokenizer: TextTokenizer,
-    text: str,
-    arms: list[Arm],
-    model: Model,
-) -> PerplexityJob:
-    config = model.checkpoint.config
-    limit = config.max_position_embeddings
-    length = settings.prefix + settings.continuation
-    if length > limit:
-        raise InputError(
-            f"--prefix {settings.prefix} + --continuation {settings.continuation}: found {length} "
-            f"tokens, needed at most {limit}, the model's limit",
-            hint=f"--prefix {max(1, limit - settings.continuation)}",
-        )
-    windows = cut_windows(
-        text, tokenizer, segments=settings.segments, prefix=settings.prefix,
-        continuation=settings.continuation, bos=settings.bos,
-    )  # fmt: skip
-    for window in windows:
-        check_ids(window.ids, config.vocab_size)
-    return PerplexityJob(
-        windows, arms, settings.streaming, model.compute.device, model.compute.ops.score_branches
-    )
-
-
-def _needle(
-    settings: EvalSettings,
-    tokenizer: TextTokenizer,
-    text: str,
-    arms: list[Arm],
-    config: ModelConfig,
-) -> NeedleJob:
-    trials = make_trials(
-        text, tokenizer, contexts=settings.niah_contexts, depths=settings.niah_depths,
-        per_depth=settings.niah_per_depth, keys=settings.niah_keys, bos=settings.bos,
-        seed=settings.seed, max_context=config.max_position_embeddings,
-    )  # fmt: skip
-    for trial in trials:
-        check_ids(trial.prefix_ids, config.vocab_size)
-        check_ids(trial.branch_ids, config.vocab_size)
-    return NeedleJob(
-        trials, arms, tokenizer, settings.streaming, settings.niah_contexts, settings.niah_keys,
-        settings.niah_mode,
-    )  # fmt: skip

@@ -13,11 +13,14 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from layersweep.kv.arms import Arm
+
+Role = Literal["baseline", "arm", "control"]
 
 
 @dataclass(frozen=True)
@@ -26,13 +29,15 @@ class Branch:
 
     `read` = (start, stop): the rows of this branch whose logits are wanted; row r predicts
     the token after ids[r]. With `streaming`, the branch's own keys and values also pass
-    through the codec before anything reads them.
+    through the codec before anything reads them. `role`: the exact baseline, an arm, or a control
+    that measures noise.
     """
 
     arm: Arm
     ids: tuple[int, ...]
     read: tuple[int, int]
     streaming: bool = False
+    role: Role = "arm"
 
 
 @dataclass(frozen=True)

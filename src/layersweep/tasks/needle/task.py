@@ -5,44 +5,48 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
 from layersweep.kv.arms import EXACT, Arm
-from layersweep.runs.record import NEEDLE, NeedleNumbers
-from layersweep.sweep.loop import LogitsReader
 from layersweep.sweep.sequences import Branch, Sequence, Tile, tiles_of
-from layersweep.tasks.measured import TrialInfo
-from layersweep.tasks.needle.trials import Trial, generated_correctly
-from layersweep.text.tokenizer import TextTokenizer
+from layersweep.tasks.needle.measurements import TrialInfo
+from layersweep.tasks.needle.numbers import NeedleNumbers
+from layersweep.tasks.needle.trials import Trial, generated_correctly, make_trials
+from layersweep.tasks.settings import EvalSettings
+from layersweep.tasks.task import Json, Source
+from layersweep.text.tokenizer import TextTokenizer, check_ids
+
+if TYPE_CHECKING:
+    from layersweep.tasks.task import RunTiles
 
 TILE_TRIALS = 10
 # Generated trials: with fewer at once, two cards of 14 GiB hold Mixtral-8x7B beside 4096 tokens.
 TILE_GENERATED = 5
 NEW_TOKENS = 16
-
-RunTiles = Callable[[list[Tile], LogitsReader], None]
+TYPICAL_BRANCH = 60  # tokens of question, answer prefix and answer, where no text is there to ask
 
 
 @dataclass
-class NeedleJob:
-    """The tiles of a needle study, and what came out of them.
+class NeedleTask:
+    """Trials under the arms, which leave out the baseline.
 
-    `arms` leaves out the baseline, which is branch 0. In teacher mode an arm is correct iff
-    every answer token is its argmax, which is what greedy decoding would produce.
+    In teacher mode an arm is correct iff every answer token is its argmax, which is what greedy
+    decoding would produce.
     """
 
     trials: list[Trial]
     arms: list[Arm]
     tokenizer: TextTokenizer
-    streaming: bool
-    contexts: Many[int]
-    keys: int
-    mode: str
+    settings: EvalSettings
     numbers: NeedleNumbers = field(init=False)
     # trial -> [2, arms, answer tokens] float64: first guesses, NLL of the answer
     _judged: list[tuple[int, Tensor]] = field(default_factory=list)
+
+    name: ClassVar[str] = "needle"
+    new_tokens: ClassVar[int] = NEW_TOKENS
 
     def __post_init__(self) -> None:
         self.numbers = NeedleNumbers(
@@ -51,11 +55,43 @@ class NeedleJob:
                 for t in self.trials
             ],
             arms=[arm.name for arm in self._all],
-            mode=self.mode,
-            contexts=list(self.contexts),
-            keys=self.keys,
+            mode=self.settings.niah_mode,
+            contexts=list(self.settings.niah_contexts),
+            keys=self.settings.niah_keys,
             answer_tokens=[trial.answer_length for trial in self.trials],
         )
+
+    @classmethod
+    def prepare(cls, source: Source) -> NeedleTask:
+        settings, config = source.settings, source.config
+        trials = make_trials(
+            source.text, source.tokenizer, contexts=settings.niah_contexts,
+            depths=settings.niah_depths, per_depth=settings.niah_per_depth,
+            keys=settings.niah_keys, bos=settings.bos, seed=settings.seed,
+            max_context=config.max_position_embeddings,
+        )  # fmt: skip
+        for trial in trials:
+            check_ids(trial.prefix_ids, config.vocab_size)
+            check_ids(trial.branch_ids, config.vocab_size)
+        return cls(trials, source.arms, source.tokenizer, settings)
+
+    @classmethod
+    def longest(cls, settings: EvalSettings) -> int:
+        return max(settings.niah_contexts)
+
+    @classmethod
+    def placeholders(cls, settings: EvalSettings, arms: Many[Arm]) -> list[Tile]:
+        branch, streaming = (0,) * TYPICAL_BRANCH, settings.streaming
+        trials: list[Sequence] = []
+        for context in settings.niah_contexts:
+            prefix = (0,) * (context - len(branch))
+            one = _ride(prefix, branch, len(branch) - 1, arms, streaming)
+            trials += [one] * (len(settings.niah_depths) * settings.niah_per_depth)
+        return tiles_of(cls.name, trials, tile_size(settings))
+
+    @property
+    def generated(self) -> bool:
+        return self.settings.generates
 
     @property
     def _all(self) -> list[Arm]:
@@ -64,19 +100,11 @@ class NeedleJob:
     def tiles(self) -> list[Tile]:
         """Teacher mode: the answer is part of the branch and is read, not generated. Of generated
         trials these are the shapes, and which of them go together."""
-        return tiles_of(
-            NEEDLE, [self._teacher(trial) for trial in self.trials], tile_size(self.mode)
-        )
-
-    def _teacher(self, trial: Trial) -> Sequence:
-        if self.streaming:
-            ids = (*trial.prefix_ids, *trial.branch_ids)
-            read = (len(ids) - trial.answer_length - 1, len(ids) - 1)
-            return Sequence((), tuple(Branch(arm, ids, read, streaming=True) for arm in self._all))
-        last = len(trial.branch_ids) - 1
-        read = (last - trial.answer_length, last)
-        branches = (Branch(arm, trial.branch_ids, read) for arm in self._all)
-        return Sequence(trial.prefix_ids, tuple(branches))
+        rides = [
+            _ride(t.prefix_ids, t.branch_ids, t.answer_length, self.arms, self.settings.streaming)
+            for t in self.trials
+        ]
+        return tiles_of(self.name, rides, tile_size(self.settings))
 
     def read(self, tile: Tile, number: int, sequence: Sequence, logits: list[Tensor]) -> None:
         """Judge one trial from the logits [answer tokens, V] of each branch; `settle` brings
@@ -89,11 +117,9 @@ class NeedleJob:
         self._judged.append((index, torch.stack((best.double(), -torch.stack(scores).double()))))
 
     def forget(self) -> None:
-        """Drop what was read and not settled."""
         self._judged.clear()
 
     def settle(self) -> None:
-        """Take over the trials read so far."""
         for index, judged in self._judged:
             trial, (best, nll) = self.trials[index], judged.cpu()
             answer = list(trial.branch_ids[-trial.answer_length :])
@@ -102,6 +128,21 @@ class NeedleJob:
                 self.numbers.correct[arm.name][index] = guess == answer
                 self.numbers.answer_nll[arm.name][index] = losses.mean().item()
         self._judged.clear()
+
+    def check_baseline(self, first: int, count: int) -> None:
+        """Answers are judged by their argmax; a non-finite baseline shows in hidden states."""
+
+    def protocol(self) -> Json:
+        settings = self.settings
+        return {
+            "niah": {
+                "contexts": list(settings.niah_contexts),
+                "depths": list(settings.niah_depths),
+                "per_depth": settings.niah_per_depth,
+                "keys": settings.niah_keys,
+                "mode": settings.niah_mode,
+            }
+        }
 
     def generate(self, run: RunTiles, first: Many[Many[Tile]]) -> None:
         """Greedy generation of NEW_TOKENS tokens for the trials of all tiles in `first`, all arms:
@@ -120,7 +161,7 @@ class NeedleJob:
 
         def rides(tiles: Many[Tile], sequence_of: Callable[[int], Sequence]) -> list[Tile]:
             return [
-                Tile(NEEDLE, tuple(sequence_of(index) for index in _trials_of(tile)), tile.first)
+                Tile(self.name, tuple(sequence_of(index) for index in _trials_of(tile)), tile.first)
                 for tile in tiles
             ]
 
@@ -140,22 +181,38 @@ class NeedleJob:
         trial = self.trials[index]
         ids = trial.branch_ids[: -trial.answer_length]
         last = (len(ids) - 1, len(ids))
-        return Sequence(trial.prefix_ids, tuple(Branch(arm, ids, last) for arm in self._all))
+        return Sequence(trial.prefix_ids, _branches(self.arms, [ids] * len(self._all), last))
 
     def _step(self, index: int, chosen: list[list[int]]) -> Sequence:
         trial = self.trials[index]
         past = len(trial.prefix_ids) + len(trial.branch_ids) - trial.answer_length
         past += len(chosen[0]) - 1
-        branches = (
-            Branch(arm, (tokens[-1],), (0, 1))
-            for arm, tokens in zip(self._all, chosen, strict=True)
-        )
-        return Sequence((), tuple(branches), past)
+        ids = [(tokens[-1],) for tokens in chosen]
+        return Sequence((), _branches(self.arms, ids, (0, 1)), past)
 
 
-def tile_size(mode: str) -> int:
+def tile_size(settings: EvalSettings) -> int:
     """Trials that are computed together."""
-    return TILE_GENERATED if mode == "generate" else TILE_TRIALS
+    return TILE_GENERATED if settings.generates else TILE_TRIALS
+
+
+def _ride(
+    prefix: tuple[int, ...], branch: tuple[int, ...], answer: int, arms: Many[Arm], streaming: bool
+) -> Sequence:
+    """A trial's sequence, whose last `answer` tokens are read."""
+    ids = (*prefix, *branch) if streaming else branch
+    read = (len(ids) - 1 - answer, len(ids) - 1)
+    branches = _branches(arms, [ids] * (1 + len(arms)), read, streaming)
+    return Sequence(() if streaming else prefix, branches)
+
+
+def _branches(
+    arms: Many[Arm], ids: Many[tuple[int, ...]], read: tuple[int, int], streaming: bool = False
+) -> tuple[Branch, ...]:
+    """The baseline's, then one for each arm."""
+    baseline = Branch(EXACT, ids[0], read, streaming, "baseline")
+    pairs = zip(arms, ids[1:], strict=True)
+    return baseline, *(Branch(arm, of, read, streaming) for arm, of in pairs)
 
 
 def _trials_of(tile: Tile) -> range:

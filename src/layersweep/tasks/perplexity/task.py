@@ -7,33 +7,33 @@ which every read goes through the codec.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from layersweep.errors import GateError, InputError
 from layersweep.kv.arms import EXACT, Arm, identity_arm
 from layersweep.kv.methods import METHODS
 from layersweep.model import maths
-from layersweep.runs.record import CONTROL_WINDOWS, PERPLEXITY, PerplexityNumbers
-from layersweep.sweep.sequences import Branch, Sequence, Tile, tiles_of
-from layersweep.tasks.measured import ArmInfo, WindowInfo
-from layersweep.text.windows import Window
+from layersweep.sweep.sequences import Branch, Role, Sequence, Tile, tiles_of
+from layersweep.tasks.arms import ArmInfo
+from layersweep.tasks.perplexity.measurements import WindowInfo
+from layersweep.tasks.perplexity.numbers import CONTROL_WINDOWS, PerplexityNumbers
+from layersweep.tasks.settings import EvalSettings
+from layersweep.tasks.task import Json, Source
+from layersweep.text.tokenizer import check_ids
+from layersweep.text.windows import Window, cut_windows
 
 TILE_SEGMENTS = 20
 
 
-def arm_info(arm: Arm, device: torch.device) -> ArmInfo:
-    return ArmInfo(
-        arm.name, arm.requested, arm.method, arm.key_bits, arm.value_bits,
-        arm.codec_version or "", arm.simulated, arm.encoder_on(device),
-    )  # fmt: skip
-
-
-def control_arms(arms: Many[Arm]) -> list[tuple[str, Arm]]:
-    """(name in the noise floor, arm): each method's identity, and the exact cache last.
+def control_arms(arms: Many[Arm]) -> dict[str, Arm]:
+    """By their names in the noise floor: each method's identity, and the exact cache last.
 
     A method's arm with options comes before one without: they may add a transform. What
     transforms somebody's own codec has is not known: it gets none.
@@ -42,51 +42,79 @@ def control_arms(arms: Many[Arm]) -> list[tuple[str, Arm]]:
     for arm in arms:
         if arm.method in METHODS and (arm.options or arm.method not in of):
             of[arm.method] = arm
-    identities = [(f"identity:{method}", identity_arm(arm)) for method, arm in of.items()]
-    return [*identities, ("exact", EXACT)]
+    identities = {f"identity:{method}": identity_arm(arm) for method, arm in of.items()}
+    return {**identities, EXACT.name: EXACT}
 
 
 @dataclass
-class PerplexityJob:
-    """The tiles of a perplexity study, and what is measured on them.
-
-    `arms` leaves out the baseline, which is always branch 0. `score` as
-    `maths.score_branches`.
-    """
+class PerplexityTask:
+    """Windows under the arms, which leave out the baseline. `score` as `maths.score_branches`."""
 
     windows: list[Window]
     arms: list[Arm]
     streaming: bool
     device: torch.device
     score: Callable[[list[Tensor], Tensor], Tensor] = maths.score_branches
-    controls: list[tuple[str, Arm]] = field(init=False)
+    controls: dict[str, Arm] = field(init=False)
     numbers: PerplexityNumbers = field(init=False)
-    _scored: list[tuple[int, Tensor]] = field(default_factory=list)
+    _scored: list[tuple[int, Sequence, Tensor]] = field(default_factory=list)
+
+    name: ClassVar[str] = "perplexity"
+    generated: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         self.controls = control_arms(self.arms)
         self.numbers = PerplexityNumbers(
             windows=[WindowInfo(w.index, w.article, w.tokens_sha) for w in self.windows],
-            arms=[arm_info(arm, self.device) for arm in self.arms],
+            arms=[ArmInfo.of(arm, self.device) for arm in self.arms],
             scored=len(self.windows[0].ids) - self.windows[0].prefix - 1,
-            controls=[name for name, _ in self.controls],
+            controls=list(self.controls),
         )
 
-    def tiles(self) -> list[Tile]:
-        return tiles_of(PERPLEXITY, [self._sequence(w) for w in self.windows], TILE_SEGMENTS)
+    @classmethod
+    def prepare(cls, source: Source) -> PerplexityTask:
+        settings, config = source.settings, source.config
+        limit, length = config.max_position_embeddings, cls.longest(settings)
+        if length > limit:
+            raise InputError(
+                f"--prefix {settings.prefix} + --continuation {settings.continuation}: found "
+                f"{length} tokens, needed at most {limit}, the model's limit",
+                hint=f"--prefix {max(1, limit - settings.continuation)}",
+            )
+        windows = cut_windows(
+            source.text, source.tokenizer, segments=settings.segments, prefix=settings.prefix,
+            continuation=settings.continuation, bos=settings.bos,
+        )  # fmt: skip
+        for window in windows:
+            check_ids(window.ids, config.vocab_size)
+        compute = source.compute
+        return cls(
+            windows, source.arms, settings.streaming, compute.device, compute.ops.score_branches
+        )
 
-    def _sequence(self, window: Window) -> Sequence:
-        arms = [EXACT, *self.arms]
-        if window.index < CONTROL_WINDOWS:
-            arms += [arm for _, arm in self.controls]
-        if self.streaming:
-            read = (window.prefix, len(window.ids) - 1)
-            branches = [Branch(arm, window.ids, read, streaming=True) for arm in arms]
-            return Sequence((), tuple(branches))
-        continuation = window.ids[window.prefix :]
-        read = (0, len(continuation) - 1)
-        branches = [Branch(arm, continuation, read) for arm in arms]
-        return Sequence(window.ids[: window.prefix], tuple(branches))
+    @classmethod
+    def longest(cls, settings: EvalSettings) -> int:
+        return settings.prefix + settings.continuation
+
+    @classmethod
+    def placeholders(cls, settings: EvalSettings, arms: Many[Arm]) -> list[Tile]:
+        ids, own = (0,) * cls.longest(settings), [control_arms(arms), {}]
+        first, later = (
+            _ride(ids, settings.prefix, arms, controls, settings.streaming) for controls in own
+        )
+        count = settings.segments or 0
+        held = min(CONTROL_WINDOWS, count)
+        return tiles_of(cls.name, [first] * held + [later] * (count - held), TILE_SEGMENTS)
+
+    def tiles(self) -> list[Tile]:
+        windows = [
+            _ride(
+                window.ids, window.prefix, self.arms,
+                self.controls if window.index < CONTROL_WINDOWS else {}, self.streaming,
+            )
+            for window in self.windows
+        ]  # fmt: skip
+        return tiles_of(self.name, windows, TILE_SEGMENTS)
 
     def read(self, tile: Tile, number: int, sequence: Sequence, logits: list[Tensor]) -> None:
         """Score one window: `logits` [scored, V] per branch, the exact baseline first.
@@ -96,26 +124,75 @@ class PerplexityJob:
         index = tile.first + number
         window = self.windows[index]
         target = torch.tensor(window.ids[window.prefix + 1 :], device=logits[0].device)
-        self._scored.append((index, self.score(logits, target)))
+        self._scored.append((index, sequence, self.score(logits, target)))
 
     def forget(self) -> None:
-        """Drop what was read and not settled."""
         self._scored.clear()
 
     def settle(self) -> None:
-        """Bring the numbers of all windows read so far to the host, in one copy."""
+        """All windows read so far, in one copy."""
         if not self._scored:
             return
-        table = torch.cat([scores for _, scores in self._scored]).cpu().double().numpy()
-        numbers, first = self.numbers, 0
-        for index, scores in self._scored:
+        table = torch.cat([scores for _, _, scores in self._scored]).cpu().double().numpy()
+        control_of = {arm.name: name for name, arm in self.controls.items()}
+        numbers, first, baseline = self.numbers, 0, math.nan
+        for index, sequence, scores in self._scored:
             rows, first = table[first : first + len(scores)], first + len(scores)
-            baseline = numbers.nll[EXACT.name][index] = rows[0, :, 0].mean()
-            for arm, row in zip(self.arms, rows[1:], strict=False):
-                numbers.nll[arm.name][index] = row[:, 0].mean()
-                numbers.kl[arm.name][index] = row[:, 1]
-                numbers.agree[arm.name][index] = row[:, 2].mean()
-            for (name, _), row in zip(self.controls, rows[1 + len(self.arms) :], strict=False):
-                numbers.control_delta[name][index] = row[:, 0].mean() - baseline
-                numbers.control_kl[name][index] = row[:, 1]
+            for branch, row in zip(sequence.branches, rows, strict=True):
+                loss, arm = row[:, 0].mean(), branch.arm.name
+                if branch.role == "control":
+                    name = control_of[arm]
+                    numbers.control_delta[name][index] = loss - baseline
+                    numbers.control_kl[name][index] = row[:, 1]
+                    continue
+                numbers.nll[arm][index] = loss
+                if branch.role == "baseline":  # comes first
+                    baseline = loss
+                else:
+                    numbers.kl[arm][index] = row[:, 1]
+                    numbers.agree[arm][index] = row[:, 2].mean()
         self._scored.clear()
+
+    def check_baseline(self, first: int, count: int) -> None:
+        """Hidden states can be finite and the head's logits not: the losses say so."""
+        losses = self.numbers.nll[EXACT.name][first : first + count]
+        for offset, loss in enumerate(losses):
+            if not math.isfinite(loss):
+                raise GateError(
+                    f"perplexity {first + offset}: the exact baseline's loss is {loss}, "
+                    "needed a finite number (its hidden states are finite, the head's logits not)",
+                    hint="try --dtype bfloat16 or float32",
+                )
+
+    def protocol(self) -> Json:
+        first = self.windows[0]
+        continuation = len(first.ids) - first.prefix
+        exact = 0.0 if self.streaming else exact_pair_fraction(first.prefix, continuation)
+        return {
+            "segments": len(self.windows),
+            "prefix": first.prefix,
+            "continuation": continuation,
+            "scored_tokens": len(self.windows) * (continuation - 1),
+            "windows": first.possible,
+            "exact_pair_fraction": exact,
+            "tile_segments": TILE_SEGMENTS,
+        }
+
+
+def _ride(
+    ids: tuple[int, ...], prefix: int, arms: Many[Arm], controls: dict[str, Arm], streaming: bool
+) -> Sequence:
+    """A window's sequence: baseline, arms, and the controls of the first few windows."""
+    roles: list[tuple[Role, Arm]] = [("baseline", EXACT), *(("arm", arm) for arm in arms)]
+    roles += [("control", arm) for arm in controls.values()]
+    own = ids if streaming else ids[prefix:]
+    read = (prefix, len(ids) - 1) if streaming else (0, len(own) - 1)
+    branches = (Branch(arm, own, read, streaming, role) for role, arm in roles)
+    return Sequence(() if streaming else ids[:prefix], tuple(branches))
+
+
+def exact_pair_fraction(prefix: int, continuation: int) -> float:
+    """Share of the (query, key) pairs of a scored continuation whose key is not quantized."""
+    queries = continuation - 1
+    own = queries * (queries + 1) // 2
+    return own / (own + queries * prefix)

@@ -1,4 +1,4 @@
-"""From raw measurements to the `perplexity` and `needle` sections of results.json. Pure functions.
+"""From raw measurements to the `perplexity` section of results.json. Pure functions.
 
 Knows nothing of models, files or devices: arrays of what was measured go in, JSON values come out.
 """
@@ -19,24 +19,17 @@ from layersweep.statistics.paired import (
     holm,
     lag1_autocorrelation,
     loss_ratio,
-    mcnemar_exact,
     paired_statistics,
     quantiles,
-    wilson_interval,
 )
-from layersweep.tasks.measured import (
-    ArmInfo,
-    ControlMeasurement,
-    NeedleMeasurements,
-    PerplexityMeasurements,
-    TrialInfo,
-)
+from layersweep.tasks.arms import ArmInfo
+from layersweep.tasks.finite import finite
+from layersweep.tasks.perplexity.measurements import ControlMeasurement, PerplexityMeasurements
 
 Json = dict[str, Any]
 
 EXACT = "exact"
-ENOUGH = 60  # windows or needles below this are underpowered, or a spot check
-BASELINE_SHARE = 0.8  # needles the exact cache must find before arms can be judged
+ENOUGH = 60  # windows below this are underpowered
 MEASURED_FIELDS = (  # null where an arm gave non-finite values
     *("ppl", "delta_percent", "percent_mean_of_windows", "mean_delta_nll", "sem", "sem_iid", "z"),
     *("n_negative", "significant_2sigma", "ci95", "p_sign", "p_wilcoxon", "p_holm"),
@@ -74,52 +67,15 @@ def summarize_perplexity(measured: PerplexityMeasurements) -> Json:
     }
 
 
-def summarize_needle(measured: NeedleMeasurements) -> Json:
-    """The `needle` section. lost and gained compare an arm with the exact cache trial by trial."""
-    trials = len(measured.trials)
-    baseline = sum(measured.correct[EXACT])
-    return {
-        "contexts": list(measured.contexts),
-        "keys": measured.keys,
-        "mode": measured.mode,
-        "baseline_gate": "passed" if baseline >= BASELINE_SHARE * trials else "failed",
-        "spot_check": trials < ENOUGH,
-        "answer_tokens": float(np.mean(measured.answer_tokens)),
-        "arms": [_needle_arm(measured, arm) for arm in measured.arms],
-        "trials": [_trial(measured, index) for index in range(trials)],
-    }
-
-
-def reasons_not_publishable(
-    *, status: str, weights: str, perplexity: Json | None, needle: Json | None
-) -> list[str]:
-    """What a run lacks to be published, in sentences for people; empty when nothing is missing.
-
-    A section is None where its task was not asked for.
-    """
-    reasons = []
-    if status != "complete":
-        reasons.append(f"the run is not complete (status: {status})")
-    if weights == "synthetic":
-        reasons.append("the weights are synthetic")
-    if perplexity is None and needle is None:
-        reasons.append("nothing was measured")
-    if perplexity is not None:
-        windows = len(perplexity["segments"])
-        if windows < ENOUGH:
-            reasons.append(f"{windows} perplexity windows, {ENOUGH} are needed")
-        reasons += [
-            f"{entry['arm']} gave non-finite values"
-            for entry in perplexity["arms"]
-            if entry["status"] != "ok"
-        ]
-    if needle is not None:
-        trials = len(needle["trials"])
-        if trials < ENOUGH:
-            reasons.append(f"{trials} needles are a spot check, {ENOUGH} are needed")
-        if needle["baseline_gate"] != "passed":
-            reasons.append("the exact cache finds fewer than 80 % of the needles")
-    return reasons
+def missing(section: Json) -> list[str]:
+    """What a section lacks to be published, in sentences for people."""
+    windows = len(section["segments"])
+    reasons = [f"{windows} perplexity windows, {ENOUGH} are needed"] if windows < ENOUGH else []
+    return reasons + [
+        f"{entry['arm']} gave non-finite values"
+        for entry in section["arms"]
+        if entry["status"] != "ok"
+    ]
 
 
 def _arm_entry(
@@ -245,88 +201,7 @@ def _segments(measured: PerplexityMeasurements) -> list[Json]:
             "index": window.index,
             "article": window.article,
             "tokens_sha": window.tokens_sha,
-            "nll": {arm: _finite(measured.nll[arm][row]) for arm in names if arm in measured.nll},
+            "nll": {arm: finite(measured.nll[arm][row]) for arm in names if arm in measured.nll},
         }
         for row, window in enumerate(measured.windows)
     ]
-
-
-def _needle_arm(measured: NeedleMeasurements, arm: str) -> Json:
-    correct, exact = measured.correct[arm], measured.correct[EXACT]
-    interval = wilson_interval(sum(correct), len(correct))
-    entry: Json = {
-        "arm": arm,
-        "correct": int(sum(correct)),
-        "n": len(correct),
-        "wilson95": None if interval is None else list(interval),
-        "lost": None,
-        "gained": None,
-        "mcnemar_p": None,
-        "answer_nll_delta": None,
-        "answer_nll_sem": None,
-        "by_depth": _by_depth(measured.trials, correct),
-    }
-    if arm == EXACT:
-        return entry
-    before, after = np.asarray(exact, dtype=bool), np.asarray(correct, dtype=bool)
-    lost, gained = int((before & ~after).sum()), int((after & ~before).sum())
-    mean, sem = _answer_delta(measured.answer_nll.get(arm, ()), measured.answer_nll.get(EXACT, ()))
-    return entry | {
-        "lost": lost,
-        "gained": gained,
-        "mcnemar_p": mcnemar_exact(lost, gained),
-        "answer_nll_delta": mean,
-        "answer_nll_sem": sem,
-    }
-
-
-def _answer_delta(
-    arm: Sequence[float | None], exact: Sequence[float | None]
-) -> tuple[float | None, float | None]:
-    """Mean and SEM of the paired answer NLL; trials are independent by construction."""
-    deltas = np.array(
-        [
-            there - here
-            for there, here in zip(arm, exact, strict=True)
-            if there is not None and here is not None
-        ],
-        dtype=np.float64,
-    )
-    deltas = deltas[np.isfinite(deltas)]
-    if len(deltas) == 0:
-        return None, None
-    sem = float(deltas.std(ddof=1)) / math.sqrt(len(deltas)) if len(deltas) > 1 else None
-    return float(deltas.mean()), sem
-
-
-def _by_depth(trials: Sequence[TrialInfo], correct: Sequence[bool]) -> list[Json]:
-    cells: dict[tuple[int, float], list[bool]] = {}
-    for trial, found in zip(trials, correct, strict=True):
-        cells.setdefault((trial.context, trial.depth), []).append(bool(found))
-    return [
-        {"context": context, "depth": depth, "correct": sum(hits), "n": len(hits)}
-        for (context, depth), hits in sorted(cells.items())
-    ]
-
-
-def _trial(measured: NeedleMeasurements, index: int) -> Json:
-    trial = measured.trials[index]
-    return {
-        "id": trial.id,
-        "context": trial.context,
-        "depth": trial.depth,
-        "achieved_depth": trial.achieved_depth,
-        "key": trial.key,
-        "answer": trial.answer,
-        "outputs": {arm: measured.outputs[arm][index] for arm in measured.arms},
-        "correct": {arm: bool(measured.correct[arm][index]) for arm in measured.arms},
-        "answer_nll": {
-            arm: _finite(measured.answer_nll[arm][index])
-            for arm in measured.arms
-            if arm in measured.answer_nll
-        },
-    }
-
-
-def _finite(value: float | None) -> float | None:
-    return float(value) if value is not None and math.isfinite(value) else None

@@ -1,4 +1,4 @@
-"""What an evaluation measured, before any statistics: plain arrays with their meaning."""
+"""What a perplexity study measured, before any statistics: plain arrays with their meaning."""
 
 from __future__ import annotations
 
@@ -8,19 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-
-@dataclass(frozen=True)
-class ArmInfo:
-    """What an arm is. `arm` is the resolved name, `requested` what the user typed."""
-
-    arm: str
-    requested: str
-    method: str
-    key_bits: float | None
-    value_bits: float | None
-    codec_version: str
-    simulated: bool
-    encoder: str | None
+from layersweep.tasks.arms import ArmInfo
 
 
 @dataclass(frozen=True)
@@ -58,34 +46,3 @@ class PerplexityMeasurements:
     controls: Mapping[str, ControlMeasurement]
     status: Mapping[str, str]
     seed: int
-
-
-@dataclass(frozen=True)
-class TrialInfo:
-    """One needle: where it was meant to lie, where it lies, and what was asked."""
-
-    id: str
-    context: int
-    depth: float
-    achieved_depth: float
-    key: str
-    answer: str
-
-
-@dataclass(frozen=True)
-class NeedleMeasurements:
-    """`arms` names every arm with "exact" first; the mappings hold one entry per trial.
-
-    answer_tokens: number of answer tokens per trial. answer_nll: mean NLL per answer token, nats,
-    None where it was not measured (mode "generate") or is not finite.
-    """
-
-    trials: Sequence[TrialInfo]
-    arms: Sequence[str]
-    mode: str
-    contexts: Sequence[int]
-    keys: int
-    answer_tokens: Sequence[int]
-    outputs: Mapping[str, Sequence[str]]
-    correct: Mapping[str, Sequence[bool]]
-    answer_nll: Mapping[str, Sequence[float | None]]

@@ -58,6 +58,11 @@ class EvalSettings:
     def generates(self) -> bool:
         return "niah" in self.tasks and self.niah_mode == "generate"
 
+    @property
+    def only_generates(self) -> bool:
+        """Whether nothing but generated answers is asked for."""
+        return self.generates and self.tasks == ("niah",)
+
 
 def parse_segments(text: str) -> int | None:
     """A count, or None for "all"."""

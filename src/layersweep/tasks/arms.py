@@ -1,0 +1,32 @@
+"""What an arm is, as it is recorded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from layersweep.kv.arms import Arm
+
+
+@dataclass(frozen=True)
+class ArmInfo:
+    """What an arm is. `arm` is the resolved name, `requested` what the user typed."""
+
+    arm: str
+    requested: str
+    method: str
+    key_bits: float | None
+    value_bits: float | None
+    codec_version: str
+    simulated: bool
+    encoder: str | None
+
+    @classmethod
+    def of(cls, arm: Arm, device: torch.device) -> ArmInfo:
+        return cls(
+            arm.name, arm.requested, arm.method, arm.key_bits, arm.value_bits,
+            arm.codec_version or "", arm.simulated, arm.encoder_on(device),
+        )  # fmt: skip
