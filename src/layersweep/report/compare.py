@@ -22,7 +22,7 @@ SAME_PROTOCOL = (
     *("tokenizer_sha256", "bos_id", "prefix", "continuation", "cache_mode"),
     *("dtype", "kv_dtype", "router_dtype"),
 )
-EXACT = "exact"
+BASELINE = "exact"
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def _by_hash(results: Json) -> dict[str, Json]:
 def _arms(results: Json) -> list[str]:
     """The baseline and every arm without a non-finite window."""
     usable = [arm["arm"] for arm in results["perplexity"]["arms"] if arm["status"] == "ok"]
-    return [EXACT, *usable]
+    return [BASELINE, *usable]
 
 
 def _show(value: object) -> str:

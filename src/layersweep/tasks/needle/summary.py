@@ -14,7 +14,7 @@ from layersweep.tasks.needle.measurements import NeedleMeasurements, TrialInfo
 
 Json = dict[str, Any]
 
-EXACT = "exact"
+BASELINE = "exact"
 ENOUGH = 60  # needles below this are a spot check
 BASELINE_SHARE = 0.8  # needles the exact cache must find before arms can be judged
 
@@ -22,7 +22,7 @@ BASELINE_SHARE = 0.8  # needles the exact cache must find before arms can be jud
 def summarize_needle(measured: NeedleMeasurements) -> Json:
     """The `needle` section. lost and gained compare an arm with the exact cache trial by trial."""
     trials = len(measured.trials)
-    baseline = sum(measured.correct[EXACT])
+    baseline = sum(measured.correct[BASELINE])
     return {
         "contexts": list(measured.contexts),
         "keys": measured.keys,
@@ -47,7 +47,7 @@ def missing(section: Json) -> list[str]:
 
 
 def _needle_arm(measured: NeedleMeasurements, arm: str) -> Json:
-    correct, exact = measured.correct[arm], measured.correct[EXACT]
+    correct, exact = measured.correct[arm], measured.correct[BASELINE]
     interval = wilson_interval(sum(correct), len(correct))
     entry: Json = {
         "arm": arm,
@@ -61,11 +61,11 @@ def _needle_arm(measured: NeedleMeasurements, arm: str) -> Json:
         "answer_nll_sem": None,
         "by_depth": _by_depth(measured.trials, correct),
     }
-    if arm == EXACT:
+    if arm == BASELINE:
         return entry
     before, after = np.asarray(exact, dtype=bool), np.asarray(correct, dtype=bool)
     lost, gained = int((before & ~after).sum()), int((after & ~before).sum())
-    mean, sem = _answer_delta(measured.answer_nll.get(arm, ()), measured.answer_nll.get(EXACT, ()))
+    mean, sem = _answer_delta(measured.answer_nll.get(arm, ()), measured.answer_nll.get(BASELINE, ()))
     return entry | {
         "lost": lost,
         "gained": gained,

@@ -28,7 +28,7 @@ from layersweep.tasks.perplexity.measurements import ControlMeasurement, Perplex
 
 Json = dict[str, Any]
 
-EXACT = "exact"
+BASELINE = "exact"
 ENOUGH = 60  # windows below this are underpowered
 MEASURED_FIELDS = (  # null where an arm gave non-finite values
     *("ppl", "delta_percent", "percent_mean_of_windows", "mean_delta_nll", "sem", "sem_iid", "z"),
@@ -46,7 +46,7 @@ def summarize_perplexity(measured: PerplexityMeasurements) -> Json:
     the arms.
     """
     groups = group_windows([window.article for window in measured.windows])
-    baseline = measured.nll[EXACT]
+    baseline = measured.nll[BASELINE]
     usable = [info.arm for info in measured.arms if measured.status[info.arm] == "ok"]
     deltas = {arm: measured.nll[arm] - baseline for arm in usable}
     statistics = {arm: paired_statistics(deltas[arm], groups, seed=measured.seed) for arm in usable}
@@ -55,7 +55,7 @@ def summarize_perplexity(measured: PerplexityMeasurements) -> Json:
     nll_mean = float(baseline.mean())
     return {
         "underpowered": len(measured.windows) < ENOUGH,
-        "baseline": {"arm": EXACT, "ppl": math.exp(nll_mean), "nll_mean": nll_mean},
+        "baseline": {"arm": BASELINE, "ppl": math.exp(nll_mean), "nll_mean": nll_mean},
         "lag1": max(lags, default=None),
         "noise_floor": _noise_floor(measured.controls),
         "arms": [
@@ -101,7 +101,7 @@ def _arm_entry(
     }
     if paired is None:
         return entry | dict.fromkeys(MEASURED_FIELDS)
-    delta = measured.nll[info.arm] - measured.nll[EXACT]
+    delta = measured.nll[info.arm] - measured.nll[BASELINE]
     kl = quantiles(measured.kl[info.arm])
     return entry | {
         "ppl": math.exp(float(measured.nll[info.arm].mean())),
@@ -144,7 +144,7 @@ def _noise_floor(controls: Mapping[str, ControlMeasurement]) -> Json:
         if name.startswith("identity:")
     }
     worst = max(by_method.values(), key=lambda noise: abs(noise["mean"]), default=None)
-    exact = controls.get(EXACT)
+    exact = controls.get(BASELINE)
     return {
         "exact": None if exact is None else _noise(exact),
         "identity": None if worst is None else worst | {"by_method": by_method},
@@ -186,7 +186,7 @@ def _pairs(measured: PerplexityMeasurements, usable: Sequence[str]) -> list[Json
 
 def _loss_ratio(measured: PerplexityMeasurements, a: str, b: str, groups: Ints) -> Json:
     """The loss of arm `a` against exact over that of `b`; nulls where that has no bounds."""
-    first, second = (measured.nll[arm] - measured.nll[EXACT] for arm in (a, b))
+    first, second = (measured.nll[arm] - measured.nll[BASELINE] for arm in (a, b))
     ratio = loss_ratio(first, second, groups, seed=measured.seed)
     return {
         "loss_ratio": None if ratio is None else ratio.value,
@@ -195,7 +195,7 @@ def _loss_ratio(measured: PerplexityMeasurements, a: str, b: str, groups: Ints) 
 
 
 def _segments(measured: PerplexityMeasurements) -> list[Json]:
-    names = [EXACT, *(info.arm for info in measured.arms)]
+    names = [BASELINE, *(info.arm for info in measured.arms)]
     return [
         {
             "index": window.index,
