@@ -86,14 +86,15 @@ def test_what_breaks_a_t4_is_a_problem_each() -> None:
 def test_an_old_card_is_a_problem() -> None:
     facts = t4_machine()
     facts["devices"] = [{"name": "Tesla P100", "capability": "6.0"}]
-    assert texts(facts, "problem") == ["Tesla P100 is sm_60: older than the kernels' oldest, sm_75"]
+    (problem,) = texts(facts, "problem")
+    assert problem == "Tesla P100: found sm_60, needed sm_75 or newer for the kernels"
 
 
 def test_kernels_that_cannot_be_compiled_are_a_problem() -> None:
     facts = t4_machine()
     facts["kernel_error"] = "no libnvrtc.so.12"
     (problem,) = texts(facts, "problem")
-    assert "no libnvrtc.so.12" in problem and "plain torch serves" in problem
+    assert "no libnvrtc.so.12" in problem and "plain torch is used" in problem
 
 
 def test_memory_findings_state_sizes() -> None:

@@ -307,8 +307,8 @@ def test_the_client_has_the_commands_that_we_name(
         (("--wheel", "pyproject.toml"), (), "found no wheel"),
         ((), ("--segmets", "2"), "No such option: --segmets"),
         ((), ("--segments", "none"), "--segments: found 'none'"),
-        ((), ("--segments", "2", "demo2"), "found it behind --"),
-        ((), ("--kv", "K3V2"), "--kv: found it behind --"),
+        ((), ("--segments", "2", "demo2"), "found it after --"),
+        ((), ("--kv", "K3V2"), "--kv: found it after --"),
         ((), ("--out", "x"), "--out: found it, needed none"),
         ((), ("--resume",), "--resume: found it, needed none"),
         ((), ("--tasks", "pl"), "--tasks: found 'pl'"),
@@ -342,7 +342,7 @@ def test_a_local_folder_and_somebody_elses_folder(
         parse_model(str(tmp_path))
     (tmp_path / "precious").write_text("")
     assert write(tmp_path) == 2
-    assert "found files of somebody else" in capsys.readouterr().err
+    assert "found other files" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["precious"]
 
 

@@ -2,10 +2,10 @@
 
     python tools/kill_and_resume.py [--kills 25] [--seed N] [-- MODEL and options of `eval`]
 
-Every trial is a run of its own. It is killed (SIGKILL), and so are its resumptions, until one comes
-through: at most 3 kills a trial. A moment is drawn in two steps, since a run may be mostly start:
-behind which sweep, then after how long, up to the time that a sweep takes. Prints one JSON line:
-kills by where they fell, trials, and those whose results.json has the numbers of an undisturbed run
+Every trial is a run of its own. SIGKILL ends it and its resumptions, at most 3 times a trial; then
+one is left to finish. A moment is drawn in two steps, since a run may be mostly start: after which
+sweep, then how long after it, up to the time that a sweep takes. Prints one JSON line: kills by
+where they fell, trials, and the trials whose results.json has the numbers of an undisturbed run
 (everything but created, command, performance, where weights waited, and the measured peak in the
 gate).
 """
@@ -54,7 +54,8 @@ def where(folder: Path) -> str:
         return "after the results"
     if not (folder / "manifest.json").exists():
         return "before the first sweep"
-    return f"behind {finished(folder)} sweeps"
+    count = finished(folder)
+    return f"with {count} sweep{'' if count == 1 else 's'} finished"
 
 
 def finished(folder: Path) -> int:
@@ -68,14 +69,14 @@ def trial(arguments: list[str], folder: Path, lone: Lone, dice: random.Random) -
         words = command(arguments, folder)
         if (folder / "manifest.json").exists():
             words.append("--resume")
-        behind = dice.randint(finished(folder), lone.sweeps)
+        after = dice.randint(finished(folder), lone.sweeps)
         wait = dice.uniform(0, lone.sweep_s)
-        if behind == finished(folder):  # from the start of the process on
+        if after == finished(folder):  # from the start of the process on
             wait += dice.uniform(0, lone.begin_s)
         with subprocess.Popen(
             words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
         ) as process:
-            while process.poll() is None and finished(folder) < behind:
+            while process.poll() is None and finished(folder) < after:
                 time.sleep(0.002)
             try:
                 limit = wait if len(fell) < MOST_KILLS else None

@@ -23,12 +23,13 @@ DEFAULT_OUT = Path(__file__).parent.parent / "src/layersweep/demo/text"
 SOURCE_NOTE = """\
 # heldout.txt
 
-Source files of celery 5.7.0 (PyPI wheel `{wheel}`, sha256 `{wheel_sha}`), held out from the
-training of the demo model. {files} files from `{first}` to `{last}`, each stripped, under a
+Source files of celery 5.7.0 (PyPI wheel `{wheel}`, sha256 `{wheel_sha}`).
+Held out from step 2 of the demo model's training (../model/MODEL_CARD.md).
+{files} files, from `{first}` to `{last}`, each stripped and put under a
 heading line `= path =`; {size} bytes, sha256 `{text_sha}`.
 
-Made by `python tools/make_demo_text.py {wheel}`. Celery's licence (BSD-3-Clause) is in
-`LICENSE.celery` and covers this text.
+`python tools/make_demo_text.py {wheel}` writes this folder. Celery's licence
+(BSD-3-Clause) is in `LICENSE.celery` and covers this text.
 """
 
 

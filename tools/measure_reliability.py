@@ -3,9 +3,9 @@
     python tools/measure_reliability.py --measure [--kills 25] [--fuzz-seconds 600]
     python tools/measure_reliability.py          the table, from what was measured last
 
-Measuring runs the tools named in the table, one after the other, and writes their JSON lines to
-docs/measurements/reliability.jsonl; half an hour on two cores. Lines of another device stay: kills
-on a GPU are measured there, by `tools/kill_and_resume.py`, and added.
+Measuring runs the tools named in the table one after another and writes their JSON lines to
+docs/measurements/reliability.jsonl. It takes half an hour on two cores. Lines of another device
+stay: `tools/kill_and_resume.py` measures kills on a GPU, and its line is added by hand.
 """
 
 from __future__ import annotations
@@ -74,20 +74,20 @@ def _row(line: Json) -> tuple[str, str, str] | None:
             return (
                 f"SIGKILL {line['kills']} times in {line['runs']} runs of {line['sweeps']} sweeps, "
                 f"{line['device']}, {line['dtype']} ({fell})",
-                f"{line['equal']} of {line['runs']} runs equal the undisturbed one, bit for bit",
+                f"{line['equal']} of {line['runs']} runs equal an undisturbed run bit for bit",
                 "`tools/kill_and_resume.py`",
             )
         case {"reliability": "faults"}:
             return (
                 f"{line['injected']} faults of memory, disk and files",
-                f"{line['survived']} met as stated, nothing finished lost",
+                f"{line['survived']} handled as stated, no finished work lost",
                 "`pytest tests/test_limits.py`",
             )
         case {"corpus": count}:
             return (
                 f"{count} hostile or damaged checkpoints",
-                f"{line['refused']} refused by file and tensor, exit code 2; the slowest took "
-                f"{line['seconds']:.1f} s, the largest {line['growth_mb']:.0f} MB",
+                f"{line['refused']} refused with file and tensor named, exit code 2; at most "
+                f"{line['seconds']:.1f} s and {line['growth_mb']:.0f} MB each",
                 "`tests/hostile_run.py`",
             )
         case {"fuzz": _}:
@@ -99,15 +99,14 @@ def _row(line: Json) -> tuple[str, str, str] | None:
         case {"reliability": "gate"}:
             return (
                 f"{line['planted']} faults planted in the bundled model",
-                f"{line['with_card']} refused; {line['without_card']} without its card, as a "
-                "stranger's model",
+                f"{line['with_card']} refused; without the model's card, {line['without_card']}",
                 "`tools/plant_faults.py`",
             )
         case {"coverage": name}:
             return (
                 f"{line['studies']:,} simulated studies of {line['n']} windows, {name}, "
                 f"{line['groups']} {line['grouping']}",
-                f"the 95 % interval held the truth in {100 * line['share']:.1f} %",
+                f"the 95 % interval covered the true value in {100 * line['share']:.1f} %",
                 "`tools/measure_coverage.py`",
             )
     return None

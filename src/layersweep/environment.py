@@ -1,6 +1,6 @@
 """What this machine is: versions, device, memory, and the budgets that follow from them.
 
-Facts alone, nothing is timed here (`layersweep.probes` measures rates). torch is imported only
+Only facts: nothing is timed here (`layersweep.probes` measures rates). torch is imported only
 by the functions that ask a CUDA device, so that reading versions costs nothing.
 """
 

@@ -45,7 +45,7 @@ def parse_duration(text: str, *, option: str = "duration") -> float:
 
 
 def format_bytes(count: float) -> str:
-    """Bytes for people: "24.48 GB" style with binary units, e.g. 15032385536 -> "14.00 GiB"."""
+    """Bytes in binary units: 15032385536 -> "14.00 GiB"."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(count) < 1024:
             return f"{count:.0f} B" if unit == "B" else f"{count:.2f} {unit}"

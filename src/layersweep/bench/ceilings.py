@@ -1,4 +1,4 @@
-"""The rates that a run is held to, measured on the machine and in the process that runs it."""
+"""The rates that a run is compared with, measured on its machine, in its process."""
 
 from __future__ import annotations
 

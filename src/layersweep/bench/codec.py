@@ -1,10 +1,10 @@
 """`bench codec`: what each KV codec loses at the bits that it really stores, and how fast it is.
 
 Three measurements of every method at every number of bits:
-- mse: of decoded unit Gaussian head vectors, relative to their energy; `mse_before_gain` with the
-  one factor taken out that makes it smallest, which is what rate-distortion tables state;
+- mse: of decoded unit Gaussian head vectors, relative to their energy; `mse_before_gain` is the
+  smallest that one common factor reaches, as rate-distortion tables state it;
 - key_kl: mean KL(exact || coded), nats, of attention over 4096 keys, 4 of whose channels stand out
-  by 8 standard deviations, with RoPE (theta 1e6), for queries behind them;
+  by 8 standard deviations, with RoPE (theta 1e6), for later queries;
 - vectors per second, encoding and decoding.
 """
 

@@ -1,8 +1,8 @@
-"""`bench study --device cuda:0,cuda:1`: the study with a process for each device, against one, in
-turn in the same processes, and whether all gave the same numbers.
+"""`bench study --device cuda:0,cuda:1`: times a study on one device and on all, in turn, in the
+same processes, and checks that all runs gave the same numbers.
 
-The clock runs from the first weight byte that any process asks for to results.json in place, of
-several devices the merged one. Kernels and contexts are warm, and so is what writes results.
+The clock runs from the first weight byte that any process asks for until results.json is in place
+(the merged one of several devices). Kernels, contexts and the code that writes results are warm.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 JSON: config (ModelConfig's fields), device, layers, tokens, vram_cap. Prints one JSON line.
 
-layersweep neither needs nor uses the offloading library: it is measured here as an opponent, is
-looked up by name, and never shares a process with anything else of layersweep.
+layersweep neither needs nor uses the offloading library. It is measured here as an opponent, looked
+up by name, and never shares a process with the rest of layersweep.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Ways in which people run such a model today, measured on this machine as baselines.
+"""How people run such a model today, measured on this machine as baselines.
 
 Each peer runs a few full-size layers and is scaled to the 32 of Mixtral-8x7B. Embedding and head
 (2 % of the NF4 bytes, 0.6 % of the float16 ones) are left out of both.
 
 - Synchronous NF4 (`sync_nf4`): layer by layer, packed tensors from ordinary host memory to the
-  device, every weight made dense there, plain torch. The way that layersweep replaces.
+  device, every weight made dense there, plain torch. layersweep replaces this way.
 - CPU offload: transformers' own Mixtral in float16 under the usual offloading library, in a
   process of its own (`offload_peer`), so that this one never loads that library.
 """
@@ -131,7 +131,7 @@ def _ask_child(order: str) -> dict[str, object]:
         said = next((line for line in reversed(words) if "Error" in line), words[-1])
         raise LayersweepError(
             f"{OPPONENT}: the child process ended with {done.returncode}: {said}",
-            hint="measure fewer layers, or see whether its versions fit each other",
+            hint="measure fewer layers, or check that the installed versions work together",
         )
     answer: dict[str, object] = json.loads(lines[-1])
     return answer

@@ -1,7 +1,7 @@
 """`bench study`: the main job at full size, against the floor of the same run.
 
-The clock runs from the first weight byte asked for to results.json in place. Kernels and context
-are warm (a job of one tile ran before), text is tokenized, everything else counts.
+The clock runs from the first weight byte asked for until results.json is in place. Kernels and
+context are warm (a job of one tile ran before) and the text is tokenized; everything else counts.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""`bench sweep`: one sweep that the bus bounds, and one that arithmetic bounds.
+"""`bench sweep`: one sweep bound by the bus, and one bound by arithmetic.
 
-Weights lie in pinned host memory, put there by a first sweep that is not timed.
+Weights lie in pinned host memory; a first sweep, not timed, puts them there.
 """
 
 from __future__ import annotations

@@ -38,11 +38,11 @@ bench = typer.Typer(
 )  # fmt: skip
 
 Checkpoint = Annotated[str, typer.Argument(metavar="MODEL", help="Folder; see `synth`.")]
-Vram = Annotated[str, typer.Option(help="Device budget; torch's allocator is held to it.")]
+Vram = Annotated[str, typer.Option(help="Device budget, enforced in torch's allocator.")]
 Ram = Annotated[str, typer.Option(help="Host budget.")]
 Device = Annotated[str, typer.Option(help="cuda or cuda:N.")]
 Capability = Annotated[
-    str | None, typer.Option(help="Take the paths of an older GPU, for example 7.5.")
+    str | None, typer.Option(help="Use the code paths of an older GPU, for example 7.5.")
 ]
 
 
@@ -56,7 +56,7 @@ def study(
     segments: Annotated[int, typer.Option(help="Perplexity windows.", min=1)] = 80,
     niah_per_depth: Annotated[int, typer.Option(help="Needles per depth.", min=1)] = 6,
     evict: Annotated[
-        bool, typer.Option("--evict", help="Files leave the page cache first.")
+        bool, typer.Option("--evict", help="Drop the files from the page cache first.")
     ] = False,
     vram: Vram = "14GiB",
     ram: Ram = "auto",
@@ -77,7 +77,7 @@ def study(
         if evict:
             raise InputError(
                 f"--evict: found several devices in --device {device}, needed one",
-                hint="--device cuda:0: the disk is one",
+                hint="--device cuda:0: all devices share one disk",
             )
         rows = bench_devices(
             Place(model, vram, ram, assume_capability), device.split(","), settings, _say
@@ -97,7 +97,7 @@ def sweep(
     device: Device = "cuda",
     assume_capability: Capability = None,
 ) -> None:
-    """One sweep of 64 tokens, which the bus bounds, and one of 204,800, which arithmetic does."""
+    """One sweep of 64 tokens, bound by the bus, and one of 204,800, bound by arithmetic."""
     from layersweep.bench.sweep import bench_sweep
 
     loaded = _load(model, vram, ram, device, assume_capability)
@@ -175,7 +175,7 @@ def _load(model: str, vram: str, ram: str, device: str, capability: str | None) 
     loaded = load(model, vram=vram, ram=ram, device=device, assume_capability=capability)
     if loaded.cpu:
         raise InputError(
-            f"--device {device}: found the CPU, needed a GPU, whose bus and products are measured",
+            f"--device {device}: found the CPU, needed a GPU to measure its bus and its products",
             hint="on the CPU, time `layersweep eval demo`",
         )
     place = loaded.compute.device
@@ -217,7 +217,7 @@ def _print(name: str, model: Model, rows: list[dict[str, Any]]) -> None:
 
 
 def _headline(row: dict[str, Any]) -> str:
-    """The figures of a row that one looks at first."""
+    """A row's main figures."""
     if "left_out" in row:
         return f"left out: {row['left_out']}"
     if "seconds_per_pass" in row:
@@ -225,7 +225,7 @@ def _headline(row: dict[str, Any]) -> str:
     words = [format_seconds(row["wall_s"])]
     if "speedup" in row:
         words.append(f"{row['speedup']:.2f} x as fast as one")
-        words.append("same numbers" if row["same_numbers"] else "OTHER NUMBERS")
+        words.append("same numbers" if row["same_numbers"] else "DIFFERENT NUMBERS")
     if "ratio" in row:
         words.append(f"{row['ratio']:.3f} x its floor of {format_seconds(row['floor_s'])}")
         words.append(f"stalled {row['compute_stall_fraction']:.2%}")

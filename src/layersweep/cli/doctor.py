@@ -47,8 +47,8 @@ def doctor(
     disk: Annotated[
         Path,
         typer.Option(
-            help="Folder whose disk is measured: where the checkpoint lies. A temporary file "
-            "of 256 MiB is written there and removed."
+            help="Folder on the disk to measure, for example the checkpoint's. A temporary file of "
+            "256 MiB is written there and removed."
         ),
     ] = Path(),
 ) -> None:
@@ -193,20 +193,20 @@ def _device_findings(facts: Mapping[str, Any]) -> list[Finding]:
         return [finding for device in facts["devices"] for finding in _capability(device)]
     why = [f"torch said: {text}" for text in facts["torch_warnings"]]
     if stated["driver"] is None:
-        text = "no NVIDIA driver found: runs on the CPU in float32; right for the demo, far too "
+        text = "no NVIDIA driver found: runs on the CPU in float32; fine for the demo, far too "
         return [Finding("note", text + "slow for Mixtral-8x7B")]
     if stated["cuda"] is None:
         text = f"driver {stated['driver']} is there, but torch {stated['torch']} is a CPU build: "
         return [Finding("problem", text + "install a CUDA build of torch to use the GPU")]
     text = f"driver {stated['driver']} and torch for CUDA {stated['cuda']} are there, but torch "
-    advice = "sees no device: a driver too old for that CUDA, or CUDA_VISIBLE_DEVICES, hides it"
+    advice = "sees no device: the driver is too old for that CUDA, or CUDA_VISIBLE_DEVICES hides it"
     return [Finding("problem", "; ".join([text + advice, *why]))]
 
 
 def _capability(device: Mapping[str, Any]) -> list[Finding]:
     capability, name = float(device["capability"]), device["name"]
     if capability < OLDEST_CAPABILITY:
-        text = f"{name} is sm_{capability * 10:.0f}: older than the kernels' oldest, sm_75"
+        text = f"{name}: found sm_{capability * 10:.0f}, needed sm_75 or newer for the kernels"
         return [Finding("problem", text)]
     if capability < 8.0:
         text = f"{name}: no bfloat16 and no flash attention below sm_80; float16 with the "
@@ -224,7 +224,7 @@ def _kernel_findings(facts: Mapping[str, Any]) -> list[Finding]:
         found.append(Finding("problem", text))
     if facts["kernel_error"]:
         text = (
-            f"our kernels cannot be compiled here ({facts['kernel_error']}): plain torch serves, "
+            f"our kernels cannot be compiled here ({facts['kernel_error']}): plain torch is used, "
         )
         found.append(Finding("problem", text + "several times slower"))
     return found

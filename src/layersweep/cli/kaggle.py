@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from layersweep.kaggle.folders import Push, Written
 
 QUOTA = (
-    "If `run` is answered with 500 while `rehearse` is pushed as ever, this week's GPU quota is "
-    "used up: see `kaggle quota`. If both are, a field of kernel-metadata.json is wrong."
+    "If Kaggle answers 500 to `run` but accepts `rehearse`, this week's GPU quota is used up: see "
+    "`kaggle quota`. If it answers 500 to both, a field of kernel-metadata.json is wrong."
 )
 
 
 def kaggle(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write.")],
-    ident: Annotated[str, typer.Option("--id", help="USER/SLUG that all ids begin with.")],
+    ident: Annotated[str, typer.Option("--id", help="USER/SLUG, the start of all ids.")],
     study: Annotated[
         list[str] | None,
         typer.Argument(metavar="[-- EVAL OPTIONS]", help="Options of `layersweep eval`."),
@@ -34,12 +34,12 @@ def kaggle(
     revision: Annotated[str | None, typer.Option(help="Commit of a hub model.")] = None,
     kv: Annotated[str, typer.Option(help="Arms besides `exact`.")] = "K3V2,K4V2",
     device: Annotated[str, typer.Option(help="cuda:0,cuda:1, cuda:0 or cpu.")] = "cuda:0,cuda:1",
-    stop_after: Annotated[str, typer.Option(help="End before this time of a session.")] = "11h",
+    stop_after: Annotated[str, typer.Option(help="End the session before this time.")] = "11h",
     offline: Annotated[
         bool, typer.Option("--offline", help="No internet for rehearse and run.")
     ] = False,
     resume_from: Annotated[
-        str | None, typer.Option(help="Kernel OWNER/SLUG, or dataset:OWNER/SLUG, to go on with.")
+        str | None, typer.Option(help="Kernel OWNER/SLUG, or dataset:OWNER/SLUG, to resume from.")
     ] = None,
     wheel: Annotated[
         list[Path] | None, typer.Option(help="A wheel for the wheelhouse; may be repeated.")
@@ -55,14 +55,14 @@ def kaggle(
     source = parse_model(model)
     if revision is not None and source.kind != "hub":
         raise InputError(
-            f"--revision: found '{revision}' for {source}, needed a hub id to apply to",
+            f"--revision: found '{revision}' for {source}, needed a hub id",
             hint="leave --revision out",
         )
     parse_duration(stop_after, option="--stop-after")
     arguments = check_study(kv, device, study or [])
     if offline and source.kind != "demo" and "text" not in arguments.given:
         raise InputError(
-            "--offline: found no --text, needed one: without internet no text can be fetched",
+            "--offline: found no --text, needed one: without internet no text can be downloaded",
             hint=f"layersweep kaggle {folder} ... -- --text FILE",
         )
     again = f"layersweep kaggle {folder} ... --resume-from {own.of('run')}, then push `run` again"
@@ -107,7 +107,7 @@ def _next_steps(folder: Path, push: Push, written: Written) -> list[str]:
         f"  kaggle kernels push -p {folder}/rehearse        no GPU quota; wait for its last line",
         f"  kaggle kernels push -p {folder}/run",
         f"  kaggle kernels output {ident.of('run')} -p results",
-        f"to go on with a partial run: {push.again}",
+        f"to resume a partial run: {push.again}",
         QUOTA,
     ]
     return lines

@@ -59,12 +59,12 @@ def check_study(kv: str, device: str, words: Sequence[str]) -> StudyArguments:
     for name in given:
         if name in OWN:
             raise InputError(
-                f"{_option(evaluate, name)}: found it behind --, needed it before",
+                f"{_option(evaluate, name)}: found it after --, needed it before",
                 hint="layersweep kaggle has --model, --kv, --device, --stop-after, --revision",
             )
         if name in KERNELS:
             raise InputError(
-                f"{_option(evaluate, name)}: found it, needed none: the kernel sets it itself",
+                f"{_option(evaluate, name)}: found it, needed none: the kernel sets it",
                 hint="leave it out",
             )
     _check_machine(device, params)
@@ -117,7 +117,7 @@ def _check_machine(device: str, params: dict[str, Any]) -> None:
 
 
 def _check_settings(kv: str, params: dict[str, Any]) -> None:
-    """As `eval` checks them, text and codecs of one's own included."""
+    """As `eval` checks them, including the user's text and codecs."""
     from layersweep.kv.arms import parse_arms
     from layersweep.tasks.settings import EvalSettings, parse_counts, parse_depths, parse_segments
     from layersweep.text.source import load_text
@@ -136,8 +136,8 @@ def _check_settings(kv: str, params: dict[str, Any]) -> None:
     )
     if settings.gate == "off":
         raise InputError(
-            "--gate off: found it for a kernel, needed the gate: it ends a run whose numbers "
-            "would be worth nothing",
+            "--gate off: found it for a kernel, needed the gate, which ends a run whose numbers "
+            "would be worthless",
             hint="leave --gate out",
         )
     if not parse_arms(kv) and settings.gate != "only":
@@ -149,7 +149,7 @@ def _check_settings(kv: str, params: dict[str, Any]) -> None:
 
 
 def _ship_codecs(kv: str, files: dict[str, bytes]) -> str:
-    """--kv with the files of codecs of one's own replaced by their places on Kaggle."""
+    """--kv with the files of the user's codecs replaced by their places on Kaggle."""
     arms = []
     for arm in kv.split(","):
         path, in_file, rest = arm.partition(".py:")
@@ -161,7 +161,7 @@ def _ship(path: Path, files: dict[str, bytes]) -> str:
     data = path.read_bytes()
     if files.setdefault(path.name, data) != data or path.name.endswith((".whl", "metadata.json")):
         raise InputError(
-            f"{path}: found another file of that name for the wheels folder, needed one of its own",
+            f"{path}: found another file with that name in the wheels folder, needed a unique one",
             hint="rename it",
         )
     return f"{{files}}/{path.name}"

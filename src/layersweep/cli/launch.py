@@ -1,6 +1,6 @@
 """`--device cuda:0,cuda:1`: a process per device, as torchrun would start them, and their result.
 
-Processes and not threads: a sweep's many short launches would wait for each other's interpreter.
+Threads would wait for each other's interpreter at every one of a sweep's many short launches.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class WorkerError(LayersweepError):
 def launch(job: Job, say: Say) -> dict[str, Any]:
     """Compute `job` with a process for each of its devices; returns the results of all.
 
-    Without an --out the parts lie in a temporary folder. Raises what the first failing process
-    raised, MachineError for one that was killed; the others are ended then, and what they finished
-    is kept.
+    Without an --out the parts lie in a temporary folder. If a process fails, the others are ended
+    and their finished sweeps are kept. Raises what that process raised, or MachineError if it was
+    killed.
     """
     from layersweep.sweep.model import resolve_device
 
@@ -71,9 +71,9 @@ def launch(job: Job, say: Say) -> dict[str, Any]:
 
 
 def _over_layers(job: Job, say: Say) -> dict[str, Any] | None:
-    """Answers that are generated visit all weights for every token. Where a device cannot keep them
-    but all of them together can, one process computes on all, each with its share of the layers;
-    None where that is not so, or not all there is to do."""
+    """Generated answers read all weights for every token. If the devices can keep the weights
+    together but not alone, one process gives each device its share of the layers. None if they
+    cannot, or if the study has other tasks."""
     from layersweep.generate.plan import wants_layers_shared
     from layersweep.study.study import prepare_study
     from layersweep.sweep.model import load
@@ -92,7 +92,7 @@ def _over_layers(job: Job, say: Say) -> dict[str, Any] | None:
         say(f"fallback: layers over devices: used a process for each: {failure}")
         return None
     except LayersweepError:
-        return compute(job)  # which meets it, too, and leaves a diagnosis
+        return compute(job)  # meets the same failure and leaves a diagnosis
     return compute(job, prepared=study)
 
 
@@ -101,7 +101,7 @@ def _check_folder(out: Path, of: int, resume: bool) -> None:
     if (out / "shards").exists() and not resume:
         raise InputError(
             f"--out {out}: found the shards of an earlier run, needed a folder without",
-            hint="--resume goes on with that run; or name another folder, or delete this one",
+            hint="--resume continues that run; or name another folder, or delete this one",
         )
 
 
@@ -137,8 +137,8 @@ def _run_workers(job: Job, count: int) -> None:
         name = signal.Signals(-(failed.exitcode or 0)).name
         raise MachineError(
             f"{failed.name}: the process was ended by {name}"
-            + (", as the system does when host memory is gone" if name == "SIGKILL" else ""),
-            hint="with --out finished sweeps are kept: --resume goes on behind them",
+            + (", as the system does when host memory runs out" if name == "SIGKILL" else ""),
+            hint="with --out, finished sweeps are kept: --resume continues after them",
         )
     sys.exit(failed.exitcode)  # its traceback has been printed
 
@@ -159,7 +159,7 @@ def _first_failure(workers: list[SpawnProcess]) -> SpawnProcess | None:
 def _work(
     job: Job, shard: Shard, arrive: Callable[[float], object], tell: Callable[[Any], None]
 ) -> None:
-    """A worker's whole life. All of them start their sweeps at the same time."""
+    """All that a worker does. All workers start their sweeps at the same time."""
     _end_with_parent()
 
     def failed(message: str, hint: str, code: int) -> int:
@@ -174,8 +174,8 @@ def _work(
 
 
 def _end_with_parent() -> None:
-    """Nobody would use the numbers of a worker whose parent was killed, and a resumed run would
-    find its folder locked."""
+    """End with the parent: nothing would use this worker's numbers, and a resumed run would find
+    its folder locked."""
     if sys.platform == "linux":
         parent = os.getppid()
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

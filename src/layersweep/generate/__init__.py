@@ -1,1 +1,1 @@
-"""Generation: placement, and walks over the weights for one more token."""
+"""Generation: where weights and caches go, and the walks over the weights, one per token."""

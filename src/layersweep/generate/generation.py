@@ -1,12 +1,12 @@
-"""Needles whose answers are generated: a visit of all weights for every token.
+"""Generated answers: every token walks over all weights.
 
-Transfers decide here, since a token's arithmetic is little. So weights stay on the device as far as
-they fit; where they fit several devices together, each holds its share of the layers, and units of
-tiles go from one to the next, one on each at a time. Keys and values are kept between the visits,
-in host memory where the devices have no room.
+Transfers dominate, because a token is little arithmetic. So as many weights as fit stay on the
+device. If several devices hold them together, each holds a share of the layers, and units of tiles
+move from one device to the next, one unit on each at a time. Keys and values are kept between the
+walks, in host memory where the devices have no room.
 
-A unit's first walks, which read prefixes, take as many tiles at a time as memory holds; the further
-ones all of them, since a token is next to nothing.
+A unit's first walks read prefixes, as many tiles at a time as memory holds. Each further walk takes
+all of its tiles, because a token takes almost no memory.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ class Stage:
 
     @property
     def on_device(self) -> bool:
-        """Whether they stay where they are computed with."""
+        """Whether its weights stay on the device that computes with them."""
         return self.resident and not any(self.plan.copies[1:])
 
 
 @dataclass(frozen=True)
 class Unit:
-    """Trials that are done together. `first`: the tiles of each of its first walks; the gate may
-    ride in one without any."""
+    """Tiles that are generated together. `first`: the tiles of each first walk; the gate may ride
+    in a walk without tiles."""
 
     first: list[list[Tile]]
 
@@ -56,8 +56,8 @@ class Unit:
 
 @dataclass(frozen=True)
 class Generation:
-    """How the trials of some tiles are generated. `offload`: caches wait in host memory;
-    `cache_bytes` of them at most."""
+    """How the answers of some tiles are generated. `offload`: caches wait in host memory, at most
+    `cache_bytes` of them."""
 
     stages: list[Stage]
     units: list[Unit]
@@ -71,9 +71,9 @@ class Generation:
     def seconds(
         self, device: str, gemm_flops: float, h2d: float | None, disk: float | None = None
     ) -> float:
-        """First walks, as sweeps are planned from the page cache; then for each further one what
-        the host launches, what goes over the bus, weights and caches, or what is read again: the
-        longest counts. Rates of one device."""
+        """First walks take what sweeps from the page cache take. A further walk takes the longest
+        of three: the host's launches, weights and caches over the bus, reads from disk. Rates are
+        of one device."""
         first = max(
             sum(sweep_seconds(s.plan, device, gemm_flops * self.lanes, h2d)[: len(s.plan.sweeps)])
             for s in self.stages
@@ -96,5 +96,5 @@ class Generation:
 
     @property
     def lanes(self) -> int:
-        """Units under way at once: one for each stage, so that none is idle."""
+        """Units in progress at once: one per stage, so that no device idles."""
         return min(len(self.stages), len(self.units))

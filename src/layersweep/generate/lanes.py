@@ -1,4 +1,4 @@
-"""Running a generation: its units one after the other, or one on each stage at a time."""
+"""Runs a generation: its units one after another, or one on each stage at a time."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def _in_lanes(
     engine: Engine,
     tokens: _Tokens,
 ) -> Iterator[Generated]:
-    """Units as they are done, `count` of them under way."""
+    """Units as they finish, `count` of them in progress."""
     with engine.compute.numerics(), ThreadPoolExecutor(count, "lane") as lanes:
         running: set[Future[Generated]] = set()
         try:
@@ -106,7 +106,7 @@ class _Stopped(Exception):
 
 
 class _Tokens:
-    """Progress over all lanes; ends them where the run has ended."""
+    """Progress over all lanes; ends the lanes when the run has ended."""
 
     def __init__(self, progress: Progress, total: int) -> None:
         self.progress, self.done, self.total = progress, 0, total

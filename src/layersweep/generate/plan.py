@@ -1,4 +1,4 @@
-"""Where weights, caches and tiles of a generation go: several ways are planned, one is chosen."""
+"""Where a generation's weights, caches and tiles go: plans several ways and takes the fastest."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ _RATES = 1e14, 1e10, 1e9
 
 
 class Holder(Protocol):
-    """A model on a device, as planning sees it: a sweep.model.Model, or one on a device that is
-    not there."""
+    """A model on a device, as planning sees it: a sweep.model.Model, or a model on a machine that
+    is only described."""
 
     @property
     def config(self) -> ModelConfig: ...
@@ -58,7 +58,7 @@ class _Job:
 
 @dataclass(frozen=True)
 class _Way:
-    """One way to do a job: its units, and at least how many first walks each of them has."""
+    """One way to do a job. `first`: the fewest first walks of each of its units."""
 
     job: _Job
     units: list[list[int]]
@@ -67,12 +67,12 @@ class _Way:
 
     @property
     def held(self) -> int:
-        """Bytes of the caches of all units that are under way at once."""
+        """Bytes of the caches of all units in progress at once."""
         most = max(sum(self.job.caches[index] for index in unit) for unit in self.units)
         return min(len(self.job.models), len(self.units)) * most
 
     def machine(self, model: Holder) -> Machine:
-        """What the caches leave of the budgets. Stages have one host, and a lane each."""
+        """The budgets less the caches. Stages share one host and have a lane each."""
         stages = len(self.job.models)
         machine = replace(model.machine, lanes=stages)
         if self.offload:
@@ -109,9 +109,9 @@ def plan_generation(
 ) -> Generation:
     """Place weights, caches and tiles; on several devices only if all weights stay there.
 
-    `models`: one checkpoint on each device; `at_least`: units wanted; `lead`: the gate's tile, if
-    it rides with the first unit. Raises BudgetError where that cannot be, of them NoRoomTogether
-    for several devices.
+    `models`: one checkpoint on each device; `at_least`: the fewest units; `lead`: the gate's tile,
+    if it rides with the first unit. Raises BudgetError if nothing fits; with several devices, its
+    subclass NoRoomTogether.
     """
     caches = [0] * len(lead) + [_cache_bytes(models[0], tile, arms) for tile in tiles]
     job = _Job(models, [*lead, *tiles], caches, len(lead))
@@ -126,33 +126,34 @@ def plan_generation(
                 failure = error
                 continue
             if not any(sum(s.plan.reads[1:]) for s in found[-1].stages):
-                break  # with more units there is only more to do
+                break  # more units would only add work
     if found:
         return min(found, key=lambda one: one.seconds("cpu" if cpu else "cuda", *_RATES))
     if len(models) == 1:
         raise BudgetError(
             f"--niah-mode generate: needed {format_bytes(max(caches))} for the keys and values of "
-            f"one tile beside what computes: {failure}",
-            hint="--niah-mode teacher keeps none; or a smaller --niah-context, or fewer arms",
+            f"one tile, besides the working memory: {failure}",
+            hint="--niah-mode teacher keeps no caches; or use a smaller --niah-context or fewer "
+            "arms",
         )
     weights = sum(spec.nbytes for spec in models[0].specs)
     rooms = ", ".join(format_bytes(model.machine.vram) for model in models)
     raise NoRoomTogether(
-        f"--device: found {len(models)} devices of {rooms}, needed room for "
-        f"{format_bytes(weights)} of weights, each its share of the layers, beside what computes",
-        hint="one device streams them; or a smaller --niah-context",
+        f"--device: found {len(models)} devices of {rooms}, needed room on them for "
+        f"{format_bytes(weights)} of weights, besides the working memory",
+        hint="use one device, which streams the weights, or a smaller --niah-context",
     )
 
 
 def wants_layers_shared(models: Sequence[Holder]) -> bool:
-    """Whether several devices should rather hold a share of the layers each than all weights: they
-    stay there only so. On the CPU, where that is for tests, always."""
+    """Whether each of several devices should hold a share of the layers: a device alone cannot
+    keep all weights. Always on the CPU, where this serves tests."""
     weights = sum(spec.nbytes for spec in models[0].specs)
     return any(weights > model.machine.vram or model.machine.cpu for model in models)
 
 
 def _placed(job: _Job, units: list[list[int]], offload: bool) -> Generation:
-    """With as few first walks as there may be. Raises the BudgetError of one for each tile."""
+    """With as few first walks as possible. Raises the BudgetError of one walk per tile."""
     most = max(map(len, units))
     for first in range(1, most + 1):
         way = _Way(job, units, first, offload)
@@ -171,7 +172,7 @@ def _on_one(way: _Way) -> Generation:
 
 
 def _over_layers(way: _Way) -> Generation:
-    """Each device its share of the layers, all of which stay on it."""
+    """Each device keeps its share of the layers."""
     models = way.job.models
     every, specs = range(models[0].config.num_hidden_layers), models[0].specs
     sizes = [sum(spec.nbytes for spec in blocks_of(specs, range(i, i + 1))) for i in every]
@@ -182,7 +183,7 @@ def _over_layers(way: _Way) -> Generation:
         Stage(layers, way.plan(model, layers)) for model, layers in zip(models, parts, strict=True)
     ]
     if not all(stage.on_device for stage in stages):
-        raise BudgetError("not all of the layers stay")
+        raise BudgetError("the layers do not all stay on their devices")
     return way.generation(stages)
 
 
@@ -196,7 +197,7 @@ def _room(way: _Way, model: Holder, layers: range) -> int:
 
 
 def _shape(model: Holder, tile: Tile) -> TileShape:
-    """With what the steps behind the first sweep take."""
+    """Its shape, with the memory that the steps after the first sweep take."""
     config = model.config
     columns, arms = _columns(tile), len(tile.sequences[0].branches)
     at_once = arms_at_once(

@@ -135,7 +135,7 @@ def _write_wheelhouse(folder: Path, push: Push, *, build: bool) -> list[Path]:
 
 
 def _clear(folder: Path) -> None:
-    """Make way in a folder of ours, and in no other."""
+    """Empty a folder that `layersweep kaggle` wrote, and no other."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as failure:
@@ -146,7 +146,7 @@ def _clear(folder: Path) -> None:
         return
     if not (folder / OURS).is_file():
         raise InputError(
-            f"{folder}: found files of somebody else, needed a new folder or one that "
+            f"{folder}: found other files, needed a new folder or one that "
             "`layersweep kaggle` wrote",
             hint="name another folder",
         )

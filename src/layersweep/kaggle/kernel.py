@@ -85,7 +85,7 @@ def rehearse() -> None:
 
 
 def run() -> None:
-    """The study, behind an earlier version's finished sweeps where its output is mounted."""
+    """The study; it resumes after the finished sweeps of an earlier version that is mounted."""
     check_gpus(int(SETTINGS["gpus"]))
     install()
     model = find_model()
@@ -105,7 +105,7 @@ def run() -> None:
         )
     say(f"status {status}, {sweeps} finished sweep(s): {RESULTS}")
     if status == "partial":
-        say(f"to go on, mount this output: {SETTINGS['again']}")
+        say(f"to resume, mount this output: {SETTINGS['again']}")
 
 
 def layersweep(*arguments: str) -> int:
@@ -138,7 +138,7 @@ def study_arguments(arguments: list[str]) -> list[str]:
 
 
 def check_gpus(needed: int) -> None:
-    """Before anything else is spent: a session without the GPUs asked for ends here."""
+    """End a session without the GPUs asked for, before anything else is spent."""
     if not needed:
         return
     driver = shutil.which("nvidia-smi")
@@ -156,7 +156,7 @@ def check_gpus(needed: int) -> None:
 
 
 def install() -> None:
-    """The wheelhouse, beside the image's packages: nothing is fetched, no dependency replaced."""
+    """Install the wheelhouse beside the image's packages; download nothing, replace nothing."""
     folder = wheel_folder()
     names = sorted({path.name.split("-")[0] for path in folder.glob("*.whl")})
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
@@ -261,13 +261,13 @@ def assemble(folder: Path, files: list[Path]) -> Path:
 
 
 def put_back() -> None:
-    """Copy an earlier run's folder to RESULTS, so that the study goes on behind it. A copy and no
-    link: mounts are read-only, and copied file by file because modes would be copied too."""
+    """Copy an earlier run's folder to RESULTS, so that the study resumes from it. A link would be
+    read-only, as mounts are; so would a copied tree, whose modes are copied too."""
     folders = {run_folder(path) for path in files_below(INPUT) if is_manifest(path)}
     if len(folders) > 1:
         stop(
             f"earlier runs: found {', '.join(map(str, sorted(folders)))}, needed at most one",
-            "mount the output of the run to resume alone",
+            "mount only the output of the run to resume",
         )
     for earlier in folders:
         names = [path for path in files_below(earlier) if not path.name.startswith(".")]
@@ -277,7 +277,7 @@ def put_back() -> None:
             shutil.copyfile(path, copy)
         say(f"earlier run: {len(names)} files copied from {earlier}")
     if not folders:
-        say("earlier run: none is mounted, the study starts")
+        say("earlier run: none is mounted; the study starts")
 
 
 def is_manifest(path: Path) -> bool:

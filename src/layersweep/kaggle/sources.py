@@ -1,4 +1,4 @@
-"""Where the model comes from on Kaggle, and how its files are shared out to stage kernels.
+"""Where the model comes from on Kaggle, and how its files are divided among stage kernels.
 
 demo                                     in the wheel
 ORG/NAME                                 a hub id: staged by kernels of its own
@@ -85,9 +85,9 @@ def parse_earlier(text: str) -> tuple[Literal["kernel", "dataset"], str]:
 
 
 def staged(repository: str, revision: str | None) -> Staged:
-    """Ask the hub for the files of one commit, check their headers, and share them out.
+    """Ask the hub for the files of one commit, check their headers, and divide them into jobs.
 
-    Raises CheckpointError for what the checkpoint is, InputError where the hub is out of reach or
+    Raises CheckpointError for a checkpoint with problems, InputError if the hub is out of reach or
     a shard is too large.
     """
     from layersweep.checkpoint import hub
@@ -96,7 +96,7 @@ def staged(repository: str, revision: str | None) -> Staged:
     found = hub.find(repository, revision)
     if found.files is None:
         raise InputError(
-            f"--model {repository}: found no way to the hub, needed its list of files",
+            f"--model {repository}: found no connection to the hub, needed its list of files",
             hint="connect to the network, or mount a copy: --model dataset:OWNER/SLUG",
         )
     checkpoint, problems = found.scan()
@@ -107,8 +107,8 @@ def staged(repository: str, revision: str | None) -> Staged:
 
 
 def share_out(sizes: Mapping[str, int], limit: int = JOB_BYTES) -> tuple[dict[str, int], ...]:
-    """Files into jobs of at most `limit` bytes: the first job with room takes the next file, the
-    small files and the largest shards first. All small files are thereby in the first job.
+    """Files into jobs of at most `limit` bytes: the first job with room takes the next file, small
+    files first, then the largest shards. So all small files are in the first job.
 
     Raises InputError for a file larger than `limit`.
     """

@@ -18,7 +18,7 @@ from layersweep.errors import InputError
 
 TAG = "py3-none-any"
 EPOCH = (1980, 1, 1, 0, 0, 0)  # the first that a zip can say
-HINT = "pip install layersweep or a clone of it, or give --wheel FILE"
+HINT = "`pip install` layersweep or a clone of it, or give --wheel FILE"
 # The image has them for its own driver, and they are gigabytes.
 IMAGE_ALONE = re.compile(
     r"torch|torchvision|torchaudio|(pytorch_)?triton|(nvidia|cuda)_.*", re.IGNORECASE
@@ -26,8 +26,8 @@ IMAGE_ALONE = re.compile(
 
 
 def write_wheel(folder: Path) -> Path:
-    """layersweep-VERSION-py3-none-any.whl in `folder`. Raises InputError where the package was
-    never installed, or its metadata is of another version."""
+    """layersweep-VERSION-py3-none-any.whl in `folder`. Raises InputError if the package was
+    never installed or its metadata belongs to another version."""
     files = _package_files() | _metadata_files()
     record = f"{_info()}/RECORD"
     lines = [f"{name},{_hash(data)},{len(data)}" for name, data in sorted(files.items())]
@@ -40,7 +40,7 @@ def write_wheel(folder: Path) -> Path:
 
 
 def check_wheel(path: Path) -> str:
-    """The package's name of a wheel file that may go beside ours. Raises InputError else."""
+    """The package's name of a wheel file that may go beside ours; raises InputError otherwise."""
     name, *rest = path.name.removesuffix(".whl").split("-")
     named = path.suffix == ".whl" and len(rest) in (4, 5) and rest[0][:1].isdigit()
     if not named or not zipfile.is_zipfile(path):
@@ -70,7 +70,7 @@ def _metadata_files() -> dict[str, bytes]:
         found = importlib.metadata.distribution("layersweep")
     except importlib.metadata.PackageNotFoundError as error:
         raise InputError(
-            "layersweep: found no metadata of an installation, needed it for the wheel", hint=HINT
+            "layersweep: found no installed metadata, needed it for the wheel", hint=HINT
         ) from error
     if found.version != layersweep.__version__:
         raise InputError(

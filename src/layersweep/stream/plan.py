@@ -42,9 +42,9 @@ HOST_RING = 2**30
 
 @dataclass(frozen=True)
 class Plan:
-    """`sweeps[i]` are the tiles (by index) of sweep i. `reads`, `copies` and `sweep_flops` are of
-    each walk over the weights, the sweeps and further ones behind them: bytes from files, bytes to
-    the device, operations (of a further walk, none are counted). `peaks` sums to `device_bytes`."""
+    """`sweeps[i]` are the tiles (by index) of sweep i. `reads`, `copies` and `sweep_flops` have an
+    entry per walk over the weights, first the sweeps, then further walks: bytes from files, bytes
+    to the device, operations (0 for a further walk). `peaks` sums to `device_bytes`."""
 
     sweeps: tuple[tuple[int, ...], ...]
     peaks: dict[str, int]
@@ -110,9 +110,9 @@ def make_plan(
 ) -> Plan:
     """Cut `tiles` into sweeps that fit the machine's budgets, and place the weights.
 
-    `at_least`: sweeps wanted, for as many tiles. For generation, `units`: of tiles (by index),
-    where no sweep has tiles of two, and which have `at_least` each; `further`: walks over all
-    weights behind the sweeps, in which a token rides for each of many.
+    `at_least`: the fewest sweeps, if there are as many tiles. For generation, `units` are tiles (by
+    index) that share no sweep with another unit, and each unit gets `at_least` sweeps; `further`
+    counts the walks over all weights after the sweeps, a token per branch in each.
 
     On the CPU both budgets are host memory and `vram` bounds the working set alone. Raises
     BudgetError with needed, available and what would fit.
@@ -127,7 +127,7 @@ def make_plan(
         needed = format_bytes(fixed + biggest)
         raise BudgetError(
             f"--vram: available {format_bytes(machine.vram)}, needed {needed} for one tile",
-            hint=f"--vram {needed.replace(' ', '')}, or fewer arms in --kv, or a smaller "
+            hint=f"--vram {needed.replace(' ', '')}, fewer arms in --kv, or a smaller "
             "--niah-context",
         )
     sweeps = _sweeps(sizes, machine.vram - fixed, at_least, units)
@@ -187,7 +187,7 @@ def _peaks(
 
 
 def host_ring_bytes(runs: Sequence[Run], machine: Machine) -> int:
-    """Host memory that runs pass through: to the device, or on the CPU to be computed with."""
+    """Host memory that runs pass through: to the device, or to be used there on the CPU."""
     whole = sum(run.nbytes for run in runs)
     if machine.cpu:
         wanted = least = min(compute_ring(runs), whole)
@@ -205,8 +205,8 @@ def host_ring_bytes(runs: Sequence[Run], machine: Machine) -> int:
 
 
 def place(runs: Sequence[Run], machine: Machine, host_ring: int, room: int | None) -> Placement:
-    """Where runs wait. `room`: device bytes that nothing else needs; None where one sweep is all
-    and nothing needs to be kept."""
+    """Where runs wait. `room`: device bytes that nothing else needs; None for a single sweep, which
+    keeps nothing."""
     sizes = [run.nbytes for run in runs]
     ring = min(compute_ring(runs), sum(sizes))
     device: frozenset[int] = frozenset()
