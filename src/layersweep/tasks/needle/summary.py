@@ -65,7 +65,9 @@ def _needle_arm(measured: NeedleMeasurements, arm: str) -> Json:
         return entry
     before, after = np.asarray(exact, dtype=bool), np.asarray(correct, dtype=bool)
     lost, gained = int((before & ~after).sum()), int((after & ~before).sum())
-    mean, sem = _answer_delta(measured.answer_nll.get(arm, ()), measured.answer_nll.get(BASELINE, ()))
+    mean, sem = _answer_delta(
+        measured.answer_nll.get(arm, ()), measured.answer_nll.get(BASELINE, ())
+    )
     return entry | {
         "lost": lost,
         "gained": gained,
