@@ -17,11 +17,13 @@ import numpy as np
 import layersweep
 from layersweep.checkpoint.layout import demo_folder
 from layersweep.statistics.paired import wilson_interval
-from layersweep.study.gate import Gate
+from layersweep.study.gate import COPY, Gate
+from layersweep.study.gate_tokens import choose_tokens
 from layersweep.tasks.needle.task import NeedleTask
 from layersweep.tasks.needle.trials import make_trials
 from layersweep.tasks.perplexity.task import PerplexityTask
 from layersweep.tasks.settings import DEPTHS, EvalSettings
+from layersweep.text.encoding import EncodedText
 from layersweep.text.source import load_text
 from layersweep.text.tokenizer import TextTokenizer
 from layersweep.text.windows import cut_windows
@@ -30,7 +32,8 @@ from layersweep.text.windows import cut_windows
 def needles(model: layersweep.Model, tokenizer: TextTokenizer, text: str, keys: int) -> dict:
     """60 teacher-forced trials with the exact cache alone."""
     trials = make_trials(
-        text, tokenizer, contexts=(4096,), depths=DEPTHS, per_depth=6, keys=keys, bos="auto",
+        EncodedText(text, tokenizer),
+        contexts=(4096,), depths=DEPTHS, per_depth=6, keys=keys, bos="auto",
         seed=0, max_context=model.checkpoint.config.max_position_embeddings,
     )  # fmt: skip
     job = NeedleTask(trials, [], tokenizer, EvalSettings(niah_keys=keys))
@@ -52,13 +55,13 @@ def main() -> None:
     folder = demo_folder()
     tokenizer, text = TextTokenizer.load(folder), load_text(None, "demo").text
     windows = cut_windows(
-        text, tokenizer, segments=80, prefix=1024, continuation=512, bos="auto"
+        EncodedText(text, tokenizer), segments=80, prefix=1024, continuation=512, bos="auto"
     )  # fmt: skip
     job = PerplexityTask(windows, [], False, model.compute.device)
     model.run(job.tiles(), job.read)
     job.settle()
     nll = float(job.numbers.nll["exact"].mean())
-    gate = Gate(model.checkpoint.config, tokenizer.encode(text[:8192]), None, None)
+    gate = Gate(model.checkpoint.config, choose_tokens(text, tokenizer, None, COPY), None)
     model.run([gate.tile()], lambda tile, number, sequence, logits: gate.check_logits(logits[0]))
     assert gate.copies_nll is not None
     first, second = (round(value, 5) for value in gate.copies_nll)

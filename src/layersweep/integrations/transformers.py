@@ -86,20 +86,20 @@ class CodedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers has no 
         """Add new tokens; all keys (rotated) and values so far, as decoded from the codec."""
         self.is_initialized = True
         first, new = self.store.tokens, (key_states, value_states)
-        self.store = self.store.appended(self._turned(new, first, back=True))
+        self.store = self.store.appended(self._rotated(new, first, back=True))
         if key_states.shape[2] > 1:  # exact tokens are views: a copy lets go of the others
             self.store = self.store.moved(torch.clone)
-        keys, values = self._turned(self.store.decoded(0), 0, back=False)
+        keys, values = self._rotated(self.store.decoded(0), 0, back=False)
         return keys, values
 
-    def _turned(self, tensors: tuple[Tensor, ...], first: int, *, back: bool) -> list[Tensor]:
+    def _rotated(self, tensors: tuple[Tensor, ...], first: int, *, back: bool) -> list[Tensor]:
         """What the model rotates, at the positions from `first` on."""
         return [
-            self._turn(x, first, back=back) if stream.rope else x
+            self._rotate(x, first, back=back) if stream.rope else x
             for x, stream in zip(tensors, self.streams, strict=True)
         ]
 
-    def _turn(self, x_BHTD: Tensor, first: int, *, back: bool) -> Tensor:
+    def _rotate(self, x_BHTD: Tensor, first: int, *, back: bool) -> Tensor:
         """Rotate to the positions from `first` on, or back, in float32; also partial rotaries."""
         at = torch.arange(first, first + x_BHTD.shape[2], device=x_BHTD.device)[None]
         cos, sin = (table[0].float() for table in self.rotary(x_BHTD.float(), at))  # [T, R]

@@ -25,11 +25,13 @@ from torch import Tensor
 from layersweep.errors import InputError
 from layersweep.kv.codec import Codec
 from layersweep.kv.identity import Untransformed
+from layersweep.kv.methods import METHODS
 from layersweep.kv.packing import pack_bits, unpack_bits
 from layersweep.kv.rotate import max_rows
 from layersweep.kv.stream import Stream
 from layersweep.kv.vector_codec import Layout, VectorCodec
 
+GROUPS = dict(METHODS["int4"].options)["group"]
 # Adding and subtracting it rounds a float32 below 2^22 to the nearest integer, halves to even;
 # torch.round does the same and wakes all of torch's threads for any size: 7 ms on a busy machine
 # for work of 10 us.
@@ -50,7 +52,7 @@ class Uniform(VectorCodec):
         return f"int{self.key_bits}"
 
     def check(self, stream: Stream) -> None:
-        check_groups(self, stream, int(self.group), "smaller groups: @group=32")
+        check_groups(self, stream, int(self.group), group_hint(stream.dim))
 
     def layout(self, dim: int, bits: int) -> Layout:
         return group_layout(dim, bits, int(self.group))
@@ -63,6 +65,12 @@ class Uniform(VectorCodec):
 
     def identity(self) -> Codec:
         return Untransformed(of=self.method)
+
+
+def group_hint(dim: int) -> str:
+    """What to ask for instead, where a group does not divide head size `dim`."""
+    fitting = [size for size in GROUPS if dim % int(size) == 0]
+    return f"@group={fitting[0]}" if fitting else "trellis:K4V4 and fp8 take this head size"
 
 
 def check_groups(codec: Codec, stream: Stream, size: int, hint: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Many
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -114,7 +114,7 @@ def _attend_branch(q: Tensor, past: tuple[Tensor, ...], own: Pair, context: Laye
 
 
 def _stored(
-    arms: Many[Arm], kv: Pair, context: LayerContext, mean_tokens: int | None = None
+    arms: Sequence[Arm], kv: Pair, context: LayerContext, mean_tokens: int | None = None
 ) -> KvStore:
     """Keys and values as each arm keeps them."""
     streams = [(arm, context.streams(arm)) for arm in arms]
@@ -122,7 +122,7 @@ def _stored(
     return KvStore.empty(streams, context.layer, layers, mean_tokens).appended(kv)
 
 
-def _count(tile_name: str, arms: Many[Arm], store: KvStore, context: LayerContext) -> None:
+def _count(tile_name: str, arms: Sequence[Arm], store: KvStore, context: LayerContext) -> None:
     for index, arm in enumerate(arms):
         counted = context.cache_bits.setdefault((tile_name, arm.name), [0.0, 0.0])
         counted[0] += store.nbits(index)

@@ -8,8 +8,7 @@ to; prefixes as their arms store them, what follows exactly:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from collections.abc import Sequence as Many
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -134,7 +133,7 @@ class Prefixes:
     store: KvStore | None
 
     @staticmethod
-    def joined(parts: Many[Prefixes]) -> Prefixes | None:
+    def joined(parts: Sequence[Prefixes]) -> Prefixes | None:
         """All of them as one; None where an arm's streams cannot be."""
         stores = [part.store for part in parts if part.store is not None]
         store = KvStore.joined(stores) if len(stores) == len(parts) else None
@@ -164,7 +163,7 @@ class KeptLayer:
     question: Tensor = field(default_factory=lambda: torch.empty(0))
     generated: Tensor = field(default_factory=lambda: torch.empty(0))
 
-    def keep(self, group: Group, prefix: KvStore | None, own: Many[Pair], at_once: int) -> None:
+    def keep(self, group: Group, prefix: KvStore | None, own: Sequence[Pair], at_once: int) -> None:
         """A group's prefix (None where that is empty) and own tokens, of each arm. Copies them.
 
         The groups of a tile come in order; those that are `at_once` sequences together are joined.
