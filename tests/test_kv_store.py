@@ -141,6 +141,23 @@ def test_every_token_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert stream.nbits == 3 * 2 * (7 * 64 * 16 + 33 * (64 * 3 + 16))
 
 
+@pytest.mark.parametrize("mean_tokens", [None, 16])
+def test_means_and_levels_come_from_what_is_coded(mean_tokens: int | None) -> None:
+    """A sink is an outlier: with it in the mean, every other value is off by the mean's error."""
+    plain, sink = some_x(), some_x()
+    sink[:, :, :4] *= 100
+    empty = StoredStream.empty(parse("K3V2"), VALUE, 3, 8, mean_tokens)
+    for pieces in ((50,), (3, 7, 50)):  # at once, and a sink that fills over two calls
+        both = []
+        for x in (plain, sink):
+            stream, start = empty, 0
+            for stop in pieces:
+                stream, start = stream.appended(x[:, :, start:stop]), stop
+            both.append(stream.decoded())
+        assert torch.equal(both[1][:, :, :4], sink[:, :, :4])
+        assert torch.equal(both[0][:, :, 4:], both[1][:, :, 4:])
+
+
 # --- several arms --------------------------------------------------------------------------------
 
 
