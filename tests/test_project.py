@@ -91,6 +91,16 @@ def test_key_value_codecs_know_nothing_of_the_engine() -> None:
     assert found == []
 
 
+def test_reports_format_and_compute_nothing() -> None:
+    found = [
+        f"{path.name} imports {module}"
+        for path in sorted((SOURCE / "report").rglob("*.py"))
+        for module in imported_modules(ast.parse(path.read_text("utf-8")), ["layersweep"])
+        if module.split(".")[:2] == ["layersweep", "statistics"] or module in ("numpy", "scipy")
+    ]
+    assert found == []
+
+
 @pytest.mark.parametrize(
     "line",
     [
@@ -365,3 +375,11 @@ def test_the_table_of_reliability_is_what_was_measured() -> None:
     tool = runpy.run_path(str(PROJECT / "tools/measure_reliability.py"))
     lines = [json.loads(line) for line in tool["LINES"].read_text("utf-8").splitlines()]
     assert tool["table"](lines) in (PROJECT / "docs/reliability.md").read_text("utf-8")
+
+
+def test_the_tables_of_the_real_model_are_what_was_measured() -> None:
+    tool = runpy.run_path(str(PROJECT / "tools/measure_real.py"))
+    lines = (PROJECT / "docs/measurements/real.jsonl").read_text("utf-8").splitlines()
+    page = (PROJECT / "docs/codecs.md").read_text("utf-8")
+    assert len(lines) == 35  # 25 arms and 8, each behind an exact one
+    assert tool["table"]([json.loads(line) for line in lines]) in page
