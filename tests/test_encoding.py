@@ -150,6 +150,10 @@ class Counting:
         self.given.append(len(text))
         return self.inner.encode_with_words(text)
 
+    @property
+    def weighs_words(self) -> bool:
+        return self.inner.weighs_words
+
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_piece_is_long_in_a_text_of_words(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,7 +193,7 @@ def test_a_head_is_of_the_texts_tokens_that_end_in_it(monkeypatch: pytest.Monkey
 def _never_alike(monkeypatch: pytest.MonkeyPatch, small: int) -> EncodedText:
     for name, value in {"PIECE": 512, "SMALL_TEXT": small}.items():
         monkeypatch.setattr(encoding, name, value)
-    monkeypatch.setattr(encoding, "_find_joint", lambda piece, following: None)
+    monkeypatch.setattr(encoding, "_find_joint", lambda piece, following, between_words: None)
     return EncodedText(demo_text(5_000), tokenizer("bytes"))
 
 

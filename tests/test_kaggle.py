@@ -419,7 +419,7 @@ def undisturbed(pushed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     mount_wheels(site, pushed)
     code, said = site.session(pushed / "run")
     assert code == 0, said
-    assert "status complete" in said and "none is mounted, the study starts" in said
+    assert "status complete" in said and "none is mounted; the study starts" in said
     manifest = json.loads((site.working / "results/manifest.json").read_text())
     assert manifest["layersweep"] == [layersweep.__version__, None]  # the wheel's, no checkout's
     assert len(list((site.working / "results/sweeps").iterdir())) == SWEEPS

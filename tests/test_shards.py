@@ -166,7 +166,7 @@ def test_a_process_for_each_device(
     same(folder, alone)
     capsys.readouterr()
     assert evaluate("--device", "cpu,cpu", "--out", str(folder)) == 2
-    assert "--resume goes on with that run" in capsys.readouterr().err
+    assert "--resume continues that run" in capsys.readouterr().err
     assert evaluate("--device", "cpu,cpu,cpu", "--out", str(folder), "--resume") == 2
     assert "found the shards of a run of 2 processes, needed 3" in capsys.readouterr().err
     assert evaluate("--out", str(folder), "--resume") == 2

@@ -7,7 +7,8 @@
 
 A piece has tokens near its ends that the whole text has not. So two pieces are joined where both
 have the same tokens for a while. For BPE this is proof: tokens are those of the text if each
-two neighbours are, and every two neighbours stand together in one of the pieces.
+two neighbours are, and every two neighbours stand together in one of the pieces. Unigram weighs a
+word as a whole: its pieces are joined between words alone.
 """
 
 from __future__ import annotations
@@ -141,7 +142,7 @@ class EncodedText:
         while piece.end < len(self.text):
             size = piece.end - piece.begin
             following = self._encode(piece.end - size // OVERLAP, max(PIECE, size // 4))
-            joint = _find_joint(piece, following)
+            joint = _find_joint(piece, following, self.tokenizer.weighs_words)
             if joint:
                 self._piece, self._joint = following, joint[1]
                 return piece.rows[:3, first : joint[0]]
@@ -159,10 +160,12 @@ class EncodedText:
         raise _NoJoint(f"characters {piece.begin} to {piece.end}")
 
 
-def _find_joint(piece: _Piece, following: _Piece) -> tuple[int, int] | None:
-    """A token of the one, and the same of the other, in the middle of ALIKE equal ones."""
+def _find_joint(piece: _Piece, following: _Piece, between_words: bool) -> tuple[int, int] | None:
+    """A token of the one, and the same of the other, in the middle of ALIKE equal ones. The first
+    of a word where it has to be `between_words`."""
     half = ALIKE // 2
-    for start in piece.rows[1, piece.first_after(following.begin) :: half]:
+    _, starts, _, first_of_word = piece.rows[:, piece.first_after(following.begin) :]
+    for start in (starts[first_of_word == 1] if between_words else starts)[::half]:
         i, j = piece.first_after(start), following.first_after(start)
         ours, theirs = piece.rows[:, i - half : i + half], following.rows[:, j - half : j + half]
         if min(i, j) >= half and ours.shape[1] == ALIKE and np.array_equal(ours, theirs):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from tokenizers import AddedToken, Encoding, Tokenizer
+from tokenizers.models import Unigram
 
 from layersweep.errors import InputError
 from layersweep.text.added_tokens import TokensBeside
@@ -92,6 +93,11 @@ class TextTokenizer:
         """As `encode`, as the library has it: also to which word of the pre-tokenizer, if there is
         one, each token belongs."""
         return self._encode(self.tokenizer, text)
+
+    @property
+    def weighs_words(self) -> bool:
+        """Whether it weighs all ways to split a word: the first token depends on the last then."""
+        return isinstance(self.tokenizer.model, Unigram)
 
     def encode_chat(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """As `encode_with_offsets`, for rendered chat: special tokens in `text` are parsed.
