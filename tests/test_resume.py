@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -212,33 +211,11 @@ def test_resume_needs_a_folder_and_starts_in_an_empty_one(
 # --- kills ---------------------------------------------------------------------------------------
 
 
-KILLED = """
-    import os, signal, sys
-    from layersweep.cli.app import run
-    from layersweep.study import run as running
-
-    real, sweeps = running.run_sweep, 0
-
-    def die(phase, done, total):
-        if done == int(sys.argv[1]):
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def sweep(*args, **named):
-        global sweeps
-        sweeps += 1
-        return real(*args, **named | ({"progress": die} if sweeps == 2 else {}))
-
-    running.run_sweep = sweep
-    sys.exit(run(sys.argv[2:]))
-"""
-
-
 def test_killed_in_the_middle(undisturbed: Path, tmp_path: Path) -> None:
     """SIGKILL in the second sweep; tools/kill_and_resume.py does it at random moments."""
     folder = tmp_path / "run"
-    command = [sys.executable, "-c", textwrap.dedent(KILLED), str(tiny_study.MIDDLE)]
-    killed = subprocess.run([*command, *tiny_study.words(*BUDGET, "--out", str(folder))],
-                            capture_output=True, text=True, timeout=120)  # fmt: skip
+    command = [sys.executable, tiny_study.KILLED, *tiny_study.words(*BUDGET, "--out", str(folder))]
+    killed = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert len(list((folder / "sweeps").glob("*.safetensors"))) == 1
     assert not (folder / "results.json").exists()

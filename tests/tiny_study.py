@@ -28,6 +28,7 @@ SETTINGS = (
 TILES = 3  # 2 of windows, 1 of needles
 MIDDLE = 5  # of the 10 or more steps that a sweep reports: a tile or an expert in a layer each
 ONE_TILE = "300MiB"  # of --vram: room for one of them at a time, so 3 sweeps
+KILLED = str(Path(__file__).with_name("killed_in_second_sweep.py"))  # runs instead of layersweep
 
 
 @cache
