@@ -62,10 +62,12 @@ def tiny_checkpoint(
     """A random Mixtral in `folder`.
 
     layout: "per_expert" (block_sparse_moe, w1/w2/w3), "gate_proj" (mlp.experts.E.gate_proj) or
-    "fused" (3-D, float only). weights: "nf4", "bf16", "f16", "f32", or "mixed" (attention NF4,
+    "fused" (3-D). weights: "nf4", "bf16", "f16", "f32", or "mixed" (attention NF4,
     experts bf16). router "nf4" is packed where weights are "nf4" or "mixed", "float" is not.
     """
     dense = random_weights(seed)
+    if layout == "fused":
+        dense = fuse(dense)
     stored: dict[str, Tensor] = {}
     for name, weight in dense.items():
         kind = storage_of(name, weights, router)
@@ -170,24 +172,21 @@ def unpack(name: str, tensors: dict[str, Tensor]) -> Tensor:
 
 
 def rename(stored: dict[str, Tensor], layout: str) -> dict[str, Tensor]:
-    """Per-expert names to those of `layout`."""
-    if layout == "per_expert":
+    """Per-expert names to those of `layout` (fused tensors have theirs)."""
+    if layout != "gate_proj":
         return stored
     parts = {".w1.": ".gate_proj.", ".w2.": ".down_proj.", ".w3.": ".up_proj."}
-    if layout == "gate_proj":
-        renamed = {}
-        for name, tensor in stored.items():
-            new = name.replace("block_sparse_moe", "mlp")
-            for old, part in parts.items():
-                new = new.replace(old, part)
-            renamed[new] = tensor
-        return renamed
-    assert layout == "fused"
-    return fuse(stored)
+    renamed = {}
+    for name, tensor in stored.items():
+        new = name.replace("block_sparse_moe", "mlp")
+        for old, part in parts.items():
+            new = new.replace(old, part)
+        renamed[new] = tensor
+    return renamed
 
 
 def fuse(stored: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Experts stacked as transformers 5 holds them: [E, 2I, H] with w1 first, and [E, H, I]."""
+    """Dense experts stacked as transformers 5 has them: [E, 2I, H] with w1 first, and [E, H, I]."""
     fused = {
         name.replace("block_sparse_moe", "mlp"): tensor
         for name, tensor in stored.items()

@@ -51,7 +51,7 @@ Files = dict[str, bytes]
 
 def seeds() -> list[Files]:
     """A Mixtral of 23 tensors in one file and in two: bf16, one NF4 weight with nested scales and
-    one with plain ones."""
+    one with plain ones. A third with its experts fused, in NF4: 12 scales to two nested blocks."""
     hidden, inner, vocab = 16, 16, 8
     config = tiny_config() | {
         "vocab_size": vocab, "hidden_size": hidden, "intermediate_size": inner,
@@ -81,8 +81,13 @@ def seeds() -> list[Files]:
     }
     index = json.dumps({"metadata": {"total_size": 0}, "weight_map": weight_map}).encode()
     small = {CONFIG: json.dumps(config).encode()}
+    fused = {name: tensor for name, tensor in tensors.items() if ".experts." not in name}
+    for name, rows, nested in (("gate_up_proj", 32, True), ("down_proj", 16, False)):
+        stack = torch.linspace(-1, 1, 2 * rows * 16).view(2, rows, 16)
+        fused |= pack(f"{moe}.experts.{name}", stack, nested)
     return [
         small | {SINGLE: save(tensors, {"format": "pt"})},
+        small | {SINGLE: save(fused, {"format": "pt"})},
         small | {FIRST: save(halves[0]), SECOND: save(halves[1]), INDEX: index},
     ]
 

@@ -13,7 +13,7 @@ import json
 import math
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ from hostile_damages import (
     CONFIG,
     EMPTY_LISTS,
     FIRST,
+    FUSED,
     HEAD,
     INDEX,
     K_PROJ,
@@ -83,6 +84,7 @@ class Case:
     says: tuple[str, ...]
     seen: Seen = "headers"
     shards: int = 1
+    layout: str = "per_expert"
 
 
 def case(damage: Damage, *says: str, **options: Any) -> Case:
@@ -365,6 +367,17 @@ CONFIGS = {
     "config-rope-parameters-list": case(
         config(rope_parameters=[1e4]), CONFIG, "rope_parameters = [10000.0]"
     ),
+    "config-rope-scaling-beside-parameters": case(
+        config(rope_scaling={"type": "linear", "factor": 4.0}), CONFIG, 'rope_type = "linear"'
+    ),
+    "config-rope-scaling-number": case(config(rope_scaling=4), CONFIG, "rope_scaling = 4"),
+    "config-layer-types-number": case(config(layer_types=7), CONFIG, "layer_types = 7"),
+    "config-quantization-number": case(
+        config(quantization_config=7), CONFIG, "quantization_config.quant_method = 7"
+    ),
+    "config-softcap": case(
+        config(final_logit_softcapping=[30.0]), CONFIG, "final_logit_softcapping = [30.0]"
+    ),
     "config-rope-type-unknown": case(
         config(rope_parameters={"rope_type": "eval(1)"}), CONFIG, 'rope_type = "eval(1)"'
     ),
@@ -504,6 +517,62 @@ VALUES = {
 }
 VALUES = {name: Case(c.damage, c.says, "values") for name, c in VALUES.items()}
 
+F_ABSMAX, F_OUTER, F_TABLE = (
+    f"{FUSED}.{part}" for part in ("absmax", "nested_absmax", "nested_quant_map")
+)
+FUSED_EXPERTS = {
+    "fused-absmax-of-one-expert": case(
+        tensor_of(F_ABSMAX, b"\0" * 192, "U8", [192]), SINGLE, F_ABSMAX, "U8 [192], needed U8 [768]"
+    ),
+    "fused-absmax-short": case(
+        tensor_of(F_ABSMAX, b"\0" * 767, "U8", [767]), SINGLE, F_ABSMAX, "U8 [767], needed U8 [768]"
+    ),
+    "fused-nested-absmax-short": case(
+        tensor_of(F_OUTER, floats([1.0] * 2), "F32", [2]), SINGLE, F_OUTER, "needed F32 [3]"
+    ),
+    "fused-nested-map-missing": case(gone(F_TABLE), SINGLE, FUSED, "without nested_quant_map"),
+    "fused-nested-blocksize": case(
+        state(FUSED, nested_blocksize=128), SINGLE, F_OUTER, "F32 [3], needed F32 [6]"
+    ),
+    "fused-state-missing": case(gone(FUSED + STATE), SINGLE, FUSED, "without quant_state"),
+    "fused-state-of-one-expert": case(
+        state(FUSED, shape=[192, 64]), SINGLE, FUSED + STATE, "shape [192, 64], needed [4, 192, 64]"
+    ),
+    "fused-packed-short": case(
+        tensor_of(FUSED, b"\0" * 24575, "U8", [24575, 1]), SINGLE, FUSED, "U8 [24575, 1]"
+    ),
+    "fused-more-experts": case(config(num_local_experts=5), SINGLE, "mlp.gate.weight", "[5, 64]"),
+    "fused-and-one-by-one": case(
+        shard(
+            lambda opened: opened.header.update(
+                {FUSED.replace("gate_up", "0.gate"): entry_of("U8", [0], 0, 0)}
+            )
+        ),
+        *(SINGLE, "experts.0.gate_proj", "unexpected U8 [0]"),
+    ),
+    "fused-blocks-straddle-experts": case(
+        both(
+            state(FUSED, blocksize=4096),
+            tensor_of(F_ABSMAX, b"\0" * 12, "U8", [12]),
+            tensor_of(F_OUTER, floats([1.0]), "F32", [1]),
+        ),
+        *(SINGLE, FUSED, "4-bit blocks of 4096 elements", "divides the 6144 elements"),
+    ),
+    "fused-nested-scale-nan": case(
+        value(F_OUTER, math.nan), SINGLE, f"{F_OUTER}[", "found nan", seen="values"
+    ),
+    "fused-nested-scale-negative": case(
+        value(F_OUTER, -1.0), SINGLE, f"{F_OUTER}[", "found -1.0", seen="values"
+    ),
+    "fused-nested-map-inf": case(
+        value(F_TABLE, math.inf), SINGLE, f"{F_TABLE}[1]", "found inf", seen="values"
+    ),
+    "fused-scales-that-overflow": case(
+        both(value(F_OUTER, 3e38), value(F_TABLE, 1e30)), SINGLE, F_OUTER, "overflow", seen="values"
+    ),
+}
+FUSED_EXPERTS = {name: replace(c, layout="fused") for name, c in FUSED_EXPERTS.items()}
+
 TWENTY = {"type": "Replace", "pattern": {"Regex": "."}, "content": "." * 20}
 BETWEEN = {"type": "Replace", "pattern": {"String": ""}, "content": "a"}
 TOKENIZERS = {
@@ -642,8 +711,8 @@ CHATS = {
 CHATS = {name: Case(c.damage, c.says, "chat") for name, c in CHATS.items()}
 
 CASES: dict[str, Case] = {
-    **LENGTHS, **HEADERS, **INDEXES, **CONFIGS, **STATES, **COMPANIONS, **VALUES, **TOKENIZERS,
-    **CHATS,
+    **LENGTHS, **HEADERS, **INDEXES, **CONFIGS, **STATES, **COMPANIONS, **VALUES, **FUSED_EXPERTS,
+    **TOKENIZERS, **CHATS,
 }  # fmt: skip
 
 
@@ -658,7 +727,7 @@ FOUND_BY_FUZZER = (
 
 def build(name: str, folder: Path) -> Path:
     """The checkpoint of case `name` in `folder`, which must not exist."""
-    shutil.copytree(base(CASES[name].shards), folder)
+    shutil.copytree(base(CASES[name].shards, CASES[name].layout), folder)
     CASES[name].damage(folder)
     return folder
 

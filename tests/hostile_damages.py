@@ -27,6 +27,7 @@ FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safete
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 K_PROJ = "model.layers.1.self_attn.k_proj.weight"  # plain scales
+FUSED = "model.layers.1.mlp.experts.gate_up_proj"  # in the base whose layout is "fused"
 NORM, HEAD = "model.norm.weight", "lm_head.weight"
 EXECUTED = "executed"  # what hostile code would write into its folder
 
@@ -88,11 +89,11 @@ def entry_of(dtype: object, shape: object, *offsets: object) -> dict[str, Any]:
 
 
 @functools.cache
-def base(shards: int) -> Path:
+def base(shards: int, layout: str = "per_expert") -> Path:
     """A tiny NF4 Mixtral with a tokenizer: nested scales, but plain ones for one weight."""
     folder = Path(tempfile.mkdtemp(prefix="hostile-base-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    tiny_checkpoint(folder, shards=shards)
+    tiny_checkpoint(folder, layout, shards=shards)
     config = json.loads((folder / CONFIG).read_text())
     config |= {"layersweep_synthetic": True, "max_position_embeddings": 2048}
     (folder / CONFIG).write_text(json.dumps(config))

@@ -97,8 +97,8 @@ def meet_all(names: Sequence[str], folder: Path) -> Iterator[Met]:
     text = folder / "text.txt"
     text.write_text(TEXT)
     _import_everything(text)
-    for shards in (1, 2):
-        yield from _in_forks([Job("", command, base(shards)) for command in ACCEPTED], text)
+    for sound in (base(1), base(2), base(1, "fused")):
+        yield from _in_forks([Job("", command, sound) for command in ACCEPTED], text)
     jobs = [Job(name, command, folder / name)
             for name in names for command in COMMANDS[CASES[name].seen]]  # fmt: skip
     workers = os.cpu_count() or 1

@@ -10,7 +10,7 @@ from torch import Tensor
 from layersweep.kv.arms import Arm
 from layersweep.sweep.caches import KeptCaches
 from layersweep.sweep.loop import Engine, run_sweep
-from layersweep.sweep.sequences import Branch, Sequence, Tile
+from layersweep.sweep.sequences import Branch, BranchedSequence, Tile
 
 Texts = list[tuple[list[int], list[int], list[list[int]]]]  # prefix, question, tokens of each arm
 
@@ -31,7 +31,7 @@ def stepped(engine: Engine, rides: Texts, arms: list[Arm], caches: KeptCaches) -
     """Logits [sequence, arm, 1 + steps, V] of the question's last token and of each further one."""
     steps = len(rides[0][2][0])
     asked = [
-        Sequence(
+        BranchedSequence(
             tuple(prefix),
             tuple(Branch(arm, tuple(own), (len(own) - 1, len(own))) for arm in arms),
         )
@@ -40,7 +40,7 @@ def stepped(engine: Engine, rides: Texts, arms: list[Arm], caches: KeptCaches) -
     found = [_read(engine, Tile("steps", tuple(asked)), caches)]
     for step in range(steps):
         grown = [
-            Sequence(
+            BranchedSequence(
                 (),
                 tuple(
                     Branch(arm, (of[step],), (0, 1)) for arm, of in zip(arms, tokens, strict=True)
@@ -61,7 +61,7 @@ def in_one_pass(engine: Engine, rides: Texts, arms: list[Arm]) -> Tensor:
             Branch(arm, (*own, *of), (len(own) - 1, len(own) + len(of)))
             for arm, of in zip(arms, tokens, strict=True)
         )
-        ride = Sequence(tuple(prefix), tuple(branches))
+        ride = BranchedSequence(tuple(prefix), tuple(branches))
         whole.append(_read(engine, Tile("whole", (ride,)), None))
     return torch.cat(whole)
 
@@ -69,7 +69,7 @@ def in_one_pass(engine: Engine, rides: Texts, arms: list[Arm]) -> Tensor:
 def _read(engine: Engine, tile: Tile, caches: KeptCaches | None) -> Tensor:
     found: list[Tensor] = []
 
-    def read(tile: Tile, number: int, sequence: Sequence, logits: list[Tensor]) -> None:
+    def read(tile: Tile, number: int, sequence: BranchedSequence, logits: list[Tensor]) -> None:
         found.append(torch.stack(logits).cpu())
 
     run_sweep(engine, [tile], read, caches=caches)

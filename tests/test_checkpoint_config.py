@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoint_builders import tiny_config
+import torch
+from checkpoint_builders import VOCAB, tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from layersweep.checkpoint import read_config
 from layersweep.checkpoint.config import parse_config
+from layersweep.checkpoint.config_fields import HARMLESS
 from layersweep.errors import CheckpointError
 
 
 def parsed(**changes: Any) -> Any:
-    config, problems = parse_config(json.dumps(tiny_config() | changes).encode(), "config.json")
-    return config if config is not None else [problem.sentence() for problem in problems]
+    read = parse_config(json.dumps(tiny_config() | changes).encode(), "config.json")
+    return read.config or [problem.sentence() for problem in read.problems]
 
 
 def test_fields(tmp_path: Path) -> None:
@@ -73,6 +77,20 @@ def test_optional_fields() -> None:
         ),
         ({"rope_theta": 5.0}, "rope_theta = 5.0, needed the rope_theta of rope_parameters"),
         ({"rope_parameters": [1]}, "rope_parameters = [1], needed an object"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 4.0}}, 'rope_type = "linear"'),
+        (
+            {"rope_scaling": {"type": "default"}},  # transformers computes with its default
+            "rope_parameters.rope_theta = 10000.0, needed 1000000.0",
+        ),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 7.0}}}, "needed one RoPE for all"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5, needed nothing or 1"),
+        ({"per_layer_config": {"0": {"hidden_act": "gelu"}}}, "per_layer_config = {"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types = ["),
+        ({"model_type": "llama"}, 'model_type = "llama", needed "mixtral"'),
+        ({"num_experts": 2}, "num_experts = 2, needed num_local_experts = 4, or nothing"),
+        ({"quantization_config": {"quant_method": "gptq"}}, 'quant_method = "gptq"'),
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0, needed nothing"),
+        ({"norm_topk_prob": False}, "norm_topk_prob = false, needed nothing or true"),
     ],
 )
 def test_refusals_name_the_field(changes: dict[str, Any], expected: str) -> None:
@@ -97,6 +115,77 @@ def test_missing_file(tmp_path: Path) -> None:
         read_config(tmp_path)
 
 
+# None in a grid stands for null; where nothing is written, `...`
+ROPE_OBJECTS: list[Any] = [
+    *(..., None, {}, {"rope_theta": 1e4}, {"rope_theta": 5e4, "rope_type": "default"}),
+    *({"type": "default"}, {"type": "default", "factor": 4.0}, {"rope_theta": None}),
+    *({"rope_type": "linear", "factor": 4.0}, {"type": "linear", "factor": 1.0, "rope_theta": 1e4}),
+    *({"rope_type": "dynamic", "factor": 2.0}, {"rope_theta": 1e4, "type": "yarn", "factor": 2.0}),
+    *({"rope_type": None, "rope_theta": 1e4}, {"rope_theta": 1e4, "partial_rotary_factor": 0.5}),
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_rope_is_what_transformers_makes_of_the_same_file_or_is_refused(tmp_path: Path) -> None:
+    """588 files: rope_parameters x rope_scaling x a flat rope_theta."""
+    grid = itertools.product(ROPE_OBJECTS, ROPE_OBJECTS, (..., None, 1e4))
+    accepted = 0
+    for parameters, scaling, theta in grid:
+        fields = {"rope_parameters": parameters, "rope_scaling": scaling, "rope_theta": theta}
+        written = {name: value for name, value in fields.items() if value is not ...}
+        plain = {k: v for k, v in tiny_config().items() if k != "rope_parameters"}
+        raw = json.dumps(plain | written)
+        ours = parse_config(raw.encode(), "config.json").config
+        if ours is None:
+            continue
+        accepted += 1
+        (tmp_path / "config.json").write_text(raw)
+        theirs = MixtralConfig.from_pretrained(tmp_path).rope_parameters
+        assert theirs["rope_type"] == "default", written
+        assert theirs["rope_theta"] == ours.rope_theta, written
+        assert theirs.get("partial_rotary_factor", 1.0) == 1.0, written
+    assert accepted == 97
+
+
+def test_every_field_that_transformers_writes_for_a_mixtral_is_known() -> None:
+    """One that a later release adds is listed as unused: read what it does, then place it."""
+    fields = MixtralConfig(**tiny_config()).to_dict()
+    read = parse_config(json.dumps(fields, default=str).encode(), "config.json")
+    assert read.problems == []
+    assert read.unused == ()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("attention_dropout", 0.5), ("router_jitter_noise", 0.3), ("router_aux_loss_coef", 1.0)),
+        *(("initializer_range", 1.0), ("pad_token_id", 5), ("chunk_size_feed_forward", 4)),
+        *(("output_router_logits", True), ("use_cache", False), ("is_decoder", False)),
+    ],
+)
+def test_what_is_called_harmless_changes_no_logit_of_transformers(field: str, value: Any) -> None:
+    assert field in HARMLESS
+    ids = torch.arange(24)[None] % VOCAB
+    logits = []
+    for fields in (tiny_config(), tiny_config() | {field: value}):
+        torch.manual_seed(0)
+        model = MixtralForCausalLM(MixtralConfig(**fields)).eval()
+        generator = torch.Generator().manual_seed(0)
+        for weight in model.parameters():
+            weight.data.normal_(std=0.2, generator=generator)
+        with torch.inference_mode():
+            logits.append(model(ids).logits)
+    assert torch.equal(*logits)
+
+
+def test_fields_that_nothing_looks_at_are_listed() -> None:
+    extra = {"my_scale": 2.0, "auto_map": {"AutoConfig": "x.Y"}, "sep_token_id": None}
+    rope = {"rope_parameters": {"rope_theta": 1e4, "factor": 4.0}}
+    read = parse_config(json.dumps(tiny_config() | extra | rope).encode(), "config.json")
+    assert read.problems == []
+    assert read.unused == ("my_scale", "auto_map", "rope_parameters.factor")
+
+
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=9), inner),
@@ -107,5 +196,5 @@ json_values = st.recursive(
 @settings(max_examples=200, deadline=None)
 @given(field=st.sampled_from(sorted(tiny_config())), value=json_values)
 def test_any_value_is_read_or_refused(field: str, value: Any) -> None:
-    config, problems = parse_config(json.dumps(tiny_config() | {field: value}).encode(), "c")
-    assert (config is None) == bool(problems)
+    read = parse_config(json.dumps(tiny_config() | {field: value}).encode(), "c")
+    assert (read.config is None) == bool(read.problems)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from layersweep.checkpoint import StoredTensor, read_header
@@ -39,6 +40,28 @@ def test_offsets_count_from_the_start_of_the_file(tmp_path: Path) -> None:
     start = path.stat().st_size - 19
     assert tensors["a"] == StoredTensor("a", path, "F32", (2, 2), start, 16)
     assert tensors["b"] == StoredTensor("b", path, "U8", (3,), start + 16, 3)
+
+
+METADATA: list[Any] = [
+    *(None, {}, {"k": "v"}, {"": ""}, {"k": 1}, {"k": None}, {"k": True}, {"k": ["v"]}),
+    *({"k": {}}, [], [["k", "v"]], "v", 1, False, A),
+]
+
+
+def test_metadata_is_accepted_where_safetensors_accepts_it(tmp_path: Path) -> None:
+    accepted = []
+    for metadata in METADATA:
+        path = written(tmp_path / "x.safetensors", {"__metadata__": metadata, "a": A}, bytes(16))
+        try:
+            with safe_open(path, "numpy") as opened:
+                assert set(opened.keys()) == {"a"}
+        except SafetensorError:
+            with pytest.raises(CheckpointError, match=r"__metadata__: found .*, needed an object"):
+                read_header(path)
+        else:
+            assert set(read_header(path)) == {"a"}
+            accepted.append(metadata)
+    assert accepted == [None, {}, {"k": "v"}, {"": ""}]
 
 
 LIES: dict[str, tuple[Any, bytes, str]] = {

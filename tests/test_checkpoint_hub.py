@@ -148,6 +148,7 @@ def test_scanning_a_hub_id_reads_only_headers(server: Hub) -> None:
         n: w.describe() for n, w in local.weights.items()
     }
     assert any("headers only" in note for note in checkpoint.notes)
+    assert checkpoint.unused_files == ("pytorch_model.bin",)
     for shard in local.files:
         length = int.from_bytes(shard.read_bytes()[:8], "little")
         assert server.sent[shard.name] == 8 + length

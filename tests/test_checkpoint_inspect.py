@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from contextlib import redirect_stdout
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
 
 import pytest
 from checkpoint_builders import STATE, read_tensors, tiny_checkpoint, write_checkpoint
 
+from layersweep.checkpoint.beside import shortened
 from layersweep.cli.inspect import inspect
 from layersweep.errors import CheckpointError
 
@@ -49,6 +52,61 @@ def test_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert content["bytes"] == sum(t.nbytes for t in read_tensors(tmp_path).values())
     router = content["weights"]["layers.0.router"]
     assert (router["stored"], router["shape"]) == ("nf4 1x128", [4, 64])
+
+
+UNUSED = [
+    *("adapter_config.json", "adapter_model.safetensors", "configuration_x.py", "model.gguf"),
+    *(
+        "consolidated.00.pth",
+        "pytorch_model-00001-of-00019.bin",
+        "pytorch_model-00002-of-00019.bin",
+    ),
+]
+
+
+def test_files_and_fields_that_are_not_used_are_listed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_checkpoint(tmp_path)
+    for name in [*UNUSED, "README.md", ".gitattributes", "tokenizer_config.json"]:
+        (tmp_path / name).write_text("{}")
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"auto_map": {"AutoConfig": "configuration_x.X"}, "layer_scale": 2.0}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    inspect(str(tmp_path))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2:] == [
+        "config fields read but not used: auto_map, layer_scale",
+        "files not used: adapter_config.json, adapter_model.safetensors, configuration_x.py, "
+        "consolidated.00.pth, model.gguf, pytorch_model-*-of-*.bin (2)",
+    ]
+    assert (
+        "note: adapter_config.json is there and not applied: these are the weights without the "
+        "adapter that transformers would load with peft"
+    ) in lines
+    inspect(str(tmp_path), json_output=True)
+    content = json.loads(capsys.readouterr().out)
+    assert content["unused_files"] == sorted(UNUSED)
+    assert content["unused_config_fields"] == ["auto_map", "layer_scale"]
+
+
+def test_names_that_are_not_utf_8_are_escaped(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(tmp_path / "caf\udce9")
+    (folder / "x\udcff.py").touch()
+    for json_output in (False, True):
+        with redirect_stdout(TextIOWrapper(BytesIO(), encoding="utf-8")) as out:
+            inspect(str(folder), json_output=json_output)
+        out.seek(0)
+        shown = out.read()
+        assert "caf\\udce9" in shown
+        assert "x\\udcff.py" in shown
+
+
+def test_a_line_of_names_stays_short() -> None:
+    names = [f"part{chr(97 + one)}.bin" for one in range(26)]
+    assert shortened(names).endswith("parti.bin, partj.bin, 16 more")
+    assert shortened(["a/1.bin", "a/x/2.bin", "b\x1b.py"]) == "a/* (2), b\\x1b.py"
+    assert len(shortened(["n" * 10**6])) == 63
 
 
 @pytest.mark.parametrize("json_output", [False, True])

@@ -18,7 +18,6 @@ from checkpoint_builders import (
     STATE,
     VOCAB,
     dequantized_state_dict,
-    pack,
     random_weights,
     read_tensors,
     tiny_checkpoint,
@@ -56,7 +55,8 @@ def dense(weight: Weight) -> Tensor:
     if quant.nested:
         inner = quant.nested
         scales = nf4.expand_absmax(
-            scales, raw(inner.absmax), raw(inner.quant_map), inner.blocksize, inner.offset
+            *(scales, raw(inner.absmax), raw(inner.quant_map), inner.blocksize, inner.offset),
+            skip=inner.skip,
         )
     packed = raw(weight.data).contiguous().view(torch.uint8).reshape(-1)
     return nf4.dequantize(packed, scales, quant.blocksize, weight.shape, torch.float32)
@@ -108,6 +108,9 @@ def assert_reads(checkpoint: Checkpoint, folder: Path) -> None:
         ("fused", "bf16", True, "float", 1),
         ("fused", "f32", True, "float", 2),
         ("fused", "mixed", True, "nf4", 1),
+        ("fused", "nf4", True, "nf4", 1),
+        ("fused", "nf4", True, "float", 3),
+        ("fused", "nf4", False, "nf4", 2),
         ("per_expert", "mixed", False, "float", 3),
     ],
 )
@@ -355,14 +358,6 @@ def test_nested_scales_without_quant_state_are_refused(tmp_path: Path) -> None:
         open_checkpoint(str(tmp_path))
 
 
-def test_fused_4_bit_experts_are_refused(tmp_path: Path) -> None:
-    name = "model.layers.0.mlp.experts.down_proj"
-    tiny_checkpoint(tmp_path, "fused", "bf16")
-    change(tmp_path, add=pack(name, torch.randn(EXPERTS, HIDDEN, FFN), nested=False))
-    with pytest.raises(CheckpointError, match="needed float fused experts, or NF4 per expert"):
-        open_checkpoint(str(tmp_path))
-
-
 def test_every_problem_is_reported_at_once(tmp_path: Path) -> None:
     tiny_checkpoint(tmp_path, nested=False)
     change(tmp_path, drop=["model.norm.weight", f"{Q_PROJ}.absmax"], config={"vocab_size": 99})
@@ -376,6 +371,14 @@ def test_every_problem_is_reported_at_once(tmp_path: Path) -> None:
     ]
     with pytest.raises(CheckpointError, match=r"\(and 3 more problems\)"):
         open_checkpoint(str(tmp_path))
+
+
+def test_an_adapter_alone_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    save_file({"x": torch.ones(1)}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match=r"config\.json: found no such file") as caught:
+        open_checkpoint(str(tmp_path))
+    assert "this is an adapter: merge it into its model" in caught.value.hint
 
 
 def test_revision_of_a_local_folder_is_refused(tmp_path: Path) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -14,6 +17,7 @@ import pytest
 from layersweep.cli.app import run
 from layersweep.report.store import validate
 
+DEMO = Path(__file__).parents[1] / "src/layersweep/demo"
 SMALL = ["--segments", "2", "--prefix", "64", "--continuation", "16", "--niah-context", "512"]
 SMALL += ["--niah-depths", "0.5", "--niah-per-depth", "1"]
 
@@ -153,6 +157,122 @@ def test_report_and_compare_read_what_eval_wrote(
         assert capsys.readouterr().out
     assert run(["compare", str(folder), str(folder)]) == 0
     assert "trellis:K3V2" in capsys.readouterr().out
+
+
+TINY = ["eval", "demo", "--kv", "int4", "--tasks", "ppl", "--segments", "2", "--prefix", "64"]
+TINY += ["--continuation", "16", "--gate", "off"]
+
+
+def ascii_stdout(monkeypatch: pytest.MonkeyPatch) -> io.BytesIO:
+    """What stdout gets where its encoding is ASCII, as under LC_ALL=C."""
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    return written
+
+
+def test_a_run_is_not_lost_to_a_name_that_is_not_utf8(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy(DEMO / "text/heldout.txt", tmp_path / os.fsdecode(b"caf\xe9.txt"))
+    shutil.copy(Path(__file__).with_name("own_codec.py"), tmp_path / os.fsdecode(b"c\xe9.py"))
+    monkeypatch.chdir(tmp_path)
+    written = ascii_stdout(monkeypatch)
+    out = os.fsdecode(b"r\xe9sultats")
+    named = ["--text", os.fsdecode(b"caf\xe9.txt"), "--out", out]
+    assert run([*TINY, "--kv", os.fsdecode(b"c\xe9.py:Rounded:K3V2"), *named]) == 0
+    assert b"caf\\udce9.txt, 2 windows" in written.getvalue()
+    results = json.loads((tmp_path / out / "results.json").read_text("utf-8"))
+    validate(results)
+    assert results["protocol"]["text_source"] == os.fsdecode(b"caf\xe9.txt")
+    assert "caf\\udce9.txt" in (tmp_path / out / "report.html").read_text("utf-8")
+    for form in ("md", "csv", "csv-arms", "latex", "html"):
+        assert run(["report", out, "--format", form]) == 0
+    (tmp_path / out / "results.json").unlink()
+    assert run([*TINY, "--kv", os.fsdecode(b"c\xe9.py:Rounded:K3V2"), *named, "--resume"]) == 0
+
+
+def test_a_table_is_not_lost_to_an_encoding(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    text = shutil.copy(DEMO / "text/heldout.txt", tmp_path / "проза.txt")
+    written = ascii_stdout(monkeypatch)
+    assert run([*TINY, "--text", str(text)]) == 0
+    assert b"\\u043f\\u0440" in written.getvalue()
+    assert b"int4" in written.getvalue()
+
+
+# --- how it ends ---------------------------------------------------------------------------------
+
+
+def test_an_unfinished_run_is_told_from_no_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/manifest.json").write_text("{}")
+    (tmp_path / "many/shards/1-of-2").mkdir(parents=True)
+    for folder in ("run", "many"):
+        assert run(["report", str(tmp_path / folder)]) == 2
+        said = capsys.readouterr().err
+        assert (
+            f"{folder}: found no results.json, needed the folder of a run that came to its" in said
+        )
+        assert "--resume" in said
+    assert run(["report", str(tmp_path)]) == 2
+    assert "found no such file" in capsys.readouterr().err
+
+
+def test_ctrl_c_is_told_with_what_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*arguments: object, **named: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("layersweep.study.run.StudyRun.measure", stop)
+    assert run([*TINY, "--out", str(tmp_path / "run")]) == 130
+    said = capsys.readouterr().err
+    assert "error: interrupted\n" in said
+    kept = (
+        f"hint: finished sweeps are kept in {tmp_path}/run: --resume goes on behind them; details"
+    )
+    assert kept in said
+    assert run(TINY) == 130
+    said = capsys.readouterr().err
+    assert said.endswith("error: interrupted\nhint: without --out nothing is kept\n")
+    monkeypatch.setattr("layersweep.report.store.load_results", stop)
+    assert run(["report", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "error: interrupted\n"
+
+
+def test_stdout_that_is_full_or_closed(
+    small_run: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for form in ([], ["--format", "csv"]):
+        with open("/dev/full", "w", encoding="utf-8") as full, monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", full)
+            assert run(["report", str(small_run[0]), *form]) == 1
+    said = capsys.readouterr().err
+    assert said.count("error: stdout: cannot be written (No space left on device)\n") == 2
+    assert "hint: make room\n" in said
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w", encoding="utf-8") as pipe, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", pipe)
+        assert run(["report", str(small_run[0]), "--format", "csv"]) == 1
+    assert capsys.readouterr().err == ""
+
+
+def test_a_report_that_cannot_be_written(
+    small_run: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*arguments: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), "report.html")
+
+    monkeypatch.setattr("layersweep.report.html.write_atomically", refuse)
+    assert run(["report", str(small_run[0]), "--format", "html"]) == 1
+    said = capsys.readouterr().err
+    assert said == (
+        "error: report.html: Read-only file system\nhint: mount the file system for writing\n"
+    )
 
 
 def test_json_is_all_that_stdout_holds() -> None:

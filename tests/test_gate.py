@@ -5,17 +5,21 @@ from __future__ import annotations
 import math
 import re
 import runpy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from layersweep.errors import GateError
-from layersweep.study.gate import Gate
+from layersweep.study.gate import COPY, Gate
+from layersweep.study.gate_tokens import PARAGRAPH, GateTokens, choose_tokens, is_varied
 from layersweep.study.run import run_study
 from layersweep.study.study import prepare_study
+from layersweep.sweep.loop import LayerHealth
 from layersweep.sweep.model import load
 from layersweep.tasks.settings import EvalSettings
+from layersweep.text.tokenizer import TextTokenizer
 
 planting = runpy.run_path(str(Path(__file__).parents[1] / "tools/plant_faults.py"))
 DEMO, copy_demo, tensor = planting["DEMO"], planting["copy_demo"], planting["tensor"]
@@ -93,6 +97,110 @@ def test_an_undamaged_copy_passes_the_command(card: bool, tmp_path: Path) -> Non
     assert planting["gate"](folder) == (0, "")
 
 
+TEXTS = {
+    "sentences": "The grass is green. The sky is blue. The sun is yellow. Here we go. There and "
+    "back again.\n",
+    "a line": "    return self.app\n",
+    "dashes": "-" * 79 + "\n",
+    "emoji": "\N{GRINNING FACE}" * 20,
+    "one letter": "a",
+    "a few words": "def f(x):\n    return x",
+}
+
+
+@pytest.fixture(scope="module")
+def demo_tokenizer() -> TextTokenizer:
+    return TextTokenizer.load(load("demo", device="cpu").checkpoint.folder)
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_a_text_that_repeats_itself_gives_way_to_a_paragraph(
+    name: str, demo_tokenizer: TextTokenizer
+) -> None:
+    text = TEXTS[name] * (1 if name == "a few words" else 2000)
+    tokens = choose_tokens(text, demo_tokenizer, None, COPY)
+    assert [fallback.used for fallback in tokens.fallbacks] == ["a paragraph of its own"]
+    assert tokens.ids == demo_tokenizer.encode(PARAGRAPH)[:256]
+    assert (len(tokens.ids), is_varied(tokens.ids)) == (256, True)
+
+
+def test_the_paragraph_judges_the_model(tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(TEXTS["a line"] * 2000)
+    settings = EvalSettings(gate="only", text=str(text))
+    study = prepare_study(load("demo", device="cpu"), settings)
+    assert ("gate", "a paragraph of its own") in [(one.what, one.used) for one in study.fallbacks]
+    run_study(study)
+    folder = copy_demo(tmp_path / "model", card=False)
+    planting["FAULTS"]["rope_theta 100"](folder)
+    with pytest.raises(GateError, match=r"only 0\.13\d nats easier, needed 0\.5"):
+        run_study(prepare_study(load(str(folder), device="cpu"), settings))
+
+
+def test_the_gate_takes_the_first_varied_stretch_of_a_text(demo_tokenizer: TextTokenizer) -> None:
+    text = (DEMO / "text/heldout.txt").read_text("utf-8")[:4000]
+    assert choose_tokens(text, demo_tokenizer, None, COPY) == GateTokens(
+        demo_tokenizer.encode(text)[:256]
+    )
+    with_bos = choose_tokens(text, demo_tokenizer, 1, COPY)
+    assert with_bos == GateTokens([1, *demo_tokenizer.encode(text)[:255]])
+    later = choose_tokens(TEXTS["a line"] * 100 + text, demo_tokenizer, None, COPY)
+    assert [fallback.used for fallback in later.fallbacks] == ["tokens 512 to 767"]
+    assert len(later.ids) == 256 and is_varied(later.ids)
+
+
+@pytest.mark.parametrize(("used", "of"), [(8, 8), (1, 1)])
+def test_a_mixture_that_uses_every_expert_has_nothing_to_choose(used: int, of: int) -> None:
+    config = load("demo", device="cpu").config
+    config = replace(config, num_experts_per_tok=used, num_local_experts=of)
+    gate = Gate(config, GateTokens(list(range(256))), None)
+    gate.check_layer(LayerHealth(0, 1.0, experts_used=of, router_spread=0.0))
+    assert [check.name for check in gate.checks] == ["finite"]
+
+
+def test_a_model_with_a_short_limit_has_a_short_gate() -> None:
+    model = load("demo", device="cpu")
+    config = replace(model.config, sliding_window=100)
+    model = replace(model, checkpoint=replace(model.checkpoint, config=config))
+    study = prepare_study(model, ONLY_GATE)
+    assert len(study.gate.ids) == 100
+    run_study(study)
+
+
+def knowing(first: float, second: float) -> torch.Tensor:
+    """Logits of a model whose NLL is `first` on the first copy and `second` on the second."""
+    ids = torch.arange(512) % 256
+    logits = torch.zeros(511, 4096)
+    for rows, nll in ((slice(0, 256), first), (slice(256, 511), second)):
+        odds = math.exp(-nll) / (1 - math.exp(-nll))
+        logits[rows, ids[1:][rows]] = 0.0
+        logits[torch.arange(511)[rows], ids[1:][rows]] = math.log(odds * 4095)
+    return logits
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "refused"),
+    [
+        (0.355, 0.074, None),  # a text known by heart: measured on a real model
+        (0.3, 0.3, None),
+        (0.8, 0.45, None),
+        (0.8, 0.55, "only 0.250 nats easier, needed 0.3"),
+        (3.0, 2.6, "only 0.400 nats easier, needed 0.5"),
+    ],
+)
+def test_the_gain_of_a_copy_is_judged_by_what_is_left_to_gain(
+    first: float, second: float, refused: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("layersweep.study.gate.SCALE_GAINS", {})  # these models are not sure enough
+    gate = Gate(load("demo", device="cpu").config, GateTokens(list(range(256))), None)
+    if refused is None:
+        gate.check_logits(knowing(first, second))
+        assert all(check.passed for check in gate.checks)
+        return
+    with pytest.raises(GateError, match=refused):
+        gate.check_logits(knowing(first, second))
+
+
 def guessing(right: float, sure: float) -> torch.Tensor:
     """Logits of a model that gives probability `sure` to one token, the right one in a share
     `right` of the first copy and always in the second."""
@@ -122,7 +230,7 @@ def guessing(right: float, sure: float) -> torch.Tensor:
 def test_logits_of_the_wrong_scale_are_refused(
     right: float, sure: float, refused: str | None
 ) -> None:
-    gate = Gate(load("demo", device="cpu").checkpoint.config, list(range(256)), None, None)
+    gate = Gate(load("demo", device="cpu").checkpoint.config, GateTokens(list(range(256))), None)
     if refused is None:
         gate.check_logits(guessing(right, sure))
         assert all(check.passed for check in gate.checks)

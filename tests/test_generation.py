@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import runpy
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,18 +24,21 @@ from layersweep.checkpoint.config import ModelConfig
 from layersweep.cli.app import run
 from layersweep.errors import BudgetError, MachineError, NoRoomTogether
 from layersweep.generate.generation import Generation
+from layersweep.generate.lanes import generate_units
 from layersweep.generate.plan import plan_generation
 from layersweep.kv.arms import EXACT, Arm, parse_arms
-from layersweep.stream.blocks import BlockSpec
+from layersweep.stream.blocks import BlockSpec, blocks_of
+from layersweep.stream.host import HostStage
 from layersweep.stream.runs import Placement, compute_ring, runs_of, spread_layers
 from layersweep.stream.shapes import Machine, tile_bytes
 from layersweep.stream.store import BlockStore
+from layersweep.study.run import TimeLimit
 from layersweep.study.shrink import shrink
 from layersweep.study.study import prepare_study
 from layersweep.sweep.caches import KeptCaches, cache_memory
-from layersweep.sweep.loop import Engine, SweepRecord
+from layersweep.sweep.loop import Engine, SweepRecord, run_sweep
 from layersweep.sweep.model import Model, load
-from layersweep.sweep.sequences import Branch, Sequence, Tile, tiles_of
+from layersweep.sweep.sequences import Branch, BranchedSequence, Tile, tiles_of
 from layersweep.sweep.shapes import tile_shape
 from layersweep.sweep.turn import HostTurn
 from layersweep.tasks.settings import EvalSettings
@@ -65,7 +70,9 @@ def cards(count: int, vram: int = 14, ram: int = 27) -> list[Card]:
 
 def trials(context: int, count: int = 60) -> list[Tile]:
     every = [EXACT, *ARMS]
-    one = Sequence((0,) * (context - 60), tuple(Branch(arm, (0,) * 60, (58, 59)) for arm in every))
+    one = BranchedSequence(
+        (0,) * (context - 60), tuple(Branch(arm, (0,) * 60, (58, 59)) for arm in every)
+    )
     return tiles_of("needle", [one] * count, 5)
 
 
@@ -277,6 +284,41 @@ def test_stop_after_ends_between_units(alone: Path, tmp_path: Path) -> None:
     assert numbers(tmp_path / "run") == numbers(alone)
 
 
+def test_each_of_two_units_under_way_has_its_own_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Units 0 and 1 begin at 0 s; 0 ends after 100 s, where 2 begins, and both others after 150."""
+    now, both, third = [0.0], threading.Barrier(2), threading.Event()
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+
+    def generate(run: object, number: int) -> None:
+        if number < 2:
+            both.wait(10)
+        if number == 0:
+            now[0] = 100.0
+        elif number == 1:
+            assert third.wait(10)
+            now[0] = 150.0
+        else:
+            third.set()
+            assert done[1].wait(10)
+
+    done = [threading.Event() for _ in range(3)]
+    three = [SimpleNamespace(tiles=[], first=number) for number in range(3)]
+    generation: Any = SimpleNamespace(units=three, walks=3, lanes=2, offload=False)
+    engine: Any = SimpleNamespace(compute=load("demo", device="cpu").compute)
+    task: Any = SimpleNamespace(new_tokens=1, generate=generate)
+    limit = TimeLimit(1000.0)
+    took: list[float] = []
+    units = generate_units(
+        generation, [engine], task, lead=None, progress=lambda *step: None,
+        allows_another=limit.allows_another, say=lambda fallback: None,
+    )  # fmt: skip
+    for number, one in enumerate(units):
+        limit.took_one(one.began)
+        took.append(now[0] - one.began)
+        done[number].set()
+    assert (took, limit.longest) == ([100.0, 150.0, 50.0], 150.0)
+
+
 OWN = f"{Path(__file__).parent / 'own_codec.py'}:Rounded:K3V2"
 STEPPED = [EXACT, *parse_arms(f"K3V2,K4V2,lloyd:K3V2@window=3@sink=2,kivi:K2V16,{OWN}")]
 JOINED = [
@@ -286,12 +328,20 @@ JOINED = [
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    model = load(str(tiny_checkpoint(tmp_path_factory.mktemp("tiny"))), device="cpu")
-    runs = runs_of(model.specs)
-    placement = Placement(frozenset(), frozenset(), 0, compute_ring(runs))
-    store = BlockStore(model.specs, placement, torch.device("cpu"))
-    engine = Engine(model.checkpoint.config, store, model.compute, 0)
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    return load(str(tiny_checkpoint(tmp_path_factory.mktemp("tiny"))), device="cpu")
+
+
+def engine_of(model: Model, layers: range) -> Engine:
+    specs = blocks_of(model.specs, layers)
+    placement = Placement(frozenset(), frozenset(), 0, compute_ring(runs_of(specs)))
+    store = BlockStore(specs, placement, torch.device("cpu"))
+    return Engine(model.config, store, model.compute, 0, layers)
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_model: Model) -> Iterator[Engine]:
+    engine = engine_of(tiny_model, range(tiny_model.config.num_hidden_layers))
     yield engine
     engine.close()
 
@@ -410,6 +460,33 @@ def test_one_lane_launches_at_a_time_and_another_while_it_waits() -> None:
         with turn.away():
             assert entered.wait(10)
             lane.join()
+
+
+def test_another_lane_launches_while_an_engine_is_left(
+    tiny_model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Leaving joins threads and, on a GPU, waits for the device."""
+    turn, stop = HostTurn(), HostStage.stop
+    launched: list[bool] = []
+
+    def launch() -> None:
+        with turn:
+            pass
+
+    def watched(stage: HostStage) -> None:
+        lane = threading.Thread(target=launch)
+        lane.start()
+        lane.join(10)
+        launched.append(not lane.is_alive())
+        stop(stage)
+
+    monkeypatch.setattr(HostStage, "stop", watched)
+    first, second = (engine_of(tiny_model, range(layer, layer + 1)) for layer in range(2))
+    tile = Tile("t", (BranchedSequence((), (Branch(EXACT, (1, 2, 3), (0, 2)),)),))
+    run_sweep(first, [tile], lambda *read: None, then=[second], turn=turn)
+    assert launched == [True, True]
+    first.close()
+    second.close()
 
 
 def test_where_memory_ends_there_are_more_units_and_in_the_end_an_error() -> None:

@@ -41,7 +41,7 @@ from layersweep.study.study import Study, prepare_study
 from layersweep.sweep.caches import KeptCaches, cache_memory
 from layersweep.sweep.loop import Engine, run_sweep
 from layersweep.sweep.model import Model, load
-from layersweep.sweep.sequences import Branch, Sequence, Tile, tiles_of
+from layersweep.sweep.sequences import Branch, BranchedSequence, Tile, tiles_of
 from layersweep.tasks.settings import EvalSettings
 
 pytestmark = [
@@ -72,14 +72,14 @@ def fresh_peak() -> Iterator[None]:
     torch.cuda.set_per_process_memory_fraction(1.0, CUDA)
 
 
-def rides(count: int, vocab: int, prefix: int = 300, length: int = 100) -> list[Sequence]:
+def rides(count: int, vocab: int, prefix: int = 300, length: int = 100) -> list[BranchedSequence]:
     found = []
     for seed in range(count):
         generator = torch.Generator().manual_seed(seed)
         ids = tuple(torch.randint(0, vocab, (prefix + length,), generator=generator).tolist())
         arms = [EXACT, parse("lloyd:K3V2"), parse("e8:K4V2"), EXACT]
         branches = tuple(Branch(arm, ids[prefix:], (0, length - 1)) for arm in arms)
-        found.append(Sequence(ids[:prefix], branches))
+        found.append(BranchedSequence(ids[:prefix], branches))
     return found
 
 
@@ -88,7 +88,7 @@ def logits_of(
 ) -> tuple[dict[int, list[Tensor]], BlockStore]:
     found: dict[int, list[Tensor]] = {}
 
-    def read(tile: Tile, number: int, sequence: Sequence, logits: list[Tensor]) -> None:
+    def read(tile: Tile, number: int, sequence: BranchedSequence, logits: list[Tensor]) -> None:
         found[tile.first + number] = [part.clone() for part in logits]
 
     store = BlockStore(model.specs, placement, CUDA, decode=model.compute.ops.decode)

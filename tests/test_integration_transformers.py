@@ -16,7 +16,7 @@ from layersweep.kv import parse
 from layersweep.kv.growing import GrowingStream
 from layersweep.kv.stream import Stream
 from layersweep.sweep.model import load
-from layersweep.sweep.sequences import Branch, Sequence, Tile
+from layersweep.sweep.sequences import Branch, BranchedSequence, Tile
 
 ARMS = ["lloyd:K3V2", "lloyd:K2V16", "lloyd:K3V2@pb=1", "lloyd:K3V2@window=6", "exact"]
 
@@ -30,7 +30,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_first_call_equals_a_streamed_sequence_of_the_sweep(name: str, tiny: Path) -> None:
     """Every token reads every earlier one and itself through the codec, in both."""
     ids = random_ids(60, 128, 3)
-    ride = Sequence((), (Branch(parse(name), ids, (0, 60), streaming=True),))
+    ride = BranchedSequence((), (Branch(parse(name), ids, (0, 60), streaming=True),))
     ours = sweep_logits(load(str(tiny), device="cpu"), [Tile("t", (ride,))])[0][0][0]
     oracle = oracle_model(tiny)
     with torch.inference_mode():

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import sys
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
+import numba
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,10 +17,17 @@ from test_kv_codecs import codec_of, gaussians, keys, positions_of
 from torch import Tensor
 
 from layersweep.errors import InputError
+from layersweep.kv import trellis_numba
 from layersweep.kv.codec import Codec, Packed
 from layersweep.kv.means import mean_for
 from layersweep.kv.trellis import Code
-from layersweep.kv.trellis_search import encoder_name, search, search_oracle, states_of
+from layersweep.kv.trellis_search import (
+    encoder_name,
+    numba_refusal,
+    search,
+    search_oracle,
+    states_of,
+)
 
 
 @pytest.fixture
@@ -93,6 +104,62 @@ def test_compiled_and_torch_searches_agree_bit_for_bit(bits: int, ties: bool, se
         if ties:
             u, levels = u.round(), levels.round()
         assert torch.equal(search(u, levels, bits), search_oracle(u, levels, bits))
+
+
+@pytest.fixture
+def untried() -> Iterator[None]:
+    """numba is tried again, in the test and behind it."""
+    trellis_numba.search_of.cache_clear()
+    numba_refusal.cache_clear()
+    yield
+    trellis_numba.search_of.cache_clear()
+    numba_refusal.cache_clear()
+
+
+def test_numba_that_does_not_import_is_not_used(
+    untried: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "numba").mkdir()
+    (tmp_path / "numba/__init__.py").write_text("raise ImportError('Numba needs NumPy 2.3')")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("numba", "layersweep.kv.trellis_numba"):
+        monkeypatch.delitem(sys.modules, name)
+    assert numba_refusal() == "numba does not work: ImportError: Numba needs NumPy 2.3"
+    assert encoder_name() == "torch"
+    assert search(torch.randn(64, 3), torch.randn(256), 3).shape == (64, 3)
+
+
+def test_numba_whose_compiler_is_turned_off_is_not_used(
+    untried: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(numba.config, "DISABLE_JIT", 1)
+    assert numba_refusal().startswith("numba does not work: NotImplementedError")
+    assert encoder_name() == "torch"
+
+
+def test_numba_that_computes_something_else_is_not_used(
+    untried: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trellis_numba, "search_of", lambda bits: lambda u, table, out, *span: None)
+    assert numba_refusal() == "numba does not work: its symbols differ from plain torch's"
+
+
+@pytest.mark.parametrize("failing", ["__init__", "save_overload"])
+def test_numba_compiles_without_a_cache_where_none_can_be_kept(
+    failing: str, untried: None, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """No folder may be written (a user without a home), or the disk is full."""
+    from numba.core.caching import FunctionCache
+
+    def refuse(*arguments: object) -> None:
+        raise (RuntimeError if failing == "__init__" else OSError)("no locator available")
+
+    monkeypatch.setattr(FunctionCache, failing, refuse)
+    monkeypatch.setattr(FunctionCache, "load_overload", lambda *arguments: None)
+    u = torch.randn(8, 17, generator=torch.Generator().manual_seed(seed))
+    levels = torch.randn(16, generator=torch.Generator().manual_seed(seed + 1))
+    assert torch.equal(search(u, levels, 1), search_oracle(u, levels, 1))
+    assert encoder_name() == "numba"
 
 
 # --- rate and distortion -------------------------------------------------------------------------

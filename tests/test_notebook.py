@@ -25,6 +25,8 @@ from layersweep.notebook import Bars, NotebookProgress, in_notebook, tell
 from layersweep.progress import SweepProgress
 from layersweep.report import cell, html
 from layersweep.report.store import load_results, validate
+from layersweep.stream.host import HostStage
+from layersweep.stream.pinned import HostBuffer
 from layersweep.study.study import Study
 from layersweep.sweep.model import Model
 
@@ -306,6 +308,21 @@ def test_fallbacks_are_told_at_the_callers_line(
     monkeypatch.setattr(Study, "fallbacks", property(lambda study: [fallback]))
     with pytest.warns(LayersweepWarning, match=r"^fallback: codec: wanted a kernel, used") as seen:
         layersweep.evaluate(model, kv=["K3V2"], gate="only")
+    assert [Path(one.filename).name for one in seen] == [Path(__file__).name]
+
+
+def test_scoring_tells_fallbacks_as_an_evaluation_does(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fallback = Fallback("host ring", "1 GiB pinned", "pageable memory", "refused")
+
+    def ring(stage: HostStage) -> HostBuffer:
+        stage.say(fallback)
+        return HostBuffer(stage.placement.host_ring)
+
+    monkeypatch.setattr(HostStage, "_open_ring", ring)
+    with pytest.warns(LayersweepWarning, match="^fallback: host ring: wanted 1 GiB pinned") as seen:
+        model.score([[1, 2, 3]])
     assert [Path(one.filename).name for one in seen] == [Path(__file__).name]
 
 

@@ -95,6 +95,17 @@ def test_study_of_three_arms_is_one_sweep_in_14_gib_and_512_segments_are_two() -
         assert 4 * 2**30 < found.plan.device_bytes <= machine.vram
 
 
+@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize("lanes", [0, 2])
+@pytest.mark.parametrize("cpu", [True, False])
+def test_a_plan_without_tiles_holds_weights_alone(kernels: bool, lanes: int, cpu: bool) -> None:
+    """`--gate off` makes one before the tiles are known."""
+    plan = make_plan(MIXTRAL, SPECS, [], replace(T4, kernels=kernels, lanes=lanes, cpu=cpu))
+    assert plan.sweeps == ((),)
+    assert {plan.peaks[name] for name in ("hidden states", "scratch", "temporaries")} == {0}
+    assert plan.peaks.get("kept caches at work", 0) == 0
+
+
 def test_flops_of_a_token_are_25_gflop_and_attention() -> None:
     plain = TileShape("t", 1, 1, 0, 0, 0, 0, 0, 0)
     assert tile_flops(MIXTRAL, plain) == pytest.approx(25.5e9, rel=0.02)

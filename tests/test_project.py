@@ -25,8 +25,8 @@ SOURCE = PROJECT / "src/layersweep"
 
 # Data flows from left to right; nothing imports from its right.
 ORDER = (
-    *("errors", "units", "notebook", "progress", "environment", "probes", "demo", "kernels"),
-    *("checkpoint", "stream", "model", "kv", "sweep", "text", "statistics", "tasks", "runs"),
+    *("errors", "units", "notebook", "progress", "environment", "demo", "kernels", "checkpoint"),
+    *("stream", "probes", "model", "kv", "sweep", "text", "statistics", "tasks", "runs"),
     *("generate", "study", "report", "api", "integrations", "bench", "kaggle", "cli", "__main__"),
 )
 
@@ -73,6 +73,17 @@ def test_folders_import_only_from_earlier_ones() -> None:
     assert violations(SOURCE, ORDER) == []
 
 
+ENGINE = ("checkpoint", "stream", "model", "kv", "sweep")
+FRONTENDS = ("notebook", "progress", "probes", "cli")
+
+
+def test_the_engine_knows_no_frontend() -> None:
+    """What it has to say, it says to who is given to it."""
+    rest = [name for name in ORDER if name not in FRONTENDS]
+    found = violations(SOURCE, (*rest, *FRONTENDS))
+    assert [line for line in found if line.split("/")[0] in ENGINE] == []
+
+
 def test_key_value_codecs_know_nothing_of_the_engine() -> None:
     engine_after_codecs = tuple(name for name in ORDER if name not in ("stream", "model"))
     stricter = (*engine_after_codecs, "stream", "model")
@@ -109,6 +120,23 @@ def test_importing_layersweep_is_quick_and_brings_neither_torch_nor_accelerate()
     answers = [run.stdout.split() for run in runs]
     assert [answer[1:] for answer in answers] == [[], [], []]
     assert min(float(answer[0]) for answer in answers) < 0.5
+
+
+def test_records_and_merge_know_neither_torch_nor_a_model() -> None:
+    """A result is put together on a login node, where neither is."""
+    runs = sorted(path.stem for path in (SOURCE / "runs").glob("*.py"))
+    assert {"files", "finished", "folder", "merge", "record"} <= set(runs)
+    modules = ", ".join(f"layersweep.runs.{name}" for name in runs if name != "__init__")
+    code = (
+        f"import sys, {modules}\nfrom layersweep.cli.app import run\n"
+        "code = run(['merge', 'nowhere'])\n"
+        "rooms = {name.split('.')[1] for name in sys.modules if name.startswith('layersweep.')}\n"
+        "print(code, *({'torch', 'transformers'} & set(sys.modules)), "
+        "*({'stream', 'model', 'sweep'} & rooms))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["2"]
+    assert "error: nowhere: found no manifest.json" in done.stderr
 
 
 def test_accelerate_is_neither_imported_nor_required() -> None:

@@ -18,13 +18,16 @@ import pytest
 import tiny_study
 
 import layersweep
+from layersweep import environment
 from layersweep.cli.app import run
-from layersweep.cli.output import RunFolder
 from layersweep.errors import InputError
-from layersweep.runs.finished import DamagedSweep, unpack
+from layersweep.runs.differences import differences
+from layersweep.runs.finished import DamagedSweep, sealed, unpack
+from layersweep.runs.folder import RunFolder
 from layersweep.runs.record import TileKey
 from layersweep.stream.plan import Plan
 from layersweep.stream.rates import SWEEP_EFFICIENCY
+from layersweep.study.manifest import code_sha256
 from layersweep.study.sizing import DISK, LOSS_S, REPEATED_SHARE, sized_plan
 from layersweep.study.study import prepare_study
 from layersweep.tasks.settings import EvalSettings
@@ -129,10 +132,19 @@ def test_what_is_no_sweep_of_this_study(undisturbed: Path) -> None:
     study = prepare_study(layersweep.load(str(tiny_study.model_folder()), device="cpu"), settings)
     data = (undisturbed / "sweeps" / "0001.safetensors").read_bytes()
     assert unpack(study.record, data).tiles == [TileKey("perplexity", 20, 20)]
-    other_tile = data.replace(b'\\"first\\": 20', b'\\"first\\": 21')
-    other_arm = data.replace(b"trellis:K3V2", b"trellis:K4V2")
+    other_tile = sealed(data.replace(b'\\"first\\": 20', b'\\"first\\": 21'))
+    other_arm = sealed(data.replace(b"trellis:K3V2", b"trellis:K4V2"))
+    other_format = sealed(data.replace(b"layersweep.sweep/2", b"layersweep.sweep/3"))
     results = (undisturbed / "results.json").read_bytes()
-    for damaged in (data[: len(data) // 2], b"", data + b"0", results, other_tile, other_arm):
+    for damaged in (
+        data[: len(data) // 2],
+        b"",
+        data + b"0",
+        results,
+        other_tile,
+        other_arm,
+        other_format,
+    ):
         assert damaged != data
         with pytest.raises(DamagedSweep):
             unpack(study.record, damaged)
@@ -189,12 +201,42 @@ def test_another_version_text_or_checkpoint_is_refused(
     assert "manifest.json: cannot be read" in capsys.readouterr().err
 
 
+def test_the_code_counts_and_neither_git_nor_a_page_of_docs(
+    undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = json.loads((undisturbed / "manifest.json").read_text())
+    commit = environment.git_commit()
+    assert commit is None or commit not in json.dumps(manifest)
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "run.py").write_text("1")
+    (tmp_path / "kernels/a.cu").write_text("1")
+    (tmp_path / "README.md").write_text("1")
+    before = code_sha256(tmp_path)
+    (tmp_path / "README.md").write_text("2")
+    code_sha256.cache_clear()
+    assert code_sha256(tmp_path) == before
+    (tmp_path / "kernels/a.cu").write_text("2")
+    code_sha256.cache_clear()
+    assert code_sha256(tmp_path) != before
+
+
+def test_values_that_differ_far_behind_are_shown_where_they_do() -> None:
+    there = {"arms": [f"trellis:K3V2@sink={n} version 2" for n in (1, 2, 3)], "same": "x" * 99}
+    here = there | {"arms": [f"trellis:K3V2@sink={n} version 2" for n in (1, 2, 4)]}
+    assert differences(there, here) == [
+        "arms ...ion 2', 'trellis:K3V2@sink=3 version 2'] there, "
+        "...ion 2', 'trellis:K3V2@sink=4 version 2'] here"
+    ]
+    long = {"code sha256": "a" * 60 + "bcde"}, {"code sha256": "a" * 60 + "xyde"}
+    assert differences(*long) == [f"code sha256 ...{'a' * 36}bcde there, ...{'a' * 36}xyde here"]
+
+
 def test_two_runs_on_one_folder(tmp_path: Path) -> None:
-    with RunFolder(tmp_path):
+    with RunFolder(tmp_path, print):
         for resume in (False, True):
             with pytest.raises(InputError, match="found another run at work there"):
-                RunFolder(tmp_path, resume=resume)
-    RunFolder(tmp_path).__exit__()
+                RunFolder(tmp_path, print, resume=resume)
+    RunFolder(tmp_path, print).__exit__()
 
 
 def test_resume_needs_a_folder_and_starts_in_an_empty_one(

@@ -69,6 +69,20 @@ def test_merged_shards_have_the_bits_of_one_process(
     same(tmp_path / "both", alone)
 
 
+def test_parts_are_put_together_without_torch(
+    shards: list[Path], alone: Path, tmp_path: Path
+) -> None:
+    code = "import sys; from layersweep.cli.app import run; code = run(sys.argv[1:]); "
+    code += "assert not {'torch', 'layersweep.model'} & set(sys.modules); sys.exit(code)"
+    both = str(tmp_path / "both")
+    done = subprocess.run(
+        [sys.executable, "-c", code, "merge", *map(str, shards), "--out", both],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    same(tmp_path / "both", alone)
+
+
 def test_a_shard_says_what_it_is(shards: list[Path]) -> None:
     first, second = (json.loads((folder / "results.json").read_text()) for folder in shards)
     assert (first["status"], second["status"]) == ("partial", "partial")
@@ -88,7 +102,7 @@ def test_a_shard_says_what_it_is(shards: list[Path]) -> None:
         "another study": "segments 40 there, 20 in",
         "not at its end": "found no results.json",
         "a number that flipped": "the hash that was written with them",
-        "another window": "windows or needles",
+        "another window": "other windows or trials",
         "no facts": "needed the facts of a study",
     }.items(),
 )
@@ -121,9 +135,9 @@ def test_what_does_not_belong_together_is_refused(
     else:
         facts = json.loads((second / "study.json").read_text())
         if case == "another window":
-            facts["perplexity"]["windows"][3]["tokens_sha"] = "0" * 64
+            facts["tasks"]["perplexity"]["windows"][3]["tokens_sha"] = "0" * 64
         else:
-            del facts["needle"]
+            del facts["tasks"]
             shutil.copy(second / "study.json", first / "study.json")
             (first / "study.json").write_text(json.dumps(facts))
         (second / "study.json").write_text(json.dumps(facts))
@@ -197,6 +211,32 @@ def test_a_time_limit_counts_on_the_longest_sweep() -> None:
     assert not limit.allows_another() and limit.reached
 
 
+RANKS = {
+    "no such rank": {"RANK": "7", "WORLD_SIZE": "4"},
+    "no such task": {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "4"},
+    "no ranks at all": {"RANK": "0", "WORLD_SIZE": "0"},
+    "no such local rank": {
+        "LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "2", "RANK": "1", "WORLD_SIZE": "2",
+    },
+    "a list of tasks that is none": {
+        "SLURM_STEP_TASKS_PER_NODE": "two", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "4",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", RANKS, ids=str)
+def test_ranks_that_cannot_be_are_refused(
+    case: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in RANKS[case].items():
+        monkeypatch.setenv(name, value)
+    assert evaluate() == 2
+    said = capsys.readouterr().err
+    first, value = next(iter(RANKS[case].items()))
+    assert f"error: {first}: found '{value}'" in said
+    assert f"hint: unset {first}, or start with" in said
+
+
 @given(st.lists(st.floats(0.1, 10), min_size=1, max_size=40), st.integers(1, 9))
 def test_every_tile_is_somebodys_and_loads_are_even(costs: list[float], of: int) -> None:
     piles = share(costs, of)
@@ -265,10 +305,10 @@ def test_durations() -> None:
 
 def test_collect_waits_for_all(shards: list[Path], tmp_path: Path, capsys: Any) -> None:
     """A rank that ends first leaves the rest to the others."""
-    from layersweep.cli.job import Job, Machine
+    from layersweep.cli.job import Job, MachineOptions
     from layersweep.tasks.settings import EvalSettings
 
-    machine = Machine(None, "auto", "auto", "cpu", "auto", "auto", "float32", None)
+    machine = MachineOptions(None, "auto", "auto", "cpu", "auto", "auto", "float32", None)
     job = Job("demo", EvalSettings(), machine, tmp_path, False, None, 0.0, "layersweep eval")
     shutil.copytree(shards[0], tmp_path / "shards" / "1-of-2")
     said: list[str] = []

@@ -7,6 +7,9 @@ import random
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,8 +22,10 @@ from hypothesis import strategies as st
 from layersweep.checkpoint.header import StoredTensor
 from layersweep.checkpoint.weights import Weight
 from layersweep.errors import CheckpointError, Fallback
+from layersweep.stream import host as host_module
 from layersweep.stream.blocks import BlockSpec, PlacedWeight, Slot
-from layersweep.stream.host import CACHED_READERS, READERS, HostStage, Readers
+from layersweep.stream.device import DeviceStage
+from layersweep.stream.host import CACHED_READERS, READERS, Event, HostStage, Readers
 from layersweep.stream.pinned import pinned_ring
 from layersweep.stream.reader import RunReader
 from layersweep.stream.ring import ByteRing
@@ -166,6 +171,105 @@ def test_a_sweep_that_is_left_early_can_be_followed_by_another(tmp_path: Path) -
             assert bytes(store.get(index).arena.numpy()) == content
             store.release(index)
     store.close()
+
+
+class Instant:
+    """A stream or an event of a device that does everything at once."""
+
+    def synchronize(self) -> None: ...
+
+    def wait_event(self, event: Event) -> None: ...
+
+
+@pytest.fixture
+def instant_device(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """The CPU, in the place of a GPU."""
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Instant())
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Instant())
+    for name in ("set_device", "synchronize"):
+        monkeypatch.setattr(torch.cuda, name, lambda device: None)
+    monkeypatch.setattr("layersweep.stream.device.mark", lambda device, timed=True: Instant())
+    monkeypatch.setattr("layersweep.stream.device.seconds_between", lambda pairs: 0.0)
+    return torch.device("cpu")
+
+
+class WatchedHost(HostStage):
+    """Notes when ring bytes are given back, and when all of them are."""
+
+    def __init__(self, *given: object, **named: object) -> None:
+        super().__init__(*given, **named)  # type: ignore[arg-type]
+        self.calls: list[str] = []
+
+    def release(self, event: Event | None = None) -> None:
+        self.calls.append("release")
+        super().release(event)
+
+    def stop(self) -> None:
+        super().stop()
+        self.calls.append("stop")
+
+
+def test_an_aborted_sweep_gives_no_ring_bytes_of_the_next_one_back(
+    tmp_path: Path, instant_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sweep is left while the courier copies the second run, which it goes on doing."""
+    specs, contents = a_file(tmp_path, [40_000_000] * 6)  # two of them are a run, one is left over
+    runs, reader = runs_of(specs), RunReader(specs)
+    placement = replace(placed(specs), device_ring=compute_ring(runs))
+    host = WatchedHost(runs, reader, placement, pin=False, say=lambda fallback: None)
+    stage = DeviceStage(host, runs, placement, instant_device)
+    copying, go_on, marks = threading.Event(), threading.Event(), iter(range(99))
+
+    def mark(device: torch.device, timed: bool = True) -> Instant:
+        if threading.current_thread().name == "run-courier" and next(marks) == 2:
+            copying.set()
+            go_on.wait()
+        return Instant()
+
+    monkeypatch.setattr("layersweep.stream.device.mark", mark)
+    stage.start()
+    courier = stage._courier
+    assert courier is not None and copying.wait(10)
+    join = courier.join
+    monkeypatch.setattr(courier, "join", lambda: (go_on.set(), join()))
+    stage.stop()
+    assert host.calls == ["release", "release", "stop"]
+    stage.start()
+    for run in runs:
+        landed = stage.take()
+        assert bytes(landed.bytes.numpy()) == b"".join(contents[index] for index in run.blocks)
+        stage.release(landed)
+    stage.stop()
+    stage.close()
+    reader.close()
+
+
+def test_a_sweep_that_a_read_has_ended_waits_for_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They would write into ring bytes of the next one."""
+    specs, _ = a_file(tmp_path, [100_000])
+    runs, reader = runs_of(specs), RunReader(specs)
+
+    def fails() -> int:
+        raise OSError("no more")
+
+    monkeypatch.setattr(reader, "tasks", lambda run, target, piece: [fails, lambda: 1])
+    host = HostStage(runs, reader, placed(specs), pin=False, say=lambda fallback: None)
+    waited: list[Future[None]] = []
+
+    def wait(reads: Sequence[Future[None]]) -> None:
+        waited.extend(reads)
+
+    monkeypatch.setattr(host_module, "wait", wait)
+    host.start(frozenset())
+    with pytest.raises(OSError, match="no more"):
+        host.take()
+    host.stop()
+    assert len(waited) == 2
+    host.close()
+    reader.close()
 
 
 def test_a_file_cut_short_ends_the_sweep_with_the_tensor_named(tmp_path: Path) -> None:

@@ -6,11 +6,19 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from studies import needle_of, perplexity_of
 
 import layersweep
+from layersweep import api
 from layersweep.environment import Budget
+from layersweep.errors import InputError
+from layersweep.kv.arms import EXACT, parse_arms
+from layersweep.kv.stream import keys_and_values
 from layersweep.report.store import validate
+from layersweep.stream.rates import MACHINES
+from layersweep.study.fitting import fitting_arms
+from layersweep.study.forecast import forecast
 from layersweep.study.run import Outcome, run_study
 from layersweep.study.study import Study, prepare_study
 from layersweep.sweep.model import Model
@@ -135,5 +143,75 @@ def test_a_slow_search_is_announced(model: Model, monkeypatch: pytest.MonkeyPatc
     settings = replace(SMALL, kv="K3V2,e8:K3V2", tasks=("ppl",), gate="off")
     assert "encoder" not in str(prepare_study(model, settings).fallbacks)
     monkeypatch.setattr("layersweep.kv.trellis.encoder_name", lambda: "torch")
+    monkeypatch.setattr("layersweep.study.study.numba_refusal", lambda: "numba is not installed")
     found = [f for f in prepare_study(model, settings).fallbacks if "encoder" in f.what]
-    assert [(f.what, f.used) for f in found] == [("encoder of trellis:K3V2", "plain torch, slower")]
+    assert [(f.what, f.used, f.why) for f in found] == [
+        ("encoder of trellis:K3V2", "plain torch, slower", "numba is not installed")
+    ]
+
+
+def test_arms_of_all_that_do_not_take_a_head_size_are_left_out_and_said() -> None:
+    streams, cpu = keys_and_values(2, 80), torch.device("cpu")
+    fitting, left_out = fitting_arms(parse_arms("all"), streams, cpu, torch.float32)
+    names = [one.wanted for one in left_out]
+    assert "int4" in names and "q8_0" in names
+    assert "trellis:K3V2" in [arm.name for arm in fitting]
+    assert str(left_out[names.index("int4")]) == (
+        "--kv all: wanted int4, used nothing: left out: int4: stream 'k' has head size 80, "
+        "needed a multiple of 64"
+    )
+    assert len(fitting) + len(left_out) == len(parse_arms("all"))
+
+
+@pytest.mark.parametrize(
+    ("dim", "hint"), [(96, "@group=32"), (80, "trellis:K4V4 and fp8 take this head size")]
+)
+def test_a_hint_names_what_works(dim: int, hint: str) -> None:
+    streams, cpu = keys_and_values(2, dim), torch.device("cpu")
+    with pytest.raises(InputError, match=f"has head size {dim}, needed a multiple of 64") as no:
+        fitting_arms(parse_arms("int4"), streams, cpu, torch.float32)
+    assert no.value.hint == hint
+    instead = f"int4{hint}" if "@" in hint else "trellis:K4V4,fp8"
+    assert fitting_arms(parse_arms(instead), streams, cpu, torch.float32)[1] == []
+
+
+def test_evaluate_takes_one_for_a_list_of_one(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[EvalSettings] = []
+
+    def prepare(model: Model, settings: EvalSettings) -> Study:
+        asked.append(settings)
+        raise InterruptedError
+
+    monkeypatch.setattr(api, "prepare_study", prepare)
+    for given in (
+        {"kv": "K3V2,K4V2", "tasks": "ppl", "niah_contexts": 512, "segments": "all"},
+        {"kv": ["K3V2", "K4V2"], "tasks": ["ppl"], "niah_contexts": [512], "segments": None},
+    ):
+        with pytest.raises(InterruptedError):
+            layersweep.evaluate(model, niah_depths=0.5, **given)  # type: ignore[arg-type]
+    wanted = EvalSettings(
+        kv="K3V2,K4V2", tasks=("ppl",), segments=None, niah_contexts=(512,), niah_depths=(0.5,)
+    )
+    assert asked == [wanted, wanted]
+    for wrong, said in (
+        ({"tasks": [1]}, "--tasks: found '1', needed ppl or niah"),
+        ({"niah_contexts": 0.5}, "--niah-context: found '0.5', needed a whole number"),
+        ({"segments": "many"}, "--segments: found 'many', needed a whole number"),
+    ):
+        with pytest.raises(InputError, match=said):
+            layersweep.evaluate(model, **wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("settings", [EvalSettings(tasks=("ppl",)), EvalSettings(tasks=("niah",))])
+def test_a_task_beyond_a_sliding_window_is_refused_by_study_and_plan(
+    model: Model, settings: EvalSettings
+) -> None:
+    config = replace(model.config, sliding_window=1000)
+    model = replace(model, checkpoint=replace(model.checkpoint, config=config))
+    refusal = r"needed at most 1000, the model's limit \(sliding_window in config.json\)"
+    with pytest.raises(InputError, match=refusal):
+        prepare_study(model, settings)
+    with pytest.raises(InputError, match=refusal):
+        forecast(config, model.specs, settings, [EXACT], MACHINES["t4"])

@@ -11,7 +11,7 @@ from checkpoint_builders import tiny_checkpoint
 from oracle_models import oracle_model, scored_with_cache
 from torch import Tensor
 
-from layersweep.errors import BudgetError
+from layersweep.errors import BudgetError, InputError
 from layersweep.kv import parse
 from layersweep.kv.arms import EXACT, Arm
 from layersweep.stream.blocks import Block
@@ -20,7 +20,7 @@ from layersweep.stream.store import BlockStore
 from layersweep.sweep.dense import DenseWeights
 from layersweep.sweep.loop import Engine, run_sweep
 from layersweep.sweep.model import Model, load
-from layersweep.sweep.sequences import Branch, Sequence, Tile, tiles_of
+from layersweep.sweep.sequences import Branch, BranchedSequence, Tile, tiles_of
 
 LAYOUTS = [
     {"layout": "per_expert", "weights": "nf4", "nested": True, "router": "nf4", "shards": 3},
@@ -30,6 +30,8 @@ LAYOUTS = [
     {"layout": "per_expert", "weights": "bf16"},
     {"layout": "fused", "weights": "bf16"},
     {"layout": "fused", "weights": "f32"},
+    {"layout": "fused", "weights": "nf4", "nested": True, "router": "nf4", "shards": 3},
+    {"layout": "fused", "weights": "nf4", "nested": False, "router": "float"},
 ]
 
 
@@ -43,13 +45,13 @@ def random_ids(count: int, vocab: int, seed: int) -> tuple[int, ...]:
     return tuple(torch.randint(0, vocab, (count,), generator=generator).tolist())
 
 
-def windows(model: Model, count: int, arms: list[Arm], prefix: int = 40) -> list[Sequence]:
+def windows(model: Model, count: int, arms: list[Arm], prefix: int = 40) -> list[BranchedSequence]:
     vocab = model.checkpoint.config.vocab_size
     rides = []
     for index in range(count):
         ids = random_ids(prefix + 24, vocab, index)
         branches = tuple(Branch(arm, ids[prefix:], (0, 23)) for arm in arms)
-        rides.append(Sequence(ids[:prefix], branches))
+        rides.append(BranchedSequence(ids[:prefix], branches))
     return rides
 
 
@@ -64,7 +66,7 @@ def sweep_logits(
     """{sequence index: logits per branch}, and the store after `sweeps` equal sweeps' tiles."""
     found: dict[int, list[Tensor]] = {}
 
-    def read(tile: Tile, number: int, sequence: Sequence, logits: list[Tensor]) -> None:
+    def read(tile: Tile, number: int, sequence: BranchedSequence, logits: list[Tensor]) -> None:
         found[tile.first + number] = [part.clone() for part in logits]
 
     runs = runs_of(model.specs)
@@ -96,6 +98,18 @@ def test_log_probabilities_equal_transformers_for_every_layout(
         expected = logits.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
         assert score.dtype == torch.float32
         assert (score - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("field", ["sliding_window", "max_position_embeddings"])
+def test_a_sequence_beyond_the_models_limit_is_refused(field: str, tiny: Path) -> None:
+    """Attention here sees the whole past, whatever the window: numbers would be wrong."""
+    model = load(str(tiny), device="cpu")
+    config = replace(model.config, **{field: 32})
+    model = replace(model, checkpoint=replace(model.checkpoint, config=config))
+    assert [len(score) for score in model.score([random_ids(32, 128, 0)])] == [31]
+    with pytest.raises(InputError, match=f"found 33 tokens, needed at most 32.*{field}") as refused:
+        model.score([random_ids(count, 128, 0) for count in (20, 33, 25)])
+    assert refused.value.hint == "cut it into pieces: up to 32 tokens"
 
 
 @pytest.mark.parametrize("name", ["lloyd:K3V2", "lloyd:K1V16", "e8:K4V2", "e8:K3V2@v=0.5",
@@ -177,7 +191,7 @@ def test_streaming_reads_every_token_through_the_codec(tiny: Path) -> None:
     ids = random_ids(30, 128, 5)
     arm = parse("lloyd:K3V2")
     rides = [
-        Sequence((), (Branch(a, ids, (0, 29), streaming=True),))
+        BranchedSequence((), (Branch(a, ids, (0, 29), streaming=True),))
         for a in (
             EXACT,
             arm,
@@ -194,7 +208,7 @@ def test_streaming_reads_every_token_through_the_codec(tiny: Path) -> None:
     assert (exact[6:] - windowed[6:]).abs().max() > 1e-3
     # token 0 reads only its own decoded value: a one-token streaming run gives the same
     alone, _ = sweep_logits(
-        model, [Tile("t", (Sequence((), (Branch(arm, ids[:1], (0, 1), True),)),))]
+        model, [Tile("t", (BranchedSequence((), (Branch(arm, ids[:1], (0, 1), True),)),))]
     )
     assert (alone[0][0] - coded[:1]).abs().max() < 1e-4
 
@@ -207,7 +221,7 @@ def test_streaming_equals_a_cache_that_grows_token_by_token(name: str, tiny: Pat
     from layersweep.integrations.transformers import cache_for
 
     ids = random_ids(75, 128, 5)
-    ride = Sequence((), (Branch(parse(name), ids, (0, 75), streaming=True),))
+    ride = BranchedSequence((), (Branch(parse(name), ids, (0, 75), streaming=True),))
     logits, _ = sweep_logits(load(str(tiny), device="cpu"), [Tile("t", (ride,))])
     oracle = oracle_model(tiny)
     cache = cache_for(oracle, name)

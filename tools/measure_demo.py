@@ -17,7 +17,8 @@ import numpy as np
 import layersweep
 from layersweep.checkpoint.layout import demo_folder
 from layersweep.statistics.paired import wilson_interval
-from layersweep.study.gate import Gate
+from layersweep.study.gate import COPY, Gate
+from layersweep.study.gate_tokens import choose_tokens
 from layersweep.tasks.needle.task import NeedleTask
 from layersweep.tasks.needle.trials import make_trials
 from layersweep.tasks.perplexity.task import PerplexityTask
@@ -58,7 +59,7 @@ def main() -> None:
     model.run(job.tiles(), job.read)
     job.settle()
     nll = float(job.numbers.nll["exact"].mean())
-    gate = Gate(model.checkpoint.config, tokenizer.encode(text[:8192]), None, None)
+    gate = Gate(model.checkpoint.config, choose_tokens(text, tokenizer, None, COPY), None)
     model.run([gate.tile()], lambda tile, number, sequence, logits: gate.check_logits(logits[0]))
     assert gate.copies_nll is not None
     first, second = (round(value, 5) for value in gate.copies_nll)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Literal
 
 from rich.console import Console
@@ -18,7 +19,15 @@ from layersweep.study.study import prepare_study
 from layersweep.sweep import model as engine
 from layersweep.sweep.loop import Progress
 from layersweep.sweep.model import Model
-from layersweep.tasks.settings import DEPTHS, TASKS, EvalSettings
+from layersweep.tasks.settings import (
+    DEPTHS,
+    TASKS,
+    EvalSettings,
+    parse_counts,
+    parse_depths,
+    parse_segments,
+    parse_tasks,
+)
 from layersweep.text.windows import BosMode
 
 
@@ -49,22 +58,22 @@ def load(
         tell(f"note: {note}")
     for fallback in model.compute.fallbacks:
         tell_fallback(fallback)
-    return model
+    return replace(model, say=tell_fallback)
 
 
 def evaluate(
     model: Model,
-    kv: Sequence[str] = ("K3V2", "K4V2"),
+    kv: str | Sequence[str] = ("K3V2", "K4V2"),
     *,
-    tasks: Sequence[str] = TASKS,
+    tasks: str | Sequence[str] = TASKS,
     text: str | None = None,
-    segments: int | None = 80,
+    segments: int | Literal["all"] | None = 80,
     prefix: int = 1024,
     continuation: int = 512,
     bos: BosMode = "auto",
     cache_mode: Literal["prefill", "streaming"] = "prefill",
-    niah_contexts: Sequence[int] = (4096,),
-    niah_depths: Sequence[float] = DEPTHS,
+    niah_contexts: int | Sequence[int] = (4096,),
+    niah_depths: float | Sequence[float] = DEPTHS,
     niah_per_depth: int = 6,
     niah_keys: int = 1,
     niah_mode: Literal["teacher", "generate"] = "teacher",
@@ -74,23 +83,23 @@ def evaluate(
 ) -> Results:
     """The evaluation of `layersweep eval`, with its options as arguments.
 
-    `segments` None takes all windows of the text. `progress` None shows it in a notebook and on a
-    terminal (stderr), True everywhere, False nowhere. Returns the object that results.json holds.
-    Fallbacks are
-    said as `load` says them. Raises InputError before weights are read,
-    GateError when the model does not work.
+    Where it takes several, one will do for a list of one, and a string as the command line has it
+    ("K3V2,K4V2"). `segments` "all" or None takes all windows of the text. `progress` None shows it
+    in a notebook and on a terminal (stderr), True everywhere, False nowhere. Returns the object
+    that results.json holds. Fallbacks are said as `load` says them. Raises InputError before
+    weights are read, GateError when the model does not work.
     """
     settings = EvalSettings(
-        kv=",".join(kv),
-        tasks=tuple(tasks),
+        kv=_typed(kv),
+        tasks=parse_tasks(_typed(tasks)),
         text=text,
-        segments=segments,
+        segments=None if segments is None else parse_segments(_typed(segments)),
         prefix=prefix,
         continuation=continuation,
         bos=bos,
         cache_mode=cache_mode,
-        niah_contexts=tuple(niah_contexts),
-        niah_depths=tuple(niah_depths),
+        niah_contexts=parse_counts("--niah-context", _typed(niah_contexts)),
+        niah_depths=parse_depths(_typed(niah_depths)),
         niah_per_depth=niah_per_depth,
         niah_keys=niah_keys,
         niah_mode=niah_mode,
@@ -104,6 +113,13 @@ def evaluate(
     with StudyRun(study, tell_fallback) as running, _shown(progress) as reporter:
         outcome = running.measure(progress=reporter)
         return Results(build_results(study, outcome, command="layersweep.evaluate"))
+
+
+def _typed(given: object) -> str:
+    """As the command line has it: "K3V2,K4V2" of a list of both, "4096" of 4096."""
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        return str(given)
+    return ",".join(map(str, given))
 
 
 def _shown(progress: bool | None) -> AbstractContextManager[Progress]:

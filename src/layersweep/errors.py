@@ -65,6 +65,12 @@ class MachineError(LayersweepError):
     (exit 1). What was finished is kept."""
 
 
+class Interrupted(LayersweepError):
+    """Ctrl-C in a run (exit 130). What was finished is kept where there is a folder for it."""
+
+    exit_code = 130
+
+
 class GateError(LayersweepError):
     """The gate refused the run (exit 3): a model that does not work must not be measured."""
 

@@ -14,15 +14,16 @@ import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from layersweep.environment import GIB, HOST_RESERVE
+from layersweep.stream.pinned import clear_cuda_error, cuda_runtime
 from layersweep.units import format_bytes
 
 MIB = 2**20
@@ -78,7 +79,8 @@ def disk_read_rate(folder: Path, size: int = DISK_FILE) -> DiskRate:
         file.flush()
         os.fsync(file.fileno())
         if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            with suppress(OSError):  # advice; the resident share says what came of it
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         resident = resident_share(file.fileno(), size)
         started = time.perf_counter()
         with ThreadPoolExecutor(DISK_THREADS) as pool:
@@ -215,18 +217,3 @@ def pin_limit(device: str, available: int) -> PinLimit:
         for _, address in held:
             runtime.cudaHostUnregister(address)
     return PinLimit(len(held) * PIN_STEP, error)
-
-
-def cuda_runtime() -> Any:
-    """The CUDA runtime library, as torch has loaded it."""
-    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
-
-
-def clear_cuda_error(device: str) -> None:
-    """A failed registration leaves its error behind, and the next kernel launch reports it as its
-    own; launching one here takes the error away."""
-    try:
-        torch.zeros(1, device=device)
-        torch.cuda.synchronize(device)
-    except RuntimeError:
-        return

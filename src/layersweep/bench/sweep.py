@@ -20,7 +20,7 @@ from layersweep.stream.shapes import tile_flops
 from layersweep.stream.store import BlockStore
 from layersweep.sweep.loop import Engine, run_sweep
 from layersweep.sweep.model import Model
-from layersweep.sweep.sequences import Branch, Sequence, Tile, tiles_of
+from layersweep.sweep.sequences import Branch, BranchedSequence, Tile, tiles_of
 from layersweep.sweep.shapes import tile_shape
 
 Json = dict[str, Any]
@@ -63,11 +63,11 @@ def bench_sweep(model: Model, *, say: Callable[[str], None]) -> list[Json]:
     return [{"job": "bus", **bus, **shared}, {"job": "arithmetic", **arithmetic, **shared}]
 
 
-def _ride(vocabulary: int, length: int, seed: int) -> Sequence:
+def _ride(vocabulary: int, length: int, seed: int) -> BranchedSequence:
     """Random tokens, of which the last one's logits are read."""
     generator = torch.Generator().manual_seed(seed)
     ids = tuple(torch.randint(0, vocabulary, (length,), generator=generator).tolist())
-    return Sequence((), (Branch(EXACT, ids, (length - 1, length)),))
+    return BranchedSequence((), (Branch(EXACT, ids, (length - 1, length)),))
 
 
 def _open(model: Model, tiles: list[Tile]) -> Engine:
@@ -100,5 +100,5 @@ def _median_sweep(engine: Engine, tiles: list[Tile]) -> Json:
     return sorted(runs, key=lambda run: float(run["wall_s"]))[len(runs) // 2]
 
 
-def _ignore(tile: Tile, number: int, sequence: Sequence, logits: list[Tensor]) -> None:
+def _ignore(tile: Tile, number: int, sequence: BranchedSequence, logits: list[Tensor]) -> None:
     return

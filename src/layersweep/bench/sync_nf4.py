@@ -46,8 +46,12 @@ class LoadedWeight:
         data, absmax = read_tensor(weight.data).view(torch.uint8), read_tensor(quant.absmax)
         if quant.nested is None:
             return cls(weight, data, absmax)
-        nested = (read_tensor(quant.nested.absmax), read_tensor(quant.nested.quant_map))
-        return cls(weight, data, absmax, *nested)
+        nested, offset = quant.nested, quant.nested.offset
+        outer, table = read_tensor(nested.absmax), read_tensor(nested.quant_map)
+        if nested.skip:  # no kernel starts inside a nested block
+            scales = expand_absmax(absmax, outer, table, nested.blocksize, offset, nested.skip)
+            return cls(weight, data, scales)
+        return cls(weight, data, absmax, outer, table)
 
     @property
     def nbytes(self) -> int:
@@ -72,8 +76,8 @@ class LoadedWeight:
         if bitsandbytes:
             return dequantize_bitsandbytes(self, dtype)
         scales = self.absmax
-        if quant.nested is not None:
-            assert self.nested_absmax is not None and self.nested_map is not None
+        if self.nested_absmax is not None:
+            assert quant.nested is not None and self.nested_map is not None
             scales = expand_absmax(
                 scales, self.nested_absmax, self.nested_map,
                 quant.nested.blocksize, quant.nested.offset,
@@ -103,7 +107,8 @@ def dequantize_bitsandbytes(loaded: LoadedWeight, dtype: torch.dtype) -> Tensor:
     quant = loaded.weight.quant
     assert quant is not None and loaded.absmax is not None
     offset = inner = None
-    if quant.nested is not None:
+    if loaded.nested_absmax is not None:
+        assert quant.nested is not None
         offset = torch.tensor(quant.nested.offset, device=loaded.data.device)
         inner = functional.QuantState(
             absmax=loaded.nested_absmax, code=loaded.nested_map,

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from layersweep.checkpoint.config_fields import foreign_fields, unused_fields
 from layersweep.checkpoint.problems import TWICE, Problem, problems_error, show
 from layersweep.checkpoint.strict_json import UnusableJson, parse_json
 from layersweep.errors import CheckpointError
@@ -16,6 +17,7 @@ LARGEST_COUNT = 1 << 31
 SMALLEST_FLOAT32, LARGEST_FLOAT32 = 1.2e-38, 3.4e38  # what is computed with, without denormals
 HINT = "config.json must describe the tensors beside it; download both again"
 DEFAULT_ROPE_THETA = 1e6  # transformers' own default for Mixtral
+ROPE_FIELDS = ("rope_theta", "rope_type", "type", "partial_rotary_factor")
 
 
 @dataclass(frozen=True)
@@ -52,46 +54,64 @@ def read_config(folder_or_json: Path | str) -> ModelConfig:
         raise CheckpointError(
             f"{path}: found no readable file, needed the model's config.json", hint=HINT
         ) from error
-    config, problems = parse_config(raw, str(path))
-    if config is None:
-        raise problems_error(problems)
-    return config
+    parsed = parse_config(raw, str(path))
+    if parsed.config is None:
+        raise problems_error(parsed.problems)
+    return parsed.config
 
 
-def parse_config(raw: bytes, file: str) -> tuple[ModelConfig | None, list[Problem]]:
+@dataclass(frozen=True)
+class ParsedConfig:
+    """`config` is None where there are `problems`; `unused`: fields that nothing looks at."""
+
+    config: ModelConfig | None
+    problems: list[Problem]
+    unused: tuple[str, ...] = ()
+
+
+def parse_config(raw: bytes, file: str) -> ParsedConfig:
     """The configuration in the bytes of config.json, or everything that is wrong with them."""
     try:
         fields, repeated = parse_json(raw)
     except UnusableJson as error:
-        return None, [Problem(file, None, str(error), "a JSON object", HINT)]
+        return ParsedConfig(None, [Problem(file, None, str(error), "a JSON object", HINT)])
     if not isinstance(fields, dict):
-        return None, [Problem(file, None, "JSON that is no object", "a JSON object", HINT)]
+        found = "JSON that is no object"
+        return ParsedConfig(None, [Problem(file, None, found, "a JSON object", HINT)])
     reader = _Fields(fields, file)
     reader.problems += [Problem(file, key, *TWICE, HINT) for key in repeated]
     architecture = reader.architecture()
     if architecture is None:
-        return None, reader.problems
+        return ParsedConfig(None, reader.problems)
     config = reader.config(architecture)
-    return (None if reader.problems else config), reader.problems
+    unused = (*unused_fields(fields, reader.read), *reader.unused)
+    return ParsedConfig(None if reader.problems else config, reader.problems, unused)
 
 
 class _Fields:
-    """Reads fields one by one; owns the list of problems. A wrong field reads as 1."""
+    """Reads fields one by one; owns the list of problems and which fields were read. A wrong field
+    reads as 1."""
 
     def __init__(self, fields: Mapping[str, object], file: str) -> None:
         self.fields, self.file = fields, file
         self.problems: list[Problem] = []
+        self.read: set[str] = set()
+        self.unused: list[str] = []
 
     def problem(self, field: str, found: object, needed: str, hint: str = HINT) -> None:
         self.problems.append(Problem(self.file, None, f"{field} = {_show(found)}", needed, hint))
 
+    def get(self, field: str, default: object = None) -> object:
+        self.read.add(field)
+        return self.fields.get(field, default)
+
     def architecture(self) -> str | None:
-        names = self.fields.get("architectures")
+        names = self.get("architectures")
         if isinstance(names, list) and len(names) == 1 and names[0] in ARCHITECTURES:
             return str(names[0])
-        if names is None and self.fields.get("model_type") == "mixtral":
+        if names is None and self.get("model_type") == "mixtral":
             return "MixtralForCausalLM"
-        found = names if names is not None else self.fields.get("model_type")
+        found = names if names is not None else self.get("model_type")
         hint = "only Mixtral checkpoints can be run so far"
         self.problem("architectures", found, f"one of {', '.join(ARCHITECTURES)}", hint)
         return None
@@ -109,7 +129,7 @@ class _Fields:
             head_dim=self.head_dim(hidden, heads),
             num_local_experts=self.count("num_local_experts"),
             num_experts_per_tok=self.count("num_experts_per_tok"),
-            rms_norm_eps=self.number("rms_norm_eps", self.fields.get("rms_norm_eps")),
+            rms_norm_eps=self.number("rms_norm_eps", self.get("rms_norm_eps")),
             rope_theta=self.rope_theta(),
             max_position_embeddings=self.count("max_position_embeddings"),
             sliding_window=self.optional_count("sliding_window"),
@@ -133,20 +153,19 @@ class _Fields:
             self.problem("bos_token_id", bos, f"below vocab_size = {config.vocab_size}")
         if config.head_dim % 2 and not self.problems:
             self.problem("head_dim", config.head_dim, "an even number (RoPE turns pairs)")
-        if self.fields.get("hidden_act", "silu") != "silu":
-            self.problem("hidden_act", self.fields["hidden_act"], '"silu"')
-        if self.fields.get("attention_bias") not in (None, False):
-            self.problem("attention_bias", self.fields["attention_bias"], "false")
+        if self.get("hidden_act", "silu") != "silu":
+            self.problem("hidden_act", self.get("hidden_act"), '"silu"')
+        self.check_foreign()
 
     def count(self, field: str) -> int:
-        value = self.fields.get(field)
+        value = self.get(field)
         if type(value) is int and 0 < value < LARGEST_COUNT:
             return value
         self.problem(field, value, "a positive integer")
         return 1
 
     def optional_count(self, field: str) -> int | None:
-        return None if self.fields.get(field) is None else self.count(field)
+        return None if self.get(field) is None else self.count(field)
 
     def number(self, field: str, value: object) -> float:
         if (
@@ -159,7 +178,7 @@ class _Fields:
         return 1.0
 
     def flag(self, field: str) -> bool:
-        value = self.fields.get(field)
+        value = self.get(field)
         if value is None or isinstance(value, bool):
             return bool(value)
         self.problem(field, value, "true or false")
@@ -167,7 +186,7 @@ class _Fields:
 
     def token(self, field: str) -> int | None:
         """A token id; of several (a list is allowed for eos) the first."""
-        value = self.fields.get(field)
+        value = self.get(field)
         if isinstance(value, list) and value:
             value = value[0]
         if value is None:
@@ -178,28 +197,66 @@ class _Fields:
         return None
 
     def head_dim(self, hidden: int, heads: int) -> int:
-        if self.fields.get("head_dim") is not None:
+        if self.get("head_dim") is not None:
             return self.count("head_dim")
         if hidden % heads:
             self.problem("hidden_size", hidden, f"a multiple of the {heads} attention heads")
         return max(1, hidden // heads)
 
     def rope_theta(self) -> float:
-        """`rope_parameters.rope_theta` (transformers 5) or `rope_theta` (4); both must agree."""
-        nested = self.fields.get("rope_parameters")
-        scaling = nested if nested is not None else self.fields.get("rope_scaling")
-        if scaling is not None and not isinstance(scaling, dict):
-            self.problem("rope_parameters", scaling, "an object or null")
-            return 1.0
-        parts = scaling or {}
+        """As transformers decides: `rope_scaling` goes before `rope_parameters`, and the theta in
+        that object before the flat one. What is overruled must not disagree."""
+        objects = {name: self.rope_object(name) for name in ("rope_scaling", "rope_parameters")}
+        flat = self.get("rope_theta", DEFAULT_ROPE_THETA)
+        decides = objects["rope_scaling"] or objects["rope_parameters"]
+        theta = decides.get("rope_theta", flat)
+        for name, parts in objects.items():
+            other = parts.get("rope_theta", theta)
+            if other != theta:
+                self.problem(f"{name}.rope_theta", other, f"{_show(theta)}, as rope_scaling has it")
+        if "rope_theta" in self.fields and flat is not None and flat != theta:
+            needed = f"the rope_theta of rope_parameters, {_show(theta)}"
+            self.problem("rope_theta", flat, needed)
+        return self.number("rope_theta", theta)
+
+    def rope_object(self, name: str) -> Mapping[str, object]:
+        """`rope_parameters` or `rope_scaling`; empty where it says nothing."""
+        parts = self.get(name)
+        if parts is None:
+            return {}
+        if not isinstance(parts, dict):
+            self.problem(name, parts, "an object or null")
+            return {}
         kind = parts.get("rope_type", parts.get("type", "default"))
-        if kind != "default":
-            self.problem("rope_type", kind, '"default"', "scaled RoPE cannot be computed so far")
-        flat, inner = self.fields.get("rope_theta"), parts.get("rope_theta")
-        if flat is not None and inner is not None and flat != inner:
-            self.problem("rope_theta", flat, f"the rope_theta of rope_parameters, {_show(inner)}")
-        value = inner if inner is not None else flat
-        return DEFAULT_ROPE_THETA if value is None else self.number("rope_theta", value)
+        hint = "scaled RoPE cannot be computed so far"
+        if parts and kind != "default":
+            self.problem("rope_type", kind, '"default"', hint)
+        if any(isinstance(part, dict) for part in parts.values()):
+            self.problem(name, parts, "one RoPE for all layers", hint)
+        self.unused += [f"{name}.{key}" for key in parts if key not in ROPE_FIELDS]
+        if parts.get("partial_rotary_factor", 1.0) != 1.0:
+            self.problem("partial_rotary_factor", parts["partial_rotary_factor"], "1.0", hint)
+        return parts
+
+    def check_foreign(self) -> None:
+        for name, plain in foreign_fields(self.fields):
+            needed = " or ".join(["nothing", *map(_show, plain)])
+            hint = f"{name} changes the maths: only a plain Mixtral can be computed so far"
+            self.problem(name, self.fields[name], needed, hint)
+        if (family := self.get("model_type", "mixtral")) != "mixtral":  # AutoConfig goes by it
+            self.problem("model_type", family, '"mixtral", as architectures has it')
+        layers = self.get("layer_types") or []
+        if not isinstance(layers, list) or any(kind != "full_attention" for kind in layers):
+            self.problem("layer_types", layers, 'nothing, or "full_attention" for all')
+        quantization = self.get("quantization_config") or {}  # the tensors say how they are stored
+        method = (
+            quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        )
+        if method not in (None, "bitsandbytes"):
+            self.problem("quantization_config.quant_method", method, '"bitsandbytes"')
+        experts, same = self.get("num_local_experts"), self.get("num_experts")
+        if same is not None and same != experts:  # transformers takes num_experts
+            self.problem("num_experts", same, f"num_local_experts = {_show(experts)}, or nothing")
 
 
 def _show(value: object) -> str:

@@ -46,6 +46,10 @@ class StoredTensor:
         shape, offset = (count, *self.shape[1:]), self.offset + start * step
         return replace(self, shape=shape, offset=offset, nbytes=count * step)
 
+    def as_bytes(self) -> StoredTensor:
+        """The same bytes as U8 [nbytes]."""
+        return replace(self, dtype="U8", shape=(self.nbytes,))
+
     def reshaped(self, shape: tuple[int, ...]) -> StoredTensor:
         """The same bytes under another shape of equal size."""
         if math.prod(shape) != math.prod(self.shape):
@@ -115,10 +119,10 @@ class _Scan:
         self.problems.append(Problem(str(self.file), tensor, found, needed, DOWNLOAD_AGAIN))
 
     def metadata(self, found: object) -> None:
-        """Free text, which nothing here reads; the format allows strings alone."""
+        """Free text, which nothing here reads; the format allows strings alone, or null."""
         texts = isinstance(found, dict) and all(isinstance(text, str) for text in found.values())
-        if not texts:
-            self.problem("__metadata__", show(found), "an object of strings")
+        if not texts and found is not None:
+            self.problem("__metadata__", show(found), "an object of strings, or null")
 
     def tensors(self, entries: dict[str, object]) -> dict[str, StoredTensor]:
         found = (self._tensor(name, entry) for name, entry in entries.items())

@@ -6,9 +6,9 @@ Only safetensors shards, *.json and tokenizer files of the repository's top fold
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -18,7 +18,6 @@ from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -27,16 +26,15 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]
     hf_raise_for_status,
 )
 
+from layersweep.checkpoint.connection import NO_ANSWER, Unreachable, check_client, first_line
 from layersweep.checkpoint.files import LocalFolder, is_plain_name
-from layersweep.checkpoint.problems import DOWNLOAD_AGAIN, FileProblem, Problem
+from layersweep.checkpoint.problems import DOWNLOAD_AGAIN, FileProblem, Problem, problems_error
 from layersweep.checkpoint.reading import scan_folder
 from layersweep.checkpoint.weights import Checkpoint
 from layersweep.errors import CheckpointError
 
 SMALL_FILES = ("*.json", "tokenizer*", "*.jinja")
 TIMEOUT = 30.0  # seconds without an answer
-# The base class of the HTTP library that this release of huggingface_hub is built on.
-TRANSPORT_ERROR: type[Exception] = HfHubHTTPError.__mro__[1]
 
 Scanned = tuple[Checkpoint | None, list[Problem]]
 
@@ -92,11 +90,12 @@ class HubFolder:
 
 @dataclass(frozen=True)
 class Repository:
-    """A hub id. `files` is None where the hub cannot be reached: only the cache is left."""
+    """A hub id. `files` is None where the hub is `unreachable`: only the cache is left."""
 
     name: str
     revision: str | None
     files: HubFolder | None
+    unreachable: Unreachable | None = None
 
     def scan(self) -> Scanned:
         """From headers alone, or from the cache where the hub cannot be reached."""
@@ -120,16 +119,31 @@ class Repository:
                 )
             )
         except LocalEntryNotFoundError as error:
-            if self.files is None:
+            if self.unreachable:
                 raise CheckpointError(
-                    f"{self.name}: found neither the hub nor a copy in the cache, needed one",
-                    hint="connect to the network (unset HF_HUB_OFFLINE), or give a local folder",
+                    f"{self.name}: found neither the hub nor a copy in the cache, needed one "
+                    f"({self.unreachable.why})",
+                    hint=self.unreachable.hint,
                 ) from error
             return None, []
         local = LocalFolder.at(folder)
         if self.files and not self._small_files() <= local.names():
             return None, []
-        return scan_folder(local, self.name, folder.name, folder)
+        checkpoint, problems = scan_folder(local, self.name, folder.name, folder)
+        if checkpoint and self.unreachable:
+            note = (
+                f"no connection to the hub ({self.unreachable.why}): the copy in the cache is used"
+            )
+            checkpoint = replace(checkpoint, notes=(*checkpoint.notes, note))
+        return checkpoint, problems
+
+    def incomplete(self, problems: Sequence[Problem]) -> CheckpointError:
+        """Why the copy in the cache does not do, and why nothing but it can be had."""
+        assert self.unreachable is not None
+        return CheckpointError(
+            f"{problems_error(problems)} (no connection to the hub: {self.unreachable.why})",
+            hint=self.unreachable.hint,
+        )
 
     def download(self, checkpoint: Checkpoint) -> Scanned:
         """Fetch the shards of a scanned checkpoint and the small files, and scan them again."""
@@ -160,19 +174,16 @@ def find(name: str, revision: str | None) -> Repository:
     try:
         with plain_errors(name, revision):
             info = HfApi().model_info(name, revision=revision, files_metadata=True, timeout=TIMEOUT)
-    except _Unreachable:
-        return Repository(name, revision, None)
+    except Unreachable as failure:
+        return Repository(name, revision, None, failure)
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
     return Repository(name, revision, HubFolder(name, info.sha or revision or "main", sizes))
-
-
-class _Unreachable(CheckpointError):
-    """No answer from the hub; the cache may still do."""
 
 
 @contextmanager
 def plain_errors(name: str, revision: str | None) -> Iterator[None]:
     """huggingface_hub's and its HTTP library's failures as CheckpointErrors."""
+    check_client(name)
     try:
         yield
     except GatedRepoError as error:
@@ -192,15 +203,9 @@ def plain_errors(name: str, revision: str | None) -> Iterator[None]:
         ) from error
     except HfHubHTTPError as error:
         raise CheckpointError(
-            f"{name}: found an error from the hub ({_first_line(error)}), needed an answer",
+            f"{name}: found an error from the hub ({first_line(error)}), needed an answer",
             hint="try again later, or give a local folder",
         ) from error
-    except (TRANSPORT_ERROR, OfflineModeIsEnabled, ConnectionError, TimeoutError) as error:
-        raise _Unreachable(
-            f"{name}: found no connection to the hub ({_first_line(error)}), needed one",
-            hint="connect to the network (unset HF_HUB_OFFLINE), or give a local folder",
-        ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    except NO_ANSWER as error:
+        hint = "connect to the network (unset HF_HUB_OFFLINE)"
+        raise Unreachable(name, first_line(error), hint) from error

@@ -44,7 +44,7 @@ def open_checkpoint(source: str, revision: str | None = None) -> Checkpoint:
     if checkpoint is not None:
         return checkpoint
     if repository.files is None:
-        raise problems_error(problems)
+        raise repository.incomplete(problems)
     return _checked(repository.download(_checked(repository.scan())))
 
 

@@ -83,15 +83,17 @@ def expand_absmax(
     nested_quant_map: Tensor,
     nested_blocksize: int,
     offset: float,
+    skip: int = 0,
 ) -> Tensor:
     """Scales f32 [blocks] of a nested (double) quantization: product, rounded, then sum, rounded.
 
-    A fused multiply-add would change 7.7 % of them. Negative scales are legitimate here: the
+    The first of them is number `skip` of its nested block. A fused multiply-add would change 7.7 %
+    of them. Negative scales are legitimate here: the
     decoded difference from the mean can exceed the mean.
     """
     blocks = absmax_u8.numel()
     levels = nested_quant_map.index_select(0, absmax_u8.reshape(-1).int())
-    outer = nested_absmax.repeat_interleave(nested_blocksize)[:blocks]
+    outer = nested_absmax.repeat_interleave(nested_blocksize)[skip : skip + blocks]
     return levels.mul_(outer).add_(offset)
 
 

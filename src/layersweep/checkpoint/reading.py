@@ -8,9 +8,11 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
+from layersweep.checkpoint.beside import ADAPTER, adapter_note, unused_files
 from layersweep.checkpoint.companions import SUFFIXES, Classifier
-from layersweep.checkpoint.config import ModelConfig, parse_config
+from layersweep.checkpoint.config import ModelConfig, ParsedConfig, parse_config
 from layersweep.checkpoint.files import Folder, read_small
+from layersweep.checkpoint.fused import expert_weights_of, straddled_elements
 from layersweep.checkpoint.header import StoredTensor
 from layersweep.checkpoint.names import (
     IGNORED_SUFFIX,
@@ -35,13 +37,17 @@ def scan_folder(
     """The checkpoint in `folder` (a local one is at `path`), or everything that is wrong."""
     problems: list[Problem] = []
     notes: list[str] = []
-    config, raw_config = _open_config(folder, problems)
+    parsed, raw_config = _open_config(folder, problems)
+    config = parsed.config
     shards = open_shards(folder, problems, notes)
     if config is None or problems:
         return None, problems
-    weights = _Layout(folder, shards, config, problems, notes).weights()
+    layout = _Layout(folder, shards, config, problems, notes)
+    weights = layout.weights()
     if problems:
         return None, problems
+    names = folder.names()
+    notes.extend(adapter_note(names))
     notes.extend(_tokenizer_note(folder, config))
     if not folder.has_values:
         notes.append("headers only: values of scales and quant_state were not checked")
@@ -53,27 +59,31 @@ def scan_folder(
         weights=weights,
         files=tuple(source.path for source in shards.sources.values()),
         fingerprint=_fingerprint(shards, raw_config),
-        nbytes=_total_bytes(weights),
+        nbytes=sum(shards.tensors[name].nbytes for name in layout.used & shards.tensors.keys()),
         notes=tuple(notes),
+        unused_fields=parsed.unused,
+        unused_files=unused_files(names, shards.sources),
     )
     return checkpoint, []
 
 
-def _open_config(folder: Folder, problems: list[Problem]) -> tuple[ModelConfig | None, bytes]:
+def _open_config(folder: Folder, problems: list[Problem]) -> tuple[ParsedConfig, bytes]:
     where = f"{folder.label}/config.json"
     if "config.json" not in folder.names():
         needed = "the model's config.json"
         hint = "give the folder that holds config.json and the .safetensors files"
+        if ADAPTER in folder.names():
+            hint = f"{ADAPTER} says that this is an adapter: merge it into its model, and give that"
         problems.append(Problem(where, None, "no such file", needed, hint))
-        return None, b""
+        return ParsedConfig(None, problems), b""
     try:
         raw = read_small(folder, "config.json")
     except FileProblem as error:
         problems.append(error.problem)
-        return None, b""
-    config, wrong = parse_config(raw, where)
-    problems.extend(wrong)
-    return config, raw
+        return ParsedConfig(None, problems), b""
+    parsed = parse_config(raw, where)
+    problems.extend(parsed.problems)
+    return parsed, raw
 
 
 class _Layout:
@@ -177,17 +187,16 @@ class _Layout:
         whole = self.classifier.weight(base, base, fused.shape)
         if whole is None:
             return
-        if whole.quant is not None:
-            found, needed = whole.data.describe(), "float fused experts, or NF4 per expert"
-            hint = "no published writer makes fused 4-bit experts; quantize per expert"
+        if whole.quant and (elements := straddled_elements(fused, whole.quant)):
+            found = (
+                f"4-bit blocks of {whole.quant.blocksize} elements that reach from one expert's "
+                "weight into the next"
+            )
+            needed = f"a block size that divides the {elements} elements of each"
+            hint = "quantize the experts one by one, or in a smaller block size"
             self.problems.append(Problem(str(whole.data.file), base, found, needed, hint))
             return
-        for expert in range(fused.shape[0]):
-            one = whole.data.rows(expert, 1).reshaped(fused.shape[1:])
-            for part, start, count in fused.parts:
-                name = f"layers.{fused.layer}.experts.{expert}.{part}"
-                rows = one.rows(start, count)
-                weights[name] = Weight(name, rows.shape, rows, None)
+        weights.update((one.name, one) for one in expert_weights_of(whole, fused))
 
     def _check_leftovers(self) -> None:
         for name, tensor in self.tensors.items():
@@ -241,14 +250,8 @@ def _fingerprint(shards: Shards, raw_config: bytes) -> str:
     digest = hashlib.sha256()
     for name, source in sorted(shards.sources.items()):
         header = shards.headers[name].raw
-        digest.update(f"{name}\0{source.size}\0{len(header)}\0".encode())
+        digest.update(f"{name}\0{source.size}\0{len(header)}\0".encode(errors="surrogateescape"))
         digest.update(header)
     digest.update(f"config.json\0{len(raw_config)}\0".encode())
     digest.update(raw_config)
     return digest.hexdigest()
-
-
-def _total_bytes(weights: dict[str, Weight]) -> int:
-    """Tied weights count once."""
-    distinct = {(weight.data.file, weight.data.offset): weight for weight in weights.values()}
-    return sum(weight.nbytes for weight in distinct.values())

@@ -16,12 +16,17 @@ SHORT_NAMES = {"bfloat16": "bf16"}
 
 @dataclass(frozen=True)
 class Nested:
-    """Scales of the scales: absmax F32 [ceil(blocks / blocksize)], quant_map F32 [256]."""
+    """Scales of the scales: absmax F32 [ceil((skip + blocks) / blocksize)], quant_map F32 [256].
+
+    `skip`: scales in the first nested block that belong to the weight before this one, where both
+    are slices of fused experts.
+    """
 
     absmax: StoredTensor
     quant_map: StoredTensor
     blocksize: int
     offset: float
+    skip: int = 0
 
 
 @dataclass(frozen=True)
@@ -55,14 +60,21 @@ class Weight:
         return self.quant.kind if self.quant else FLOAT_NAMES[self.data.dtype]
 
     @property
+    def stored(self) -> tuple[StoredTensor, ...]:
+        """What is read whenever the weight is: its data, then its scales."""
+        quant = self.quant
+        if quant is None:
+            return (self.data,)
+        if quant.nested is None:
+            return (self.data, quant.absmax)
+        return (self.data, quant.absmax, quant.nested.absmax, quant.nested.quant_map)
+
+    @property
     def nbytes(self) -> int:
-        """All bytes in the file, companions included."""
-        total = self.data.nbytes
-        if self.quant:
-            total += self.quant.absmax.nbytes + self.quant.other_nbytes
-            if self.quant.nested:
-                total += self.quant.nested.absmax.nbytes + self.quant.nested.quant_map.nbytes
-        return total
+        """All bytes in the file, companions included. Slices of fused experts each count the
+        scales of scales that they share."""
+        checked_once = self.quant.other_nbytes if self.quant else 0
+        return sum(tensor.nbytes for tensor in self.stored) + checked_once
 
     def describe(self) -> str:
         """ "nf4 1x16384" (packed bytes) or "float16 8x4096"."""
@@ -77,6 +89,8 @@ class Checkpoint:
     weights: canonical name -> Weight (`embed`, `norm`, `lm_head`, `layers.0.q_proj`,
     `layers.0.experts.3.w1`, ...). fingerprint: sha256 over file names, sizes, headers and
     config.json. nbytes: all weight bytes. notes: oddities that were read, for people.
+    unused_fields: of config.json, that nothing looks at. unused_files: in the same folder, that
+    nothing reads.
     """
 
     source: str
@@ -88,6 +102,8 @@ class Checkpoint:
     fingerprint: str
     nbytes: int
     notes: tuple[str, ...]
+    unused_fields: tuple[str, ...]
+    unused_files: tuple[str, ...]
 
     @property
     def router_kind(self) -> str:

@@ -12,7 +12,7 @@ from layersweep.cli.bench import bench
 from layersweep.cli.codec import codec
 from layersweep.cli.doctor import doctor
 from layersweep.cli.eval import evaluate
-from layersweep.cli.exits import exit_code, fail
+from layersweep.cli.exits import exit_code, fail, print_any_name
 from layersweep.cli.inspect import inspect
 from layersweep.cli.kaggle import kaggle
 from layersweep.cli.merge import merge
@@ -57,6 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """The exit code of a command line."""
+    print_any_name()
     try:
         return exit_code(lambda: app(args=arguments, standalone_mode=False))
     except UsageError as failure:

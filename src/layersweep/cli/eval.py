@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from layersweep.cli.command import command_line
-from layersweep.cli.job import Job, Machine, compute
+from layersweep.cli.job import Job, MachineOptions, compute
 from layersweep.errors import InputError
 from layersweep.units import parse_duration
 
@@ -65,11 +65,12 @@ def evaluate(
         parse_counts,
         parse_depths,
         parse_segments,
+        parse_tasks,
     )
 
     settings = EvalSettings(
         kv=kv,
-        tasks=tuple(part.strip() for part in tasks.split(",") if part.strip()),
+        tasks=parse_tasks(tasks),
         text=text,
         segments=parse_segments(segments),
         prefix=prefix,
@@ -84,7 +85,7 @@ def evaluate(
         gate=gate,  # type: ignore[arg-type]
         seed=seed,
     )
-    machine = Machine(
+    machine = MachineOptions(
         revision, vram, ram, device, dtype, weights, router_dtype, assume_capability
     )  # fmt: skip
     job = Job(

@@ -14,7 +14,7 @@ from rich.console import Console
 from layersweep.checkpoint.layout import Checkpoint, Weight
 from layersweep.environment import host_memory, versions
 from layersweep.errors import Fallback
-from layersweep.report.store import write_atomically
+from layersweep.runs.files import write_atomically
 from layersweep.runs.shard import WHOLE, Shard
 from layersweep.study.meter import host_bytes
 from layersweep.study.study import Study

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from layersweep.checkpoint import Checkpoint, Problem, Weight, scan_checkpoint
+from layersweep.checkpoint.beside import shortened
 from layersweep.checkpoint.problems import printable
 from layersweep.errors import CheckpointError
 from layersweep.units import format_bytes
@@ -67,6 +68,12 @@ def _show(console: Console, checkpoint: Checkpoint) -> None:
     console.print(_table(checkpoint))
     for note in checkpoint.notes:
         console.print(f"note: {printable(note)}", soft_wrap=True)
+    for what, names in (
+        ("config fields read but not used", checkpoint.unused_fields),
+        ("files not used", checkpoint.unused_files),
+    ):
+        if names:
+            console.print(f"{what}: {shortened(names)}", soft_wrap=True)
 
 
 def _table(checkpoint: Checkpoint) -> Table:
@@ -171,6 +178,8 @@ def _as_json(model: str, checkpoint: Checkpoint | None, problems: list[Problem])
         "files": [str(file) for file in checkpoint.files],
         "fingerprint": checkpoint.fingerprint,
         "notes": list(checkpoint.notes),
+        "unused_config_fields": list(checkpoint.unused_fields),
+        "unused_files": list(checkpoint.unused_files),
         "weights": {
             name: {
                 "stored": weight.describe(),

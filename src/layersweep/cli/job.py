@@ -9,19 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from layersweep.errors import GateError, LayersweepError
+from layersweep.errors import GateError, Interrupted, LayersweepError
 from layersweep.runs.shard import WHOLE, Shard
 from layersweep.tasks.settings import EvalSettings
 
 if TYPE_CHECKING:  # torch and scipy load only once the arguments are known to be good
     from layersweep.cli.events import Events
-    from layersweep.cli.output import RunFolder
+    from layersweep.runs.folder import RunFolder
     from layersweep.study.study import Study
     from layersweep.sweep.model import Model
 
 
 @dataclass(frozen=True)
-class Machine:
+class MachineOptions:
     """Where and how to compute; field names are the command's options."""
 
     revision: str | None
@@ -41,7 +41,7 @@ class Job:
 
     source: str
     settings: EvalSettings
-    machine: Machine
+    machine: MachineOptions
     out: Path | None
     resume: bool
     stop_after: float | None
@@ -61,18 +61,27 @@ def compute(
     study, if there is one already. Any failure leaves diagnosis.json.
     """
     from layersweep.cli.events import Events
-    from layersweep.cli.output import RunFolder
+    from layersweep.runs.folder import RunFolder
 
     events = Events(Console(stderr=True), shard)
     study = None
-    with RunFolder(job.out, resume=job.resume) as folder:
+    with RunFolder(job.out, events.say, resume=job.resume) as folder:
         try:
             study = _prepare(job, shard, folder, events, prepared)
             return _measure(job, study, folder, events, ready)
         except (Exception, KeyboardInterrupt) as failure:
+            told = interrupted(job.out) if isinstance(failure, KeyboardInterrupt) else failure
             if job.out is not None and folder.usable:
-                _diagnose(job.out, failure, study, events)
-            raise
+                _diagnose(job.out, told, study, events)
+            if told is failure:
+                raise
+            raise told from failure
+
+
+def interrupted(out: Path | None) -> Interrupted:
+    """Ctrl-C, and what it leaves of a run."""
+    kept = f"finished sweeps are kept in {out}: --resume goes on behind them"
+    return Interrupted("interrupted", hint=kept if out else "without --out nothing is kept")
 
 
 def device_of(devices: str, shard: Shard) -> str:
@@ -137,13 +146,26 @@ def _prepare(
         events.say_once(f"note: {note}")
     kept = folder.path is not None
     study = prepared or prepare_study(loaded, job.settings, kept=kept, shard=shard)
-    folder.start(study, events.say)
+    if kept:
+        _start(folder, study, events)
     events.say_once(paths_line(study))
     events.say_once(budget_line(study))
     events.say_once(versions_line())
     for fallback in study.fallbacks:
         events.say_fallback(fallback)
     return study
+
+
+def _start(folder: RunFolder, study: Study, events: Events) -> None:
+    from layersweep.study.manifest import manifest_of
+
+    sweeps = folder.start(manifest_of(study), study.record, str(study.shard))
+    if sweeps is not None:
+        study.resume(sweeps)
+        events.say(
+            f"note: resumed behind {len(sweeps)} finished sweep(s): "
+            f"{len(study.resumed)} of {len(study.own)} tiles are there"
+        )
 
 
 def _load(job: Job, shard: Shard) -> Model:
@@ -170,15 +192,15 @@ def _measure(
             with SweepProgress(events.console, shown=study.shard.local_rank == 0) as progress:
                 outcome = running.measure(
                     progress=progress,
-                    finished_sweep=lambda sweep: folder.keep(study, sweep),
+                    finished_sweep=lambda sweep: folder.keep(study.record, sweep),
                     limit=limit,
                 )
         except GateError:
             failed = build_results(study, Outcome(), command=job.command, gate_failed=True)
-            folder.finish(failed)
+            _write(folder.path, failed)
             raise
         results = build_results(study, outcome, command=job.command)
-        folder.finish(results)
+        _write(folder.path, results)
     if limit.reached:
         events.say(
             f"note: stopped behind {len(study.own) - len(study.pending)} of {len(study.own)} "
@@ -187,3 +209,13 @@ def _measure(
     if folder.path is not None and study.complete:
         events.say(f"wrote {folder.path}/results.json, report.html, windows.csv")
     return results
+
+
+def _write(folder: Path | None, results: dict[str, Any]) -> None:
+    """results.json, report.html and windows.csv, each whole or not at all."""
+    from layersweep.report.files import write_report
+    from layersweep.runs.files import writing
+
+    if folder is not None:
+        with writing(folder):
+            write_report(folder, results)

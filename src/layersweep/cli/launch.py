@@ -19,9 +19,16 @@ from pathlib import Path
 from typing import Any
 
 from layersweep.cli.exits import exit_code
-from layersweep.cli.job import Job, compute
+from layersweep.cli.job import Job, compute, interrupted
 from layersweep.cli.shards import Say, check_counts, collect, in_shards, keep_refusal
-from layersweep.errors import GateError, InputError, LayersweepError, MachineError, NoRoomTogether
+from layersweep.errors import (
+    GateError,
+    InputError,
+    Interrupted,
+    LayersweepError,
+    MachineError,
+    NoRoomTogether,
+)
 from layersweep.runs.shard import Shard
 
 PR_SET_PDEATHSIG = 1
@@ -65,6 +72,8 @@ def launch(job: Job, say: Say) -> dict[str, Any]:
             if failure.exit_code == GateError.exit_code:
                 keep_refusal(kept, len(devices))
             raise
+        except KeyboardInterrupt as stop:
+            raise interrupted(job.out) from stop
         results = collect(kept, len(devices), say if job.out is not None else lambda line: None)
     assert results is not None  # every worker has come to its end
     return results
@@ -163,7 +172,7 @@ def _work(
     _end_with_parent()
 
     def failed(message: str, hint: str, code: int) -> int:
-        if code != 130:
+        if code != Interrupted.exit_code:
             tell((message, hint, code))
         return code
 

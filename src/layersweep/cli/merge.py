@@ -23,12 +23,15 @@ def merge(
     """Put shards together: the numbers of one run on one machine, bit for bit."""
     from rich.console import Console
 
-    from layersweep.cli.output import parts_of, read_part, write_merged
+    from layersweep.report.files import write_report
+    from layersweep.report.store import load_results
     from layersweep.report.table import print_report
+    from layersweep.runs.files import writing
+    from layersweep.runs.folder import MANIFEST, parts_of, read_part, write_merged
     from layersweep.runs.merge import merge as merge_parts
 
     folders = [part for directory in directories for part in parts_of(directory)]
-    parts = [read_part(folder) for folder in folders]
+    parts = [read_part(folder, load_results) for folder in folders]
     merged = merge_parts(parts, command=command_line())
     if merged.missing:
         there = ", ".join(sorted({part.shard for part in parts}))
@@ -39,12 +42,14 @@ def merge(
             hint="name the folders of all shards; one that was stopped goes on with --resume",
         )
     if out is not None:
-        if (out / "manifest.json").exists():
+        if (out / MANIFEST).exists():
             raise InputError(
                 f"--out {out}: found a run there, needed a folder without one",
                 hint="name another folder",
             )
-        write_merged(out, merged, folders)
+        with writing(out, "merge again"):
+            write_merged(out, merged, folders)
+            write_report(out, merged.results)
     if json_output:
         sys.stdout.write(json.dumps(merged.results, allow_nan=False) + "\n")
     else:

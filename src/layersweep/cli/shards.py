@@ -14,6 +14,7 @@ from typing import Any
 
 from layersweep.cli.job import Job, compute
 from layersweep.errors import InputError
+from layersweep.runs.folder import MANIFEST, RESULTS, SHARDS, read_part, write_merged
 from layersweep.runs.shard import Shard
 
 Say = Callable[[str], None]
@@ -37,18 +38,18 @@ def in_shards(job: Job, shard: Shard) -> Job:
     """`job`, written to the folder of a shard."""
     assert job.out is not None
     check_counts(job.out, shard.of)
-    return replace(job, out=job.out / "shards" / shard.folder)
+    return replace(job, out=job.out / SHARDS / shard.folder)
 
 
 def check_counts(out: Path, of: int) -> None:
     """Raises InputError where `out` holds a run of another number of processes."""
-    if (out / "manifest.json").exists() and not (out / "shards").exists():
+    if (out / MANIFEST).exists() and not (out / SHARDS).exists():
         raise InputError(
             f"--out {out}: found a run of one process, needed a folder without, or one of {of}",
             hint="go on with that run on one device; or name another folder",
         )
     others = sorted(
-        {path.name.partition("-of-")[2] for path in (out / "shards").glob("*-of-*")} - {str(of)}
+        {path.name.partition("-of-")[2] for path in (out / SHARDS).glob("*-of-*")} - {str(of)}
     )
     if others:
         raise InputError(
@@ -63,20 +64,24 @@ def collect(job: Job, of: int, say: Say) -> dict[str, Any] | None:
     Returns None while a process has not come to its end, or not all tiles are done there: with
     --stop-after, OUT/results.json is then of status "partial".
     """
-    from layersweep.cli.output import lock, read_part, write_merged
-    from layersweep.report.store import RESULTS_FILE
+    from layersweep.report.files import write_report
+    from layersweep.report.store import load_results
+    from layersweep.runs.files import lock, writing
     from layersweep.runs.merge import merge
 
     assert job.out is not None
     folders = _folders(job.out, of)
-    handle = lock(job.out, wait=True)
+    handle = lock(job.out, say, wait=True)
     try:
-        there = [folder for folder in folders if (folder / RESULTS_FILE).is_file()]
+        there = [folder for folder in folders if (folder / RESULTS).is_file()]
         if len(there) < of:
             say(f"note: {len(there)} of {of} parts are at their end in {job.out}/shards")
             return None
-        merged = merge([read_part(folder) for folder in folders], command=job.command)
-        write_merged(job.out, merged, folders)
+        parts = [read_part(folder, load_results) for folder in folders]
+        merged = merge(parts, command=job.command)
+        with writing(job.out):
+            write_merged(job.out, merged, folders)
+            write_report(job.out, merged.results)
     finally:
         os.close(handle)
     if merged.missing:
@@ -90,15 +95,17 @@ def collect(job: Job, of: int, say: Say) -> dict[str, Any] | None:
 def keep_refusal(job: Job, of: int) -> None:
     """The results of a part whose gate failed are those of the whole run."""
     from layersweep.report.files import write_report
-    from layersweep.report.store import RESULTS_FILE, load_results
+    from layersweep.report.store import load_results
+    from layersweep.runs.files import writing
 
     assert job.out is not None
     for folder in _folders(job.out, of):
-        if (folder / RESULTS_FILE).is_file():
+        if (folder / RESULTS).is_file():
             results = load_results(folder)
             if results["status"] == "gate_failed":
-                write_report(job.out, {**results, "command": job.command})
+                with writing(job.out):
+                    write_report(job.out, {**results, "command": job.command})
 
 
 def _folders(out: Path, of: int) -> list[Path]:
-    return [out / "shards" / Shard(number + 1, of).folder for number in range(of)]
+    return [out / SHARDS / Shard(number + 1, of).folder for number in range(of)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -20,12 +21,14 @@ from layersweep.tasks.task import GeneratedTask
 
 @dataclass
 class Generated:
-    """A finished unit. `moved_bytes`: hidden states between devices, and caches to them."""
+    """A finished unit, which `began` then (time.monotonic). `moved_bytes`: hidden states between
+    devices, and caches to them."""
 
     tiles: list[Tile]
     record: SweepRecord
     sweeps: int
     moved_bytes: int
+    began: float
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ def generate_units(
     On several stages a thread per lane walks its unit through them; an engine is one's own while
     its layers are visited, so that lanes alternate.
     """
-    tokens, host = _Tokens(progress, generation.walks), HostTurn()
+    tokens, turn = _Tokens(progress, generation.walks), HostTurn()
     waiting: list[HostBuffer] = []  # where the caches of a finished unit were: pinned once
 
     def unit(number: int) -> Generated:
@@ -63,7 +66,7 @@ def generate_units(
             memory = cache_memory(generation.unit_cache_bytes, pin=pin, say=say)
         try:
             caches = KeptCaches(task.new_tokens, memory)
-            return _unit(engines, task, own, caches, its_lead, tokens, host)
+            return _unit(engines, task, own, caches, its_lead, tokens, turn)
         finally:  # every walk ends with the device, so that nothing reads it any more
             if memory:
                 waiting.append(memory)
@@ -129,9 +132,9 @@ def _unit(
     caches: KeptCaches,
     lead: Lead | None,
     tokens: _Tokens,
-    host: HostTurn,
+    turn: HostTurn,
 ) -> Generated:
-    whole, sweeps = SweepRecord(), 0
+    whole, sweeps, began = SweepRecord(), 0, time.monotonic()
     place = {tile.first: index for index, tile in enumerate(unit.tiles)}
 
     def run(rides: list[Tile], read: LogitsReader) -> None:
@@ -142,7 +145,7 @@ def _unit(
             (first.read if first and tile is first.tile else read)(tile, *what)  # type: ignore[arg-type]
 
         record = run_sweep(
-            engines[0], rides, reads, then=engines[1:], caches=caches, host=host,
+            engines[0], rides, reads, then=engines[1:], caches=caches, turn=turn,
             lead=first.tile if first else None, check=first.check if first else None,
             progress=tokens.sweep,
         )  # fmt: skip
@@ -151,4 +154,4 @@ def _unit(
         tokens.one()
 
     task.generate(run, unit.first)
-    return Generated(unit.tiles, whole, sweeps, whole.moved_bytes + caches.moved_bytes)
+    return Generated(unit.tiles, whole, sweeps, whole.moved_bytes + caches.moved_bytes, began)

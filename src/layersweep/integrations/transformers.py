@@ -77,11 +77,11 @@ class CodedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers has no 
         assert self.streams is not None
         keys, values = self.streams
         first, dtype = keys.tokens, key_states.dtype
-        keys.append(self._turn(key_states, first, back=True))
+        keys.append(self._rotate(key_states, first, back=True))
         values.append(value_states)
-        return self._turn(keys.decoded(dtype), 0, back=False), values.decoded(dtype)
+        return self._rotate(keys.decoded(dtype), 0, back=False), values.decoded(dtype)
 
-    def _turn(self, x_BHTD: Tensor, first: int, *, back: bool) -> Tensor:
+    def _rotate(self, x_BHTD: Tensor, first: int, *, back: bool) -> Tensor:
         """Rotate to the positions from `first` on, or back, in float32; also partial rotaries."""
         at = torch.arange(first, first + x_BHTD.shape[2], device=x_BHTD.device)[None]
         cos, sin = (table[0].float() for table in self.rotary(x_BHTD.float(), at))  # [T, R]

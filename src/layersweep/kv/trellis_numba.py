@@ -9,7 +9,7 @@ times slower (measured: 120 us instead of 11 for 16 vectors of 64 at 2^8 states)
 every row of 16 against overlapping arrays. Nothing here permits a fused multiply-add.
 
 Importing this imports numba; trellis_search does so at the first search. Compiled code is cached
-beside this file, or in the user's cache folder where that is not writable.
+beside this file, in the user's cache folder where that is not writable, or nowhere.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class _Step:
         return self.builder.shuffle_vector(one, empty, zeros)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True)
 def _best_state(cost, state):
     """Into state [W]: index of the lowest cost [S, W], the lowest index among equals."""
     for lane in range(LANES):
@@ -116,8 +116,14 @@ def search_of(bits: int) -> Search:
 
     u [D, N] float32 contiguous, table [S] float32, out [D, N] uint8: columns start to stop.
     """
+    try:
+        return _compiled(bits, on_disk=True)
+    except (RuntimeError, OSError):  # no folder for numba's cache, or it cannot be written
+        return _compiled(bits, on_disk=False)
 
-    @njit(nogil=True, cache=True)
+
+def _compiled(bits: int, *, on_disk: bool) -> Search:
+    @njit(nogil=True, cache=on_disk)
     def search(u, table, out, start, stop):
         dim, groups = u.shape[0], table.shape[0] >> bits
         half = dim // 2
@@ -165,5 +171,7 @@ def search_of(bits: int) -> Search:
                 for lane in range(used):
                     out[t - 1, first + lane] = state[lane] & ((1 << bits) - 1)
 
+    nothing = np.empty((0, 0), np.float32)
+    search(nothing, np.empty(0, np.float32), np.empty((0, 0), np.uint8), 0, 0)  # compiles it
     compiled: Search = search
     return compiled

@@ -6,7 +6,7 @@ the bits that fall out next, so they share their 2^k successors (g << k) | b: on
 serves all of them. The stream is a ring, s_(-1) = s_(D-1): pass 1 runs half a turn ahead and finds
 the L - k bits that go around the seam, pass 2 finds the best path that has them there.
 
-`search` runs the compiled loops where numba is installed and the oracle elsewhere. Both do the same
+`search` runs the compiled loops where numba works and the oracle elsewhere. Both do the same
 float32 operations in the same order, so they agree bit for bit: no fused multiply-add, the lowest
 index among equals.
 """
@@ -25,10 +25,29 @@ from torch import Tensor
 _PIECE = 512
 
 
-@cache
 def encoder_name() -> str:
-    """What searches on the CPU: "numba" or, where it is not installed, "torch"."""
-    return "numba" if find_spec("numba") else "torch"
+    """What searches on the CPU: "numba" or, where that cannot serve, "torch"."""
+    return "torch" if numba_refusal() else "numba"
+
+
+@cache
+def numba_refusal() -> str:
+    """Why numba cannot search here, "" where it can.
+
+    Installed is not enough: numba may lack its LLVM, not fit NumPy, or have its compiler turned
+    off. So it searches for a few vectors once, and has to agree with the oracle.
+    """
+    if find_spec("numba") is None:
+        return "numba is not installed"
+    table = torch.tensor([0.5, -1.5, 1.0, -0.25])
+    u_DN = torch.arange(34.0).reshape(2, 17).sin()
+    try:
+        found = _search_numba(u_DN, table, bits=1)
+    except Exception as failure:  # whatever a broken installation raises: it has no common base
+        return f"numba does not work: {type(failure).__name__}: {failure}"
+    if not torch.equal(found, search_oracle(u_DN, table, bits=1)):
+        return "numba does not work: its symbols differ from plain torch's"
+    return ""
 
 
 def search(u_DN: Tensor, table: Tensor, bits: int) -> Tensor:

@@ -26,10 +26,12 @@ from torch import Tensor
 from layersweep.errors import InputError
 from layersweep.kv.codec import Codec, Packed, check_input, join_tokens, role_bits
 from layersweep.kv.identity import Identity
+from layersweep.kv.methods import METHODS
 from layersweep.kv.packing import pack_bits, unpack_bits
 from layersweep.kv.rotate import max_rows, row_chunks
 from layersweep.kv.stream import Stream
 
+GROUPS = dict(METHODS["int4"].options)["group"]
 # Adding and subtracting it rounds a float32 below 2^22 to the nearest integer, halves to even;
 # torch.round does the same and wakes all of torch's threads for any size.
 ROUNDER = 1.5 * 2**23
@@ -56,7 +58,7 @@ class Uniform:
         self, x: Tensor, stream: Stream, positions: Tensor, mean: Tensor | None = None
     ) -> Packed:
         check_input(self, x, stream, mean)
-        check_groups(self, stream, int(self.group), "smaller groups: @group=32")
+        check_groups(self, stream, int(self.group), group_hint(stream.dim))
         return encode_tokens(x, role_bits(self, stream), int(self.group))
 
     def append(self, packed: Packed, x: Tensor, positions: Tensor) -> Packed:
@@ -87,6 +89,12 @@ class Untransformed(Identity):
 
     def decode(self, packed: Packed, positions: Tensor) -> Tensor:
         return packed.codes
+
+
+def group_hint(dim: int) -> str:
+    """What to ask for instead, where a group does not divide head size `dim`."""
+    fitting = [size for size in GROUPS if dim % int(size) == 0]
+    return f"@group={fitting[0]}" if fitting else "trellis:K4V4 and fp8 take this head size"
 
 
 def check_groups(codec: Codec, stream: Stream, size: int, hint: str) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 
 from layersweep.report.export import windows_csv
 from layersweep.report.html import write_html
-from layersweep.report.store import write_atomically, write_results
+from layersweep.report.store import write_results
+from layersweep.runs.files import write_atomically
 
 WINDOWS_FILE = "windows.csv"
 

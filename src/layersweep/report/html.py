@@ -10,7 +10,7 @@ from typing import Any
 from layersweep.report import figures, rows, text
 from layersweep.report.facts import run_facts
 from layersweep.report.parts import figure, how, scroll, section, table
-from layersweep.report.store import write_atomically
+from layersweep.runs.files import write_atomically
 
 Json = dict[str, Any]
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -13,11 +11,12 @@ from typing import Any
 import jsonschema
 
 from layersweep.errors import InputError
+from layersweep.runs.files import write_atomically
+from layersweep.runs.folder import MANIFEST, RESULTS, SHARDS
 
 Json = dict[str, Any]
 
 SCHEMA_NAME = "layersweep.results/1"
-RESULTS_FILE = "results.json"
 SHOWN_PROBLEMS = 5
 
 
@@ -29,7 +28,7 @@ def results_schema() -> Json:
     return schema
 
 
-def validate(results: Json, *, source: str = RESULTS_FILE) -> None:
+def validate(results: Json, *, source: str = RESULTS) -> None:
     """Raises InputError that names every place (the first 5) where `results` breaks the schema."""
     found = jsonschema.Draft202012Validator(results_schema()).iter_errors(results)
     problems = sorted(f"{_place(error.absolute_path)}: {_reason(error)}" for error in found)
@@ -48,32 +47,10 @@ def write_results(directory: Path, results: Json) -> Path:
     The file is in place before the check, so that a long run is never lost to it.
     Raises ValueError if a number is NaN or infinite, InputError if the schema is broken.
     """
-    path = directory / RESULTS_FILE
+    path = directory / RESULTS
     write_atomically(path, json.dumps(results, indent=1, allow_nan=False, ensure_ascii=False))
     validate(results, source=str(path))
     return path
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Readers see the old file or the new one, after a power failure, too: temporary file beside
-    it, fsync, rename, fsync of the folder. Text gets a newline at its end."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    data = content if isinstance(content, bytes) else f"{content}\n".encode()
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp gives 0600; a report is meant to be shown
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
 
 
 def load_results(location: Path) -> Json:
@@ -81,8 +58,13 @@ def load_results(location: Path) -> Json:
 
     Raises InputError when there is none, it is not JSON, or it does not follow the schema.
     """
-    path = location / RESULTS_FILE if location.is_dir() else location
+    path = location / RESULTS if location.is_dir() else location
     if not path.is_file():
+        if (location / MANIFEST).exists() or (location / SHARDS).exists():
+            raise InputError(
+                f"{location}: found no {RESULTS}, needed the folder of a run that came to its end",
+                hint="`layersweep eval` goes on with it: the same command with --resume",
+            )
         raise InputError(
             f"{path}: found no such file, needed the results of a run",
             hint="give the folder that `layersweep eval --out` wrote, or its results.json",

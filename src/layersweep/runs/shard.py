@@ -3,6 +3,7 @@ depends on how many there are. Arithmetic alone: nobody has to ask anybody."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -82,20 +83,39 @@ def shard_of_rank(environment: Mapping[str, str]) -> Shard | None:
         if names[0] not in environment or names[1] not in environment:
             continue
         rank, size, local_rank = (_whole(name, environment) for name in names)
+        _check_rank(names[0], rank, names[1], size)
         if size == 1:
             return None
         slurm = names is srun
         here = _tasks_here(environment) if slurm else _whole("LOCAL_WORLD_SIZE", environment)
+        here_name = "SLURM_STEP_TASKS_PER_NODE" if slurm else "LOCAL_WORLD_SIZE"
+        if here_name in environment:
+            _check_rank(names[2], local_rank, here_name, here)
         return Shard(rank + 1, size, local_rank, max(1, here), source=names[0])
     return None
 
 
+def _check_rank(name: str, rank: int, size_name: str, size: int) -> None:
+    if rank >= size:
+        raise InputError(
+            f"{name}: found '{rank}' with {size_name} {size}, needed a rank below that",
+            hint=f"unset {name}, or start with torchrun or srun",
+        )
+
+
 def _tasks_here(environment: Mapping[str, str]) -> int:
     """Of a srun step on this node: SLURM_STEP_TASKS_PER_NODE is "3(x2),1" for 3, 3 and 1."""
+    name = "SLURM_STEP_TASKS_PER_NODE"
+    text = environment.get(name, "1")
     counts: list[int] = []
-    for part in environment.get("SLURM_STEP_TASKS_PER_NODE", "1").split(","):
-        tasks, _, nodes = part.partition("(x")
-        counts += [int(tasks)] * int(nodes.rstrip(")") or 1)
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d{1,6})(?:\(x(\d{1,6})\))?", part)
+        if match is None:
+            raise InputError(
+                f"{name}: found '{text}', needed counts such as 3(x2),1",
+                hint=f"unset {name}, or start with srun",
+            )
+        counts += [int(match[1])] * int(match[2] or 1)
     return counts[min(_whole("SLURM_NODEID", environment), len(counts) - 1)]
 
 

@@ -10,6 +10,7 @@ is dequantized there.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -44,8 +45,9 @@ class Slot:
 class PlacedWeight:
     """One weight inside a block's arena.
 
-    `absmax` and the nested slots exist for quantized weights. `quantize` marks a float weight
-    that becomes plain NF4 (blocks of 64, float32 absmax) while it is read.
+    `absmax` and the nested slots exist for quantized weights. Two things are made while reading:
+    `quantize` marks a float weight that becomes plain NF4 (blocks of 64, float32 absmax), and
+    nested scales that start inside a nested block, which no kernel takes, become plain ones.
     """
 
     weight: Weight
@@ -125,7 +127,7 @@ def blocks_of(specs: Sequence[BlockSpec], layers: range) -> list[BlockSpec]:
 
 def read_bytes(weight: Weight) -> int:
     """Bytes read per visit: companions that were checked at opening are not read again."""
-    return weight.nbytes - (weight.quant.other_nbytes if weight.quant else 0)
+    return sum(tensor.nbytes for tensor in weight.stored)
 
 
 def _place(weight: Weight, end: int, quantize: bool) -> tuple[PlacedWeight, int]:
@@ -144,6 +146,9 @@ def _place(weight: Weight, end: int, quantize: bool) -> tuple[PlacedWeight, int]
     if weight.quant is None:
         return PlacedWeight(weight, data), end
     quant, nested = weight.quant, weight.quant.nested
+    if nested is not None and nested.skip:
+        absmax = slot(None, 4 * math.prod(quant.absmax.shape))
+        return PlacedWeight(weight, data, absmax), end
     absmax = slot(quant.absmax, quant.absmax.nbytes)
     if nested is None:
         return PlacedWeight(weight, data, absmax), end
@@ -173,10 +178,11 @@ class Block:
         assert placed.absmax is not None
         data = self._view(placed.data, torch.uint8)
         blocksize = 64 if quant is None else quant.blocksize
-        if quant is None or quant.nested is None:
+        if placed.nested_absmax is None:
             absmax = self._view(placed.absmax, torch.float32)
             return nf4.QuantizedTensor(data, absmax, blocksize, None)
-        assert placed.nested_absmax is not None and placed.nested_quant_map is not None
+        assert quant is not None and quant.nested is not None
+        assert placed.nested_quant_map is not None
         nested = nf4.NestedScales(
             self._view(placed.nested_absmax, torch.float32),
             self._view(placed.nested_quant_map, torch.float32),

@@ -72,16 +72,17 @@ class DeviceStage:
         self._courier.start()
 
     def stop(self) -> None:
-        """End the sweep, wherever it is, when all copies have ended."""
+        """End the sweep, wherever it is, when all copies have ended. The courier ends first: what
+        it gives back after the rings are cleared would be the next sweep's."""
         with self._changed:
             self._stop = True
             self._changed.notify_all()
-        self._stream.synchronize()
-        self.host.stop()
+        self.host.halt()
         if self._courier is not None:
             self._courier.join()
             self._courier = None
         torch.cuda.synchronize(self.device)
+        self.host.stop()
         self.stall_s += seconds_between(self._waits)
         self.copy_s += seconds_between(self._copies)
         self._waits.clear()

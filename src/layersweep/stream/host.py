@@ -136,11 +136,16 @@ class HostStage:
         )
         self._feeder.start()
 
-    def stop(self) -> None:
-        """End the sweep, wherever it is. No copy may read ring bytes any more."""
+    def halt(self) -> None:
+        """Nobody waits for ring bytes or for a run any more: `take` returns None from now on."""
         with self._changed:
             self._stop = True
             self._changed.notify_all()
+
+    def stop(self) -> None:
+        """End the sweep, wherever it is. The caller of `take` and `release` is done with both, and
+        no copy reads ring bytes any more."""
+        self.halt()
         if self._feeder is not None:
             self._feeder.join()
             self._feeder = None
@@ -161,10 +166,12 @@ class HostStage:
                 raise self._failure
             if self._stop:
                 return None
-            arrival = self._queue.popleft()
-            self._changed.notify_all()
+            arrival = self._queue[0]  # it stays there until it is read: `stop` waits for that
         for read in arrival.reads:
             read.result()
+        with self._changed:
+            self._queue.popleft()
+            self._changed.notify_all()
         if arrival.reads:
             self.reader.check(arrival.run, arrival.bytes)
             self.bytes_read += arrival.run.stored_bytes

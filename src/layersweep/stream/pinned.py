@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
 
 import torch
 from torch import Tensor
-
-from layersweep.probes import clear_cuda_error, cuda_runtime
 
 Register = Callable[[int, int], int]  # (address, bytes) -> CUDA error number, 0 for success
 
@@ -24,7 +24,8 @@ class HostBuffer:
     def __init__(self, nbytes: int) -> None:
         self._map = mmap.mmap(-1, max(nbytes, 1))
         if hasattr(mmap, "MADV_HUGEPAGE"):  # 512 times fewer page faults, faster registration
-            self._map.madvise(mmap.MADV_HUGEPAGE)
+            with suppress(OSError):  # advice, which some kernels do not take
+                self._map.madvise(mmap.MADV_HUGEPAGE)
         self.bytes: Tensor = torch.frombuffer(self._map, dtype=torch.uint8)[:nbytes]
         self.pinned = False
 
@@ -71,3 +72,18 @@ def _register(address: int, nbytes: int) -> int:
     if status:
         clear_cuda_error("cuda")
     return status
+
+
+def cuda_runtime() -> Any:
+    """The CUDA runtime library, as torch has loaded it."""
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
+
+
+def clear_cuda_error(device: str) -> None:
+    """A failed registration leaves its error behind, and the next kernel launch reports it as its
+    own; launching one here takes the error away."""
+    try:
+        torch.zeros(1, device=device)
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return

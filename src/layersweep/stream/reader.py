@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,8 +18,9 @@ from torch import Tensor
 
 from layersweep.checkpoint import nf4
 from layersweep.checkpoint.header import StoredTensor
+from layersweep.checkpoint.weights import Nested
 from layersweep.errors import CheckpointError, MachineError
-from layersweep.stream.blocks import STORED_DTYPES, BlockSpec, PlacedWeight
+from layersweep.stream.blocks import STORED_DTYPES, BlockSpec, PlacedWeight, Slot
 from layersweep.stream.runs import Run
 
 # Large enough that a disk streams and that few steps of Python are taken: each of them may hold up
@@ -59,7 +61,9 @@ class RunReader:
                     found.append(partial(self._read_quantized, placed, arena))
                     continue
                 for slot in placed.slots:
-                    assert slot.source is not None
+                    if slot.source is None:
+                        found.append(partial(self._read_nested_scales, placed, arena))
+                        continue
                     part = arena[slot.offset : slot.offset + slot.nbytes]
                     wanted += _cut(slot.source, part, piece)
         wanted.sort(key=lambda part: (part.source.file, part.offset))
@@ -81,7 +85,8 @@ class RunReader:
         lies behind the readers slows them (1.9 to 1.5 GB/s, seen).
         """
         if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._handle(file), 0, 0, os.POSIX_FADV_DONTNEED)
+            with suppress(OSError):  # advice, which some file systems do not take
+                os.posix_fadvise(self._handle(file), 0, 0, os.POSIX_FADV_DONTNEED)
         return 0
 
     def last_uses(self, runs: Sequence[Run]) -> dict[int, list[Path]]:
@@ -90,8 +95,7 @@ class RunReader:
         for run in runs:
             for block in run.blocks:
                 for placed in self.specs[block].weights.values():
-                    sources = (placed.weight.data, *(slot.source for slot in placed.slots))
-                    last.update({source.file: run.index for source in sources if source})
+                    last.update({source.file: run.index for source in placed.weight.stored})
         found: dict[int, list[Path]] = {}
         for file, index in last.items():
             found.setdefault(index, []).append(file)
@@ -136,6 +140,23 @@ class RunReader:
             bytes_made = made.reshape(-1).view(torch.uint8)
             arena[slot.offset : slot.offset + slot.nbytes].copy_(bytes_made)
         return source.nbytes
+
+    def _read_nested_scales(self, placed: PlacedWeight, arena: Tensor) -> int:
+        """Scales whose first lies inside a nested block, expanded to plain ones and checked."""
+        quant, slot = placed.weight.quant, placed.absmax
+        assert quant is not None and quant.nested is not None and slot is not None
+        sources = (quant.absmax, quant.nested.absmax, quant.nested.quant_map)
+        absmax, outer, table = (torch.empty(source.nbytes, dtype=torch.uint8) for source in sources)
+        for source, raw in zip(sources, (absmax, outer, table), strict=True):
+            self._read([_Range(source, source.offset, raw)])
+        outer, table = outer.view(torch.float32), table.view(torch.float32)
+        _check_nested(quant.nested, outer, table)
+        nested = quant.nested
+        scales = nf4.expand_absmax(
+            absmax, outer, table, nested.blocksize, nested.offset, nested.skip
+        )
+        arena[slot.offset : slot.offset + slot.nbytes].copy_(scales.view(torch.uint8))
+        return sum(source.nbytes for source in sources)
 
     def _handle(self, file: Path) -> int:
         with self._lock:
@@ -231,21 +252,26 @@ def _source_at(parts: Sequence[_Range], offset: int) -> StoredTensor:
 
 
 def _check_scales(placed: PlacedWeight, arena: Tensor) -> None:
+    def values(slot: Slot) -> Tensor:
+        return arena[slot.offset : slot.offset + slot.nbytes].view(torch.float32)
+
     quant = placed.weight.quant
-    assert quant is not None
-    slots = [(placed.nested_absmax, False), (placed.nested_quant_map, True)]
-    for slot, signed in slots if quant.nested else [(placed.absmax, False)]:
-        assert slot is not None
-        source = slot.source
-        assert source is not None
-        scales = arena[slot.offset : slot.offset + slot.nbytes].view(torch.float32)
-        nf4.check_scales(scales, file=source.file.name, tensor=source.name, signed=signed)
-    if quant.nested:
-        source = quant.nested.absmax
-        outer, table = (
-            arena[slot.offset : slot.offset + slot.nbytes].view(torch.float32)
-            for slot, _ in slots
-            if slot is not None
-        )
-        offset = quant.nested.offset
-        nf4.check_products(outer, table, offset, file=source.file.name, tensor=source.name)
+    assert quant is not None and placed.absmax is not None
+    if quant.nested is None:
+        source = quant.absmax
+        scales = values(placed.absmax)
+        nf4.check_scales(scales, file=source.file.name, tensor=source.name, signed=False)
+    elif placed.nested_absmax is not None and placed.nested_quant_map is not None:
+        outer, table = values(placed.nested_absmax), values(placed.nested_quant_map)
+        _check_nested(quant.nested, outer, table)
+
+
+def _check_nested(nested: Nested, outer: Tensor, table: Tensor) -> None:
+    """Raises CheckpointError for values that are not finite, or whose product is not."""
+    for source, values, signed in (
+        (nested.absmax, outer, False),
+        (nested.quant_map, table, True),
+    ):
+        nf4.check_scales(values, file=source.file.name, tensor=source.name, signed=signed)
+    source = nested.absmax
+    nf4.check_products(outer, table, nested.offset, file=source.file.name, tensor=source.name)

@@ -140,7 +140,7 @@ def temporary_bytes(config: ModelConfig, tiles: Sequence[TileShape], machine: Ma
         logits = 4 * per_branch * 4 * config.vocab_size
         most = max(most, attention + codecs, routing, logits)
     if not machine.cpu and not machine.kernels:  # products and float32 norms beside the scratch
-        rows = max(expert_piece(config, tile.rows, cpu=False) for tile in tiles)
+        rows = max((expert_piece(config, tile.rows, cpu=False) for tile in tiles), default=0)
         most += scratch_bytes(config, tiles, machine) + 16 * rows * config.hidden_size
     return most
 
@@ -150,7 +150,8 @@ def kept_bytes(config: ModelConfig, tiles: Sequence[TileShape], machine: Machine
     in it: exact keys and values that visit, keys as they are decoded (float32) and turned."""
     kv = config.num_key_value_heads * config.head_dim
     each = 4 * machine.element + 3 * 4
-    return max(tile.sequences_at_once * tile.longest * kv * each for tile in tiles)
+    keys = max((tile.sequences_at_once * tile.longest for tile in tiles), default=0)
+    return keys * kv * each
 
 
 def dense_bytes(config: ModelConfig, element: int) -> int:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Many
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from layersweep.checkpoint.config import ModelConfig
-from layersweep.errors import InputError, NoRoomTogether
+from layersweep.errors import NoRoomTogether
 from layersweep.generate.generation import Generation
 from layersweep.generate.plan import plan_generation, wants_layers_shared
 from layersweep.kv.arms import Arm
@@ -16,9 +16,9 @@ from layersweep.stream.plan import Plan, make_plan
 from layersweep.stream.rates import SWEEP_EFFICIENCY, MachineRates
 from layersweep.stream.shapes import Machine, tile_flops
 from layersweep.sweep.sequences import Tile
-from layersweep.sweep.shapes import tile_shape
+from layersweep.sweep.shapes import check_length, tile_shape
 from layersweep.tasks.registry import TASKS, asked
-from layersweep.tasks.settings import EvalSettings
+from layersweep.tasks.settings import SHORTEN, EvalSettings
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def forecast(
     config: ModelConfig,
     specs: list[BlockSpec],
     settings: EvalSettings,
-    arms: Many[Arm],
+    arms: Sequence[Arm],
     machine: MachineRates,
 ) -> Forecast:
     """Plan `settings`, whose segments are a number, on `machine`.
@@ -52,13 +52,7 @@ def forecast(
     Raises InputError or BudgetError for what cannot run there.
     """
     kinds = asked(settings)
-    longest = max(kind.task.longest(settings) for kind in kinds)
-    if longest > config.max_position_embeddings:
-        raise InputError(
-            f"context: found {longest} tokens, needed at most {config.max_position_embeddings}, "
-            "the model's limit",
-            hint="smaller --niah-context or --prefix",
-        )
+    check_length(config, max(kind.task.longest(settings) for kind in kinds), SHORTEN)
     swept = {kind.name: kind.task.placeholders(settings, arms) for kind in kinds}
     generated = {kind.name: swept.pop(kind.name) for kind in kinds if kind.generates(settings)}
     tiles = [tile for tiles in swept.values() for tile in tiles]
@@ -116,7 +110,7 @@ def _generation(
     config: ModelConfig,
     specs: list[BlockSpec],
     tiles: list[Tile],
-    arms: Many[Arm],
+    arms: Sequence[Arm],
     rates: MachineRates,
     place: Machine,
     *,

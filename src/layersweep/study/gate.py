@@ -22,11 +22,12 @@ from layersweep.checkpoint.problems import FileProblem
 from layersweep.checkpoint.strict_json import UnusableJson, parse_json
 from layersweep.errors import GateError, InputError
 from layersweep.kv.arms import EXACT
+from layersweep.study.gate_tokens import GateTokens
 from layersweep.sweep.loop import LayerHealth
-from layersweep.sweep.sequences import Branch, Sequence, Tile
+from layersweep.sweep.sequences import Branch, BranchedSequence, Tile
 from layersweep.text.windows import hash_ids
 
-HALF = 256
+COPY = 256  # tokens, less where the model's limit is below 512
 COPY_GAIN = 0.5
 # Nats that a scale of all logits may gain: training leaves them where they predict best, but text
 # of an unknown kind makes a model too sure (words in random order: 0.23 by halving).
@@ -76,16 +77,13 @@ class Gate:
     def __init__(
         self,
         config: ModelConfig,
-        ids: list[int],
-        bos: int | None,
+        tokens: GateTokens,
         card: Card | None,
         *,
         half: bool = False,
     ) -> None:
-        lead = [] if bos is None else [bos]
-        once = [*lead, *ids][:HALF]
-        self.config, self.half = config, half
-        self.ids = tuple(once + once)
+        self.config, self.tokens, self.half = config, tokens, half
+        self.ids = tuple(tokens.ids + tokens.ids)
         self.tokens_sha = hash_ids(self.ids)
         known = card is not None and card.tokens_sha == self.tokens_sha
         self.card = card if known else None
@@ -95,10 +93,11 @@ class Gate:
 
     def tile(self) -> Tile:
         branch = Branch(EXACT, self.ids, (0, len(self.ids) - 1))
-        return Tile(NAME, (Sequence((), (branch,)),))
+        return Tile(NAME, (BranchedSequence((), (branch,)),))
 
     def check_layer(self, health: LayerHealth) -> None:
-        """Finite everywhere, and a router that sends tokens to different places."""
+        """Finite everywhere, and a router that sends tokens to different places, where it has a
+        choice."""
         layer, limit = health.layer, float(self.config.num_experts_per_tok)
         self.experts_used.append(health.experts_used)
         largest = health.largest
@@ -113,6 +112,8 @@ class Gate:
                 f"layer {layer}: hidden states reach {largest:.0f}, float16 ends at 65504",
                 "--dtype bfloat16 or float32",
             )
+        if limit >= self.config.num_local_experts:
+            return
         self._require(
             Check("experts used", health.experts_used > limit, health.experts_used, limit, layer),
             f"layer {layer}: {health.experts_used} distinct experts for {len(self.ids)} tokens, "
@@ -142,9 +143,10 @@ class Gate:
             f"the text's NLL is {first:.3f} nats, needed below {limit:.3f} = ln(vocabulary) - 1",
             "the model predicts no better than chance: wrong tokenizer, or damaged weights",
         )
+        gain, needed = first - second, min(COPY_GAIN, first - COPY_GAIN)  # of a text known by heart
         self._require(
-            Check("copy gain", first - second >= COPY_GAIN, first - second, COPY_GAIN),
-            f"a repeated text is only {first - second:.3f} nats easier, needed {COPY_GAIN}",
+            Check("copy gain", gain >= needed, gain, needed),
+            f"a repeated text is only {gain:.3f} nats easier, needed {needed:.3g}",
             "attention does not find the first copy: check rope_theta and the layers' norms",
         )
         for scale, allowed in SCALE_GAINS.items():

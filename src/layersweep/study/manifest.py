@@ -6,15 +6,20 @@ Budgets are not in it: where weights wait and how many sweeps it takes changes n
 from __future__ import annotations
 
 import hashlib
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 
+import layersweep
 from layersweep.environment import device_facts, versions
 from layersweep.study.results import METRICS_VERSION
 from layersweep.study.study import Study
 
 SCHEMA = "layersweep.manifest/1"
+PACKAGE = Path(layersweep.__file__).parent
+CODE = (".py", ".cu", ".cuh", ".safetensors")
 
 
 def manifest_of(study: Study) -> dict[str, Any]:
@@ -37,10 +42,26 @@ def manifest_of(study: Study) -> dict[str, Any]:
         "router-dtype": model.router_dtype,
         "paths": vars(model.paths),
         "device": device["name"] if not model.cpu else f"{device['name']}, {threads} threads",
-        "layersweep": [found.get("layersweep"), found.get("git")],
+        "layersweep": found.get("layersweep"),
+        "code sha256": code_sha256(PACKAGE),
         "torch": found.get("torch"),
         "cuda": found.get("cuda"),
     }
+
+
+@cache
+def code_sha256(package: Path) -> str:
+    """sha256 over what computes: names and bytes of the package's code and tables.
+
+    Not the commit: git may be absent or refuse to answer, and a page of docs changes no number.
+    """
+    hashed = hashlib.sha256()
+    files = (path for path in package.rglob("*") if path.suffix in CODE)
+    for name, path in sorted((path.relative_to(package).as_posix(), path) for path in files):
+        if not name.startswith("demo/"):  # a model and a text, which have hashes of their own
+            hashed.update(f"{name}\0{path.stat().st_size}\0".encode())
+            hashed.update(path.read_bytes())
+    return hashed.hexdigest()
 
 
 def _tokens_sha256(study: Study) -> str:

@@ -15,7 +15,7 @@ from layersweep.study.gate import Check
 from layersweep.study.study import Study, prepare_study
 from layersweep.sweep.loop import run_sweep
 from layersweep.sweep.model import Model
-from layersweep.sweep.sequences import Sequence, Tile
+from layersweep.sweep.sequences import BranchedSequence, Tile
 from layersweep.tasks.settings import EvalSettings
 
 
@@ -77,7 +77,9 @@ def first_layers(model: Model, layers: int) -> Model:
     return replace(model, checkpoint=shallow, specs=specs)
 
 
-def _check_finite(tile: Tile, number: int, sequence: Sequence, logits: list[Tensor]) -> None:
+def _check_finite(
+    tile: Tile, number: int, sequence: BranchedSequence, logits: list[Tensor]
+) -> None:
     if not torch.isfinite(logits[0]).all():
         raise GateError(
             "rehearsal: the head's logits are not finite, needed finite ones",
@@ -85,5 +87,5 @@ def _check_finite(tile: Tile, number: int, sequence: Sequence, logits: list[Tens
         )
 
 
-def _tokens(sequence: Sequence) -> int:
+def _tokens(sequence: BranchedSequence) -> int:
     return len(sequence.prefix) + max(len(branch.ids) for branch in sequence.branches)

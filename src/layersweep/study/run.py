@@ -22,7 +22,7 @@ from layersweep.study.shrink import KEPT, of_the_host, out_of_memory, shrink
 from layersweep.study.sizing import gemm_rate
 from layersweep.study.study import Study, tile_key
 from layersweep.sweep.loop import Engine, Progress, SweepRecord, run_sweep
-from layersweep.sweep.sequences import Sequence, Tile
+from layersweep.sweep.sequences import BranchedSequence, Tile
 
 Finished = Callable[[FinishedSweep], None]
 
@@ -49,8 +49,8 @@ class Outcome:
 
 
 class TimeLimit:
-    """Ends a run between sweeps: none is begun that would end late if it took as long as the
-    longest so far. The first one always is.
+    """Ends a run between sweeps or units: none is begun that would end late if it took as long as
+    the longest so far. The first one always is.
 
     `seconds` from `began` (time.monotonic) on.
     """
@@ -58,15 +58,16 @@ class TimeLimit:
     def __init__(self, seconds: float, began: float | None = None) -> None:
         self.seconds = seconds
         self.began = time.monotonic() if began is None else began
-        self.longest, self._last, self.reached = 0.0, time.monotonic(), False
+        self.longest, self.reached = 0.0, False
 
     def allows_another(self) -> bool:
-        now = self._last = time.monotonic()
-        self.reached = self.longest > 0 and now + self.longest > self.began + self.seconds
+        late = time.monotonic() + self.longest > self.began + self.seconds
+        self.reached = self.longest > 0 and late
         return not self.reached
 
-    def took_one(self) -> None:
-        self.longest = max(self.longest, time.monotonic() - self._last)
+    def took_one(self, began: float) -> None:
+        """One that `began` then (time.monotonic) is done."""
+        self.longest = max(self.longest, time.monotonic() - began)
 
 
 @dataclass
@@ -230,6 +231,7 @@ def _sweep_tiles(
     for number, sweep in enumerate(study.plan.sweeps):
         if not listeners.limit.allows_another():
             return
+        began = time.monotonic()
         some = [tiles[index] for index in sweep if index >= len(lead)]
         first = number == 0 and bool(lead)
         record = run_sweep(
@@ -242,10 +244,12 @@ def _sweep_tiles(
         )
         outcome.sweeps += bool(some)
         outcome.gate_sweeps += not some
-        _finish(study, some, record, listeners)
+        _finish(study, some, record, listeners, began)
 
 
-def _read(study: Study, tile: Tile, number: int, sequence: Sequence, logits: list[Tensor]) -> None:
+def _read(
+    study: Study, tile: Tile, number: int, sequence: BranchedSequence, logits: list[Tensor]
+) -> None:
     for task in study.tasks:
         if task.name == tile.name:
             task.read(tile, number, sequence, logits)
@@ -273,10 +277,12 @@ def _generate(
     for unit in units:
         outcome.sweeps += unit.sweeps
         outcome.moved_bytes += unit.moved_bytes
-        _finish(study, unit.tiles, unit.record, listeners)
+        _finish(study, unit.tiles, unit.record, listeners, unit.began)
 
 
-def _finish(study: Study, tiles: list[Tile], record: SweepRecord, listeners: Listeners) -> None:
+def _finish(
+    study: Study, tiles: list[Tile], record: SweepRecord, listeners: Listeners, began: float
+) -> None:
     """The numbers of `tiles` are complete: they are kept. A sweep of the gate alone is kept once,
     and is no progress that a limit may end a run behind."""
     finished = _take(study, tiles, record)
@@ -286,7 +292,7 @@ def _finish(study: Study, tiles: list[Tile], record: SweepRecord, listeners: Lis
     if news:
         listeners.finished_sweep(finished)
     if tiles:
-        listeners.limit.took_one()
+        listeners.limit.took_one(began)
 
 
 def _take(study: Study, tiles: list[Tile], record: SweepRecord) -> FinishedSweep:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import product
 from typing import cast
 
 import torch
@@ -19,26 +18,29 @@ from layersweep.errors import Fallback, InputError
 from layersweep.generate.generation import Generation
 from layersweep.generate.plan import plan_generation
 from layersweep.kv.arms import Arm, parse_arms
-from layersweep.kv.codec import check_stream
 from layersweep.kv.stream import keys_and_values
+from layersweep.kv.trellis_search import numba_refusal
 from layersweep.runs.finished import FinishedSweep
 from layersweep.runs.record import Record, TileKey
 from layersweep.runs.shard import WHOLE, Shard
 from layersweep.stream.plan import Plan
-from layersweep.study.gate import Card, Gate
+from layersweep.study.fitting import fitting_arms
+from layersweep.study.gate import COPY, Card, Gate
+from layersweep.study.gate_tokens import choose_tokens
 from layersweep.study.meter import Meter
 from layersweep.study.sizing import gemm_rate, sized_plan
 from layersweep.sweep.loop import Engine
 from layersweep.sweep.model import Model
 from layersweep.sweep.sequences import Tile
+from layersweep.sweep.shapes import check_length, length_limit
 from layersweep.tasks.registry import asked
-from layersweep.tasks.settings import EvalSettings
+from layersweep.tasks.settings import SHORTEN, EvalSettings
 from layersweep.tasks.task import GeneratedTask, Source, Task
 from layersweep.text.source import SourceText, load_text
 from layersweep.text.tokenizer import TextTokenizer, check_ids
 from layersweep.text.windows import resolve_bos
 
-SLOW = "on a CPU it needs numba; on a GPU kernels are for 1 to 4 bits and need NVRTC"
+SLOW_ON_GPU = "its kernels are for 1 to 4 bits and need NVRTC"
 
 
 @dataclass
@@ -48,8 +50,8 @@ class Study:
     `tiles` are all of the study; this process computes those of its `shard`. `plan` is for the
     sweeps that are left, behind those that are `done`; of these, an earlier process computed
     `resumed`. `generation` is how answers are generated, on `models`; `plan` is that of its first
-    stage where nothing else is left. `gate_passed`: in this process. `gemm_flops`: FLOP/s, where it
-    has been measured.
+    stage where nothing else is left. `left_out`: arms of `all` that do not fit. `gate_passed`: in
+    this process. `gemm_flops`: FLOP/s, where it has been measured.
     """
 
     model: Model
@@ -63,6 +65,7 @@ class Study:
     tiles: list[Tile]
     shard: Shard
     plan: Plan
+    left_out: list[Fallback]
     generation: Generation | None = None
     gemm_flops: float | None = None
     done: FinishedSweep = field(default_factory=lambda: FinishedSweep([]))
@@ -196,12 +199,17 @@ class Study:
         notes = self.tokenizer.notes
         found = [Fallback("tokenizer", "tokenizer.json", "see why", note) for note in notes]
         device = self.model.compute.device
-        found += [
-            Fallback(f"encoder of {arm.name}", "a compiled search", "plain torch, slower", SLOW)
+        slow = [
+            arm.name
             for arm in self.arms
             if arm.method == "trellis" and arm.encoder_on(device) == "torch"
         ]
-        return [*found, *self.model.compute.fallbacks]
+        if slow:
+            why = numba_refusal() if device.type == "cpu" else SLOW_ON_GPU
+            wanted, used = "a compiled search", "plain torch, slower"
+            found += [Fallback(f"encoder of {name}", wanted, used, why) for name in slow]
+        gate = self.gate.tokens.fallbacks if self.gate else ()
+        return [*self.left_out, *found, *gate, *self.model.compute.fallbacks]
 
     def open(self, say: Callable[[Fallback], None] = lambda fallback: None) -> list[Engine]:
         """Take the memory of what comes next; close it when results are in place, since giving back
@@ -239,28 +247,28 @@ def prepare_study(
             hint="--kv K3V2,K4V2",
         )
     streams = keys_and_values(config.num_key_value_heads, config.head_dim)
-    for arm, stream in product(arms, streams):
-        if arm.codec is not None:
-            check_stream(arm.codec, stream, model.compute.device, model.compute.dtype)
+    arms, left_out = fitting_arms(arms, streams, model.compute.device, model.compute.dtype)
     tokenizer = TextTokenizer.load(model.checkpoint.folder)
     text = load_text(settings.text, model.checkpoint.source)
     bos_id = resolve_bos(tokenizer, settings.bos)
     source = Source(settings, text.text, tokenizer, arms, config, model.compute)
     kinds = [] if settings.gate == "only" else asked(settings)
+    longest = max((kind.task.longest(settings) for kind in kinds), default=0)
+    check_length(config, longest, SHORTEN)
     tasks = [kind.task.prepare(source) for kind in kinds]
     gate = None
     if settings.gate != "off" and shard.has_gate:
-        ids = tokenizer.encode(text.text[:8192])
-        check_ids([*([] if bos_id is None else [bos_id]), *ids], config.vocab_size)
+        count = min(COPY, length_limit(config)[0] // 2)
+        tokens = choose_tokens(text.text, tokenizer, bos_id, count)
+        check_ids(tokens.ids, config.vocab_size)
         half = model.compute.dtype == torch.float16
-        gate = Gate(config, ids, bos_id, Card.beside(model.checkpoint.folder), half=half)
+        gate = Gate(config, tokens, Card.beside(model.checkpoint.folder), half=half)
     lead = [gate.tile()] if gate else []
     tiles = [tile for task in tasks for tile in task.tiles()]
-    _check_sliding_window(config.sliding_window, [*lead, *tiles])
     gemm_flops = gemm_rate(model) if kept else None
     study = Study(
         model, settings, text, tokenizer, arms, bos_id, tasks, gate, tiles,
-        shard, model.plan(lead), gemm_flops=gemm_flops,
+        shard, model.plan(lead), left_out, gemm_flops=gemm_flops,
     )  # fmt: skip
     study.plan_rest()
     return study
@@ -283,14 +291,3 @@ def _plan(model: Model, lead: list[Tile], tiles: list[Tile], gemm_flops: float |
     if gemm_flops is None or not tiles:
         return plan_of(1)
     return sized_plan(plan_of, len(tiles), model.compute.device.type, gemm_flops)
-
-
-def _check_sliding_window(window: int | None, tiles: list[Tile]) -> None:
-    """Attention here sees the whole past: a sliding window may not be shorter than that."""
-    longest = max((s.longest for tile in tiles for s in tile.sequences), default=0)
-    if window is not None and longest > window:
-        raise InputError(
-            f"config.json: found sliding_window {window}, needed at least {longest}, the longest "
-            "sequence, or none",
-            hint=f"smaller --prefix and --niah-context: up to {window} tokens",
-        )

@@ -8,8 +8,7 @@ to; prefixes as their arms store them, what follows exactly:
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Sequence as Many
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -68,7 +67,7 @@ class KeptCaches:
             self._layers[at] = KeptLayer(self.tile(tile), self)
         return self._layers[at]
 
-    def zeros(self, shape: Many[int], like: Tensor) -> Tensor:
+    def zeros(self, shape: Sequence[int], like: Tensor) -> Tensor:
         """Memory that is kept, of the kind of `like`."""
         if not self._memory:
             return torch.zeros(shape, dtype=like.dtype, device=like.device)
@@ -177,7 +176,9 @@ class KeptLayer:
     question: Tensor = field(default_factory=lambda: torch.empty(0))
     generated: Tensor = field(default_factory=lambda: torch.empty(0))
 
-    def keep(self, group: Group, prefix: Many[Streams], own: Many[Pair], at_once: int) -> None:
+    def keep(
+        self, group: Group, prefix: Sequence[Streams], own: Sequence[Pair], at_once: int
+    ) -> None:
         """A group's prefix (none where that is empty) and own tokens, of each arm. Copies them.
 
         The groups of a tile come in order; those that are `at_once` sequences together are joined.
@@ -221,7 +222,7 @@ class KeptLayer:
         return self.memory.on(device, self.question), self.memory.on(device, self.generated)
 
 
-def _joined(parts: Many[Part]) -> Part | None:
+def _joined(parts: Sequence[Part]) -> Part | None:
     """Consecutive parts as one; None where the streams of an arm cannot be."""
     joined: Joined = {}
     streams: list[Streams] = []
@@ -236,7 +237,7 @@ def _joined(parts: Many[Part]) -> Part | None:
     return Part(rows, max(part.length for part in parts), streams)
 
 
-def _moved(streams: Many[Streams], move: Callable[[Tensor], Tensor]) -> list[Streams]:
+def _moved(streams: Sequence[Streams], move: Callable[[Tensor], Tensor]) -> list[Streams]:
     """Streams of several arms elsewhere; what they share is moved once, and decoded once."""
     moved: Moved = {}
     return [(keys.moved(move, moved), values.moved(move, moved)) for keys, values in streams]

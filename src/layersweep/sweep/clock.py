@@ -27,10 +27,10 @@ class PhaseClock:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        self._turn()
+        self._switch()
         self._open.append(name)
         yield  # what fails is not timed: a device that fails takes no more marks
-        self._turn()
+        self._switch()
         self._open.pop()
 
     def seconds(self) -> dict[str, float]:
@@ -42,7 +42,7 @@ class PhaseClock:
         self._spans.clear()
         return dict(self._seconds)
 
-    def _turn(self) -> None:
+    def _switch(self) -> None:
         """What was measured so far ends here, and something else begins."""
         now = time.perf_counter() if self._device.type == "cpu" else mark(self._device)
         if self._open:

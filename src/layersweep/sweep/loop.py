@@ -9,8 +9,7 @@ device anyway: a broken model stops there.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from collections.abc import Sequence as Many
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
@@ -28,7 +27,7 @@ from layersweep.sweep.clock import PhaseClock
 from layersweep.sweep.context import LayerContext
 from layersweep.sweep.dense import DenseWeights
 from layersweep.sweep.experts import visit_expert
-from layersweep.sweep.sequences import Sequence, Tile
+from layersweep.sweep.sequences import BranchedSequence, Tile
 from layersweep.sweep.state import Routing, TileState, read_rows
 from layersweep.sweep.turn import HostTurn
 
@@ -52,7 +51,7 @@ class _Left:
     largest_and_spread: Tensor
 
 
-LogitsReader = Callable[[Tile, int, Sequence, list[Tensor]], None]
+LogitsReader = Callable[[Tile, int, BranchedSequence, list[Tensor]], None]
 LayerCheck = Callable[[LayerHealth], None]
 Progress = Callable[[str, int, int], None]
 
@@ -90,7 +89,7 @@ class Engine:
     """What sweeps of one model share: where blocks come from, and memory to compute in.
 
     `layers`: those that this engine holds, all by default; the first one's has the embedding, too,
-    and the last one's the head. `turn`: whose sweep is using it.
+    and the last one's the head.
     """
 
     def __init__(
@@ -103,14 +102,14 @@ class Engine:
     ) -> None:
         self.config, self.store, self.compute = config, store, compute
         self.layers = layers or range(config.num_hidden_layers)
-        self.turn = threading.Lock()
+        self._visiting = threading.Lock()
         self.weights = DenseWeights(config, compute)
         self.scratch = Scratch(scratch_bytes, compute.device)
 
     @contextmanager
     def visited(self) -> Iterator[None]:
-        """One walk over this engine's blocks; other sweeps wait for their turn."""
-        with self.turn:
+        """One walk over this engine's blocks; other sweeps wait until it is left."""
+        with self._visiting:
             if not self.compute.cpu:
                 torch.cuda.set_device(self.compute.device)
             with self.store.sweep():
@@ -125,11 +124,11 @@ def run_sweep(
     tiles: list[Tile],
     read_logits: LogitsReader,
     *,
-    then: Many[Engine] = (),
+    then: Sequence[Engine] = (),
     lead: Tile | None = None,
     check: LayerCheck | None = None,
     caches: KeptCaches | None = None,
-    host: HostTurn | None = None,
+    turn: HostTurn | None = None,
     progress: Progress = lambda phase, done, total: None,
 ) -> SweepRecord:
     """Visit every block once with all `tiles`, on `engine`, and `then` on those that hold the later
@@ -139,9 +138,9 @@ def run_sweep(
     called once per sequence at the end; the logits are gone when it returns. `check` sees the
     lead tile of each layer, once the next one's attention is done, and may raise. With `caches`,
     keys and values of `tiles` (of one name) are kept between sweeps. Sweeps that run at once, each
-    in a thread, have one `host`.
+    in a thread, share one `turn`.
     """
-    record, host = SweepRecord(), host or HostTurn()
+    record, turn = SweepRecord(), turn or HostTurn()
     config = engine.config
     width = config.num_attention_heads * config.head_dim
     groups = [
@@ -154,16 +153,17 @@ def run_sweep(
         for stage in (engine, *then):
             # the next engine is entered before this one is left: no tile waits between them,
             # where it would take the memory of the next
-            turn = leave.enter_context(ExitStack())
-            turn.enter_context(stage.visited())
-            with host:
-                sweep = _Sweep(stage, record, caches, visits, every, host)
+            visit = leave.enter_context(ExitStack())
+            visit.enter_context(stage.visited())
+            with turn:
+                sweep = _Sweep(stage, record, caches, visits, every, turn)
                 if stage.layers[0] == 0:
                     sweep.embed(every)
                 else:
                     record.moved_bytes += sum(state.move(stage.compute.device) for state in every)
-                before.close()
-                before = turn
+            before.close()  # joins threads and waits for the device: others launch meanwhile
+            before = visit
+            with turn:
                 for layer in stage.layers:
                     sweep.visit_layer(layer, groups[0], groups[1], check)
                 sweep.report(check)
@@ -199,9 +199,9 @@ class _Sweep:
         caches: KeptCaches | None,
         visited: _Visits,
         states: list[TileState],
-        host: HostTurn,
+        turn: HostTurn,
     ) -> None:
-        self.visited, self.host = visited, host
+        self.visited, self.turn = visited, turn
         self.config, self.store, self.compute = engine.config, engine.store, engine.compute
         self.weights, self.scratch = engine.weights, engine.scratch
         self.record, self.caches = record, caches
@@ -236,7 +236,7 @@ class _Sweep:
         with self.clock.phase("attention"):
             self._attend(layer, rest, self.caches, self.visited)
             self.store.release(first)
-            with self.host.away():  # the one place in a layer where the host waits for the device
+            with self.turn.away():  # the one place in a layer where the host waits for the device
                 Routing.settle([state.routing for state in (*lead, *rest) if state.routing])
         self.report(check)
         with self.clock.phase("experts"):
@@ -258,9 +258,9 @@ class _Sweep:
             state.routing = state.router_logits = None
 
     def _block(self, index: int) -> Block:
-        if not self.store.waits_for(index):  # no turn is handed over for nothing
+        if not self.store.waits_for(index):  # the turn is not handed over for nothing
             return self.store.get(index)
-        with self.host.away():
+        with self.turn.away():
             return self.store.get(index)
 
     def _attend(

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Sequence as Many
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -17,14 +16,13 @@ from layersweep.errors import Fallback, InputError
 from layersweep.kv.arms import EXACT
 from layersweep.model.compute import Compute, choose_compute
 from layersweep.model.ops import CudaOps
-from layersweep.notebook import tell_fallback
 from layersweep.stream.blocks import BlockSpec, block_specs, blocks_of
 from layersweep.stream.plan import Plan, make_plan
 from layersweep.stream.shapes import Machine, TileShape, tile_flops
 from layersweep.stream.store import BlockStore
 from layersweep.sweep.loop import Engine, LogitsReader, run_sweep
-from layersweep.sweep.sequences import Branch, Sequence, Tile, tiles_of
-from layersweep.sweep.shapes import tile_shape
+from layersweep.sweep.sequences import Branch, BranchedSequence, Tile, tiles_of
+from layersweep.sweep.shapes import check_length, tile_shape
 from layersweep.units import format_bytes
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -47,7 +45,7 @@ class Model:
 
     `context_bytes`: device memory that CUDA itself holds, part of the `vram` budget. `sharers`:
     processes on this host that read the same files, `ram` is the share of one. `beside`: the same
-    on further devices, for generation.
+    on further devices, for generation. `say`: who is told of a fallback while it is used.
     """
 
     checkpoint: Checkpoint
@@ -60,6 +58,7 @@ class Model:
     context_bytes: int = 0
     sharers: int = 1
     beside: tuple[Model, ...] = ()
+    say: Callable[[Fallback], None] = field(default=lambda fallback: None, compare=False)
 
     def __repr__(self) -> str:
         """What it is, how it is computed, and what it may take: a line each."""
@@ -114,7 +113,7 @@ class Model:
         config = self.checkpoint.config
         return tile_shape(tile, config.num_attention_heads * config.head_dim)
 
-    def plan(self, tiles: Many[Tile], at_least: int = 1) -> Plan:
+    def plan(self, tiles: Sequence[Tile], at_least: int = 1) -> Plan:
         """Where `tiles` and weights go, in `at_least` sweeps if there are so many tiles. Raises
         BudgetError for what cannot fit."""
         shapes = [self.shape(tile) for tile in tiles]
@@ -151,11 +150,12 @@ class Model:
             undo.pop_all()
         return engine
 
-    def score(self, sequences: Many[Many[int]]) -> list[Tensor]:
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
         """Log-probability of every token but the first, float32 [len - 1] per sequence.
 
         One sweep over the weights for any number of sequences that fit the budget. Raises
-        InputError for a sequence shorter than 2 tokens or with an id beyond the vocabulary.
+        InputError for a sequence shorter than 2 tokens or longer than the model's limit, and for
+        an id beyond the vocabulary.
         """
         config = self.checkpoint.config
         for index, ids in enumerate(sequences):
@@ -165,11 +165,16 @@ class Model:
                     f"2 or more ids from 0 to {config.vocab_size - 1}",
                     hint="tokenize with this model's own tokenizer",
                 )
-        rides = [Sequence((), (Branch(EXACT, tuple(ids), (0, len(ids) - 1)),)) for ids in sequences]
+        longest = max((len(ids) for ids in sequences), default=0)
+        check_length(config, longest, "cut it into pieces")
+        rides = [
+            BranchedSequence((), (Branch(EXACT, tuple(ids), (0, len(ids) - 1)),))
+            for ids in sequences
+        ]
         tiles = tiles_of("score", rides, SCORE_TILE)
         scores: list[Tensor] = [torch.empty(0)] * len(rides)
 
-        def read(tile: Tile, number: int, sequence: Sequence, logits: list[Tensor]) -> None:
+        def read(tile: Tile, number: int, sequence: BranchedSequence, logits: list[Tensor]) -> None:
             target = torch.tensor(sequence.branches[0].ids[1:], device=logits[0].device)
             chosen = logits[0].log_softmax(-1).gather(1, target[:, None])[:, 0]
             scores[tile.first + number] = chosen.cpu()
@@ -180,7 +185,7 @@ class Model:
     def run(self, tiles: list[Tile], read: LogitsReader) -> None:
         """Sweep `tiles` in as many sweeps as the budget needs."""
         plan = self.plan(tiles)
-        engine = self.open(plan, tell_fallback)
+        engine = self.open(plan, self.say)
         try:
             for sweep in plan.sweeps:
                 run_sweep(engine, [tiles[index] for index in sweep], read)

@@ -41,7 +41,7 @@ class Branch:
 
 
 @dataclass(frozen=True)
-class Sequence:
+class BranchedSequence:
     """A prefix (possibly empty) and the branches that continue it.
 
     `past` is the number of tokens that earlier sweeps left in this sequence's cache: 0 in an
@@ -72,7 +72,7 @@ class Sequence:
 class Group:
     """Consecutive sequences of equal shape: rows [start, start + count * rows_each)."""
 
-    sequences: tuple[Sequence, ...]
+    sequences: tuple[BranchedSequence, ...]
     first: int
     start: int
 
@@ -93,7 +93,7 @@ class Tile:
     """
 
     name: str
-    sequences: tuple[Sequence, ...]
+    sequences: tuple[BranchedSequence, ...]
     first: int = 0
 
     @cached_property
@@ -125,7 +125,7 @@ class Tile:
         return groups
 
 
-def tiles_of(name: str, sequences: list[Sequence], size: int) -> list[Tile]:
+def tiles_of(name: str, sequences: list[BranchedSequence], size: int) -> list[Tile]:
     """Cut sequences into tiles of `size`; the last may be smaller."""
     cuts = range(0, len(sequences), size)
     return [Tile(name, tuple(sequences[cut : cut + size]), cut) for cut in cuts]

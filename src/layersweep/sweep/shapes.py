@@ -1,10 +1,35 @@
-"""Tiles as the planner sees them: sizes alone."""
+"""Tiles as the planner sees them: sizes alone. And how long a sequence may be."""
 
 from __future__ import annotations
 
+from layersweep.checkpoint.config import ModelConfig
+from layersweep.errors import InputError
 from layersweep.stream.shapes import TileShape
-from layersweep.sweep.sequences import Sequence, Tile
+from layersweep.sweep.sequences import BranchedSequence, Tile
 from layersweep.sweep.state import attention_batch
+
+
+def length_limit(config: ModelConfig) -> tuple[int, str]:
+    """Most tokens of a sequence, and the field of config.json that says so.
+
+    Attention here sees the whole past, so that a sliding window may not be shorter than that.
+    """
+    limits = [(config.max_position_embeddings, "max_position_embeddings")]
+    if config.sliding_window is not None:
+        limits.append((config.sliding_window, "sliding_window"))
+    return min(limits)
+
+
+def check_length(config: ModelConfig, longest: int, shorten: str) -> None:
+    """Raises InputError where the longest sequence has more tokens than the model's limit;
+    `shorten` is how to ask for less."""
+    limit, field = length_limit(config)
+    if longest > limit:
+        raise InputError(
+            f"the longest sequence: found {longest} tokens, needed at most {limit}, the model's "
+            f"limit ({field} in config.json)",
+            hint=f"{shorten}: up to {limit} tokens",
+        )
 
 
 def tile_shape(tile: Tile, heads_times_dim: int) -> TileShape:
@@ -29,7 +54,7 @@ def _rows_at_once(tile: Tile, longest: int, heads_times_dim: int) -> int:
     return max(group.stop - group.start for group in groups)
 
 
-def _attended(sequence: Sequence) -> int:
+def _attended(sequence: BranchedSequence) -> int:
     """Keys that all rows of a sequence attend to, together."""
     prefix = len(sequence.prefix)
     total = prefix * (prefix + 1) // 2
@@ -39,5 +64,5 @@ def _attended(sequence: Sequence) -> int:
     return total
 
 
-def _read(sequence: Sequence) -> int:
+def _read(sequence: BranchedSequence) -> int:
     return sum(branch.read[1] - branch.read[0] for branch in sequence.branches)

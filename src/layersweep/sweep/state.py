@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Many
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from layersweep.model.ops import NEVER
-from layersweep.sweep.sequences import Group, Sequence, Tile
+from layersweep.sweep.sequences import BranchedSequence, Group, Tile
 
 # Sequences attended in one call. Bounded by shape alone, never by a budget, so that numbers
 # do not depend on the machine: keys and values of a call stay below this many elements.
@@ -59,7 +59,7 @@ class Routing:
         return cls(order // per_token, weights_NK.flatten()[order], ends, [])
 
     @staticmethod
-    def settle(routings: Many[Routing]) -> None:
+    def settle(routings: Sequence[Routing]) -> None:
         """Bring the counts of all tiles to the host: one small copy per layer."""
         if routings:
             for routing, ends in zip(
@@ -117,7 +117,7 @@ def _units(tile: Tile) -> tuple[Tensor, int]:
     return units.to(torch.int32), len(lengths)
 
 
-def read_rows(sequence: Sequence, start: int) -> list[tuple[int, int]]:
+def read_rows(sequence: BranchedSequence, start: int) -> list[tuple[int, int]]:
     """Row ranges of the tile whose logits the branches of a sequence at `start` want."""
     ranges, at = [], start + len(sequence.prefix)
     for branch in sequence.branches:

@@ -25,7 +25,7 @@ class HostTurn:
 
     @contextmanager
     def away(self) -> Iterator[None]:
-        """Inside of a turn: others have theirs meanwhile."""
+        """Let others have the turn, and take it back."""
         self._lock.release()
         try:
             yield

@@ -10,6 +10,7 @@ from layersweep.text.windows import BosMode
 
 DEPTHS = (0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95)
 TASKS = ("ppl", "niah")
+SHORTEN = "smaller --prefix, --continuation or --niah-context"
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,11 @@ class EvalSettings:
     def only_generates(self) -> bool:
         """Whether nothing but generated answers is asked for."""
         return self.generates and self.tasks == ("niah",)
+
+
+def parse_tasks(text: str) -> tuple[str, ...]:
+    """ "ppl,niah" -> ("ppl", "niah")."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def parse_segments(text: str) -> int | None:

@@ -9,8 +9,7 @@ A new task is a folder here and an entry in tasks/registry.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from collections.abc import Sequence as Many
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
     from layersweep.kv.arms import Arm
     from layersweep.model.compute import Compute
     from layersweep.sweep.loop import LogitsReader
-    from layersweep.sweep.sequences import Sequence, Tile
+    from layersweep.sweep.sequences import BranchedSequence, Tile
     from layersweep.text.tokenizer import TextTokenizer
 
     RunTiles = Callable[[list[Tile], LogitsReader], None]
@@ -86,7 +85,7 @@ class Task(Protocol):
         """Raises InputError for settings that the text or the model cannot meet."""
 
     @classmethod
-    def placeholders(cls, settings: EvalSettings, arms: Many[Arm]) -> list[Tile]:
+    def placeholders(cls, settings: EvalSettings, arms: Sequence[Arm]) -> list[Tile]:
         """Tiles as `prepare` would give them, every token 0: for plans without a text."""
 
     @classmethod
@@ -102,7 +101,9 @@ class Task(Protocol):
 
     def tiles(self) -> list[Tile]: ...
 
-    def read(self, tile: Tile, number: int, sequence: Sequence, logits: list[Tensor]) -> None:
+    def read(
+        self, tile: Tile, number: int, sequence: BranchedSequence, logits: list[Tensor]
+    ) -> None:
         """Take what counts from the logits of one sequence; it may stay on the device."""
 
     def settle(self) -> None:
@@ -123,6 +124,6 @@ class GeneratedTask(Task, Protocol):
 
     new_tokens: ClassVar[int]
 
-    def generate(self, run: RunTiles, first: Many[Many[Tile]]) -> None:
+    def generate(self, run: RunTiles, first: Sequence[Sequence[Tile]]) -> None:
         """Generate for all tiles in `first`. `run` sweeps some tiles and keeps their caches: each
         list of tiles is read once, then all of them advance together, a token per sweep."""

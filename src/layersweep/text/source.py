@@ -8,7 +8,6 @@ import re
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import cast
 
 from layersweep.errors import InputError
 
@@ -92,21 +91,32 @@ def _wikitext_path() -> str:
         hf_hub_url,
         try_to_load_from_cache,
     )
-    from huggingface_hub.errors import HfHubHTTPError
+
+    from layersweep.checkpoint.connection import (
+        INVALID_URL,
+        TRANSPORT_ERROR,
+        Unreachable,
+        check_client,
+    )
 
     cached = try_to_load_from_cache(WIKITEXT_REPOSITORY, WIKITEXT_FILE, repo_type="dataset")
     if isinstance(cached, str):
         return cached
-    # OSError and the HTTPError of the hub's HTTP client, httpx or another by release
-    failures = cast(tuple[type[Exception], ...], HfHubHTTPError.__bases__)
     try:
+        check_client("wikitext-2")
         # asked for once before the download, which would retry for 23 s without a network
         url = hf_hub_url(WIKITEXT_REPOSITORY, WIKITEXT_FILE, repo_type="dataset")
         get_hf_file_metadata(url, timeout=10)
         return hf_hub_download(WIKITEXT_REPOSITORY, WIKITEXT_FILE, repo_type="dataset")
-    except failures as error:
-        raise InputError(
-            f"wikitext-2: found neither a cached copy nor a way to the hub ({error}), "
-            f"needed {WIKITEXT_FILE} of {WIKITEXT_REPOSITORY}",
-            hint=WIKITEXT_HINT,
-        ) from error
+    except Unreachable as error:
+        raise _no_wikitext(error.why, f"{error.remedy}, or {WIKITEXT_HINT}") from error
+    except (OSError, TRANSPORT_ERROR, INVALID_URL) as error:
+        raise _no_wikitext(str(error), WIKITEXT_HINT) from error
+
+
+def _no_wikitext(why: str, hint: str) -> InputError:
+    return InputError(
+        f"wikitext-2: found neither a cached copy nor a way to the hub ({why}), "
+        f"needed {WIKITEXT_FILE} of {WIKITEXT_REPOSITORY}",
+        hint=hint,
+    )

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from collections.abc import Sequence as Many
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -71,7 +70,7 @@ class NeedleNumbers:
 
     def _verdicts(self, first: int, count: int) -> list[Json]:
         """All that came out of trials [first, first + count), as JSON."""
-        tables: dict[str, Mapping[str, Many[Any]]] = {
+        tables: dict[str, Mapping[str, Sequence[Any]]] = {
             "outputs": self.outputs,
             "correct": self.correct,
             "answer_nll": self.answer_nll,

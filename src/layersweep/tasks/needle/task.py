@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Sequence as Many
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 
 from layersweep.kv.arms import EXACT, Arm
-from layersweep.sweep.sequences import Branch, Sequence, Tile, tiles_of
+from layersweep.sweep.sequences import Branch, BranchedSequence, Tile, tiles_of
 from layersweep.tasks.needle.measurements import TrialInfo
 from layersweep.tasks.needle.numbers import NeedleNumbers
 from layersweep.tasks.needle.trials import Trial, generated_correctly, make_trials
@@ -77,12 +76,12 @@ class NeedleTask:
 
     @classmethod
     def longest(cls, settings: EvalSettings) -> int:
-        return max(settings.niah_contexts)
+        return max(settings.niah_contexts, default=0)
 
     @classmethod
-    def placeholders(cls, settings: EvalSettings, arms: Many[Arm]) -> list[Tile]:
+    def placeholders(cls, settings: EvalSettings, arms: Sequence[Arm]) -> list[Tile]:
         branch, streaming = (0,) * TYPICAL_BRANCH, settings.streaming
-        trials: list[Sequence] = []
+        trials: list[BranchedSequence] = []
         for context in settings.niah_contexts:
             prefix = (0,) * (context - len(branch))
             one = _ride(prefix, branch, len(branch) - 1, arms, streaming)
@@ -106,7 +105,9 @@ class NeedleTask:
         ]
         return tiles_of(self.name, rides, tile_size(self.settings))
 
-    def read(self, tile: Tile, number: int, sequence: Sequence, logits: list[Tensor]) -> None:
+    def read(
+        self, tile: Tile, number: int, sequence: BranchedSequence, logits: list[Tensor]
+    ) -> None:
         """Judge one trial from the logits [answer tokens, V] of each branch; `settle` brings
         the verdicts to the host."""
         index = tile.first + number
@@ -144,7 +145,7 @@ class NeedleTask:
             }
         }
 
-    def generate(self, run: RunTiles, first: Many[Many[Tile]]) -> None:
+    def generate(self, run: RunTiles, first: Sequence[Sequence[Tile]]) -> None:
         """Greedy generation of NEW_TOKENS tokens for the trials of all tiles in `first`, all arms:
         a sweep per token.
 
@@ -153,13 +154,15 @@ class NeedleTask:
         """
         chosen: dict[int, list[list[int]]] = {}
 
-        def pick(tile: Tile, number: int, sequence: Sequence, logits: list[Tensor]) -> None:
+        def pick(tile: Tile, number: int, sequence: BranchedSequence, logits: list[Tensor]) -> None:
             best = [int(branch[-1].argmax()) for branch in logits]
             tokens = chosen.setdefault(tile.first + number, [[] for _ in best])
             for branch, token in zip(tokens, best, strict=True):
                 branch.append(token)
 
-        def rides(tiles: Many[Tile], sequence_of: Callable[[int], Sequence]) -> list[Tile]:
+        def rides(
+            tiles: Sequence[Tile], sequence_of: Callable[[int], BranchedSequence]
+        ) -> list[Tile]:
             return [
                 Tile(self.name, tuple(sequence_of(index) for index in _trials_of(tile)), tile.first)
                 for tile in tiles
@@ -177,18 +180,20 @@ class NeedleTask:
                 correct = generated_correctly(text, self.trials[index].answer)
                 self.numbers.correct[arm.name][index] = correct
 
-    def _question(self, index: int) -> Sequence:
+    def _question(self, index: int) -> BranchedSequence:
         trial = self.trials[index]
         ids = trial.branch_ids[: -trial.answer_length]
         last = (len(ids) - 1, len(ids))
-        return Sequence(trial.prefix_ids, _branches(self.arms, [ids] * len(self._all), last))
+        return BranchedSequence(
+            trial.prefix_ids, _branches(self.arms, [ids] * len(self._all), last)
+        )
 
-    def _step(self, index: int, chosen: list[list[int]]) -> Sequence:
+    def _step(self, index: int, chosen: list[list[int]]) -> BranchedSequence:
         trial = self.trials[index]
         past = len(trial.prefix_ids) + len(trial.branch_ids) - trial.answer_length
         past += len(chosen[0]) - 1
         ids = [(tokens[-1],) for tokens in chosen]
-        return Sequence((), _branches(self.arms, ids, (0, 1)), past)
+        return BranchedSequence((), _branches(self.arms, ids, (0, 1)), past)
 
 
 def tile_size(settings: EvalSettings) -> int:
@@ -197,17 +202,24 @@ def tile_size(settings: EvalSettings) -> int:
 
 
 def _ride(
-    prefix: tuple[int, ...], branch: tuple[int, ...], answer: int, arms: Many[Arm], streaming: bool
-) -> Sequence:
+    prefix: tuple[int, ...],
+    branch: tuple[int, ...],
+    answer: int,
+    arms: Sequence[Arm],
+    streaming: bool,
+) -> BranchedSequence:
     """A trial's sequence, whose last `answer` tokens are read."""
     ids = (*prefix, *branch) if streaming else branch
     read = (len(ids) - 1 - answer, len(ids) - 1)
     branches = _branches(arms, [ids] * (1 + len(arms)), read, streaming)
-    return Sequence(() if streaming else prefix, branches)
+    return BranchedSequence(() if streaming else prefix, branches)
 
 
 def _branches(
-    arms: Many[Arm], ids: Many[tuple[int, ...]], read: tuple[int, int], streaming: bool = False
+    arms: Sequence[Arm],
+    ids: Sequence[tuple[int, ...]],
+    read: tuple[int, int],
+    streaming: bool = False,
 ) -> tuple[Branch, ...]:
     """The baseline's, then one for each arm."""
     baseline = Branch(EXACT, ids[0], read, streaming, "baseline")

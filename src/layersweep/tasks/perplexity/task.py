@@ -8,19 +8,18 @@ which every read goes through the codec.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from collections.abc import Sequence as Many
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from layersweep.errors import GateError, InputError
+from layersweep.errors import GateError
 from layersweep.kv.arms import EXACT, Arm, identity_arm
 from layersweep.kv.methods import METHODS
 from layersweep.model import maths
-from layersweep.sweep.sequences import Branch, Role, Sequence, Tile, tiles_of
+from layersweep.sweep.sequences import Branch, BranchedSequence, Role, Tile, tiles_of
 from layersweep.tasks.arms import ArmInfo
 from layersweep.tasks.perplexity.measurements import WindowInfo
 from layersweep.tasks.perplexity.numbers import CONTROL_WINDOWS, PerplexityNumbers
@@ -32,7 +31,7 @@ from layersweep.text.windows import Window, cut_windows
 TILE_SEGMENTS = 20
 
 
-def control_arms(arms: Many[Arm]) -> dict[str, Arm]:
+def control_arms(arms: Sequence[Arm]) -> dict[str, Arm]:
     """By their names in the noise floor: each method's identity, and the exact cache last.
 
     A method's arm with options comes before one without: they may add a transform. What
@@ -57,7 +56,7 @@ class PerplexityTask:
     score: Callable[[list[Tensor], Tensor], Tensor] = maths.score_branches
     controls: dict[str, Arm] = field(init=False)
     numbers: PerplexityNumbers = field(init=False)
-    _scored: list[tuple[int, Sequence, Tensor]] = field(default_factory=list)
+    _scored: list[tuple[int, BranchedSequence, Tensor]] = field(default_factory=list)
 
     name: ClassVar[str] = "perplexity"
     generated: ClassVar[bool] = False
@@ -74,13 +73,6 @@ class PerplexityTask:
     @classmethod
     def prepare(cls, source: Source) -> PerplexityTask:
         settings, config = source.settings, source.config
-        limit, length = config.max_position_embeddings, cls.longest(settings)
-        if length > limit:
-            raise InputError(
-                f"--prefix {settings.prefix} + --continuation {settings.continuation}: found "
-                f"{length} tokens, needed at most {limit}, the model's limit",
-                hint=f"--prefix {max(1, limit - settings.continuation)}",
-            )
         windows = cut_windows(
             source.text, source.tokenizer, segments=settings.segments, prefix=settings.prefix,
             continuation=settings.continuation, bos=settings.bos,
@@ -97,7 +89,7 @@ class PerplexityTask:
         return settings.prefix + settings.continuation
 
     @classmethod
-    def placeholders(cls, settings: EvalSettings, arms: Many[Arm]) -> list[Tile]:
+    def placeholders(cls, settings: EvalSettings, arms: Sequence[Arm]) -> list[Tile]:
         ids, own = (0,) * cls.longest(settings), [control_arms(arms), {}]
         first, later = (
             _ride(ids, settings.prefix, arms, controls, settings.streaming) for controls in own
@@ -116,7 +108,9 @@ class PerplexityTask:
         ]  # fmt: skip
         return tiles_of(self.name, windows, TILE_SEGMENTS)
 
-    def read(self, tile: Tile, number: int, sequence: Sequence, logits: list[Tensor]) -> None:
+    def read(
+        self, tile: Tile, number: int, sequence: BranchedSequence, logits: list[Tensor]
+    ) -> None:
         """Score one window: `logits` [scored, V] per branch, the exact baseline first.
 
         The numbers stay on the device until `settle`: a copy per window would hold it up.
@@ -180,15 +174,19 @@ class PerplexityTask:
 
 
 def _ride(
-    ids: tuple[int, ...], prefix: int, arms: Many[Arm], controls: dict[str, Arm], streaming: bool
-) -> Sequence:
+    ids: tuple[int, ...],
+    prefix: int,
+    arms: Sequence[Arm],
+    controls: dict[str, Arm],
+    streaming: bool,
+) -> BranchedSequence:
     """A window's sequence: baseline, arms, and the controls of the first few windows."""
     roles: list[tuple[Role, Arm]] = [("baseline", EXACT), *(("arm", arm) for arm in arms)]
     roles += [("control", arm) for arm in controls.values()]
     own = ids if streaming else ids[prefix:]
     read = (prefix, len(ids) - 1) if streaming else (0, len(own) - 1)
     branches = (Branch(arm, own, read, streaming, role) for role, arm in roles)
-    return Sequence(() if streaming else ids[:prefix], tuple(branches))
+    return BranchedSequence(() if streaming else ids[:prefix], tuple(branches))
 
 
 def exact_pair_fraction(prefix: int, continuation: int) -> float:
