@@ -156,7 +156,7 @@ def test_a_process_for_each_device(
     same(folder, alone)
     capsys.readouterr()
     assert evaluate("--device", "cpu,cpu", "--out", str(folder)) == 2
-    assert "--resume goes on with that run" in capsys.readouterr().err
+    assert "--resume continues that run" in capsys.readouterr().err
     assert evaluate("--device", "cpu,cpu,cpu", "--out", str(folder), "--resume") == 2
     assert "found the shards of a run of 2 processes, needed 3" in capsys.readouterr().err
     assert evaluate("--out", str(folder), "--resume") == 2
@@ -178,7 +178,7 @@ def test_torchrun_and_a_worker_that_is_killed(alone: Path, tmp_path: Path) -> No
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
          "--max-restarts=1", "--monitor-interval=0.2", tiny_study.KILLED,
-         *tiny_study.words("--out", str(folder), "--resume", "--vram", tiny_study.ONE_TILE)],
+         *tiny_study.words("--out", str(folder), "--resume", "--vram", "270MiB")],
         capture_output=True, text=True, timeout=200,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
