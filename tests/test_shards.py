@@ -173,12 +173,14 @@ def test_a_failing_worker_is_told_once(capfd: pytest.CaptureFixture[str]) -> Non
     assert said.out == ""
 
 
-def test_torchrun_and_a_worker_that_is_killed(alone: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
+def test_torchrun_and_a_worker_that_is_killed(tmp_path: Path) -> None:
+    """The gate's logits take more than a tile, and would fit no budget of one tile at a time."""
+    alone, folder = tmp_path / "alone", tmp_path / "run"
+    assert evaluate("--gate", "off", "--out", str(alone)) == 0
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
          "--max-restarts=1", "--monitor-interval=0.2", tiny_study.KILLED,
-         *tiny_study.words("--out", str(folder), "--resume", "--vram", "270MiB")],
+         *tiny_study.words("--gate", "off", "--vram", "270MiB", "--out", str(folder), "--resume")],
         capture_output=True, text=True, timeout=200,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
