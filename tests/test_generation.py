@@ -420,6 +420,21 @@ def test_bits_of_arms_that_are_arithmetic_alone() -> None:
     assert simulated > 2 * packed
 
 
+@pytest.mark.parametrize(
+    ("options", "exact"), [("@sink=4", 4), ("@window=1000", 1000), ("@pb=4", 2000 / 4),
+                           ("@pb=4@window=1000@sink=4", 1004 + 996 / 4)],
+)  # fmt: skip
+def test_tokens_that_stay_exact_are_planned_at_16_bits(options: str, exact: float) -> None:
+    """Of 2000 prefix tokens, on average over 32 layers."""
+    tiles = trials(2060)  # 5 trials each
+    tokens = 2 * 32 * 8 * 128 * 60  # of a prefix each: elements of the whole job
+    plain, kept = (
+        plan_generation(cards(1, 138), tiles, parse_arms(f"lloyd:K3V2{suffix}")).cache_bytes
+        for suffix in ("", options)
+    )
+    assert kept - plain == pytest.approx(tokens * exact * (16 - 3.5) / 8, rel=1e-6)
+
+
 def test_machines_of_several_stages_share_the_host() -> None:
     models = cards(2)
     plan = plan_generation(models, trials(2048), ARMS)

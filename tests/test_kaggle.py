@@ -335,6 +335,15 @@ def test_what_is_refused_before_a_push(
     assert not (tmp_path / "k" / "run").exists()
 
 
+def test_a_pipe_cannot_be_sent_along(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, into = os.pipe()
+    os.write(into, b"words")
+    os.close(into)
+    assert write(tmp_path / "k", study=("--text", f"/dev/fd/{out}")) == 2
+    os.close(out)
+    assert "found no regular file, needed one to send along" in capsys.readouterr().err
+
+
 def test_a_local_folder_and_somebody_elses_folder(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

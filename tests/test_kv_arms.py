@@ -11,14 +11,21 @@ import torch
 
 from layersweep.errors import InputError
 from layersweep.kv import parse, parse_arms
-from layersweep.kv.methods import DEFAULT_METHOD
 
 
 @pytest.mark.parametrize(
     ("text", "name"),
     [
-        ("K3V2", f"{DEFAULT_METHOD}:K3V2"),
-        ("k3v2", f"{DEFAULT_METHOD}:K3V2"),
+        ("K3V2", "trellis:K3V2@sink=4"),
+        (" k3v2", "trellis:K3V2@sink=4"),
+        ("K3V2@pb=2", "trellis:K3V2@pb=2@sink=4"),
+        ("K3V2@window=64@pb=2", "trellis:K3V2@pb=2@window=64@sink=4"),
+        ("K3V2@states=1024", "trellis:K3V2@states=1024@sink=4"),
+        ("K3V2@sink=0", "trellis:K3V2"),
+        ("K3V2@sink=8", "trellis:K3V2@sink=8"),
+        ("K16V2", "trellis:K16V2@sink=4"),
+        ("trellis:K3V2", "trellis:K3V2"),
+        ("trellis:K3V2@sink=0", "trellis:K3V2"),
         (" E8:k4V2 ", "e8:K4V2"),
         ("e8:K3V2@v=0.5", "e8:K3V2@v=0.5"),
         ("e8:K3V2@v=0.6", "e8:K3V2"),
@@ -27,7 +34,7 @@ from layersweep.kv.methods import DEFAULT_METHOD
         ("lloyd:K16V2", "lloyd:K16V2"),
         ("K16V16@pb=1", "exact"),
         ("exact", "exact"),
-        ("Identity", f"identity:{DEFAULT_METHOD}"),
+        ("Identity", "identity:trellis"),
         ("identity:e8", "identity:e8"),
         ("identity:Q4_0@rotate=1", "identity:q4_0@rotate=1"),
         ("INT4", "int4"),
@@ -75,6 +82,11 @@ def test_lists_grids_and_duplicates() -> None:
     assert names("Lloyd:K3V2, exact,lloyd:k3v2,e8:K4V2") == ["lloyd:K3V2", "e8:K4V2"]
     assert names("exact") == []
     assert len(names("K2-4V2-4")) == 9
+    assert names("K2-3V2") == ["trellis:K2V2@sink=4", "trellis:K3V2@sink=4"]
+    assert names("trellis:K2-3V2") == ["trellis:K2V2", "trellis:K3V2"]
+    assert names("K3V2,trellis:K3V2@sink=4,trellis:K3V2") == ["trellis:K3V2@sink=4", "trellis:K3V2"]
+    assert {"trellis:K3V2@sink=4", "trellis:K4V2@sink=4"} < set(names("all"))
+    assert "trellis:K3V2" not in names("all")
     assert names("e8:K6-16V2@pb=1") == ["e8:K6V2@pb=1", "e8:K8V2@pb=1", "e8:K16V2@pb=1"]
     assert {"e8:K3V2", "e8:K4V2", "lloyd:K3V2", "kivi:K4V2", "voronoi:K3V2"} < set(names("all"))
     assert {"int4", "int2", "q8_0", "q4_0", "fp8"} < set(names("all"))

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from layersweep.kv import Stream, parse
 from layersweep.kv.cache import CachedStream, Shared, bits_per_element, store
+from layersweep.kv.growing import GrowingStream
 
 KEY = Stream("k", 2, 64, "key", rope=True)
 VALUE = Stream("v", 2, 64, "value", rope=False)
@@ -112,6 +113,27 @@ def test_what_two_arms_encode_is_prepared_once() -> None:
     assert seen[0] is seen[1]
     # another range, and then no level with the mean
     assert len({id(prepared) for prepared in seen}) == 3
+
+
+@pytest.mark.parametrize("mean_tokens", [None, 16])
+def test_means_and_levels_come_from_what_is_coded(mean_tokens: int | None) -> None:
+    """A sink is an outlier: with it in the mean, every other value is off by the mean's error."""
+    plain, sink = some_x(), some_x()
+    sink[:, :, :4] *= 100
+    arm, shared = parse("K3V2"), [Shared(), Shared()]
+    stored = [
+        store(arm, x, VALUE, POSITIONS, 3, 8, own, mean_tokens)
+        for x, own in zip((plain, sink), shared, strict=True)
+    ]
+    assert torch.equal(stored[1].decoded()[:, :, :4], sink[:, :, :4])
+    assert torch.equal(stored[0].decoded()[:, :, 4:], stored[1].decoded()[:, :, 4:])
+    grown = [GrowingStream(arm, VALUE, 3, 8), GrowingStream(arm, VALUE, 3, 8)]
+    for stream, x in zip(grown, (plain, sink), strict=True):
+        for start, stop in ((0, 3), (3, 7), (7, 50)):  # the sink fills over two calls
+            stream.append(x[:, :, start:stop])
+    decoded = [stream.decoded(torch.float32) for stream in grown]
+    assert torch.equal(decoded[1][:, :, :4], sink[:, :, :4])
+    assert torch.equal(decoded[0][:, :, 4:], decoded[1][:, :, 4:])
 
 
 @pytest.mark.parametrize(

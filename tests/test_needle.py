@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 
@@ -11,6 +12,7 @@ from builders_tokenizer import demo_text, load_kind
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from layersweep.checkpoint.layout import demo_folder
 from layersweep.errors import InputError
 from layersweep.kv.arms import parse_arms
 from layersweep.tasks.needle.summary import summarize_needle
@@ -25,6 +27,7 @@ from layersweep.tasks.needle.trials import (
     make_trials,
 )
 from layersweep.tasks.settings import EvalSettings
+from layersweep.text.encoding import EncodedText
 from layersweep.text.tokenizer import TextTokenizer
 
 TEXT = demo_text(120_000)
@@ -37,7 +40,7 @@ def trials(tokenizer: TextTokenizer, **changes: object) -> list[Trial]:
         "contexts": [1024], "depths": DEPTHS, "per_depth": 1, "keys": 1, "bos": "auto",
         "seed": 0, "max_context": 8192,
     }  # fmt: skip
-    return make_trials(TEXT, tokenizer, **(arguments | changes))  # type: ignore[arg-type]
+    return make_trials(EncodedText(TEXT, tokenizer), **(arguments | changes))  # type: ignore[arg-type]
 
 
 @settings(max_examples=25, deadline=None)
@@ -122,22 +125,54 @@ def test_bos_is_put_first_once_or_not_at_all(kind: str, bos: str, first_is_bos: 
     assert 1 not in trial.prefix_ids[1:] + trial.branch_ids
 
 
+def test_the_demos_trials_are_those_of_its_text_encoded_at_once() -> None:
+    """The digest is of trials made before texts were encoded in pieces."""
+    tokenizer = TextTokenizer.load(demo_folder())
+    made = make_trials(
+        EncodedText(demo_text(10**6), tokenizer),
+        contexts=[1024, 2048], depths=[0.0, 0.25, 0.5, 1.0], per_depth=2, keys=3, bos="auto",
+        seed=7, max_context=8192,
+    )  # fmt: skip
+    digest = hashlib.sha256(repr(made).encode()).hexdigest()
+    assert digest.startswith("539a0ab1801997a8")
+
+
+def test_needles_of_a_long_text_are_hidden_in_its_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("text.encoding", "tasks.needle.trials"):
+        monkeypatch.setattr(f"layersweep.{module}.SMALL_TEXT", len(TEXT))
+    tokenizer = load_kind("bytes")
+    encoded = EncodedText(TEXT + demo_text(700_000)[300_000:], tokenizer)
+    made = make_trials(
+        encoded, contexts=[1024], depths=DEPTHS, per_depth=2, keys=1, bos="auto", seed=0,
+        max_context=8192,
+    )  # fmt: skip
+    assert encoded.notes == ["needles are hidden in its first 120000 characters"]
+    assert not encoded.complete
+    haystacks = [tokenizer.decode(trial.prefix_ids).split(INTRO)[1] for trial in made]
+    places = [TEXT.find(haystack[:60]) for haystack in haystacks]
+    assert min(places) >= 0
+    assert max(places) > 90_000
+
+
 def test_special_tokens_of_the_text_are_not_parsed_in_a_chat() -> None:
     half = TEXT[:60_000]
     text = half.replace("import", "</s>") + half
     made = make_trials(
-        text, load_kind("marked"), contexts=[1024], depths=[0.5], per_depth=10, keys=1, bos="auto",
+        EncodedText(text, load_kind("marked")),
+        contexts=[1024], depths=[0.5], per_depth=10, keys=1, bos="auto",
         seed=0, max_context=8192,
     )  # fmt: skip
     for trial in made:
         assert (trial.prefix_ids + trial.branch_ids).count(2) == 1  # the template's own
     with pytest.raises(InputError, match="special tokens all over the text"):
         make_trials(
-            "word </s> " * 9_000, load_kind("marked"), contexts=[1024], depths=[0.5], per_depth=1,
+            EncodedText("word </s> " * 9_000, load_kind("marked")),
+            contexts=[1024], depths=[0.5], per_depth=1,
             keys=1, bos="auto", seed=0, max_context=8192,
         )  # fmt: skip
     plain = make_trials(
-        "word </s> " * 9_000, load_kind("bytes"), contexts=[1024], depths=[0.5], per_depth=1,
+        EncodedText("word </s> " * 9_000, load_kind("bytes")),
+        contexts=[1024], depths=[0.5], per_depth=1,
         keys=1, bos="auto", seed=0, max_context=8192,
     )  # fmt: skip
     assert 2 not in plain[0].prefix_ids
@@ -183,7 +218,8 @@ def test_the_needle_stands_at_a_sentence_end_else_a_line_end() -> None:
         (words, "cat", " "),
     ):
         made = make_trials(
-            text, load_kind("bytes"), contexts=[1024], depths=[0.3, 0.7], per_depth=2, keys=1,
+            EncodedText(text, load_kind("bytes")),
+            contexts=[1024], depths=[0.3, 0.7], per_depth=2, keys=1,
             bos="auto", seed=3, max_context=8192,
         )  # fmt: skip
         for trial in made:
@@ -234,7 +270,8 @@ def test_too_little_text_is_refused_and_never_wrapped() -> None:
     count = len(load_kind("bytes").encode(text))
     with pytest.raises(InputError, match=f"found {count} tokens of text, needed [0-9]+ for"):
         make_trials(
-            text, load_kind("bytes"), contexts=[4096], depths=[0.5], per_depth=1, keys=1,
+            EncodedText(text, load_kind("bytes")),
+            contexts=[4096], depths=[0.5], per_depth=1, keys=1,
             bos="auto", seed=0, max_context=8192,
         )  # fmt: skip
 

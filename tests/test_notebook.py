@@ -33,7 +33,7 @@ from layersweep.sweep.model import Model
 PROJECT = Path(__file__).resolve().parents[1]
 TOOL = runpy.run_path(str(PROJECT / "tools/execute_notebook.py"))
 COMMITTED = nbformat.read(TOOL["NOTEBOOK"], as_version=4)
-ARMS = ("trellis:K3V2", "trellis:K4V2", "e8:K3V2")
+ARMS = ("trellis:K3V2@sink=4", "trellis:K4V2@sink=4", "e8:K3V2")
 
 
 @pytest.fixture(scope="module")
@@ -112,14 +112,15 @@ def test_committed_numbers_are_those_of_a_run(fresh: nbformat.NotebookNode) -> N
 
 def arm_rows(table: str) -> dict[str, list[float]]:
     """Bits, size and perplexity of each row."""
-    line = re.compile(r"^([\w:]+)(?: \(sim\.\))? +([\d.]+) +([\d.]+)x +([\d.]+)", re.MULTILINE)
+    line = re.compile(r"^([\w:@=]+)(?: \(sim\.\))? +([\d.]+) +([\d.]+)x +([\d.]+)", re.MULTILINE)
     return {arm: [float(one) for one in numbers] for arm, *numbers in line.findall(table)}
 
 
 def test_what_is_saved_is_read_back_and_compared(fresh: nbformat.NotebookNode) -> None:
     assert shown(fresh, "save", "text/plain") == "True"
     (compared,) = outputs(fresh, "compare")
-    assert re.search(r"^trellis:K3V2 .* 12/12 ", compared.text, re.MULTILINE)  # equal, bit for bit
+    # equal, bit for bit
+    assert re.search(r"^trellis:K3V2@sink=4 .* 12/12 ", compared.text, re.MULTILINE)
 
 
 def test_commands_in_cells_write_whole_lines(fresh: nbformat.NotebookNode) -> None:

@@ -365,3 +365,11 @@ def test_the_table_of_reliability_is_what_was_measured() -> None:
     tool = runpy.run_path(str(PROJECT / "tools/measure_reliability.py"))
     lines = [json.loads(line) for line in tool["LINES"].read_text("utf-8").splitlines()]
     assert tool["table"](lines) in (PROJECT / "docs/reliability.md").read_text("utf-8")
+
+
+def test_the_tables_of_the_real_model_are_what_was_measured() -> None:
+    tool = runpy.run_path(str(PROJECT / "tools/measure_real.py"))
+    lines = (PROJECT / "docs/measurements/real.jsonl").read_text("utf-8").splitlines()
+    page = (PROJECT / "docs/codecs.md").read_text("utf-8")
+    assert len(lines) == 35  # 25 arms and 8, each behind an exact one
+    assert tool["table"]([json.loads(line) for line in lines]) in page

@@ -238,6 +238,15 @@ def test_loss_ratio_and_z_of_a_pair_are_in_every_report(full):
     assert f"{pair['z']:.1f}|{ratio}".replace("-", "\u2212") in page
 
 
+def test_rivals_are_two_methods_at_equal_bits_whatever_their_options(full):
+    results = json.loads(json.dumps(full).replace('"lloyd:K3V2"', '"lloyd:K3V2@sink=4"'))
+    validate(results)
+    assert [(pair.a, pair.b) for pair in rows.pair_rows(results, every=False)] == [
+        ("lloyd:K3V2@sink=4", "e8:K3V2"),
+        ("lloyd:K4V2", "e8:K4V2"),
+    ]
+
+
 def test_a_ratio_without_bounds_is_a_dash(full):
     pair, ratio = rival_pair(full)
     pair |= {"loss_ratio": None, "loss_ratio_ci95": None}

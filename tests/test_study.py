@@ -47,9 +47,10 @@ def one_sweep(model: Model) -> tuple[Study, Outcome]:
 
 
 def same_numbers(a: Study, b: Study) -> bool:
-    arms = a.perplexity.numbers.nll.keys() & b.perplexity.numbers.nll.keys()
+    arms = perplexity_of(a).numbers.nll.keys() & perplexity_of(b).numbers.nll.keys()
     return all(
-        np.array_equal(a.perplexity.numbers.nll[arm], b.perplexity.numbers.nll[arm]) for arm in arms
+        np.array_equal(perplexity_of(a).numbers.nll[arm], perplexity_of(b).numbers.nll[arm])
+        for arm in arms
     )
 
 
@@ -86,9 +87,9 @@ def test_one_bit_keys_are_worse_than_three(model: Model) -> None:
         a: (n - perplexity_of(study).numbers.nll["exact"]).mean()
         for a, n in perplexity_of(study).numbers.nll.items()
     }
-    assert loss["trellis:K1V16"] > 3 * abs(loss["trellis:K3V16"])
-    assert loss["trellis:K1V16"] > 0.01
-    assert abs(loss["trellis:K8V8"]) < 1e-3
+    assert loss["trellis:K1V16@sink=4"] > 3 * abs(loss["trellis:K3V16@sink=4"])
+    assert loss["trellis:K1V16@sink=4"] > 0.01
+    assert abs(loss["trellis:K8V8@sink=4"]) < 1e-3
 
 
 def test_streaming_costs_more_than_prefill_and_its_control_is_zero(
@@ -96,16 +97,17 @@ def test_streaming_costs_more_than_prefill_and_its_control_is_zero(
 ) -> None:
     study, _ = measured(model, replace(SMALL, cache_mode="streaming"))
     exact = perplexity_of(study).numbers.nll["exact"]
-    whole = one_sweep[0].perplexity.numbers.nll
+    whole = perplexity_of(one_sweep[0]).numbers.nll
     assert np.abs(exact - whole["exact"]).max() < 1e-5
     assert np.array_equal(perplexity_of(study).numbers.control_delta["exact"], np.zeros(4))
-    for arm in ("trellis:K3V2", "e8:K3V2"):
+    for arm in ("trellis:K3V2@sink=4", "e8:K3V2"):
         cost = (perplexity_of(study).numbers.nll[arm] - exact).mean()
         prefill = (
-            one_sweep[0].perplexity.numbers.nll[arm] - one_sweep[0].perplexity.numbers.nll["exact"]
+            perplexity_of(one_sweep[0]).numbers.nll[arm]
+            - perplexity_of(one_sweep[0]).numbers.nll["exact"]
         ).mean()
         assert cost > prefill > 0
-    assert study.done.cache_bits["perplexity", "trellis:K3V2"][1] == 2 * 6 * 45 * 96 * 2 * 64
+        assert study.done.cache_bits["perplexity", arm][1] == 2 * 6 * 45 * 96 * 2 * 64
 
 
 def test_generation_agrees_with_teacher_forcing(
@@ -120,14 +122,16 @@ def test_generation_agrees_with_teacher_forcing(
         ):
             assert hit == text.strip().startswith(trial.answer)
         # an arm whose every answer token is the argmax generates the answer
-        for teacher, generated in zip(one_sweep[0].needle.numbers.correct[arm], hits, strict=True):
+        for teacher, generated in zip(
+            needle_of(one_sweep[0]).numbers.correct[arm], hits, strict=True
+        ):
             assert generated or not teacher
     assert sum(needle_of(study).numbers.correct["exact"]) >= 1
 
 
 def test_python_interface_returns_the_schema(model: Model) -> None:
     results = layersweep.evaluate(
-        model, kv=["K3V2@window=16@sink=4"], tasks=["ppl"], segments=2, prefix=64, continuation=16
+        model, kv=["K3V2@window=16"], tasks=["ppl"], segments=2, prefix=64, continuation=16
     )
     validate(results)
     arm = results["perplexity"]["arms"][0]
@@ -146,7 +150,7 @@ def test_a_slow_search_is_announced(model: Model, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("layersweep.study.study.numba_refusal", lambda: "numba is not installed")
     found = [f for f in prepare_study(model, settings).fallbacks if "encoder" in f.what]
     assert [(f.what, f.used, f.why) for f in found] == [
-        ("encoder of trellis:K3V2", "plain torch, slower", "numba is not installed")
+        ("encoder of trellis:K3V2@sink=4", "plain torch, slower", "numba is not installed")
     ]
 
 
@@ -155,7 +159,7 @@ def test_arms_of_all_that_do_not_take_a_head_size_are_left_out_and_said() -> Non
     fitting, left_out = fitting_arms(parse_arms("all"), streams, cpu, torch.float32)
     names = [one.wanted for one in left_out]
     assert "int4" in names and "q8_0" in names
-    assert "trellis:K3V2" in [arm.name for arm in fitting]
+    assert "trellis:K3V2@sink=4" in [arm.name for arm in fitting]
     assert str(left_out[names.index("int4")]) == (
         "--kv all: wanted int4, used nothing: left out: int4: stream 'k' has head size 80, "
         "needed a multiple of 64"

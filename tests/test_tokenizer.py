@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
+import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -53,12 +54,36 @@ def test_bytes_come_back_and_offsets_cover_the_text(loaded: TextTokenizer, text:
     assert covered == set(range(len(text)))
 
 
-def test_vocabulary_and_hash_are_those_of_the_file(byte_level: Tokenizer, tmp_path: Path) -> None:
+def test_the_hash_is_that_of_the_file_and_what_is_added_to_it(
+    byte_level: Tokenizer, tmp_path: Path
+) -> None:
     found = TextTokenizer.load(save_tokenizer(tmp_path, byte_level))
-    assert found.vocab_size == 700
     data = (tmp_path / "tokenizer.json").read_bytes()
     assert found.sha256 == hashlib.sha256(data).hexdigest()
     assert found.notes == ()
+    save_tokenizer(tmp_path, byte_level, extra_special_tokens=["<|turn|>"])
+    assert TextTokenizer.load(tmp_path).sha256 != found.sha256
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"added_tokens_decoder": {"-1": {"content": "x"}}},
+        {"added_tokens_decoder": {"700": {"content": 3}}},
+        {"added_tokens_decoder": {"700": {"content": "x", "lstrip": "no"}}},
+        {"added_tokens_decoder": ["x"]},
+        {"extra_special_tokens": [""]},
+        {"extra_special_tokens": "x"},
+        {"pad_token": 7},
+    ],
+    ids=str,
+)
+def test_an_added_token_that_is_none_is_refused(
+    byte_level: Tokenizer, tmp_path: Path, settings: dict[str, object]
+) -> None:
+    save_tokenizer(tmp_path, byte_level, **settings)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"tokenizer_config\.json: .* needed a token"):
+        TextTokenizer.load(tmp_path)
 
 
 def test_truncation_and_padding_in_the_file_are_ignored(
@@ -72,25 +97,13 @@ def test_truncation_and_padding_in_the_file_are_ignored(
     assert len(found.encode("1")) == 1
 
 
-@pytest.mark.parametrize(
-    ("puts_bos", "extra", "by_default"),
-    [
-        (False, {}, False),
-        (True, {}, True),
-        (False, {"add_bos_token": True}, True),
-        (True, {"add_bos_token": False}, False),
-    ],
-)
+@pytest.mark.parametrize("puts_bos", [False, True])
 def test_bos_is_found_as_the_default_call_has_it(
-    byte_level: Tokenizer,
-    tmp_path: Path,
-    puts_bos: bool,
-    extra: dict[str, object],
-    by_default: bool,
+    byte_level: Tokenizer, tmp_path: Path, puts_bos: bool
 ) -> None:
-    found = TextTokenizer.load(save_tokenizer(tmp_path, byte_level, puts_bos=puts_bos, **extra))
+    found = TextTokenizer.load(save_tokenizer(tmp_path, byte_level, puts_bos=puts_bos))
     assert found.bos_id == 1
-    assert found.bos_by_default is by_default
+    assert found.bos_by_default is puts_bos
     assert found.encode("x") == byte_level.encode("x").ids  # never added by encode
 
 
@@ -174,23 +187,6 @@ def test_damaged_settings_are_named(byte_level: Tokenizer, tmp_path: Path, data:
         TextTokenizer.load(tmp_path)
 
 
-def test_without_tokenizer_json_transformers_converts_and_it_is_noted(
-    byte_level: Tokenizer, tmp_path: Path
-) -> None:
-    save_tokenizer(tmp_path, byte_level, tokenizer_class="GPT2Tokenizer", unk_token="<unk>")
-    model = json.loads((tmp_path / "tokenizer.json").read_text())["model"]
-    (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
-    merges = "\n".join(" ".join(pair) for pair in model["merges"])
-    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + merges + "\n")
-    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
-    (tmp_path / "tokenizer.json").unlink()
-    found = TextTokenizer.load(tmp_path)
-    assert found.notes == (
-        "tokenizer: no tokenizer.json, converted from vocab.json by transformers",
-    )
-    assert found.decode(found.encode("def encode(self):")) == "def encode(self):"
-
-
 def test_check_ids_refuses_the_first_id_beyond_the_vocabulary() -> None:
     check_ids([0, 4095], 4096)
     with pytest.raises(InputError, match=r"found token id 4096, needed ids below .* of 4096"):
@@ -268,6 +264,38 @@ def test_unusable_text_files_are_named(tmp_path: Path, data: bytes | None, messa
         load_text(str(tmp_path), "demo")
 
 
+def test_a_pipe_is_read_like_a_file(tmp_path: Path) -> None:
+    os.mkfifo(pipe := tmp_path / "pipe")
+    writer = threading.Thread(target=pipe.write_bytes, args=("é text\n".encode() * 20_000,))
+    writer.start()
+    source = load_text(str(pipe), "demo")
+    writer.join()
+    assert (len(source.text), source.source) == (140_000, str(pipe))
+
+
+def test_a_text_that_memory_may_not_hold_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("layersweep.text.source.LARGEST_TEXT", 2**10)
+    path = tmp_path / "text.txt"
+    path.write_bytes(b"a" * 2**10)
+    assert len(load_text(str(path), "demo").text) == 2**10
+    path.write_bytes(b"a" * (2**10 + 1))
+    with pytest.raises(InputError, match=r"text\.txt: found more than 1\.00 KiB, needed at most"):
+        load_text(str(path), "demo")
+
+
+def test_a_name_that_is_no_utf8_is_printable(tmp_path: Path) -> None:
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.txt")
+    Path(path).write_text("text")
+    source = load_text(path, "demo").source
+    assert source.endswith(r"/caf\xe9.txt")
+    assert source.encode()
+    with pytest.raises(InputError, match="found no such file") as caught:
+        load_text(path + "x", "demo")
+    assert str(caught.value).encode()
+
+
 def test_wikitext_rows_are_joined_with_two_newlines(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -287,8 +315,6 @@ def test_without_a_network_the_hint_says_what_to_do(tmp_path: Path) -> None:
         "from layersweep.errors import InputError\nfrom layersweep.text.source import load_text\n"
         "try: load_text(None, 'some/model')\nexcept InputError as error: print(error, error.hint)"
     )
-    import os
-
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True

@@ -13,8 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layersweep.errors import InputError
-from layersweep.text.tokenizer import TextTokenizer
-from layersweep.text.windows import cut_windows, hash_ids, resolve_bos
+from layersweep.text.bos import resolve_bos
+from layersweep.text.encoding import EncodedText
+from layersweep.text.tokenizer import TextTokenizer, hash_ids
+from layersweep.text.windows import cut_windows
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +36,11 @@ def test_windows_are_the_text_without_gap_or_overlap(
 ) -> None:
     text = demo_text(characters)
     windows = cut_windows(
-        text, tokenizer, segments=None, prefix=prefix, continuation=continuation, bos=bos
+        EncodedText(text, tokenizer),
+        segments=None,
+        prefix=prefix,
+        continuation=continuation,
+        bos=bos,
     )
     lead = 1 if bos == "always" else 0
     assert all(len(w.ids) == prefix + continuation and w.prefix == prefix for w in windows)
@@ -48,15 +54,30 @@ def test_windows_are_the_text_without_gap_or_overlap(
 
 def test_first_n_windows_are_the_same_whatever_n_is(tokenizer: TextTokenizer) -> None:
     lengths = {"prefix": 64, "continuation": 32, "bos": "auto"}
-    few = cut_windows(demo_text(9_000), tokenizer, segments=3, **lengths)
-    many = cut_windows(demo_text(9_000), tokenizer, segments=None, **lengths)
+    few = cut_windows(EncodedText(demo_text(9_000), tokenizer), segments=3, **lengths)
+    many = cut_windows(EncodedText(demo_text(9_000), tokenizer), segments=None, **lengths)
     assert len(few) == 3 < len(many)
     assert few == many[:3]
 
 
+def test_windows_of_a_long_text_are_counted_if_all_are_asked_for(
+    tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = demo_text(300_000)
+    lengths = {"prefix": 64, "continuation": 32, "bos": "never"}
+    whole = cut_windows(EncodedText(text, tokenizer), segments=2, **lengths)
+    assert whole[0].possible == len(tokenizer.encode(text)) // 96
+    monkeypatch.setattr("layersweep.text.encoding.SMALL_TEXT", 200_000)
+    few = cut_windows(EncodedText(text, tokenizer), segments=2, **lengths)
+    assert [window.possible for window in few] == [None, None]
+    assert [window.ids for window in few] == [window.ids for window in whole]
+    every = cut_windows(EncodedText(text, tokenizer), segments=None, **lengths)
+    assert every[0].possible == len(every) == whole[0].possible
+
+
 def test_tokens_sha_is_over_little_endian_uint32(tokenizer: TextTokenizer) -> None:
     window = cut_windows(
-        demo_text(2_000), tokenizer, segments=1, prefix=8, continuation=4, bos="always"
+        EncodedText(demo_text(2_000), tokenizer), segments=1, prefix=8, continuation=4, bos="always"
     )[0]
     assert window.tokens_sha == sha256(struct.pack("<12I", *window.ids)).hexdigest()
     assert window.tokens_sha == hash_ids(window.ids) != hash_ids(window.ids[::-1])
@@ -65,7 +86,9 @@ def test_tokens_sha_is_over_little_endian_uint32(tokenizer: TextTokenizer) -> No
 def test_article_is_the_heading_above_the_windows_first_token(tokenizer: TextTokenizer) -> None:
     text = "x " * 20 + "\n = One = \n" + "y " * 40 + "\n = = part = = \n" + "z " * 40
     text += "\n = Two = \n" + "w " * 40
-    windows = cut_windows(text, tokenizer, segments=None, prefix=8, continuation=8, bos="never")
+    windows = cut_windows(
+        EncodedText(text, tokenizer), segments=None, prefix=8, continuation=8, bos="never"
+    )
     offsets = tokenizer.encode_with_offsets(text)[1]
     for window in windows:
         start = offsets[window.index * 16][0]
@@ -79,7 +102,11 @@ def test_the_demo_text_holds_the_standard_study_with_this_tokenizer(
     tokenizer: TextTokenizer,
 ) -> None:
     windows = cut_windows(
-        demo_text(900_000), tokenizer, segments=80, prefix=1024, continuation=512, bos="auto"
+        EncodedText(demo_text(900_000), tokenizer),
+        segments=80,
+        prefix=1024,
+        continuation=512,
+        bos="auto",
     )
     assert len(windows) == 80
     assert sum(len(w.ids) - w.prefix - 1 for w in windows) == 80 * 511
@@ -91,7 +118,9 @@ def test_too_little_text_says_how_much_there_is(tokenizer: TextTokenizer) -> Non
     text = demo_text(3_000)
     count = len(tokenizer.encode(text))
     with pytest.raises(InputError) as caught:
-        cut_windows(text, tokenizer, segments=80, prefix=64, continuation=36, bos="never")
+        cut_windows(
+            EncodedText(text, tokenizer), segments=80, prefix=64, continuation=36, bos="never"
+        )
     possible = count // 100
     assert str(caught.value) == (
         f"--segments: found {count} tokens of text = {possible} windows of 64 + 36, needed 80"
@@ -101,7 +130,9 @@ def test_too_little_text_says_how_much_there_is(tokenizer: TextTokenizer) -> Non
 
 def test_not_one_window_is_refused_even_for_all(tokenizer: TextTokenizer) -> None:
     with pytest.raises(InputError, match=r"= 0 windows of 64 [+] 36, needed at least 1"):
-        cut_windows("short", tokenizer, segments=None, prefix=64, continuation=36, bos="never")
+        cut_windows(
+            EncodedText("short", tokenizer), segments=None, prefix=64, continuation=36, bos="never"
+        )
 
 
 @pytest.mark.parametrize(
@@ -118,8 +149,7 @@ def test_impossible_lengths_are_refused(
 ) -> None:
     with pytest.raises(InputError, match=message):
         cut_windows(
-            demo_text(2_000),
-            tokenizer,
+            EncodedText(demo_text(2_000), tokenizer),
             segments=segments,
             prefix=prefix,
             continuation=continuation,

@@ -26,6 +26,7 @@ import numpy as np
 
 import layersweep.demo
 from layersweep.statistics.paired import RESAMPLES, Floats, Ints, bca_interval, group_windows
+from layersweep.text.encoding import EncodedText
 from layersweep.text.source import load_text
 from layersweep.text.tokenizer import TextTokenizer
 from layersweep.text.windows import cut_windows
@@ -78,7 +79,7 @@ def groupings() -> dict[str, tuple[Ints, Ints]]:
     text = load_text(None, "demo").text
     tokenizer = TextTokenizer.load(Path(layersweep.demo.__path__[0]) / "model")
     windows = cut_windows(
-        text, tokenizer, segments=WINDOWS, prefix=1024, continuation=512, bos="auto"
+        EncodedText(text, tokenizer), segments=WINDOWS, prefix=1024, continuation=512, bos="auto"
     )
     articles = group_windows([window.article for window in windows])
     blocks = group_windows([None] * WINDOWS)

@@ -23,6 +23,7 @@ from layersweep.tasks.needle.task import NeedleTask
 from layersweep.tasks.needle.trials import make_trials
 from layersweep.tasks.perplexity.task import PerplexityTask
 from layersweep.tasks.settings import DEPTHS, EvalSettings
+from layersweep.text.encoding import EncodedText
 from layersweep.text.source import load_text
 from layersweep.text.tokenizer import TextTokenizer
 from layersweep.text.windows import cut_windows
@@ -31,7 +32,8 @@ from layersweep.text.windows import cut_windows
 def needles(model: layersweep.Model, tokenizer: TextTokenizer, text: str, keys: int) -> dict:
     """60 teacher-forced trials with the exact cache alone."""
     trials = make_trials(
-        text, tokenizer, contexts=(4096,), depths=DEPTHS, per_depth=6, keys=keys, bos="auto",
+        EncodedText(text, tokenizer),
+        contexts=(4096,), depths=DEPTHS, per_depth=6, keys=keys, bos="auto",
         seed=0, max_context=model.checkpoint.config.max_position_embeddings,
     )  # fmt: skip
     job = NeedleTask(trials, [], tokenizer, EvalSettings(niah_keys=keys))
@@ -53,7 +55,7 @@ def main() -> None:
     folder = demo_folder()
     tokenizer, text = TextTokenizer.load(folder), load_text(None, "demo").text
     windows = cut_windows(
-        text, tokenizer, segments=80, prefix=1024, continuation=512, bos="auto"
+        EncodedText(text, tokenizer), segments=80, prefix=1024, continuation=512, bos="auto"
     )  # fmt: skip
     job = PerplexityTask(windows, [], False, model.compute.device)
     model.run(job.tiles(), job.read)

@@ -28,7 +28,7 @@ from layersweep.tasks.settings import (
     parse_segments,
     parse_tasks,
 )
-from layersweep.text.windows import BosMode
+from layersweep.text.bos import BosMode
 
 
 def load(

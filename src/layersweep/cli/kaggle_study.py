@@ -146,6 +146,11 @@ def _check_settings(kv: str, params: dict[str, Any]) -> None:
         )
     if settings.text is not None:
         load_text(settings.text, "")
+        if not Path(settings.text).is_file():  # a pipe, which is read once
+            raise InputError(
+                f"--text {settings.text}: found no regular file, needed one to send along",
+                hint="write the text to a file first",
+            )
 
 
 def _ship_codecs(kv: str, files: dict[str, bytes]) -> str:

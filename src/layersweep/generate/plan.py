@@ -216,17 +216,26 @@ def _columns(tile: Tile) -> int:
 
 def _cache_bytes(model: Holder, tile: Tile, arms: Sequence[Arm]) -> int:
     """Upper bound of the keys and values that all branches of a tile keep."""
-    config = model.config
-    elements = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    config, layers = model.config, model.config.num_hidden_layers
+    elements = 2 * layers * config.num_key_value_heads * config.head_dim
     exact = 8.0 * model.machine.element
     prefix = max(len(sequence.prefix) for sequence in tile.sequences)  # what all are padded to
     own = _columns(tile) - prefix
-    each = sum(prefix * _bits(arm, exact) + own * exact for arm in (EXACT, *arms))
+    each = sum(
+        exact * (prefix + own) - (exact - _bits(arm, exact)) * _coded(arm, prefix, layers)
+        for arm in (EXACT, *arms)
+    )
     return int(elements * len(tile.sequences) * each / 8)
 
 
+def _coded(arm: Arm, prefix: int, layers: int) -> float:
+    """Tokens of a prefix that go through the codec, on average over the layers."""
+    tokens = max(0, prefix - arm.sink - arm.window)
+    return tokens * max(0, layers - 2 * arm.protect) / layers
+
+
 def _bits(arm: Arm, exact: float) -> float:
-    """Bits of an element of a prefix as it is held."""
+    """Bits of an element that went through the codec, as it is held."""
     if arm.codec is None:
         return exact
     if arm.simulated or arm.key_bits is None or arm.value_bits is None:

@@ -5,9 +5,12 @@
     own    := FILE ".py:" CLASS | the name of an entry point (kv.custom)
     option := "@" key "=" value
 
-A fixed method has its bits in its name. Case does not matter, but in a file and its class. A name
-is resolved to what tables and files print: the method is spelled out, options are in one order,
-defaults are left out. Reading the grammar imports no torch.
+A fixed method has its bits in its name. Case does not matter, except in a file and its class.
+A bare name is input only: K3V2 means the best method at those bits with what it needs on real
+models, trellis:K3V2@sink=4 (kv.methods). Its options may say otherwise: K3V2@sink=0 is
+trellis:K3V2. What is spelled out is taken as it stands. Tables and files print the resolved name:
+the method, then the options in one order, codecs' defaults left out. Reading the grammar imports
+no torch.
 """
 
 from __future__ import annotations
@@ -17,11 +20,12 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NoReturn
 
 from layersweep.errors import InputError
 from layersweep.kv import custom
-from layersweep.kv.methods import BITS, DEFAULT_METHOD, EXACT_BITS, METHODS
+from layersweep.kv.methods import BITS, DEFAULT_COUNTS, DEFAULT_METHOD, EXACT_BITS, METHODS
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +36,7 @@ if TYPE_CHECKING:
 
 _NAMES = ("exact", "identity", "all")
 _COUNTS = ("pb", "window", "sink")
+_NO_COUNTS: Mapping[str, int] = MappingProxyType({})
 _PAIR = re.compile(r"k([0-9]+)(?:-([0-9]+))?v([0-9]+)(?:-([0-9]+))?", re.IGNORECASE)
 
 
@@ -200,10 +205,11 @@ def _expand(words: _Words) -> list[Arm]:
     match = _PAIR.fullmatch(last)
     if not match:
         return [_fixed(words)]
+    defaults = _NO_COUNTS if method else DEFAULT_COUNTS
     method = method or DEFAULT_METHOD
     if method in METHODS and METHODS[method].fixed_bits:
         raise words.error(f"found bits after {method}, needed {method} alone: it has its own")
-    own, counts = _options(words, method)
+    own, counts = _options(words, method, defaults)
     keys, values = _bits(words, match[1], match[2]), _bits(words, match[3], match[4])
     return [_arm(words, method, k, v, own, counts) for k in keys for v in values]
 
@@ -224,8 +230,9 @@ def _named(words: _Words) -> list[Arm]:
         raise words.error(f"'{words.last}' takes no options")
     if words.last == "exact":
         return [replace(EXACT, requested=words.requested)]
+    kept = {DEFAULT_METHOD: DEFAULT_COUNTS}
     return [
-        _arm(words, name, keys, values, {}, {})
+        _arm(words, name, keys, values, {}, kept.get(name, _NO_COUNTS))
         for name, method in METHODS.items()
         if method.installed
         for keys, values in method.pairs
@@ -246,8 +253,9 @@ def _fixed(words: _Words) -> Arm:
 
 
 def _arm(
-    words: _Words, method: str, keys: int, values: int, own: dict[str, str], counts: dict[str, int]
-) -> Arm:
+    words: _Words, method: str, keys: int, values: int,
+    own: Mapping[str, str], counts: Mapping[str, int],
+) -> Arm:  # fmt: skip
     if keys == values == EXACT_BITS:
         return replace(EXACT, requested=words.requested)
     fixed = method in METHODS and METHODS[method].fixed_bits
@@ -269,8 +277,11 @@ def _suffix(options: Mapping[str, object]) -> str:
     return "".join(f"@{key}={value}" for key, value in options.items())
 
 
-def _options(words: _Words, method: str) -> tuple[dict[str, str], dict[str, int]]:
-    """The codec's own options and the counts, each in their one order, defaults left out.
+def _options(
+    words: _Words, method: str, defaults: Mapping[str, int] = _NO_COUNTS
+) -> tuple[dict[str, str], dict[str, int]]:
+    """The codec's own options and the counts, each in their one order, the codec's defaults left
+    out. `defaults`: counts that are not given.
 
     Whoever gets here is about to use the method: what it needs must be installed.
     """
@@ -300,7 +311,8 @@ def _options(words: _Words, method: str) -> tuple[dict[str, str], dict[str, int]
             )
     own = {key: given[key] for key, (default, *_) in own_values.items() if key in given}
     own = {key: value for key, value in own.items() if value != own_values[key][0]}
-    return own, {key: int(given[key]) for key in _COUNTS if int(given.get(key, "0"))}
+    counts = {key: int(given.get(key, defaults.get(key, 0))) for key in _COUNTS}
+    return own, {key: count for key, count in counts.items() if count}
 
 
 def _bits(words: _Words, first: str, last: str | None) -> list[int]:

@@ -123,14 +123,15 @@ def percent_decimals(results: Json) -> int:
 
 
 def pair_rows(results: Json, *, every: bool) -> list[PairRow]:
-    """Codec-to-codec lines: methods at equal bits; all pairs if `every` or where there are few."""
+    """Codec-to-codec lines: two methods at equal bits of keys and values, whatever their options;
+    all pairs if `every` or where there are few."""
     section = results["perplexity"]
-    budget = {arm["arm"]: (arm["method"], _setting(arm["arm"])) for arm in section["arms"]}
+    bits = {arm["arm"]: (arm["key_bits"], arm["value_bits"]) for arm in section["arms"]}
+    method = {arm["arm"]: arm["method"] for arm in section["arms"]}
     rivals = [
         pair
         for pair in section["pairs"]
-        if budget[pair["a"]][1] == budget[pair["b"]][1]
-        and budget[pair["a"]][0] != budget[pair["b"]][0]
+        if bits[pair["a"]] == bits[pair["b"]] and method[pair["a"]] != method[pair["b"]]
     ]
     few = len(section["pairs"]) <= SHOWN_PAIRS
     chosen = section["pairs"] if every or (few and not rivals) else rivals
@@ -315,11 +316,6 @@ def _against(arm: Json) -> str:
     sign = "+" if delta >= 0 else ""
     spread = "" if arm["answer_nll_sem"] is None else f" +-{text.two_digits(arm['answer_nll_sem'])}"
     return f"{words}, answer NLL {sign}{text.two_digits(delta)}{spread}"
-
-
-def _setting(arm: str) -> str:
-    """The part after the method: "K3V2@pb=2" of "lloyd:K3V2@pb=2"."""
-    return arm.rpartition(":")[2]
 
 
 def _shout(word: str) -> str:

@@ -25,7 +25,7 @@ from layersweep.kv.arms import EXACT
 from layersweep.study.gate_tokens import GateTokens
 from layersweep.sweep.loop import LayerHealth
 from layersweep.sweep.sequences import Branch, BranchedSequence, Tile
-from layersweep.text.windows import hash_ids
+from layersweep.text.tokenizer import hash_ids
 
 COPY = 256  # tokens, less where the model's limit is below 512
 COPY_GAIN = 0.5

@@ -36,9 +36,10 @@ from layersweep.sweep.shapes import check_length, length_limit
 from layersweep.tasks.registry import asked
 from layersweep.tasks.settings import SHORTEN, EvalSettings
 from layersweep.tasks.task import GeneratedTask, Source, Task
+from layersweep.text.bos import resolve_bos
+from layersweep.text.encoding import EncodedText
 from layersweep.text.source import SourceText, load_text
 from layersweep.text.tokenizer import TextTokenizer, check_ids
-from layersweep.text.windows import resolve_bos
 
 SLOW_ON_GPU = "its kernels are for 1 to 4 bits and need NVRTC"
 
@@ -68,6 +69,7 @@ class Study:
     left_out: list[Fallback]
     generation: Generation | None = None
     gemm_flops: float | None = None
+    text_notes: tuple[str, ...] = ()
     done: FinishedSweep = field(default_factory=lambda: FinishedSweep([]))
     resumed: list[TileKey] = field(default_factory=list)
     gate_passed: bool = False
@@ -198,6 +200,7 @@ class Study:
         """Everything that is known before the run to be done in a simpler way than wanted."""
         notes = self.tokenizer.notes
         found = [Fallback("tokenizer", "tokenizer.json", "see why", note) for note in notes]
+        found += [Fallback("text", "all of it", "its head", note) for note in self.text_notes]
         device = self.model.compute.device
         slow = [
             arm.name
@@ -251,7 +254,8 @@ def prepare_study(
     tokenizer = TextTokenizer.load(model.checkpoint.folder)
     text = load_text(settings.text, model.checkpoint.source)
     bos_id = resolve_bos(tokenizer, settings.bos)
-    source = Source(settings, text.text, tokenizer, arms, config, model.compute)
+    encoded = EncodedText(text.text, tokenizer, model.ram.bytes)
+    source = Source(settings, encoded, arms, config, model.compute)
     kinds = [] if settings.gate == "only" else asked(settings)
     longest = max((kind.task.longest(settings) for kind in kinds), default=0)
     check_length(config, longest, SHORTEN)
@@ -268,7 +272,7 @@ def prepare_study(
     gemm_flops = gemm_rate(model) if kept else None
     study = Study(
         model, settings, text, tokenizer, arms, bos_id, tasks, gate, tiles,
-        shard, model.plan(lead), left_out, gemm_flops=gemm_flops,
+        shard, model.plan(lead), left_out, gemm_flops=gemm_flops, text_notes=tuple(encoded.notes),
     )  # fmt: skip
     study.plan_rest()
     return study

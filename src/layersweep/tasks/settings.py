@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from layersweep.errors import InputError
-from layersweep.text.windows import BosMode
+from layersweep.text.bos import BosMode
 
 DEPTHS = (0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95)
 TASKS = ("ppl", "niah")

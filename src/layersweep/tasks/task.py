@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from layersweep.model.compute import Compute
     from layersweep.sweep.loop import LogitsReader
     from layersweep.sweep.sequences import BranchedSequence, Tile
-    from layersweep.text.tokenizer import TextTokenizer
+    from layersweep.text.encoding import EncodedText
 
     RunTiles = Callable[[list[Tile], LogitsReader], None]
 
@@ -68,8 +68,7 @@ class Source:
     """What tasks are made of, once per study."""
 
     settings: EvalSettings
-    text: str
-    tokenizer: TextTokenizer
+    encoded: EncodedText
     arms: list[Arm]
     config: ModelConfig
     compute: Compute

@@ -3,17 +3,23 @@
 A template is a program from a stranger. Jinja's sandbox keeps it from Python and from files, but
 not from loops without end or strings without bound.
 
-    {"template", "message", "tokens"} --> python -m layersweep.text.chat --> [text, error], in JSON
+    {"path", "template", "message", "tokens"} --> python -c _START --> [text, error], in JSON
 """
 
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from layersweep.errors import InputError
+from layersweep.errors import InputError, MachineError
+
+if TYPE_CHECKING:
+    from jinja2.sandbox import SandboxedEnvironment
 
 SECONDS = 1  # of the processor; published templates need a thousandth
 MEMORY = 512 * 2**20  # of addresses: Python with Jinja has 40 MB
@@ -21,30 +27,39 @@ TOO_MUCH = 3  # exit code of a process that ran out of memory
 LONGEST = 2**20  # characters; published templates add a few hundred
 PATIENCE = 30.0  # seconds by the clock, on a machine that does other things
 
+# The process finds modules where this one does, also where only a script's sys.path.insert says so.
+_START = """
+import json, sys
+given = json.load(sys.stdin)
+sys.path[:] = given.pop("path")
+from layersweep.text.chat import main
+main(**given)
+"""
+
 
 def render(template: str, message: str, tokens: Mapping[str, str]) -> str:
     """One user message through the template, up to where the answer starts.
 
-    Raises InputError where the template fails or takes too much. `tokens`: what it may call
-    bos_token, eos_token and so on.
+    `tokens`: what the template may call bos_token, eos_token and so on. Raises InputError where
+    the template fails or takes too much, MachineError where the process that renders it fails.
     """
-    content = json.dumps({"template": template, "message": message, "tokens": dict(tokens)})
-    # -P: a jinja2.py in the current folder, perhaps the checkpoint's, is not imported
-    command = [sys.executable, "-P", "-m", "layersweep.text.chat"]
+    given = {"path": _module_path(), "template": template, "message": message, "tokens": {**tokens}}
+    # -P: nothing of the current folder, perhaps the checkpoint's, is imported
+    command = [sys.executable, "-P", "-c", _START]
     try:
         done = subprocess.run(
-            command, input=content.encode(), capture_output=True, timeout=PATIENCE
+            command, input=json.dumps(given).encode(), capture_output=True, timeout=PATIENCE
         )
-        code = done.returncode
-    except subprocess.TimeoutExpired:
-        code = TOO_MUCH
-    text = ""
-    if code == 0:
-        text, error = json.loads(done.stdout)
-    elif code < 0 or code == TOO_MUCH:  # below 0: killed
-        error = f"it took more than {SECONDS} s or {MEMORY >> 20} MiB"
+    except subprocess.TimeoutExpired as late:
+        raise _no_process(f"it unfinished after {PATIENCE:.0f} s") from late
+    if done.returncode in (TOO_MUCH, -signal.SIGXCPU):
+        text, error = "", f"it took more than {SECONDS} s or {MEMORY >> 20} MiB"
+    elif done.returncode < 0:
+        raise _no_process(f"it killed by {signal.Signals(-done.returncode).name}")
+    elif done.returncode:
+        raise _no_process(done.stderr.decode(errors="replace").strip()[-300:])
     else:
-        error = done.stderr.decode(errors="replace").strip()[-300:]
+        text, error = json.loads(done.stdout)
     if error:
         raise InputError(
             f"chat template: found an error ({error}), needed one user message rendered",
@@ -53,13 +68,37 @@ def render(template: str, message: str, tokens: Mapping[str, str]) -> str:
     return text
 
 
-def _render_here(template: str, message: str, tokens: Mapping[str, str]) -> str:
-    """The template in Jinja's sandbox, with the settings that published templates rely on."""
+def _module_path() -> list[str]:
+    """sys.path without the current folder, and with the folder that this package lies in."""
+    here = Path.cwd()
+    own = str(Path(__file__).resolve().parents[2])
+    return [*(place for place in sys.path if place and Path(place).resolve() != here), own]
+
+
+def _no_process(found: str) -> MachineError:
+    return MachineError(
+        f"the process that renders the chat template: found {found}, needed it to end",
+        hint="check that `python -c 'import jinja2'` works and that memory is free, then try again",
+    )
+
+
+def _sandbox() -> SandboxedEnvironment:
+    """What transformers gives a template, except for today's date."""
     from datetime import datetime
 
-    from jinja2 import TemplateError
-    from jinja2.ext import loopcontrols
+    from jinja2 import TemplateError, nodes
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.parser import Parser
     from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class GenerationTag(Extension):
+        """`{% generation %}` marks what an assistant says, for training; here it says nothing."""
+
+        tags = {"generation"}  # noqa: RUF012  as Jinja declares it
+
+        def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
     def raise_exception(message: str) -> None:
         raise TemplateError(message)
@@ -68,36 +107,67 @@ def _render_here(template: str, message: str, tokens: Mapping[str, str]) -> str:
         # a prompt must not change with the day it is run on
         return datetime(2024, 7, 26).strftime(pattern)
 
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+    def tojson(
+        value: object,
+        ensure_ascii: bool = False,
+        indent: int | None = None,
+        separators: tuple[str, str] | None = None,
+        sort_keys: bool = False,
+    ) -> str:
+        # Jinja's own escapes what has a meaning in HTML
+        return json.dumps(
+            value,
+            ensure_ascii=ensure_ascii,
+            indent=indent,
+            separators=separators,
+            sort_keys=sort_keys,
+        )
+
+    sandbox = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[GenerationTag, loopcontrols]
     )
-    environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
+    sandbox.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
+    sandbox.filters["tojson"] = tojson
+    return sandbox
+
+
+def _render_in(
+    sandbox: SandboxedEnvironment, template: str, message: str, tokens: Mapping[str, str]
+) -> str:
+    from jinja2 import TemplateError
+
     messages = [{"role": "user", "content": message}]
-    text = environment.from_string(template).render(
-        messages=messages, add_generation_prompt=True, **tokens
+    # templates ask whether tools are none, which what is not defined is not
+    text = sandbox.from_string(template).render(
+        messages=messages, tools=None, documents=None, add_generation_prompt=True, **tokens
     )
     if len(text) > LONGEST:
         raise TemplateError(f"{len(text)} characters, at most {LONGEST} are rendered")
     return text
 
 
-def main() -> None:
-    """The process of its own: limits first, then the template."""
+def main(template: str, message: str, tokens: Mapping[str, str]) -> None:
+    """The process of its own: modules and limits first, then the template.
+
+    What fails before the template is no fault of it, and ends the process with an exit code.
+    """
     import resource
 
-    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    given = json.load(sys.stdin)
+    def limit(kind: int, soft: int, hard: int) -> None:
+        most = resource.getrlimit(kind)[1]  # may be lowered, never raised
+        hard = hard if most == resource.RLIM_INFINITY else min(hard, most)
+        resource.setrlimit(kind, (min(soft, hard), hard))
+
+    sandbox = _sandbox()
+    limit(resource.RLIMIT_CORE, 0, 0)
+    limit(resource.RLIMIT_AS, MEMORY, MEMORY)
+    # the soft limit ends a process by SIGXCPU, which nobody else sends; the hard one by SIGKILL
+    limit(resource.RLIMIT_CPU, SECONDS, SECONDS + 1)
     text = error = ""
     try:
-        text = _render_here(given["template"], given["message"], given["tokens"])
+        text = _render_in(sandbox, template, message, tokens)
     except MemoryError:
         sys.exit(TOO_MUCH)
     except Exception as failure:  # whatever a template makes Jinja or Python raise
         error = f"{failure}"[:300] or type(failure).__name__
     json.dump([text, error], sys.stdout)
-
-
-if __name__ == "__main__":
-    main()

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import os
 import re
 from dataclasses import dataclass
 from importlib import resources
-from pathlib import Path
 
 from layersweep.errors import InputError
+from layersweep.units import format_bytes
+
+LARGEST_TEXT = 2**30  # bytes: it is read into memory
+_NOT_READ = {FileNotFoundError: "no such file", IsADirectoryError: "a folder"}
 
 WIKITEXT_REPOSITORY = "Salesforce/wikitext"
 WIKITEXT_FILE = "wikitext-2-raw-v1/test-00000-of-00001.parquet"
@@ -30,12 +34,12 @@ class SourceText:
 
 
 def load_text(path: str | None, model_source: str) -> SourceText:
-    """The file given; else the demo's held-out text for the demo; else wikitext-2 raw test.
+    """The file or pipe given; else the demo's held-out text for the demo; else wikitext-2 raw test.
 
     Raises InputError where it is absent, empty or no UTF-8, and where wikitext cannot be had.
     """
     if path is not None:
-        return _source(_read_file(Path(path)), str(path))
+        return _source(_read_file(path), printable(path))
     if model_source == "demo":
         held_out = resources.files("layersweep.demo") / "text" / "heldout.txt"
         return _source(held_out.read_bytes().decode("utf-8"), "demo held-out (celery 5.7.0)")
@@ -51,23 +55,35 @@ def _source(text: str, source: str) -> SourceText:
     return SourceText(text, source, hashlib.sha256(text.encode()).hexdigest())
 
 
-def _read_file(path: Path) -> str:
-    hint = "give a UTF-8 text file with --text FILE"
-    if not path.is_file():
-        found = "a folder" if path.is_dir() else "no such file"
-        raise InputError(f"--text {path}: found {found}, needed a text file", hint=hint)
+def _read_file(path: str) -> str:
+    """What a file, a pipe or /dev/stdin gives: as it is, line ends too, without a BOM."""
+    named, hint = f"--text {printable(path)}", "give a UTF-8 text file with --text FILE"
     try:
-        # bytes, so that line ends stay as they are
-        text = path.read_bytes().decode("utf-8-sig")
+        with open(path, "rb") as file:
+            data = file.read(LARGEST_TEXT + 1)
+    except OSError as error:
+        found = _NOT_READ.get(type(error), error.strerror)
+        raise InputError(f"{named}: found {found}, needed a text file", hint=hint) from error
+    if len(data) > LARGEST_TEXT:
+        raise InputError(
+            f"{named}: found more than {format_bytes(LARGEST_TEXT)}, needed at most that",
+            hint="windows and needles are of the start of a text: cut it there",
+        )
+    try:
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(
-            f"--text {path}: found byte 0x{error.object[error.start]:02x} at {error.start}, "
-            "needed UTF-8 text",
+            f"{named}: found byte 0x{data[error.start]:02x} at {error.start}, needed UTF-8 text",
             hint=hint,
         ) from error
     if not text.strip():
-        raise InputError(f"--text {path}: found an empty file, needed text", hint=hint)
+        raise InputError(f"{named}: found an empty file, needed text", hint=hint)
     return text
+
+
+def printable(path: str) -> str:
+    """A file's name as any encoder takes it: bytes that are no UTF-8 as \\xe9."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def _read_wikitext() -> str:

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from bisect import bisect_right
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
-
-import numpy as np
 
 from layersweep.errors import InputError
+from layersweep.text.bos import BosMode, resolve_bos
+from layersweep.text.encoding import EncodedText
 from layersweep.text.source import headings
-from layersweep.text.tokenizer import TextTokenizer
-
-BosMode = Literal["auto", "always", "never"]
+from layersweep.text.tokenizer import hash_ids
 
 
 @dataclass(frozen=True)
@@ -23,7 +18,7 @@ class Window:
 
     `article` is the heading under which the window's first text token stands, None before
     the first heading. `tokens_sha` is the SHA-256 of the ids as little-endian uint32, `possible`
-    the number of windows that the text has.
+    the number of windows that the text has, None where it is long and not encoded to its end.
     """
 
     index: int
@@ -31,68 +26,46 @@ class Window:
     prefix: int
     article: str | None
     tokens_sha: str
-    possible: int
-
-
-def resolve_bos(tokenizer: TextTokenizer, bos: BosMode) -> int | None:
-    """Id of the BOS token to put first, or None for none.
-
-    `auto` puts it where the tokenizer's default call does. Raises InputError for `always`
-    with a tokenizer that has no BOS, and for any other word.
-    """
-    if bos not in ("auto", "always", "never"):
-        raise InputError(f"--bos: found '{bos}', needed auto, always or never")
-    if bos == "always" and tokenizer.bos_id is None:
-        raise InputError(
-            "--bos always: found a tokenizer without a BOS token, needed one",
-            hint="use --bos auto or --bos never",
-        )
-    wanted = bos == "always" or (bos == "auto" and tokenizer.bos_by_default)
-    return tokenizer.bos_id if wanted else None
+    possible: int | None
 
 
 def cut_windows(
-    text: str,
-    tokenizer: TextTokenizer,
+    encoded: EncodedText,
     *,
     segments: int | None,
     prefix: int,
     continuation: int,
     bos: BosMode,
 ) -> list[Window]:
-    """The first `segments` windows of `text` in order, all of them where it is None.
+    """The first `segments` windows of the text in order, all of them where it is None.
 
-    The text is tokenized once. With BOS a window is BOS and prefix + continuation - 1 text
-    tokens; none is dropped between windows. Raises InputError for impossible lengths and
-    where the text has too few tokens.
+    The text is encoded as far as they need it. With BOS a window is BOS and prefix +
+    continuation - 1 text tokens; none is dropped between windows. Raises InputError for
+    impossible lengths and where the text has too few tokens.
     """
     _check_lengths(segments, prefix, continuation)
-    bos_id = resolve_bos(tokenizer, bos)
+    bos_id = resolve_bos(encoded.tokenizer, bos)
     lead = () if bos_id is None else (bos_id,)
     stride = prefix + continuation - len(lead)
-    ids, offsets = tokenizer.encode_with_offsets(text)
-    possible = len(ids) // stride
-    count = possible if segments is None else segments
-    if count > possible or possible == 0:
+    encoded.reach(None if segments is None or encoded.is_small else segments * stride)
+    found = len(encoded.ids) // stride
+    count = found if segments is None else segments
+    if count > found or found == 0:
         raise InputError(
-            f"--segments: found {len(ids)} tokens of text = {possible} windows of "
+            f"--segments: found {len(encoded.ids)} tokens of text = {found} windows of "
             f"{prefix} + {continuation}, needed {'at least 1' if segments is None else count}",
-            hint=_shortage_hint(possible),
+            hint=_shortage_hint(found),
         )
-    titles = headings(text)
+    possible = found if encoded.complete else None
+    titles = headings(encoded.text)
     windows = []
     for index in range(count):
         start = index * stride
-        window_ids = (*lead, *ids[start : start + stride])
-        article = _article_at(titles, offsets[start][0])
+        window_ids = (*lead, *encoded.ids[start : start + stride].tolist())
+        article = _article_at(titles, int(encoded.starts[start]))
         sha = hash_ids(window_ids)
         windows.append(Window(index, window_ids, prefix, article, sha, possible))
     return windows
-
-
-def hash_ids(ids: Sequence[int]) -> str:
-    """SHA-256 of token ids as little-endian uint32: equal exactly when the tokens are."""
-    return hashlib.sha256(np.asarray(ids, dtype="<u4").tobytes()).hexdigest()
 
 
 def _article_at(titles: list[tuple[int, str]], character: int) -> str | None:

@@ -64,7 +64,7 @@ class NeedleTask:
     def prepare(cls, source: Source) -> NeedleTask:
         settings, config = source.settings, source.config
         trials = make_trials(
-            source.text, source.tokenizer, contexts=settings.niah_contexts,
+            source.encoded, contexts=settings.niah_contexts,
             depths=settings.niah_depths, per_depth=settings.niah_per_depth,
             keys=settings.niah_keys, bos=settings.bos, seed=settings.seed,
             max_context=config.max_position_embeddings,
@@ -72,7 +72,7 @@ class NeedleTask:
         for trial in trials:
             check_ids(trial.prefix_ids, config.vocab_size)
             check_ids(trial.branch_ids, config.vocab_size)
-        return cls(trials, source.arms, source.tokenizer, settings)
+        return cls(trials, source.arms, source.encoded.tokenizer, settings)
 
     @classmethod
     def longest(cls, settings: EvalSettings) -> int:

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 
 from layersweep.errors import InputError
 from layersweep.tasks.needle.words import ADJECTIVES, NOUNS
-from layersweep.text.tokenizer import TextTokenizer
-from layersweep.text.windows import BosMode, resolve_bos
+from layersweep.text.bos import BosMode, resolve_bos
+from layersweep.text.encoding import SMALL_TEXT, EncodedText
 
 # RULER (Hsieh et al. 2024), niah_single: template, needle, question and answer prefix.
 INTRO = (
@@ -65,8 +65,7 @@ class Trial:
 
 
 def make_trials(
-    text: str,
-    tokenizer: TextTokenizer,
+    encoded: EncodedText,
     *,
     contexts: Sequence[int],
     depths: Sequence[float],
@@ -81,10 +80,11 @@ def make_trials(
 
     All depths come once, then all once more, so that the first trials cover every depth. A
     trial depends only on the seed and its index. Raises InputError for settings that cannot
-    be met: a context above `max_context` (the model's limit), too little text, ...
+    be met: a context above `max_context` (the model's limit), too little text, ... Haystacks come
+    from the first SMALL_TEXT characters.
     """
     _check_settings(contexts, depths, per_depth, keys, max_context, count_limit)
-    builder = _Builder(text, tokenizer, keys, bos, seed)
+    builder = _Builder(encoded, keys, bos, seed)
     settings = [(c, d) for _ in range(per_depth) for c in contexts for d in depths]
     return [
         builder.trial(index, context, depth)
@@ -122,17 +122,16 @@ class _Filled:
 
 
 class _Builder:
-    """Trials of one text: tokenized once, a haystack is a range of its tokens."""
+    """Trials of one text: a haystack is a range of its tokens, of which `starts` and `ends` are
+    the characters."""
 
-    def __init__(
-        self, text: str, tokenizer: TextTokenizer, keys: int, bos: BosMode, seed: int
-    ) -> None:
-        self.text, self.tokenizer, self.keys, self.bos, self.seed = text, tokenizer, keys, bos, seed
-        self.bos_id = resolve_bos(tokenizer, bos)
-        offsets = tokenizer.encode_with_offsets(text)[1]
-        self.starts = [start for start, _ in offsets]  # of each token, in characters
-        self.ends = [end for _, end in offsets]
-        self.chat = tokenizer.chat_template is not None
+    def __init__(self, encoded: EncodedText, keys: int, bos: BosMode, seed: int) -> None:
+        self.tokenizer, self.keys, self.bos, self.seed = encoded.tokenizer, keys, bos, seed
+        self.bos_id = resolve_bos(self.tokenizer, bos)
+        self.text, self.starts, self.ends = encoded.head(SMALL_TEXT)
+        if len(self.text) < len(encoded.text):
+            encoded.notes.append(f"needles are hidden in its first {SMALL_TEXT} characters")
+        self.chat = self.tokenizer.chat_template is not None
         self.head, self.tail = self._chat_frame() if self.chat else ("", "")
         self.phase = random.Random(f"{seed}").random()
 
@@ -246,7 +245,7 @@ class _Builder:
 
         def place_of(tokens: float) -> int:
             token = first + min(count - 1, max(0, round(tokens)))
-            return self.starts[token] - begin
+            return int(self.starts[token] - begin)
 
         target = len(hay) if depth >= 1 else place_of(depth * count)
         low = place_of((depth - _REACH) * count)

@@ -74,7 +74,7 @@ class PerplexityTask:
     def prepare(cls, source: Source) -> PerplexityTask:
         settings, config = source.settings, source.config
         windows = cut_windows(
-            source.text, source.tokenizer, segments=settings.segments, prefix=settings.prefix,
+            source.encoded, segments=settings.segments, prefix=settings.prefix,
             continuation=settings.continuation, bos=settings.bos,
         )  # fmt: skip
         for window in windows:

@@ -1,0 +1,37 @@
+"""tools/measure_real.py: a line for each arm of a run, and the table made of them."""
+
+from __future__ import annotations
+
+import json
+import runpy
+from pathlib import Path
+
+from results_builders import build_results
+
+from layersweep.kv import parse_arms
+
+TOOL = runpy.run_path(str(Path(__file__).resolve().parent.parent / "tools/measure_real.py"))
+
+
+def test_lines_carry_their_run_and_make_the_table() -> None:
+    results = build_results()
+    found = [json.loads(json.dumps(line)) for line in TOOL["lines"](results)]
+    assert [line["arm"] for line in found[:2]] == ["exact", "lloyd:K3V2"]
+    assert len(found) == 5
+    for line in found:
+        assert line["command"] == results["command"]
+        assert (line["real"], line["segments"], line["dtype"]) == ("prefill", 80, "float32")
+    head, _, _, _, first, *_ = TOOL["table"](found).splitlines()
+    assert head.startswith("demo, 80 windows, 1024 + 512, prefill, float32,")
+    assert first.startswith("| `lloyd:K3V2` | 2.69 | +0.")
+    assert first.count("|") == 7
+
+
+def test_every_arm_of_the_study_is_one() -> None:
+    """The published method, and both forms of the default: with its sink and without."""
+    prefill, streaming = (
+        [arm.name for arm in parse_arms(TOOL[n])] for n in ("PREFILL", "STREAMING")
+    )
+    for names in (prefill, streaming):
+        assert {"trellis:K3V2@sink=4", "trellis:K3V2", "e8:K3V2"} < set(names)
+    assert (len(prefill), len(streaming)) == (25, 8)
