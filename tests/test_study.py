@@ -28,7 +28,7 @@ from layersweep.tasks.settings import EvalSettings
 
 SMALL = EvalSettings(
     kv="K3V2,e8:K3V2", segments=45, prefix=64, continuation=32, niah_contexts=(512,),
-    niah_depths=(0.2, 0.8), niah_per_depth=1,
+    niah_depths=(0.2, 0.8), niah_per_depth=1, text=str(tiny_study.text_file()),
 )  # fmt: skip
 TRAINED = replace(SMALL, segments=20)
 
@@ -50,7 +50,7 @@ def measured(model: Model, settings: EvalSettings) -> tuple[Study, Outcome]:
 
 @pytest.fixture(scope="module")
 def one_sweep(tiny: Model) -> tuple[Study, Outcome]:
-    return measured(tiny, replace(SMALL, text=str(tiny_study.text_file())))
+    return measured(tiny, SMALL)
 
 
 @pytest.fixture(scope="module")
@@ -138,8 +138,9 @@ def test_generation_agrees_with_teacher_forcing(model: Model, trained: Study) ->
 
 def test_python_interface_returns_the_schema(model: Model) -> None:
     results = layersweep.evaluate(
-        model, kv=["K3V2@window=16"], tasks=["ppl"], segments=2, prefix=64, continuation=16
-    )
+        model, kv=["K3V2@window=16"], tasks=["ppl"], segments=2, prefix=64, continuation=16,
+        text=SMALL.text,
+    )  # fmt: skip
     validate(results)
     arm = results["perplexity"]["arms"][0]
     assert arm["arm"] == "trellis:K3V2@window=16@sink=4"
@@ -150,12 +151,12 @@ def test_python_interface_returns_the_schema(model: Model) -> None:
     assert exact_pair_fraction(1024, 512) == pytest.approx(0.2, abs=1e-3)
 
 
-def test_a_slow_search_is_announced(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_search_is_announced(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = replace(SMALL, kv="K3V2,e8:K3V2", tasks=("ppl",), gate="off")
-    assert "encoder" not in str(prepare_study(model, settings).fallbacks)
+    assert "encoder" not in str(prepare_study(tiny, settings).fallbacks)
     monkeypatch.setattr("layersweep.kv.trellis.encoder_name", lambda: "torch")
     monkeypatch.setattr("layersweep.study.study.numba_refusal", lambda: "numba is not installed")
-    found = [f for f in prepare_study(model, settings).fallbacks if "encoder" in f.what]
+    found = [f for f in prepare_study(tiny, settings).fallbacks if "encoder" in f.what]
     assert [(f.what, f.used, f.why) for f in found] == [
         ("encoder of trellis:K3V2@sink=4", "plain torch, slower", "numba is not installed")
     ]
