@@ -33,20 +33,24 @@ KILLED = str(Path(__file__).with_name("killed_in_second_sweep.py"))  # runs inst
 
 @cache
 def _folder() -> tempfile.TemporaryDirectory[str]:
-    """Once per process; gone at its end."""
-    folder = tempfile.TemporaryDirectory(prefix="tiny-study-")
-    write_synthetic(Path(folder.name) / "model", TINY)
-    heldout = Path(layersweep.__file__).parent / "demo/text/heldout.txt"
-    (Path(folder.name) / "text.txt").write_text(heldout.read_text()[:60_000])
+    """One per process; gone at its end."""
+    return tempfile.TemporaryDirectory(prefix="tiny-study-")
+
+
+@cache
+def model_folder() -> Path:
+    folder = Path(_folder().name) / "model"
+    write_synthetic(folder, TINY)
     return folder
 
 
-def model_folder() -> Path:
-    return Path(_folder().name) / "model"
-
-
+@cache
 def text_file() -> Path:
-    return Path(_folder().name) / "text.txt"
+    """The beginning of the demo's held-out text: all of a text is tokenized."""
+    heldout = Path(layersweep.__file__).parent / "demo/text/heldout.txt"
+    file = Path(_folder().name) / "text.txt"
+    file.write_text(heldout.read_text("utf-8")[:60_000], "utf-8")
+    return file
 
 
 def words(*more: str, model: Path | None = None) -> list[str]:
