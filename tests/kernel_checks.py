@@ -167,10 +167,10 @@ def check_lloyd(
     for x in (floats, floats.to(kernels.dtype)):
         x = torch.where(x.isfinite(), x, 1.0)
         codes, scale = kernels.lloyd_encode(x, bits, weights, *tables)
-        wanted_codes, wanted_scale = lloyd._encode_rows(x, bits)
+        wanted_codes, wanted_scale = lloyd.Lloyd(bits, bits).encode_rows(x, bits)
         exactly(scale, wanted_scale, seed)
         exactly(codes, wanted_codes, seed)
-        wanted = lloyd._decode_rows(codes, scale, bits)
+        wanted = lloyd.Lloyd(bits, bits).decode_rows(codes, scale, dim, bits)
         for dtype in (torch.float32, kernels.dtype):
             out = torch.empty(count, dim, dtype=dtype, device=device)
             levels = lloyd.signed_levels(bits, device)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from layersweep.runs.sections import reasons_not_publishable
+from layersweep.runs.versions import METRICS_VERSION, SCHEMA
 from layersweep.tasks.arms import ArmInfo
 from layersweep.tasks.needle.measurements import NeedleMeasurements, TrialInfo
 from layersweep.tasks.needle.summary import summarize_needle
@@ -103,6 +104,8 @@ def simulate_needle(
             achieved_depth=float(np.clip(depth + rng.normal(0, 0.004), 0, 1)),
             key=f"amber-{('otter', 'lantern', 'harbor', 'maple')[index % 4]}",
             answer=f"{rng.integers(10**6, 10**7)}",
+            haystack_begin=16 * max(contexts) * index,  # far apart: four characters a token
+            haystack_end=16 * max(contexts) * index + 4 * context,
         )
         for index, (context, depth) in enumerate(places)
     ]
@@ -133,6 +136,7 @@ def simulate_needle(
         outputs=outputs,
         correct=correct,
         answer_nll=answer_nll,
+        seed=seed,
     )
 
 
@@ -159,8 +163,8 @@ def build_results(
         status="complete", weights=weights, measured={"perplexity": perplexity, "needle": needle}
     )
     return {
-        "schema": "layersweep.results/1",
-        "metrics_version": 1,
+        "schema": SCHEMA,
+        "metrics_version": METRICS_VERSION,
         "status": "complete",
         "publishable": not reasons,
         "reasons": reasons,

@@ -15,8 +15,8 @@ from studies import needle_of, perplexity_of
 from torch import Tensor
 
 from layersweep.kv import parse
-from layersweep.kv.cache import Shared, store
-from layersweep.kv.stream import Stream
+from layersweep.kv.store import KvStore
+from layersweep.kv.stream import keys_and_values
 from layersweep.study.run import run_study
 from layersweep.study.study import Study, prepare_study
 from layersweep.sweep.model import load
@@ -75,12 +75,10 @@ def codec_of(name: str, layers: int) -> object:
     arm = parse(name)
 
     def through(keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        positions = torch.arange(keys.shape[2])[None]
-        pair = []
-        for x, role in ((keys, "key"), (values, "value")):
-            stream = Stream(role[0], x.shape[1], x.shape[3], role=role, rope=role == "key")
-            pair.append(store(arm, x, stream, positions, layer, layers, Shared()).decoded())
-        return pair[0], pair[1]
+        streams = keys_and_values(keys.shape[1], keys.shape[3])
+        store = KvStore.empty([(arm, streams)], layer, layers).appended((keys, values))
+        decoded_keys, decoded_values = store.decoded(0)
+        return decoded_keys, decoded_values
 
     return through
 

@@ -394,10 +394,10 @@ def test_prefixes_of_several_lengths_are_joined_as_far_as_one_call_takes(
         caches = KeptCaches(2)
         stepped(tiny, rides, JOINED, caches)
         kept = caches._layers[0, 1]
-        held = {id(s.middle) for part in kept.parts for pair in part.streams for s in pair}
+        held = {id(s.middle) for part in kept.prefixes for pair in part.store.arms for s in pair}
         # of 5 coded arms' keys and values, K3V2 and K4V2 share one; int4 keeps this layer exact
-        assert len(held - {id(None)}) == 9 * len(kept.parts)
-        return [(part.rows.start, part.rows.stop, part.length) for part in kept.parts]
+        assert len(held - {id(None)}) == 9 * len(kept.prefixes)
+        return [(part.rows.start, part.rows.stop, part.length) for part in kept.prefixes]
 
     assert parts() == [(0, 5, 40)]
     monkeypatch.setattr("layersweep.sweep.attention.attention_batch", lambda *of: 3)
@@ -410,10 +410,10 @@ def test_kept_caches_are_copies_that_share_and_do_not_hold_what_they_decode(tiny
     stepped(tiny, rides, STEPPED, caches)
     for layer in range(tiny.config.num_hidden_layers):
         kept = caches._layers[0, layer]
-        assert [(part.rows.start, part.rows.stop) for part in kept.parts] == [(0, 2), (2, 3)]
-        for part in kept.parts:
-            coded = [s.middle for pair in part.streams for s in pair if s.middle is not None]
-            assert all(one._decoded is None for one in coded)
+        assert [(part.rows.start, part.rows.stop) for part in kept.prefixes] == [(0, 2), (2, 3)]
+        for part in kept.prefixes:
+            coded = [s.middle for pair in part.store.arms for s in pair if s.middle is not None]
+            assert not part.store._decoded
             # 5 arms; values of kivi:K2V16 are exact, those of K3V2 and K4V2 are one
             assert (len(coded), len({id(one) for one in coded})) == (9, 8)
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from layersweep.kv import Stream, parse
 from layersweep.kv.basis import FLOOR, key_basis, square_roots
-from layersweep.kv.cache import Shared, store
+from layersweep.kv.stored import StoredStream
 
 DIM, GROUPS, HEADS, HIDDEN = 64, 2, 4, 200
 
@@ -68,11 +68,11 @@ def test_scores_lose_less_in_it() -> None:
     hidden = torch.randn(1000, HIDDEN, generator=generator) * norm
     k = (hidden @ k_proj.t()).view(1, 1000, GROUPS, DIM).transpose(1, 2)
     q = (hidden @ q_proj.t()).view(1, 1000, HEADS, DIM).transpose(1, 2)[:, :: HEADS // GROUPS]
-    at, arm = torch.arange(1000)[None], parse("trellis:K2V2")
+    arm = parse("trellis:K2V2")
     lost = []
     for basis in (None, key_basis(q_proj, k_proj, norm, DIM)):
         stream = Stream("k", GROUPS, DIM, role="key", rope=True, basis=basis)
-        coded = store(arm, k, stream, at, 0, 1, Shared())
+        coded = StoredStream.empty(arm, stream).appended(k)
         lost.append(((coded.decoded() - k) @ q.transpose(-1, -2)).square().mean().item())
         assert coded.nbits == 8 * GROUPS * (1000 * (DIM * 2 // 8 + 1) + 2 * (DIM + 1))
     assert lost[1] < 0.5 * lost[0]

@@ -13,11 +13,10 @@ from test_kv_codecs import codec_of, encode, gaussians, positions_of
 from torch import Tensor
 
 from layersweep.errors import InputError
-from layersweep.kv import Stream, parse, parse_arms
+from layersweep.kv import Stream, parse_arms
 from layersweep.kv.codec import Codec, Packed, check_stream
-from layersweep.kv.growing import GrowingStream
+from layersweep.kv.identity import Untransformed
 from layersweep.kv.kivi import KeyGroups
-from layersweep.kv.uniform import Untransformed
 from layersweep.tasks.perplexity.task import control_arms
 
 # Every arm, and the multiple that a head size must be of.
@@ -43,10 +42,6 @@ CPU = torch.device("cpu")
 def stream_of(role: str, x: Tensor) -> Stream:
     is_key = role == "key"
     return Stream(role, x.shape[1], x.shape[3], "key" if is_key else "value", rope=is_key)
-
-
-def held_bytes(packed: Packed) -> int:
-    return sum(part.nbytes for part in vars(packed).values() if isinstance(part, Tensor))
 
 
 def same(a: Packed, b: Packed) -> bool:
@@ -219,7 +214,7 @@ def test_batch_order_slices_and_append_change_no_bit(
             check_stream(codec, stream, CPU, torch.float32)
         return
     whole = codec.encode(x, stream, at)
-    assert held_bytes(whole) == codec.nbytes(whole)
+    assert whole.held_bytes == codec.nbytes(whole)
     assert (whole.tokens, whole.elements) == (shape[2], x.numel())
     decoded = codec.decode(whole, at)
     assert (decoded.shape, decoded.dtype) == (x.shape, torch.float32)
@@ -270,21 +265,6 @@ def test_special_vectors(arm: str, role: str) -> None:
             assert torch.equal(decoded[0, 1][:, channels], clean[0, 1][:, channels])
         else:
             assert torch.equal(decoded[0, 1, tokens], clean[0, 1, tokens])
-
-
-@pytest.mark.parametrize("arm", list(ARMS))
-def test_a_cache_that_grows_equals_one_that_was_filled(arm: str) -> None:
-    x = gaussians(2, 2, 75, 128)
-    for role in ("key", "value"):
-        stream = stream_of(role, x)
-        grown = GrowingStream(parse(arm), stream, 0, 4)
-        at_once = GrowingStream(parse(arm), stream, 0, 4)
-        at_once.append(x)
-        for start, stop in ((0, 40), (40, 41), (41, 75)):
-            grown.append(x[:, :, start:stop])
-            assert grown.decoded(torch.float32).shape[2] == stop
-        assert torch.equal(grown.decoded(torch.float32), at_once.decoded(torch.float32))
-        assert grown.nbits == at_once.nbits
 
 
 def test_the_identity_of_a_codec_without_transforms_changes_nothing() -> None:

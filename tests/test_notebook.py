@@ -24,6 +24,7 @@ from layersweep.errors import Fallback, GateError, InputError, LayersweepWarning
 from layersweep.notebook import Bars, NotebookProgress, in_notebook, tell
 from layersweep.progress import SweepProgress
 from layersweep.report import cell, html
+from layersweep.report.perplexity import html as tables
 from layersweep.report.store import load_results, validate
 from layersweep.stream.host import HostStage
 from layersweep.stream.pinned import HostBuffer
@@ -177,7 +178,7 @@ def test_printed_results_are_what_the_command_prints(
 def test_shown_results_have_the_tables_of_the_page(results: layersweep.Results) -> None:
     drawn = results._repr_html_()
     page = html.html_page(results)
-    for table in (html.arm_table(results), html.pair_table(results, every=False)):
+    for table in (tables.arm_table(results), tables.pair_table(results, every=False)):
         assert table in drawn and table in page
     assert results.figure("arms").html.count("<svg") == 1
     assert results.figure("windows").html.count("<svg") == 2

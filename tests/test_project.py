@@ -91,6 +91,16 @@ def test_key_value_codecs_know_nothing_of_the_engine() -> None:
     assert found == []
 
 
+def test_reports_format_and_compute_nothing() -> None:
+    found = [
+        f"{path.name} imports {module}"
+        for path in sorted((SOURCE / "report").rglob("*.py"))
+        for module in imported_modules(ast.parse(path.read_text("utf-8")), ["layersweep"])
+        if module.split(".")[:2] == ["layersweep", "statistics"] or module in ("numpy", "scipy")
+    ]
+    assert found == []
+
+
 @pytest.mark.parametrize(
     "line",
     [

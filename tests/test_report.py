@@ -12,13 +12,14 @@ from html.parser import HTMLParser
 
 import jsonschema
 import pytest
-from results_builders import STUDY, build_results
+from results_builders import STUDY, SimulatedArm, build_results
 from rich.console import Console
 
 from layersweep.errors import InputError
-from layersweep.report import rows, svg, text
+from layersweep.report import svg, text
 from layersweep.report.export import arms_csv, latex, markdown, windows_csv
 from layersweep.report.html import html_page, write_html
+from layersweep.report.perplexity import rows
 from layersweep.report.store import (
     load_results,
     results_schema,
@@ -146,8 +147,8 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path):
         (None, "found no such file"),
         ("{broken", "not JSON"),
         ("[1]", "found schema 'list'"),
-        ('{"schema": "other/2"}', "found schema 'other/2', needed 'layersweep.results/1'"),
-        ('{"schema": "layersweep.results/1"}', "'command' is a required property"),
+        ('{"schema": "other/2"}', "found schema 'other/2', needed 'layersweep.results/2'"),
+        ('{"schema": "layersweep.results/2"}', "'command' is a required property"),
     ],
 )
 def test_unusable_results_are_input_errors(tmp_path, content, message):
@@ -256,20 +257,36 @@ def test_a_ratio_without_bounds_is_a_dash(full):
     assert ratio not in "".join(read(html_page(full)).words)
 
 
-def test_results_of_earlier_versions_are_still_read_and_printed(full):
-    for pair in full["perplexity"]["pairs"]:
-        for key in ("z", "loss_ratio", "loss_ratio_ci95"):
-            del pair[key]
-    validate(full)
-    assert ", z -  ratio -" in printed(full)
-    assert markdown(full)
-    assert html_page(full)
-
-
 def test_output_that_is_no_terminal_gets_the_full_table(full):
     console = Console(file=io.StringIO(), width=80)
     print_report(console, full)
     assert "KL mean/p99.9" in console.file.getvalue()
+
+
+def test_output_that_is_no_terminal_is_as_wide_as_its_content():
+    """trellis:K3V2@window=64 would fold into a second line at 100 columns."""
+    long = SimulatedArm("trellis-with-a-long-name", 3, 2, 0.0052, 2.69, True, 0.99)
+    results = build_results(arms=(long, STUDY[0]), windows=8, per_depth=1)
+    console = Console(file=io.StringIO(), width=80)
+    print_report(console, results)
+    lines = console.file.getvalue().splitlines()
+    (row,) = [line for line in lines if line.startswith("trellis-with-a-long-name:K3V2 (sim.) ")]
+    arm = results["perplexity"]["arms"][0]
+    assert row.rstrip().endswith(f"{100 * arm['top1_agreement']:.1f}")
+
+
+def test_among_several_arms_of_a_method_those_with_equal_options_are_rivals(full):
+    section = full["perplexity"]
+    renamed = {"lloyd:K4V2": "lloyd:K3V2@sink=4", "e8:K4V2": "e8:K3V2@sink=4"}
+    for arm in section["arms"]:
+        arm["arm"] = renamed.get(arm["arm"], arm["arm"])
+        arm["key_bits"] = 3
+    for pair in section["pairs"]:
+        pair |= {side: renamed.get(pair[side], pair[side]) for side in ("a", "b")}
+    assert [(pair.a, pair.b) for pair in rows.pair_rows(full, every=False)] == [
+        ("lloyd:K3V2", "e8:K3V2"),
+        ("lloyd:K3V2@sink=4", "e8:K3V2@sink=4"),
+    ]
 
 
 def test_spot_check_and_reasons_are_said(weak):
@@ -307,9 +324,10 @@ def test_unknown_bits_and_nonfinite_arms(full):
 
 def test_grouping_is_named_as_it_was_computed(full, weak):
     assert re.fullmatch(r"\d+ articles", rows.grouping(full))
-    for segment in weak["perplexity"]["segments"]:
-        segment["article"] = None
+    weak["perplexity"]["groups"] = {"kind": "blocks", "count": 5}
     assert rows.grouping(weak) == "5 blocks of 4 windows"
+    weak["perplexity"]["groups"] = {"kind": "articles", "count": 1}
+    assert rows.grouping(weak) == "1 article"
 
 
 def test_several_contexts_are_counted_apart():

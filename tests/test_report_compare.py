@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 from layersweep.cli.report import compare, report
 from layersweep.errors import InputError
-from layersweep.report.compare import compare_runs
 from layersweep.report.store import load_results, write_results
+from layersweep.runs.compare import compare_runs
 
 
 @cache

@@ -12,24 +12,35 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from layersweep.statistics.paired import (
+from layersweep.statistics.groups import Groups, group_haystacks, group_windows
+from layersweep.statistics.intervals import (
     bca_interval,
     bootstrap_z,
     cluster_sem,
-    group_windows,
-    holm,
     iid_sem,
     lag1_autocorrelation,
     loss_ratio,
-    mcnemar_exact,
-    paired_statistics,
-    quantiles,
-    sign_test,
-    wilcoxon_test,
     wilson_interval,
 )
+from layersweep.statistics.paired import paired_statistics, quantiles
+from layersweep.statistics.significance import (
+    flip_test,
+    holm,
+    mcnemar_exact_iid,
+    sign_test_iid,
+    wilcoxon_test_iid,
+)
 
-COVERAGE_TOOL = Path(__file__).parents[1] / "tools/measure_coverage.py"
+TOOLS = Path(__file__).parents[1] / "tools"
+
+
+def articles(*labels):
+    return Groups("articles", np.array(labels))
+
+
+def apart(n):
+    """Every window an article of its own."""
+    return articles(*range(n))
 
 
 def clustered_study(rng, articles=24):
@@ -49,24 +60,25 @@ def two_arm_study(rng, articles=24):
 
 
 def test_five_known_deltas():
-    found = paired_statistics(np.array([0.01, 0.02, -0.01, 0.03, 0.05]), np.arange(5), seed=0)
+    found = paired_statistics(np.array([0.01, 0.02, -0.01, 0.03, 0.05]), apart(5), seed=0)
     assert found.mean == pytest.approx(0.02)
     assert found.delta_percent == pytest.approx(2.0201340, abs=1e-6)
     assert found.sem_iid == pytest.approx(0.01, abs=1e-12)  # s = sqrt(0.002 / 4), over sqrt(5)
     assert found.sem == pytest.approx(0.01, abs=1e-12)  # one window per group: the same
     assert found.z == pytest.approx(2.0)
     assert found.n_negative == 1
-    assert found.p_sign == pytest.approx(0.375)  # 2 * (1 + 5) / 32
-    assert found.p_wilcoxon == pytest.approx(0.1875)  # ranks: |-0.01| ties with 0.01 at 1.5
-    assert found.mde_percent == pytest.approx(2.8)
+    assert found.p_sign_iid == pytest.approx(0.375)  # 2 * (1 + 5) / 32
+    assert found.p_wilcoxon_iid == pytest.approx(0.1875)  # ranks: |-0.01| ties with 0.01 at 1.5
+    assert found.p_flip == pytest.approx(6 / 32)  # sums of 0.12, 0.10 and 0.10, and their mirror
+    assert (found.n_worse, found.mde_percent) == (4, pytest.approx(2.8))
     assert (found.n, found.groups) == (5, 5)
 
 
 def test_two_sigma_is_strict_and_has_the_sign_of_neither_side():
     values = np.array([1.0, 2.0, 3.0, 2.5])
-    assert paired_statistics(values, np.arange(4), seed=0).significant_2sigma is True
-    assert paired_statistics(-values, np.arange(4), seed=0).significant_2sigma is True
-    assert paired_statistics(values - 2, np.arange(4), seed=0).significant_2sigma is False
+    assert paired_statistics(values, apart(4), seed=0).significant_2sigma is True
+    assert paired_statistics(-values, apart(4), seed=0).significant_2sigma is True
+    assert paired_statistics(values - 2, apart(4), seed=0).significant_2sigma is False
 
 
 def test_cluster_sem_by_hand():
@@ -158,10 +170,10 @@ def test_coverage_of_simulated_studies():
     Each case may miss 93-97 % by 2 binomial errors, sqrt(0.95 * 0.05 / 500) = 1 %; all 3,000
     together, with an error of 0.4 %, may not. At 1.96 they hold 91 %.
     """
-    tool = runpy.run_path(str(COVERAGE_TOOL))
+    tool = runpy.run_path(str(TOOLS / "measure_coverage.py"))
     held = [
         tool["count_inside"](case, groups, stretches, 500, resamples=1000) / 500
-        for groups, stretches in tool["groupings"]().values()
+        for groups, stretches in tool["groupings"]()
         for case in tool["CASES"]
         if case.must_hold
     ]
@@ -265,14 +277,15 @@ def test_cluster_sem_matches_the_spread_of_means():
 
 
 def test_undefined_numbers_are_none():
-    zeros = paired_statistics(np.zeros(8), np.arange(8) // 4, seed=0)
+    zeros = paired_statistics(np.zeros(8), blocks(8), seed=0)
     assert (zeros.mean, zeros.sem, zeros.sem_iid) == (0.0, 0.0, 0.0)
-    assert (zeros.z, zeros.ci95, zeros.p_sign, zeros.p_wilcoxon) == (None, None, None, None)
-    constant = paired_statistics(np.full(7, 0.1), np.arange(7), seed=0)
+    assert (zeros.z, zeros.ci95, zeros.p_sign_iid, zeros.p_wilcoxon_iid) == (None,) * 4
+    assert zeros.p_flip == 1.0
+    constant = paired_statistics(np.full(7, 0.1), apart(7), seed=0)
     assert (constant.sem, constant.z, constant.ci95) == (0.0, None, None)
-    single = paired_statistics(np.array([0.3]), np.array([0]), seed=0)
+    single = paired_statistics(np.array([0.3]), apart(1), seed=0)
     assert (single.sem, single.sem_iid, single.z, single.mde_percent) == (None, None, None, None)
-    one_article = paired_statistics(np.array([0.3, 0.4]), np.array([0, 0]), seed=0)
+    one_article = paired_statistics(np.array([0.3, 0.4]), articles(0, 0), seed=0)
     assert one_article.sem is None
     assert one_article.sem_iid == pytest.approx(0.05)
 
@@ -283,7 +296,8 @@ def test_undefined_numbers_are_none():
     st.integers(1, 5),
 )
 def test_no_figure_is_ever_nan(values, width):
-    found = paired_statistics(np.array(values), np.arange(len(values)) // width, seed=0)
+    groups = Groups("blocks", np.arange(len(values)) // width)
+    found = paired_statistics(np.array(values), groups, seed=0)
     for value in vars(found).values():
         for number in value if isinstance(value, tuple) else (value,):
             assert number is None or math.isfinite(number)
@@ -293,20 +307,21 @@ def test_no_figure_is_ever_nan(values, width):
 
 def test_groups_are_articles_when_there_are_enough():
     titles = [f"a{index // 3}" for index in range(30)]
-    assert group_windows(titles).tolist() == [index // 3 for index in range(30)]
+    found = group_windows(titles)
+    assert (found.kind, found.count) == ("articles", 10)
+    assert found.labels.tolist() == [index // 3 for index in range(30)]
 
 
 def test_groups_are_blocks_of_four_without_headings_or_with_too_few():
-    blocks = [0, 0, 0, 0, 1, 1, 1, 1, 2, 2]
-    assert group_windows([None] * 10).tolist() == blocks
-    assert group_windows(["one"] * 10).tolist() == blocks
-    long = ["first"] * 40 + ["second"] * 40
-    assert len(set(group_windows(long).tolist())) == 20
+    for found in (group_windows([None] * 10), group_windows(["one"] * 10)):
+        assert found.kind == "blocks"
+        assert found.labels.tolist() == [0, 0, 0, 0, 1, 1, 1, 1, 2, 2]
+    assert group_windows(["first"] * 40 + ["second"] * 40).count == 20
 
 
 def test_text_before_the_first_heading_is_grouped_in_blocks():
-    labels = group_windows([None] * 6 + [f"a{index}" for index in range(8)]).tolist()
-    assert labels == [0, 0, 0, 0, 1, 1, 2, 3, 4, 5, 6, 7, 8, 9]
+    found = group_windows([None] * 6 + [f"a{index}" for index in range(8)])
+    assert found.labels.tolist() == [0, 0, 0, 0, 1, 1, 2, 3, 4, 5, 6, 7, 8, 9]
 
 
 @settings(max_examples=30, deadline=None)
@@ -314,33 +329,110 @@ def test_text_before_the_first_heading_is_grouped_in_blocks():
 def test_plain_tests_equal_scipys(values):
     """Integers have ties and zeros, as deltas of equal windows do."""
     deltas = np.array(values, float)
-    found = paired_statistics(deltas, np.arange(len(deltas)), seed=0)
     nonzero = deltas[deltas != 0]
     wins = stats.binomtest(int((nonzero > 0).sum()), len(nonzero))
-    assert found.p_sign == pytest.approx(wins.pvalue)
-    assert found.p_wilcoxon == pytest.approx(stats.wilcoxon(nonzero).pvalue)
-    assert found.sem_iid == pytest.approx(stats.sem(deltas))
-    assert found.sem == pytest.approx(stats.sem(deltas))  # every window its own group
+    assert sign_test_iid(deltas) == pytest.approx(wins.pvalue)
+    assert wilcoxon_test_iid(deltas) == pytest.approx(stats.wilcoxon(nonzero).pvalue)
+    assert iid_sem(deltas) == pytest.approx(stats.sem(deltas))
+    assert cluster_sem(deltas, np.arange(len(deltas))) == pytest.approx(stats.sem(deltas))
 
 
 def test_wilcoxon_by_counting_sign_patterns():
     """Six distinct ranks, the smallest negative: W = 1, P(W <= 1) = 2 / 64, twice that."""
-    assert wilcoxon_test(np.array([-0.1, 0.2, 0.3, 0.4, 0.5, 0.6])) == pytest.approx(4 / 64)
+    assert wilcoxon_test_iid(np.array([-0.1, 0.2, 0.3, 0.4, 0.5, 0.6])) == pytest.approx(4 / 64)
 
 
 def test_sign_and_wilcoxon_drop_zeros():
     values = np.array([0.0, 0.0, 1.0, 2.0, 3.0, 4.0, 5.5])
-    assert sign_test(values) == pytest.approx(2 / 32)
-    assert wilcoxon_test(values) == pytest.approx(2 / 32)
+    assert sign_test_iid(values) == pytest.approx(2 / 32)
+    assert wilcoxon_test_iid(values) == pytest.approx(2 / 32)
     known = np.random.default_rng(0).standard_normal(80) + 0.2
-    assert wilcoxon_test(known) == pytest.approx(stats.wilcoxon(known).pvalue)
+    assert wilcoxon_test_iid(known) == pytest.approx(stats.wilcoxon(known).pvalue)
+
+
+def blocks(n):
+    return Groups("blocks", np.arange(n) // 4)
+
+
+def test_flips_by_hand():
+    # sums 3, 1, -1 of {1, 2}, {1}, {-1}: |3|; 3 +- 1 +- 1 is 3 or more for 3 of 4, and their mirror
+    values = np.array([1.0, 2.0, 1.0, -1.0])
+    assert flip_test(values, articles(0, 0, 1, 2), seed=0) == 3 / 4
+    assert flip_test(values, articles(0, 0, 0, 0), seed=0) == 1.0
+
+
+def test_flips_over_neighbours_by_hand():
+    """Block sums 3, 1 of 4 windows each: total 4, mean 2, residuals 1 and -1, Q = 2 and C = -1, the
+    spread Q / 4. Flipped, 3 and -1: total 2, residuals 2 and -2. Twice 2 of 4 are as extreme."""
+    values = np.repeat([0.75, 0.25], 4)
+    assert flip_test(values, blocks(8), seed=0) == 1 / 2
+    # 3, 3: no spread at all, which only the same sums have; 3, -3 is 0 over 12
+    assert flip_test(np.full(8, 0.75), blocks(8), seed=0) == 1 / 2
+    # 5, 2, 1, 2: Q = 9, C = -1.25 (r = 2.5, -0.5, -1.5, -0.5), 10 / sqrt(6.5) = 3.92; of the
+    # other seven, only 5, 2, -1, 2 with 8 / sqrt(18 + 2 * -4.5) = 2.67 comes near
+    assert flip_test(np.repeat([5.0, 2.0, 1.0, 2.0], 4) / 4, blocks(16), seed=0) == 1 / 8
+
+
+def test_flips_are_counted_up_to_sixteen_groups_and_drawn_beyond():
+    sixteen, seventeen = np.ones(16), np.ones(17)
+    assert flip_test(sixteen, apart(16), seed=0) == 2 / 2**16
+    assert flip_test(seventeen, apart(17), seed=0) == flip_test(seventeen, apart(17), seed=0)
+    drawn = [flip_test(seventeen, apart(17), seed=seed) for seed in range(4)]
+    assert set(drawn) <= {(1 + hits) / 100_001 for hits in range(12)}  # 1.5 of 100,000 expected
+    known = np.random.default_rng(2).standard_normal(20) + 0.4
+    shares = [flip_test(known, apart(20), seed=seed) for seed in (1, 2)]
+    assert shares[0] != shares[1]
+    assert shares[0] == pytest.approx(shares[1], rel=0.1)
+    exact = stats.permutation_test(
+        (known,), np.sum, permutation_type="samples", n_resamples=np.inf, vectorized=True
+    )
+    assert shares[0] == pytest.approx(exact.pvalue, rel=0.1)
+
+
+def test_flips_of_needles_apart_are_mcnemars():
+    for lost, gained in ((6, 0), (8, 2), (1, 0), (0, 0)):
+        verdicts = np.array([-1.0] * lost + [1.0] * gained + [0.0] * (14 - lost - gained))
+        apart = Groups("stretches", np.arange(14))
+        p = flip_test(verdicts, apart, seed=0)
+        assert p == pytest.approx(mcnemar_exact_iid(lost, gained))
+        # the mid-p takes half of the chance of just this many, on both sides
+        half = stats.binom.pmf(gained, lost + gained, 0.5) if lost else 0.0
+        assert flip_test(verdicts, apart, seed=0, counts=True) == pytest.approx(p - half)
+
+
+def test_haystacks_are_grouped_by_stretches_of_four():
+    ranges = [(0, 100), (350, 450), (399, 499), (400, 480), (1250, 1340)]
+    found = group_haystacks(ranges)
+    assert (found.kind, found.labels.tolist()) == ("stretches", [0, 0, 0, 1, 3])
+    assert group_haystacks([]).count == 0
+
+
+def test_false_positives_of_every_printed_p(monkeypatch):
+    """The fast part of tools/measure_tests.py: 200 studies, 4 arms each, and all of them pooled.
+
+    Blocks at 0.5 are the hard case: Wilcoxon over their windows errs in a quarter of the studies.
+    """
+    monkeypatch.syspath_prepend(str(TOOLS))
+    tool = runpy.run_path(str(TOOLS / "measure_tests.py"))
+    printed = []
+    for rho in (0.0, 0.5):
+        for groups, stretches in tool["groupings"](80):
+            found = tool["count_windows"](groups, stretches, rho, 200)
+            printed += [count for name, count in found.items() if "iid" not in name]
+            if rho:
+                assert found["Wilcoxon, iid"] / 200 > 0.15
+    # 2.5 binomial errors of one, sqrt(0.05 * 0.95 / 200) = 1.5 %; the mean of all has a third of it
+    assert all(0.012 <= count / 200 <= 0.09 for count in printed), printed
+    assert 0.03 <= np.mean(printed) / 200 <= 0.07
+    needles = tool["count_needles"](60, 0.5, 200)
+    assert needles["sign flips"] / 200 <= 0.07
 
 
 def test_holm_by_hand():
     assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
     # 0.01 x 5, 0.012 x 4 = 0.048 raised to 0.05, 0.02 x 3, 0.03 x 2, 0.5 x 1, in any order
     assert holm([0.5, 0.03, 0.01, 0.012, 0.02]) == pytest.approx([0.5, 0.06, 0.05, 0.05, 0.06])
-    assert holm([0.5, None, 0.6]) == [1.0, None, 1.0]
+    assert holm([0.5, 0.6]) == [1.0, 1.0]
     assert holm([]) == []
 
 
@@ -354,13 +446,17 @@ def test_wilson_equals_scipy_and_the_known_bounds():
 
 
 def test_mcnemar_is_the_binomial_of_discordant_pairs():
-    assert mcnemar_exact(0, 0) == 1.0
-    assert mcnemar_exact(6, 0) == pytest.approx(2 / 64)
-    assert mcnemar_exact(1, 0) == 1.0
-    assert mcnemar_exact(8, 2) == pytest.approx(0.109375)
+    assert mcnemar_exact_iid(0, 0) == 1.0
+    assert mcnemar_exact_iid(6, 0) == pytest.approx(2 / 64)
+    assert mcnemar_exact_iid(1, 0) == 1.0
+    assert mcnemar_exact_iid(8, 2) == pytest.approx(0.109375)
     for lost, gained in ((14, 0), (3, 5), (20, 31)):
         theirs = stats.binomtest(lost, lost + gained).pvalue
-        assert mcnemar_exact(lost, gained) == mcnemar_exact(gained, lost) == pytest.approx(theirs)
+        assert (
+            mcnemar_exact_iid(lost, gained)
+            == mcnemar_exact_iid(gained, lost)
+            == pytest.approx(theirs)
+        )
 
 
 def test_lag1_of_known_series():

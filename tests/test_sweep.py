@@ -125,16 +125,13 @@ def test_branch_equals_transformers_with_an_overwritten_cache(name: str, tiny: P
     layers = model.checkpoint.config.num_hidden_layers
 
     def through(keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        from layersweep.kv.cache import Shared, store
-        from layersweep.kv.stream import Stream
+        from layersweep.kv.store import KvStore
+        from layersweep.kv.stream import keys_and_values
 
-        positions = torch.arange(keys.shape[2])[None]
-        heads, dim = keys.shape[1], keys.shape[3]
-        pair = []
-        for x, role in ((keys, "key"), (values, "value")):
-            stream = Stream(role[0], heads, dim, role=role, rope=role == "key")
-            pair.append(store(arm, x, stream, positions, layer, layers, Shared()).decoded())
-        return pair[0], pair[1]
+        streams = keys_and_values(keys.shape[1], keys.shape[3])
+        store = KvStore.empty([(arm, streams)], layer, layers).appended((keys, values))
+        decoded_keys, decoded_values = store.decoded(0)
+        return decoded_keys, decoded_values
 
     target = torch.tensor(branch[1:])[:, None]
     for index, transform in ((0, None), (1, through)):

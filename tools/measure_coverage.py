@@ -25,7 +25,8 @@ from pathlib import Path
 import numpy as np
 
 import layersweep.demo
-from layersweep.statistics.paired import RESAMPLES, Floats, Ints, bca_interval, group_windows
+from layersweep.statistics.groups import Floats, Groups, Ints, group_windows
+from layersweep.statistics.intervals import RESAMPLES, bca_interval
 from layersweep.text.encoding import EncodedText
 from layersweep.text.source import load_text
 from layersweep.text.tokenizer import TextTokenizer
@@ -33,6 +34,7 @@ from layersweep.text.windows import cut_windows
 
 WINDOWS = 80
 LOWEST, HIGHEST = 0.93, 0.97
+NAMES = {"articles": "articles", "blocks": "blocks of 4"}
 
 Draw = Callable[[np.random.Generator, Ints], Floats]
 
@@ -74,27 +76,28 @@ CASES = (
 )
 
 
-def groupings() -> dict[str, tuple[Ints, Ints]]:
-    """Name -> (groups, stretches over which windows correlate), each [WINDOWS]."""
+def groupings(count: int = WINDOWS) -> list[tuple[Groups, Ints]]:
+    """Articles and blocks of `count` windows, each with the stretches [count] over which its
+    windows correlate."""
     text = load_text(None, "demo").text
     tokenizer = TextTokenizer.load(Path(layersweep.demo.__path__[0]) / "model")
     windows = cut_windows(
-        EncodedText(text, tokenizer), segments=WINDOWS, prefix=1024, continuation=512, bos="auto"
+        EncodedText(text, tokenizer), segments=count, prefix=1024, continuation=512, bos="auto"
     )
     articles = group_windows([window.article for window in windows])
-    blocks = group_windows([None] * WINDOWS)
-    return {"articles": (articles, articles), "blocks of 4": (blocks, np.zeros_like(blocks))}
+    blocks = group_windows([None] * count)
+    return [(articles, articles.labels), (blocks, np.zeros_like(blocks.labels))]
 
 
 def count_inside(
-    case: Case, groups: Ints, stretches: Ints, studies: int, resamples: int = RESAMPLES
+    case: Case, groups: Groups, stretches: Ints, studies: int, resamples: int = RESAMPLES
 ) -> int:
     """How many of the `studies` intervals hold the mean; each study has its own seed."""
     inside = 0
     for seed in range(studies):
         # not the seed of the resampling, which would draw the very same numbers
         deltas = case.draw(np.random.default_rng([seed, 1]), stretches)
-        interval = bca_interval(deltas, groups, seed=seed, resamples=resamples)
+        interval = bca_interval(deltas, groups.labels, seed=seed, resamples=resamples)
         inside += interval is not None and interval[0] <= case.truth <= interval[1]
     return inside
 
@@ -104,7 +107,7 @@ def main() -> int:
     parser.add_argument("--studies", type=int, default=2000)
     studies = parser.parse_args().studies
     missed = False
-    for grouping, (groups, stretches) in groupings().items():
+    for groups, stretches in groupings():
         for case in CASES:
             started = time.perf_counter()
             inside = count_inside(case, groups, stretches, studies)
@@ -112,8 +115,8 @@ def main() -> int:
             missed |= case.must_hold and not LOWEST <= share <= HIGHEST
             line = {
                 "coverage": case.name,
-                "grouping": grouping,
-                "groups": len(np.unique(groups)),
+                "grouping": NAMES[groups.kind],
+                "groups": groups.count,
                 "studies": studies,
                 "n": WINDOWS,
                 "inside": inside,

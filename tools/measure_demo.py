@@ -16,7 +16,7 @@ import numpy as np
 
 import layersweep
 from layersweep.checkpoint.layout import demo_folder
-from layersweep.statistics.paired import wilson_interval
+from layersweep.statistics.intervals import wilson_interval
 from layersweep.study.gate import COPY, Gate
 from layersweep.study.gate_tokens import choose_tokens
 from layersweep.tasks.needle.task import NeedleTask

@@ -19,7 +19,7 @@ import layersweep.sweep.attention as attention
 from layersweep.cli.app import run
 from layersweep.kv import Stream, parse
 from layersweep.kv.basis import Basis
-from layersweep.kv.cache import mean_for
+from layersweep.kv.means import mean_for
 from layersweep.model import maths
 
 PREFIX, HEADS, DIM, THETA = 1024, 2, 64, 1e6

@@ -56,6 +56,7 @@ def measure(kills: int, seconds: int) -> Iterator[Json]:
         kind: sum(line[kind][0] != 0 for line in planted) for kind in ("with_card", "without_card")
     }
     yield from lines_of("tools/measure_coverage.py")
+    yield from lines_of("tools/measure_tests.py")
 
 
 def table(lines: list[Json]) -> str:
@@ -108,6 +109,15 @@ def _row(line: Json) -> tuple[str, str, str] | None:
                 f"{line['groups']} {line['grouping']}",
                 f"the 95 % interval covered the true value in {100 * line['share']:.1f} %",
                 "`tools/measure_coverage.py`",
+            )
+        case {"false_positives": rates}:
+            found = ", ".join(f"{name} {100 * rate:.1f} %" for name, rate in rates.items())
+            what = "needles" if line["grouping"] == "stretches" else "windows"
+            return (
+                f"{line['studies']:,} simulated studies of {line['n']} {what} without a "
+                f"difference, {line['grouping']}, rho={line['rho']:.1f}",
+                f"p fell to 5 % in: {found}",
+                "`tools/measure_tests.py`",
             )
     return None
 

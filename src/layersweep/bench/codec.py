@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from layersweep.kv.arms import Arm
-from layersweep.kv.cache import Shared, store
 from layersweep.kv.codec import Packed
 from layersweep.kv.means import mean_for
+from layersweep.kv.stored import StoredStream
 from layersweep.kv.stream import Stream
 from layersweep.model import maths
 
@@ -107,9 +107,7 @@ def key_divergence(arm: Arm, bench: Bench) -> float:
     """Mean KL of attention weights over keys with outlier channels, coded before RoPE."""
     keys = bench.normal(1, HEADS, KEY_TOKENS, bench.dim, seed=1)
     keys[..., :OUTLIERS] += OUTLIER_SIZE
-    at = bench.positions(KEY_TOKENS)
-    shared = Shared()
-    stored = store(arm, keys, bench.stream("key"), at, 0, 1, shared)
+    stored = StoredStream.empty(arm, bench.stream("key")).appended(keys)
     queries = bench.normal(1, HEADS, QUERIES, bench.dim, seed=2)
     everywhere = bench.positions(KEY_TOKENS + QUERIES)[0]
     cos, sin = maths.rope_table(THETA, bench.dim, everywhere)

@@ -11,9 +11,9 @@ import typer
 
 # scipy takes a second to import: the commands import what they need when they run
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import RenderableType
 
-    from layersweep.report.compare import Comparison
+    from layersweep.runs.compare import Comparison
 
 
 class ReportFormat(StrEnum):
@@ -57,22 +57,18 @@ def compare(
     second: Annotated[Path, typer.Argument(metavar="DIR2", help="The run that is compared.")],
 ) -> None:
     """Pair two runs window by window (by token hash) and print second minus first."""
-    from rich.console import Console
+    from rich.console import Console, Group
     from rich.text import Text
 
-    from layersweep.report.compare import compare_runs
-    from layersweep.report.rows import caption_lines
+    from layersweep.report.sections import caption_lines
     from layersweep.report.store import load_results
-    from layersweep.report.table import FULL_WIDTH
+    from layersweep.report.table import print_whole
+    from layersweep.runs.compare import compare_runs
 
     first_results = load_results(first)
     comparison = compare_runs(first_results, load_results(second))
-    console = Console()
-    if not console.is_terminal:
-        console.width = max(FULL_WIDTH, console.width)
-    for line in caption_lines(first_results):
-        console.print(Text(line))
-    _print_comparison(console, comparison)
+    lines = [Text(line) for line in caption_lines(first_results)]
+    print_whole(Console(), Group(*lines, *_comparison(comparison)))
 
 
 def _as_text(results: dict[str, Any], report_format: ReportFormat) -> str:
@@ -87,7 +83,8 @@ def _as_text(results: dict[str, Any], report_format: ReportFormat) -> str:
     return writers[report_format](results)
 
 
-def _print_comparison(console: Console, comparison: Comparison) -> None:
+def _comparison(comparison: Comparison) -> list[RenderableType]:
+    """The table, how many windows were common, and the arms of one run alone."""
     from rich.table import Table
     from rich.text import Text
 
@@ -99,9 +96,10 @@ def _print_comparison(console: Console, comparison: Comparison) -> None:
         table.add_column(title, justify="left" if title == "arm" else "right")
     for line in lines:
         table.add_row(*(Text(cell) for cell in line))
-    console.print(table)
     counts = f"{comparison.windows[0]} and {comparison.windows[1]}"
-    console.print(Text(f"{comparison.common} common windows of {counts}; differences in percent"))
+    words = f"{comparison.common} common windows of {counts}; differences in percent"
+    parts: list[RenderableType] = [table, Text(words)]
     for name, arms in (("first", comparison.only_first), ("second", comparison.only_second)):
         if arms:
-            console.print(Text(f"only in the {name} run: {', '.join(arms)}"))
+            parts.append(Text(f"only in the {name} run: {', '.join(arms)}"))
+    return parts

@@ -20,8 +20,10 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from layersweep.errors import InputError
 from layersweep.kv.arms import Arm, parse
-from layersweep.kv.growing import GrowingStream
-from layersweep.kv.stream import Stream
+from layersweep.kv.store import KvStore
+from layersweep.kv.stream import Stream, keys_and_values
+
+MEAN_TOKENS = 128  # a channel mean comes from the first tokens that are coded, and is frozen
 
 
 def cache_for(model: Any, kv: str) -> Cache:
@@ -37,49 +39,65 @@ def cache_for(model: Any, kv: str) -> Cache:
             f"{type(model).__name__}: found no model.rotary_emb, needed it to undo RoPE",
             hint="decoder models of transformers with one rotary table are supported",
         )
-    config = model.config.get_text_config()
-    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
-        raise InputError(
-            f"{type(model).__name__}: found sliding_window {config.sliding_window}, needed none",
-            hint="set config.sliding_window = None where the context is shorter than it",
-        )
-    count = config.num_hidden_layers
-    return Cache(layers=[CodedLayer(arm, rotary, layer, count) for layer in range(count)])
+    streams, count = _streams(model.config), model.config.get_text_config().num_hidden_layers
+    for stream in streams:
+        if stream.window is not None:
+            raise InputError(
+                f"{type(model).__name__}: found sliding_window {stream.window}, needed none",
+                hint="set config.sliding_window = None where the context is shorter than it",
+            )
+    return Cache(layers=[CodedLayer(arm, rotary, streams, i, count) for i in range(count)])
+
+
+def _streams(config: Any) -> tuple[Stream, Stream]:
+    """What a layer keeps, by the names that configs of transformers have for it."""
+    config = config.get_text_config()
+    queries = config.num_attention_heads
+    heads = getattr(config, "num_key_value_heads", None) or queries
+    dim = getattr(config, "head_dim", None) or config.hidden_size // queries
+    window = getattr(config, "sliding_window", None) or None
+    if not getattr(config, "use_sliding_window", True):
+        window = None
+    return keys_and_values(heads, dim, window)
 
 
 class CodedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers has no types
-    """One layer's keys and values as an arm keeps them."""
+    """One layer's keys and values as an arm keeps them. Everything that is read has gone through
+    the codec, the newest token included, except what `@sink`, `@window`, `@pb` and 16 bits keep
+    exact."""
 
     is_compileable = False
     is_sliding = False
 
-    def __init__(self, arm: Arm, rotary: Any, layer: int, num_layers: int) -> None:
+    def __init__(
+        self, arm: Arm, rotary: Any, streams: tuple[Stream, Stream], layer: int, num_layers: int
+    ) -> None:
         super().__init__()
-        self.arm, self.rotary, self.place = arm, rotary, (layer, num_layers)
-        self.streams: tuple[GrowingStream, GrowingStream] | None = None
+        self.rotary, self.streams = rotary, streams
+        self.empty = KvStore.empty([(arm, streams)], layer, num_layers, MEAN_TOKENS)
+        self.store = self.empty
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        pair = []
-        for name, x in (("key", key_states), ("value", value_states)):
-            is_key = name == "key"
-            role = "key" if is_key else "value"
-            stream = Stream(name, x.shape[1], x.shape[3], role=role, rope=is_key)  # type: ignore[arg-type]
-            pair.append(GrowingStream(self.arm, stream, *self.place))
-        self.streams = (pair[0], pair[1])
         self.is_initialized = True
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         """Add new tokens; all keys (rotated) and values so far, as decoded from the codec."""
-        if self.streams is None:
-            self.lazy_initialization(key_states, value_states)
-        assert self.streams is not None
-        keys, values = self.streams
-        first, dtype = keys.tokens, key_states.dtype
-        keys.append(self._rotate(key_states, first, back=True))
-        values.append(value_states)
-        return self._rotate(keys.decoded(dtype), 0, back=False), values.decoded(dtype)
+        self.is_initialized = True
+        first, new = self.store.tokens, (key_states, value_states)
+        self.store = self.store.appended(self._rotated(new, first, back=True))
+        if key_states.shape[2] > 1:  # exact tokens are views: a copy lets go of the others
+            self.store = self.store.moved(torch.clone)
+        keys, values = self._rotated(self.store.decoded(0), 0, back=False)
+        return keys, values
+
+    def _rotated(self, tensors: tuple[Tensor, ...], first: int, *, back: bool) -> list[Tensor]:
+        """What the model rotates, at the positions from `first` on."""
+        return [
+            self._rotate(x, first, back=back) if stream.rope else x
+            for x, stream in zip(tensors, self.streams, strict=True)
+        ]
 
     def _rotate(self, x_BHTD: Tensor, first: int, *, back: bool) -> Tensor:
         """Rotate to the positions from `first` on, or back, in float32; also partial rotaries."""
@@ -100,7 +118,7 @@ class CodedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers has no 
         return self.get_seq_length() + count, 0
 
     def get_seq_length(self) -> int:
-        return 0 if self.streams is None else self.streams[0].tokens
+        return self.store.tokens
 
     def get_max_length(self) -> int:
         return -1
@@ -110,7 +128,7 @@ class CodedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers has no 
         return -1
 
     def reset(self) -> None:
-        self.streams, self.is_initialized = None, False
+        self.store, self.is_initialized = self.empty, False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         raise InputError(
@@ -121,7 +139,4 @@ class CodedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers has no 
     @property
     def bits_per_element(self) -> float:
         """Measured, over keys and values so far."""
-        assert self.streams is not None
-        streams = self.streams
-        elements = sum(s.decoded(torch.float32).numel() for s in streams)
-        return sum(s.nbits for s in streams) / elements
+        return self.store.nbits(0) / self.store.elements(0)

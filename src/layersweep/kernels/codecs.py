@@ -69,7 +69,7 @@ class CodecKernels:
     ) -> tuple[Tensor, Tensor]:
         """x [N, D] (T or float32) -> codes uint8 [N, D bits / 8], scale float16 [N].
 
-        As kv.lloyd._encode_rows in torch on this device. middles [2^(bits-1) - 1] and nearest
+        As Lloyd.encode_rows in torch on this device. middles [2^(bits-1) - 1] and nearest
         [2^(bits-1)], float32, are lloyd.boundaries and lloyd.nearest_values.
         """
         count, dim = x.shape
@@ -88,7 +88,7 @@ class CodecKernels:
     def lloyd_decode(
         self, codes: Tensor, scale: Tensor, bits: int, weights: Tensor, levels: Tensor, out: Tensor
     ) -> None:
-        """Fill out [N, D] (T or float32) from what lloyd_encode returned, as Lloyd.decode does.
+        """Fill out [N, D] (T or float32) from what lloyd_encode returned, as Lloyd.decode_rows.
 
         levels float32 [2^bits] are lloyd.signed_levels.
         """

@@ -41,6 +41,11 @@ class Packed:
         """Numbers that the uncompressed stream has."""
         return self.codes.shape[:3].numel() * self.dim
 
+    def rows(self) -> tuple[Tensor, Tensor | None]:
+        """codes [batch x heads x tokens, width] and scale, likewise."""
+        scale = None if self.scale is None else self.scale.reshape(-1)
+        return self.codes.reshape(-1, self.codes.shape[3]), scale
+
     def slice_tokens(self, start: int, stop: int) -> Packed:
         """Tokens [start, stop) of every sequence, as views."""
         scale = None if self.scale is None else self.scale[:, :, start:stop]
@@ -104,26 +109,6 @@ def pad_tokens(parts: Sequence[Tensor]) -> Tensor:
         found[first : first + len(part), :, : part.shape[2]] = part
         first += len(part)
     return found
-
-
-def pack_rows(
-    x: Tensor, bits: int, width: int, encode_rows: Callable[[Tensor], tuple[Tensor, Tensor]]
-) -> Packed:
-    """Packed form of x [B,H,T,D] by `encode_rows`, piece by piece.
-
-    encode_rows: [N, D] -> codes [N, width] uint8, scale [N] float16.
-    """
-    import torch
-
-    from layersweep.kv.rotate import row_chunks
-
-    flat = x.reshape(-1, x.shape[3])
-    codes = torch.empty(len(flat), width, dtype=torch.uint8, device=x.device)
-    scale = torch.empty(len(flat), dtype=torch.float16, device=x.device)
-    for rows in row_chunks(len(flat), flat.shape[1], x.device):
-        codes[rows], scale[rows] = encode_rows(flat[rows])
-    shape = x.shape[:3]
-    return Packed(bits, flat.shape[1], codes.view(*shape, width), scale.view(shape))
 
 
 class Codec(Protocol):
@@ -219,7 +204,8 @@ def role_bits(codec: Codec, stream: Stream) -> int:
 
 
 def check_input(codec: Codec, x: Tensor, stream: Stream, mean: Tensor | None) -> None:
-    """Raise InputError unless x is [B, stream.heads, T, stream.dim] with dim a multiple of 8."""
+    """Raise InputError unless x is [B, stream.heads, T, stream.dim] with dim a multiple of 8, and
+    for a mean that the codec does not want."""
     if x.ndim != 4 or x.shape[1] != stream.heads or x.shape[3] != stream.dim:
         raise InputError(
             f"{codec.method}: stream '{stream.name}' found shape {list(x.shape)}, needed "
@@ -231,7 +217,7 @@ def check_input(codec: Codec, x: Tensor, stream: Stream, mean: Tensor | None) ->
             "multiple of 8",
             hint="only the exact cache can serve this model",
         )
-    if mean is not None:
+    if mean is not None and not wants_mean(codec):
         raise InputError(f"{codec.method}: a channel mean was given, this method keeps none")
 
 

@@ -14,24 +14,19 @@ v=0.6 is the arithmetic of versions 0.6.x, v=0.5 that of 0.5.x, behind the publi
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from layersweep.kv.codec import Codec, Packed, check_input, join_tokens, role_bits
+from layersweep.kv.codec import Codec, Packed
 from layersweep.kv.identity import Identity
-from layersweep.kv.rotate import add_rows, max_rows, rotate, rotate_back, row_chunks
-from layersweep.kv.stream import Stream
+from layersweep.kv.rotate import add_rows, max_rows, rotate, rotate_back
+from layersweep.kv.uniform import ROUNDER
+from layersweep.kv.vector_codec import Layout, VectorCodec
 
 _GROUP = 8
 _SCALE_BITS = 16
-
-# Adding and subtracting 1.5 * 2^23 rounds a float32 below 2^22 to the nearest integer, halves to
-# even, as torch.round does. That one wakes all of torch's threads for any size: 7 ms on a busy
-# machine for work of 10 us.
-_ROUNDER = 1.5 * 2**23
 
 
 def group_bits(bits: int) -> float:
@@ -56,7 +51,7 @@ def fixed_rate_bytes(packed: Packed) -> int:
 
 
 @dataclass(frozen=True)
-class E8:
+class E8(VectorCodec):
     """See the module's text. `v` is "0.6" or "0.5".
 
     Packed holds doubled coordinates as integers and the scale in float32, as the published
@@ -68,48 +63,25 @@ class E8:
     v: str = "0.6"
 
     method = "e8"
-    version = "1"
     simulated = True
-    encoder = "torch"
 
-    def encode(
-        self, x: Tensor, stream: Stream, positions: Tensor, mean: Tensor | None = None
-    ) -> Packed:
-        check_input(self, x, stream, mean)
-        return self._encode(x, role_bits(self, stream))
-
-    def append(self, packed: Packed, x: Tensor, positions: Tensor) -> Packed:
-        return join_tokens([packed, self._encode(x, packed.bits)])
-
-    def _encode(self, x: Tensor, bits: int) -> Packed:
-        flat = x.reshape(-1, x.shape[3])
+    def layout(self, dim: int, bits: int) -> Layout:
         # Doubled coordinates reach 2^bits: 128 and more do not fit int8.
-        dtype = torch.int8 if bits < 7 else torch.int16
-        codes = torch.empty(flat.shape, dtype=dtype, device=x.device)
-        scale = torch.empty(len(flat), dtype=torch.float32, device=x.device)
-        for rows in row_chunks(len(flat), x.shape[3], x.device):
-            y_DN = rotate(flat[rows], randomized=False)
-            scale[rows] = _scale(y_DN, bits)
-            doubled = _doubled_points(y_DN.div_(scale[rows]), bits, smallest=self.v == "0.5")
-            codes[rows] = doubled.t()
-        return Packed(bits, x.shape[3], codes.view(x.shape), scale.view(x.shape[:3]))
+        return Layout(dim, torch.int8 if bits < 7 else torch.int16, scale=torch.float32)
 
-    def decode(self, packed: Packed, positions: Tensor) -> Tensor:
-        assert packed.scale is not None
-        codes = packed.codes.reshape(-1, packed.dim)
-        scale = packed.scale.reshape(-1)
-        out = torch.empty(codes.shape, dtype=torch.float32, device=codes.device)
-        for rows in row_chunks(len(codes), packed.dim, codes.device):
-            y_DN = torch.empty(codes.shape[1], rows.stop - rows.start, device=codes.device)
-            y_DN.copy_(codes[rows].float().t()).mul_(0.5).mul_(scale[rows])
-            out[rows] = rotate_back(y_DN, randomized=False)
-        return out.view(packed.codes.shape)
+    def encode_rows(self, x_ND: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+        y_DN = rotate(x_ND, randomized=False)
+        scale = _scale(y_DN, bits)
+        return _doubled_points(y_DN.div_(scale), bits, smallest=self.v == "0.5").t(), scale
+
+    def decode_rows(self, codes: Tensor, scale: Tensor | None, dim: int, bits: int) -> Tensor:
+        assert scale is not None
+        y_DN = torch.empty(dim, len(codes), device=codes.device)
+        y_DN.copy_(codes.float().t()).mul_(0.5).mul_(scale)
+        return rotate_back(y_DN, randomized=False)
 
     def nbytes(self, packed: Packed) -> int:
         return fixed_rate_bytes(packed)
-
-    def sharing_key(self, stream: Stream) -> Hashable:
-        return (self.method, self.v, role_bits(self, stream))
 
     def identity(self) -> Codec:
         return Identity(of=self.method, randomized=False)
@@ -130,22 +102,22 @@ def _doubled_points(u_DN: Tensor, bits: int, smallest: bool) -> Tensor:
     over a group: no squares are needed to see which is nearer.
     """
     u = u_DN.view(-1, _GROUP, u_DN.shape[1])
-    integer = (u + _ROUNDER).sub_(_ROUNDER)
+    integer = (u + ROUNDER).sub_(ROUNDER)
     offset = u - integer
     gap = offset.abs()
     half_sum = add_rows(integer, dim=1).mul_(0.5)
-    odd = (half_sum != (half_sum + _ROUNDER).sub_(_ROUNDER)).float()
+    odd = (half_sum != (half_sum + ROUNDER).sub_(ROUNDER)).float()
     moved = -max_rows(-gap, dim=1) if smallest else max_rows(gap, dim=1)
     difference = 2 - add_rows(gap, dim=1) - odd * (1 - 2 * moved)
     torch.eq(gap, moved.unsqueeze(1), out=gap)
-    integer.add_(_first_of_group(gap, odd).mul_(offset.ge_(0).mul_(2).sub_(1)))
-    step = (u - 0.5).add_(_ROUNDER).sub_(_ROUNDER).add_(0.5).sub_(integer)
+    integer.add_(first_of_group(gap, odd).mul_(offset.ge_(0).mul_(2).sub_(1)))
+    step = (u - 0.5).add_(ROUNDER).sub_(ROUNDER).add_(0.5).sub_(integer)
     points = integer.add_(step.mul_((difference < 0).float().unsqueeze(1)))
     limit = 2.0 ** (bits - 1)
     return points.clamp_(-limit, limit).mul_(2).view(u_DN.shape)
 
 
-def _first_of_group(marked: Tensor, wanted: Tensor) -> Tensor:
+def first_of_group(marked: Tensor, wanted: Tensor) -> Tensor:
     """Of the 1.0s in `marked` [D/8, 8, N] keep the first of each group whose `wanted` [D/8, N] is
     1.0, in place. Floats, because torch's bool operations are several times as slow."""
     waiting = wanted.clone()

@@ -13,81 +13,56 @@ keys after RoPE, here they come before it. rotate=1 is the randomized Hadamard m
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from layersweep.kv.codec import Codec, Packed, check_input, join_tokens, role_bits
-from layersweep.kv.identity import Identity
-from layersweep.kv.rotate import max_rows, rotate, rotate_back, row_chunks
+from layersweep.kv.codec import Codec
+from layersweep.kv.identity import Identity, Untransformed
+from layersweep.kv.rotate import max_rows, rotate, rotate_back
 from layersweep.kv.stream import Stream
-from layersweep.kv.uniform import ROUNDER, Untransformed, check_groups, halves
+from layersweep.kv.uniform import ROUNDER, check_groups, halves
+from layersweep.kv.vector_codec import Layout, VectorCodec
 
 BLOCK = 32
 _LARGEST_FLOAT = 3e38  # the reciprocal of 0 or of a subnormal scale; ggml has 0 for 0: same codes
 
 
 @dataclass(frozen=True)
-class Ggml:
+class Ggml(VectorCodec):
     """See the module's text. Packed holds blocks of 34 or 18 bytes, scales included."""
 
     key_bits: int
     value_bits: int
     rotate: str = "0"
 
-    version = "1"
-    simulated = False
-    encoder = "torch"
-
     @property
     def method(self) -> str:
         return f"q{self.key_bits}_0"
 
-    def encode(
-        self, x: Tensor, stream: Stream, positions: Tensor, mean: Tensor | None = None
-    ) -> Packed:
-        check_input(self, x, stream, mean)
+    def check(self, stream: Stream) -> None:
         check_groups(self, stream, BLOCK, "fp8 takes every multiple of 8")
-        return self._encode(x)
 
-    def append(self, packed: Packed, x: Tensor, positions: Tensor) -> Packed:
-        return join_tokens([packed, self._encode(x)])
+    def layout(self, dim: int, bits: int) -> Layout:
+        return Layout(dim // BLOCK * (2 + BLOCK * bits // 8), scale=None)
 
-    def _encode(self, x: Tensor) -> Packed:
-        dim, bits = x.shape[3], self.key_bits
-        flat = x.reshape(-1, dim)
-        width = dim // BLOCK * (2 + BLOCK * bits // 8)
-        codes = torch.empty(len(flat), width, dtype=torch.uint8, device=x.device)
-        for rows in row_chunks(len(flat), dim, x.device):
-            turned = rotate(flat[rows], randomized=True).t() if self._rotates else flat[rows]
-            x_SN = turned.float().reshape(-1, BLOCK).t().contiguous()
-            scale, block = _q8_0(x_SN) if bits == 8 else _q4_0(x_SN)
-            scale_bytes = scale.to(torch.float16).view(torch.uint8).view(-1, 2)
-            codes[rows] = torch.cat([scale_bytes, block.t()], dim=1).view(-1, width)
-        return Packed(bits, dim, codes.view(*x.shape[:3], width), scale=None)
+    def encode_rows(self, x_ND: Tensor, bits: int) -> tuple[Tensor, None]:
+        turned = rotate(x_ND, randomized=True).t() if self._rotates else x_ND
+        x_SN = turned.float().reshape(-1, BLOCK).t().contiguous()
+        scale, block = _q8_0(x_SN) if bits == 8 else _q4_0(x_SN)
+        scale_bytes = scale.to(torch.float16).view(torch.uint8).view(-1, 2)
+        return torch.cat([scale_bytes, block.t()], dim=1).view(len(x_ND), -1), None
 
-    def decode(self, packed: Packed, positions: Tensor) -> Tensor:
-        dim, width = packed.dim, packed.codes.shape[3]
-        flat = packed.codes.reshape(-1, width)
-        out = torch.empty(len(flat), dim, dtype=torch.float32, device=flat.device)
-        for rows in row_chunks(len(flat), dim, flat.device):
-            blocks = flat[rows].reshape(-1, width * BLOCK // dim)
-            scale, codes = halves(blocks[:, :2]).float(), blocks[:, 2:]
-            if packed.bits == 8:
-                integers = codes.view(torch.int8).float()
-            else:
-                integers = torch.cat([codes & 15, codes >> 4], dim=1).float().sub_(8)
-            x_ND = integers.mul_(scale.unsqueeze(1)).view(-1, dim)
-            out[rows] = rotate_back(x_ND.t().contiguous(), True) if self._rotates else x_ND
-        return out.view(*packed.codes.shape[:3], dim)
-
-    def nbytes(self, packed: Packed) -> int:
-        return packed.codes.numel()
-
-    def sharing_key(self, stream: Stream) -> Hashable:
-        return (self.method, self.rotate, role_bits(self, stream))
+    def decode_rows(self, codes: Tensor, scale: Tensor | None, dim: int, bits: int) -> Tensor:
+        blocks = codes.reshape(-1, codes.shape[1] * BLOCK // dim)
+        factor, block = halves(blocks[:, :2]).float(), blocks[:, 2:]
+        if bits == 8:
+            integers = block.view(torch.int8).float()
+        else:
+            integers = torch.cat([block & 15, block >> 4], dim=1).float().sub_(8)
+        x_ND = integers.mul_(factor.unsqueeze(1)).view(-1, dim)
+        return rotate_back(x_ND.t().contiguous(), randomized=True) if self._rotates else x_ND
 
     def identity(self) -> Codec:
         if self._rotates:

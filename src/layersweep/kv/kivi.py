@@ -23,17 +23,19 @@ import torch
 from torch import Tensor
 
 from layersweep.errors import InputError
-from layersweep.kv.codec import Codec, Packed, check_input, join_tokens, role_bits
+from layersweep.kv.codec import Codec, Packed, check_input, role_bits
+from layersweep.kv.identity import Untransformed
 from layersweep.kv.rotate import row_chunks
 from layersweep.kv.stream import Stream
 from layersweep.kv.uniform import (
-    Untransformed,
     check_groups,
     decode_groups,
-    decode_tokens,
+    decode_vectors,
     encode_groups,
-    encode_tokens,
+    encode_vectors,
+    group_layout,
 )
+from layersweep.kv.vector_codec import Layout, VectorCodec
 
 GROUP = 32
 
@@ -59,6 +61,10 @@ class KeyGroups(Packed):
     @property
     def elements(self) -> int:
         return self.codes.shape[:2].numel() * self.count * self.dim
+
+    @property
+    def held_bytes(self) -> int:
+        return super().held_bytes + self.zero.nbytes + self.rest.nbytes
 
     def slice_tokens(self, start: int, stop: int) -> KeyGroups:
         """Tokens [start, stop) of every sequence, as views."""
@@ -108,47 +114,56 @@ class KeyGroups(Packed):
 
 
 @dataclass(frozen=True)
-class Kivi:
-    """See the module's text. A latent, being key and value, is kept like keys."""
+class Kivi(VectorCodec):
+    """See the module's text. Values are stored vector by vector, keys in groups of tokens. A
+    latent, being key and value, is kept like keys."""
 
     key_bits: int
     value_bits: int
 
     method = "kivi"
-    version = "1"
-    simulated = False
-    encoder = "torch"
     key_group = GROUP
+
+    def check(self, stream: Stream) -> None:
+        check_groups(self, stream, GROUP, "keys alone can be of other sizes: kivi:K2V16")
+
+    def layout(self, dim: int, bits: int) -> Layout:
+        return group_layout(dim, bits, GROUP)
+
+    def encode_rows(self, x_ND: Tensor, bits: int) -> tuple[Tensor, None]:
+        return encode_vectors(x_ND, bits, GROUP), None
+
+    def decode_rows(self, codes: Tensor, scale: Tensor | None, dim: int, bits: int) -> Tensor:
+        return decode_vectors(codes, dim, bits, GROUP)
 
     def encode(
         self, x: Tensor, stream: Stream, positions: Tensor, mean: Tensor | None = None
     ) -> Packed:
+        if stream.role == "value":
+            return super().encode(x, stream, positions, mean)
         check_input(self, x, stream, mean)
-        bits = role_bits(self, stream)
-        if stream.role != "value":
-            return encode_keys(x, bits)
-        check_groups(self, stream, GROUP, "keys alone can be of other sizes: kivi:K2V16")
-        return encode_tokens(x, bits, GROUP)
+        return encode_keys(x, role_bits(self, stream))
 
     def append(self, packed: Packed, x: Tensor, positions: Tensor) -> Packed:
         if isinstance(packed, KeyGroups):
             return packed.followed_by(x)
-        return join_tokens([packed, encode_tokens(x, packed.bits, GROUP)])
+        return super().append(packed, x, positions)
 
     def decode(self, packed: Packed, positions: Tensor) -> Tensor:
         if isinstance(packed, KeyGroups):
             return decode_keys(packed)
-        return decode_tokens(packed, GROUP)
+        return super().decode(packed, positions)
 
     def nbytes(self, packed: Packed) -> int:
+        """An exact element counts 2 bytes, whatever dtype it came in."""
         if not isinstance(packed, KeyGroups):
-            return packed.codes.numel()
+            return super().nbytes(packed)
         assert packed.scale is not None
         halves = packed.scale.numel() + packed.zero.numel() + packed.rest.numel()
         return packed.codes.numel() + 2 * halves
 
     def sharing_key(self, stream: Stream) -> Hashable:
-        return (self.method, stream.role == "value", role_bits(self, stream))
+        return (super().sharing_key(stream), stream.role == "value")
 
     def identity(self) -> Codec:
         return Untransformed(of=self.method)

@@ -16,7 +16,6 @@ below 3e-8 the vector decodes to zero.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -25,12 +24,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from layersweep.kv.codec import Codec, Packed, check_input, join_tokens, pack_rows, role_bits
+from layersweep.kv.codec import Codec, Packed
 from layersweep.kv.identity import Identity
 from layersweep.kv.lloyd_tables import POSITIVE_LEVELS
 from layersweep.kv.packing import pack_bits, unpack_bits
-from layersweep.kv.rotate import add_rows, rotate, rotate_back, rotation_weights, row_chunks
-from layersweep.kv.stream import Stream
+from layersweep.kv.rotate import add_rows, rotate, rotate_back, rotation_weights
+from layersweep.kv.vector_codec import Layout, VectorCodec
 
 if TYPE_CHECKING:
     from layersweep.kernels import Kernels
@@ -92,91 +91,71 @@ def nearest_levels(magnitude: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True)
-class Lloyd:
+class Lloyd(VectorCodec):
     """See the module's text. Packed: D x bits / 8 bytes of codes and an fp16 scale per vector."""
 
     key_bits: int
     value_bits: int
 
     method = "lloyd"
-    version = "1"
-    simulated = False
-    encoder = "torch"
 
-    def encode(
-        self, x: Tensor, stream: Stream, positions: Tensor, mean: Tensor | None = None
-    ) -> Packed:
-        check_input(self, x, stream, mean)
-        return _encode(x, role_bits(self, stream))
+    def layout(self, dim: int, bits: int) -> Layout:
+        return Layout(dim * bits // 8)
 
-    def append(self, packed: Packed, x: Tensor, positions: Tensor) -> Packed:
-        return join_tokens([packed, _encode(x, packed.bits)])
+    def encode_rows(self, x_ND: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+        u_DN, mean_square, inverse_rms = unit_rows(x_ND)
+        magnitude = u_DN.abs()
+        index, nearest = nearest_levels(magnitude, bits)
+        dot = add_rows(nearest.mul_(magnitude))
+        scale = mean_square * inverse_rms * (x_ND.shape[1] / dot.clamp_(min=_SMALLEST_DOT))
+        return pack_bits(with_signs(index, u_DN, bits), bits), scale.to(torch.float16)
 
-    def decode(self, packed: Packed, positions: Tensor) -> Tensor:
-        batch, heads, tokens, width = packed.codes.shape
-        codes = packed.codes.reshape(-1, width)
-        assert packed.scale is not None
-        scale = packed.scale.reshape(-1)
-        out = torch.empty(len(codes), packed.dim, dtype=torch.float32, device=codes.device)
-        _decode_into(out, codes, scale, packed.bits)
-        return out.view(batch, heads, tokens, packed.dim)
+    def decode_rows(self, codes: Tensor, scale: Tensor | None, dim: int, bits: int) -> Tensor:
+        assert scale is not None
+        y_DN = look_up(signed_levels(bits, codes.device), unpack_bits(codes, bits))
+        return rotate_back(y_DN.mul_(scale.float()), randomized=True)
 
-    def nbytes(self, packed: Packed) -> int:
-        assert packed.scale is not None
-        return packed.codes.numel() + 2 * packed.scale.numel()
+    def encode_all(
+        self, x_BHTD: Tensor, bits: int, mean: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        dim, device = x_BHTD.shape[3], x_BHTD.device
+        kernels = _kernels(device, x_BHTD.dtype, dim)
+        if kernels is None:
+            return super().encode_all(x_BHTD, bits, mean)
+        weights = rotation_weights(dim, True, device).view(-1)
+        tables = boundaries(bits, device), nearest_values(bits, device)
+        flat = x_BHTD.reshape(-1, dim).contiguous()
+        return kernels.lloyd_encode(flat, bits, weights, *tables)
 
-    def sharing_key(self, stream: Stream) -> Hashable:
-        return (self.method, role_bits(self, stream))
+    def decode_all(self, packed: Packed) -> Tensor:
+        dim, bits, device = packed.dim, packed.bits, packed.codes.device
+        kernels = _kernels(device, torch.float16, dim)  # any T will do: the output is float32
+        if kernels is None:
+            return super().decode_all(packed)
+        codes, scale = packed.rows()
+        assert scale is not None
+        weights = rotation_weights(dim, True, device).view(-1)
+        out = torch.empty(len(codes), dim, dtype=torch.float32, device=device)
+        contiguous = codes.contiguous(), scale.contiguous()
+        kernels.lloyd_decode(*contiguous, bits, weights, signed_levels(bits, device), out)
+        return out
 
     def identity(self) -> Codec:
         return Identity(of=self.method, randomized=True)
 
 
-def _encode(x: Tensor, bits: int) -> Packed:
-    shape, dim = x.shape[:3], x.shape[3]
-    width = dim * bits // 8
-    kernels = _kernels(x.device, x.dtype, dim)
-    if kernels is None:
-        return pack_rows(x, bits, width, lambda x_ND: _encode_rows(x_ND, bits))
-    weights = rotation_weights(dim, True, x.device).view(-1)
-    tables = boundaries(bits, x.device), nearest_values(bits, x.device)
-    flat = x.reshape(-1, dim).contiguous()
-    codes, scale = kernels.lloyd_encode(flat, bits, weights, *tables)
-    return Packed(bits, dim, codes.view(*shape, width), scale.view(shape))
-
-
-def _encode_rows(x_ND: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """x [N, D] -> codes [N, D bits / 8] uint8, scale [N] float16."""
-    dim = x_ND.shape[1]
+def unit_rows(x_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x [N, D] -> rotated, u [D, N] of rms 1; its mean square before that [N], and 1 / rms [N]."""
     u_DN = rotate(x_ND, randomized=True)
-    mean_square = add_rows(u_DN * u_DN).div_(dim)
+    mean_square = add_rows(u_DN * u_DN).div_(x_ND.shape[1])
     # Not sqrt: torch's wakes all threads for any size, 7 ms on a busy machine for 10 us of work.
     inverse_rms = mean_square.clamp(min=_SMALLEST_MEAN_SQUARE).rsqrt_()
-    u_DN.mul_(inverse_rms)
-    magnitude = u_DN.abs()
-    index, nearest = nearest_levels(magnitude, bits)
-    dot = add_rows(nearest.mul_(magnitude))
-    # The sign bit of the float, spread over the word, becomes the top bit of the code.
-    index |= (u_DN.view(torch.int32) >> 31) & (1 << (bits - 1))
-    scale = mean_square * inverse_rms * (dim / dot.clamp_(min=_SMALLEST_DOT))
-    return pack_bits(index, bits), scale.to(torch.float16)
+    return u_DN.mul_(inverse_rms), mean_square, inverse_rms
 
 
-def _decode_into(out_ND: Tensor, codes: Tensor, scale: Tensor, bits: int) -> None:
-    device, dim = codes.device, out_ND.shape[1]
-    if kernels := _kernels(device, torch.float16, dim):  # any T will do: the output is float32
-        weights = rotation_weights(dim, True, device).view(-1)
-        contiguous = codes.contiguous(), scale.contiguous()
-        kernels.lloyd_decode(*contiguous, bits, weights, signed_levels(bits, device), out_ND)
-        return
-    for rows in row_chunks(len(codes), dim, device):
-        out_ND[rows] = _decode_rows(codes[rows], scale[rows], bits)
-
-
-def _decode_rows(codes: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """Inverse of _encode_rows: x^ [N, D] float32, a view of its transpose."""
-    y_DN = look_up(signed_levels(bits, codes.device), unpack_bits(codes, bits))
-    return rotate_back(y_DN.mul_(scale.float()), randomized=True)
+def with_signs(index_DN: Tensor, u_DN: Tensor, bits: int) -> Tensor:
+    """Codes: the sign bit of the float, spread over the word, becomes the top bit of `index`."""
+    return index_DN.bitwise_or_((u_DN.view(torch.int32) >> 31) & (1 << (bits - 1)))
 
 
 @cache

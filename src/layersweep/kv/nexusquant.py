@@ -11,7 +11,6 @@ Bits per element, as for `e8`: log2 of its alphabet / 8 + 16 / D.
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,15 +18,16 @@ import torch
 from torch import Tensor
 
 from layersweep.errors import InputError
-from layersweep.kv.codec import Codec, Packed, check_input, join_tokens, role_bits
+from layersweep.kv.codec import Codec, Packed
 from layersweep.kv.e8 import fixed_rate_bytes
 from layersweep.kv.identity import Identity
-from layersweep.kv.rotate import rotate, rotate_back, row_chunks
+from layersweep.kv.rotate import rotate, rotate_back
 from layersweep.kv.stream import Stream
+from layersweep.kv.vector_codec import Layout, VectorCodec
 
 
 @dataclass(frozen=True)
-class NexusQuant:
+class NexusQuant(VectorCodec):
     """See the module's text. Packed holds the decoded vectors in fp16."""
 
     key_bits: int
@@ -35,45 +35,32 @@ class NexusQuant:
 
     method = "nexusquant"
     simulated = True
-    encoder = "torch"
 
     @property
     def version(self) -> str:
         return importlib.metadata.version("nexusquant-kv")
 
-    def encode(
-        self, x: Tensor, stream: Stream, positions: Tensor, mean: Tensor | None = None
-    ) -> Packed:
-        check_input(self, x, stream, mean)
+    def check(self, stream: Stream) -> None:
         if stream.dim & (stream.dim - 1):
             raise InputError(
                 f"{self.method}: stream '{stream.name}' has head size {stream.dim}, needed a "
                 "power of two",
                 hint="e8 is the same arithmetic for every multiple of 8",
             )
-        return self._encode(x, role_bits(self, stream))
 
-    def append(self, packed: Packed, x: Tensor, positions: Tensor) -> Packed:
-        return join_tokens([packed, self._encode(x, packed.bits)])
+    def layout(self, dim: int, bits: int) -> Layout:
+        return Layout(dim, torch.float16, scale=None)
 
-    def _encode(self, x: Tensor, bits: int) -> Packed:
-        quantizer = _quantizer()
-        flat = x.reshape(-1, x.shape[3])
-        out = torch.empty(flat.shape, dtype=torch.float16, device=x.device)
-        for rows in row_chunks(len(flat), x.shape[3], x.device):
-            y_ND = rotate(flat[rows], randomized=False).t().contiguous()
-            y_ND = quantizer.quantize_perhead(y_ND, levels=2**bits)
-            out[rows] = rotate_back(y_ND.t().contiguous(), randomized=False).to(torch.float16)
-        return Packed(bits, x.shape[3], out.view(x.shape), scale=None)
+    def encode_rows(self, x_ND: Tensor, bits: int) -> tuple[Tensor, None]:
+        y_ND = rotate(x_ND, randomized=False).t().contiguous()
+        y_ND = _quantizer().quantize_perhead(y_ND, levels=2**bits)
+        return rotate_back(y_ND.t().contiguous(), randomized=False), None
 
-    def decode(self, packed: Packed, positions: Tensor) -> Tensor:
-        return packed.codes.float()
+    def decode_rows(self, codes: Tensor, scale: Tensor | None, dim: int, bits: int) -> Tensor:
+        return codes
 
     def nbytes(self, packed: Packed) -> int:
         return fixed_rate_bytes(packed)
-
-    def sharing_key(self, stream: Stream) -> Hashable:
-        return (self.method, role_bits(self, stream))
 
     def identity(self) -> Codec:
         return Identity(of=self.method, randomized=False)

@@ -30,9 +30,9 @@ class Stream:
     basis: Basis | None = None
 
 
-def keys_and_values(heads: int, dim: int) -> tuple[Stream, Stream]:
+def keys_and_values(heads: int, dim: int, window: int | None = None) -> tuple[Stream, Stream]:
     """What an attention layer with rotary keys keeps, `heads` its KV heads."""
     return (
-        Stream("k", heads, dim, role="key", rope=True),
-        Stream("v", heads, dim, role="value", rope=False),
+        Stream("k", heads, dim, role="key", rope=True, window=window),
+        Stream("v", heads, dim, role="value", rope=False, window=window),
     )

@@ -24,7 +24,6 @@ quantization, Marcellin and Fischer (1990).
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -35,7 +34,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from layersweep.errors import InputError
-from layersweep.kv.codec import Codec, Packed, check_input, join_tokens, role_bits
+from layersweep.kv.codec import Codec, Packed, role_bits
 from layersweep.kv.identity import Identity
 from layersweep.kv.packing import pack_bits, unpack_bits
 from layersweep.kv.rotate import add_rows, rotate, rotate_back, rotation_weights, row_chunks
@@ -49,6 +48,7 @@ from layersweep.kv.trellis_scale import (
     square_thresholds,
 )
 from layersweep.kv.trellis_search import encoder_name, search, states_of
+from layersweep.kv.vector_codec import VectorCodec
 
 if TYPE_CHECKING:
     from layersweep.kernels import Kernels
@@ -80,7 +80,7 @@ class Code:
 
 
 @dataclass(frozen=True)
-class Trellis:
+class Trellis(VectorCodec):
     """See the module's text. `states`: of the trellis; more of them cost time and gain quality."""
 
     key_bits: int
@@ -89,7 +89,6 @@ class Trellis:
 
     method = "trellis"
     version = "2"
-    simulated = False
     wants_mean = True
     wants_level = True
     wants_basis = True
@@ -106,10 +105,7 @@ class Trellis:
         found = all(_kernels(device, torch.float16, code) for code in codes)
         return "cuda" if found else "torch"
 
-    def encode(
-        self, x: Tensor, stream: Stream, positions: Tensor, mean: Tensor | None = None
-    ) -> Packed:
-        check_input(self, x, stream, None)
+    def check(self, stream: Stream) -> None:
         code = self._code(role_bits(self, stream))
         if not code.trained:
             raise InputError(
@@ -122,31 +118,25 @@ class Trellis:
                 f"least the {code.window} of a state",
                 hint="more bits, or fewer states",
             )
-        return self._encode(x, code, mean)
-
-    def append(self, packed: Packed, x: Tensor, positions: Tensor) -> Packed:
-        return join_tokens([packed, self._encode(x, self._code(packed.bits), packed.mean)])
 
     def _code(self, bits: int) -> Code:
         return Code(int(self.states).bit_length() - 1, bits)
 
-    def _encode(self, x: Tensor, code: Code, mean: Tensor | None) -> Packed:
+    def encode_all(
+        self, x_BHTD: Tensor, bits: int, mean: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        code = self._code(bits)
         # Kernels for float32 input are part of every module: one less to compile.
-        dtype = torch.float16 if x.dtype == torch.float32 else x.dtype
-        if kernels := _kernels(x.device, dtype, code, x.shape[3]):
-            codes, scale = _encode_by_kernels(kernels, x, code, mean)
-        else:
-            codes, scale = _encode_by_torch(x, code, mean)
-        dim, shape = x.shape[3], x.shape[:3]
-        codes = codes.view(*shape, dim * code.bits // 8)
-        return Packed(code.bits, dim, codes, scale.view(shape), mean)
+        dtype = torch.float16 if x_BHTD.dtype == torch.float32 else x_BHTD.dtype
+        if kernels := _kernels(x_BHTD.device, dtype, code, x_BHTD.shape[3]):
+            return _encode_by_kernels(kernels, x_BHTD, code, mean)
+        return _encode_by_torch(x_BHTD, code, mean)
 
-    def decode(self, packed: Packed, positions: Tensor) -> Tensor:
-        assert packed.scale is not None
-        shape, dim, device = packed.codes.shape[:3], packed.dim, packed.codes.device
-        code, mean = self._code(packed.bits), packed.mean
-        codes, scale = packed.codes.reshape(-1, packed.codes.shape[3]), packed.scale.reshape(-1)
-        means = None if mean is None else _mean_rows(mean, dim)
+    def decode_all(self, packed: Packed) -> Tensor:
+        (codes, scale), dim, device = packed.rows(), packed.dim, packed.codes.device
+        assert scale is not None
+        code = self._code(packed.bits)
+        means = None if packed.mean is None else _mean_rows(packed.mean, dim)
         out = torch.empty(len(codes), dim, dtype=torch.float32, device=device)
         if kernels := _kernels(device, torch.float16, code, dim):  # any T: the output is float32
             kernels.trellis_decode(
@@ -159,20 +149,13 @@ class Trellis:
                 rotation_weights(dim, True, device).view(-1),
                 out,
             )
-            return out.view(*shape, dim)
+            return out
         factor = scale_values(device)[scale.int()] * _levels_of(means, len(codes), device)
         for rows in row_chunks(len(codes), dim, device):
             out[rows] = _decode_rows(codes[rows], factor[rows], code)
-        out = out.view(*shape, dim)
-        return out if mean is None else out.add_(mean[..., :dim].float().unsqueeze(2))
-
-    def nbytes(self, packed: Packed) -> int:
-        assert packed.scale is not None
-        mean = 0 if packed.mean is None else 2 * packed.mean.numel()
-        return packed.codes.numel() + packed.scale.numel() + mean
-
-    def sharing_key(self, stream: Stream) -> Hashable:
-        return (self.method, self.states, role_bits(self, stream))
+        if means is not None:
+            out.view(len(means), len(out) // len(means), dim).add_(means[:, None, :dim].float())
+        return out
 
     def identity(self) -> Codec:
         return Identity(of=self.method, randomized=True, wants_basis=True)

@@ -16,13 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from layersweep.kv.codec import Packed, check_input, join_tokens, pack_rows, role_bits
-from layersweep.kv.lloyd import Lloyd, nearest_levels
+from layersweep.kv.lloyd import Lloyd, nearest_levels, unit_rows, with_signs
 from layersweep.kv.packing import pack_bits
-from layersweep.kv.rotate import add_rows, rotate
-from layersweep.kv.stream import Stream
-
-_SMALLEST_MEAN_SQUARE = 1e-36
+from layersweep.kv.vector_codec import VectorCodec
 
 
 @dataclass(frozen=True)
@@ -30,29 +26,10 @@ class Turbo(Lloyd):
     """See the module's text. Packed, decoding and size are those of `lloyd`."""
 
     method = "turbo"
-    version = "1"
+    encode_all = VectorCodec.encode_all  # the kernels' scale has the gain
 
-    def encode(
-        self, x: Tensor, stream: Stream, positions: Tensor, mean: Tensor | None = None
-    ) -> Packed:
-        check_input(self, x, stream, mean)
-        return _encode(x, role_bits(self, stream))
-
-    def append(self, packed: Packed, x: Tensor, positions: Tensor) -> Packed:
-        return join_tokens([packed, _encode(x, packed.bits)])
-
-
-def _encode(x: Tensor, bits: int) -> Packed:
-    return pack_rows(x, bits, x.shape[3] * bits // 8, lambda x_ND: _encode_rows(x_ND, bits))
-
-
-def _encode_rows(x_ND: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """x [N, D] -> codes [N, D bits / 8] uint8, scale [N] float16."""
-    u_DN = rotate(x_ND, randomized=True)
-    mean_square = add_rows(u_DN * u_DN).div_(x_ND.shape[1])
-    inverse_rms = mean_square.clamp(min=_SMALLEST_MEAN_SQUARE).rsqrt_()
-    u_DN.mul_(inverse_rms)
-    index, _ = nearest_levels(u_DN.abs(), bits)
-    # The sign bit of the float, spread over the word, becomes the top bit of the code.
-    index |= (u_DN.view(torch.int32) >> 31) & (1 << (bits - 1))
-    return pack_bits(index, bits), (mean_square * inverse_rms).to(torch.float16)
+    def encode_rows(self, x_ND: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+        u_DN, mean_square, inverse_rms = unit_rows(x_ND)
+        index, _ = nearest_levels(u_DN.abs(), bits)
+        scale = (mean_square * inverse_rms).to(torch.float16)
+        return pack_bits(with_signs(index, u_DN, bits), bits), scale

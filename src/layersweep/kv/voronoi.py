@@ -19,20 +19,19 @@ fit any of them: that is a limit of the code, which has 256 points in 8 dimensio
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from layersweep.kv.codec import Codec, Packed, check_input, join_tokens, pack_rows, role_bits
-from layersweep.kv.e8 import _first_of_group
+from layersweep.kv.codec import Codec
+from layersweep.kv.e8 import first_of_group
 from layersweep.kv.identity import Identity
 from layersweep.kv.packing import pack_bits, unpack_bits
-from layersweep.kv.rotate import add_rows, max_rows, rotate, rotate_back, row_chunks
-from layersweep.kv.stream import Stream
+from layersweep.kv.rotate import add_rows, max_rows, rotate, rotate_back
 from layersweep.kv.uniform import ROUNDER, SMALLEST_HALF
+from layersweep.kv.vector_codec import Layout, VectorCodec
 
 GROUP = 8
 BETAS: dict[int, tuple[float, float, float, float]] = {
@@ -48,77 +47,44 @@ _SMALLEST_MEAN_SQUARE = 1e-36
 
 
 @dataclass(frozen=True)
-class Voronoi:
+class Voronoi(VectorCodec):
     """See the module's text. Packed: bytes of coordinates, then of indices, and an fp16 scale."""
 
     key_bits: int
     value_bits: int
 
     method = "voronoi"
-    version = "1"
-    simulated = False
-    encoder = "torch"
 
-    def encode(
-        self, x: Tensor, stream: Stream, positions: Tensor, mean: Tensor | None = None
-    ) -> Packed:
-        check_input(self, x, stream, mean)
-        return _encode(x, role_bits(self, stream))
+    def layout(self, dim: int, bits: int) -> Layout:
+        return Layout(dim * bits // 8 + -(-dim // 32))
 
-    def append(self, packed: Packed, x: Tensor, positions: Tensor) -> Packed:
-        return join_tokens([packed, _encode(x, packed.bits)])
+    def encode_rows(self, x_ND: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+        count, dim = x_ND.shape
+        u_DN = rotate(x_ND, randomized=True)
+        mean_square = add_rows(u_DN * u_DN).div_(dim)
+        inverse_rms = mean_square.clamp(min=_SMALLEST_MEAN_SQUARE).rsqrt_()
+        scale = (mean_square * inverse_rms).to(torch.float16)
+        u = u_DN.div_(scale.float().clamp_(min=SMALLEST_HALF)).view(-1, GROUP, count)
+        point, index, _ = best_points(u, bits, BETAS[bits])
+        coordinates = _coordinates(point, bits).view(dim, count)
+        return torch.cat([pack_bits(coordinates, bits), _pack_pairs(index)], dim=1), scale
 
-    def decode(self, packed: Packed, positions: Tensor) -> Tensor:
-        assert packed.scale is not None
-        codes = packed.codes.reshape(-1, packed.codes.shape[3])
-        scale = packed.scale.reshape(-1)
-        out = torch.empty(len(codes), packed.dim, dtype=torch.float32, device=codes.device)
-        for rows in row_chunks(len(codes), packed.dim, codes.device):
-            out[rows] = _decode_rows(codes[rows], scale[rows], packed.dim, packed.bits)
-        return out.view(*packed.codes.shape[:3], packed.dim)
-
-    def nbytes(self, packed: Packed) -> int:
-        assert packed.scale is not None
-        return packed.codes.numel() + 2 * packed.scale.numel()
-
-    def sharing_key(self, stream: Stream) -> Hashable:
-        return (self.method, role_bits(self, stream))
+    def decode_rows(self, codes: Tensor, scale: Tensor | None, dim: int, bits: int) -> Tensor:
+        assert scale is not None
+        coordinates = unpack_bits(codes[:, : dim * bits // 8].contiguous(), bits)
+        index = _unpack_pairs(codes[:, dim * bits // 8 :], dim // GROUP)
+        point = wrap(_point(coordinates.float().view(-1, GROUP, len(codes))), bits)
+        betas = _constants(BETAS[bits], codes.device)
+        point.mul_(betas[index.reshape(-1)].view(index.shape).unsqueeze(1))
+        return rotate_back(point.view(dim, -1).mul_(scale.float()), randomized=True)
 
     def identity(self) -> Codec:
         return Identity(of=self.method, randomized=True)
 
 
-def _encode(x: Tensor, bits: int) -> Packed:
-    width = x.shape[3] * bits // 8 + -(-x.shape[3] // 32)
-    return pack_rows(x, bits, width, lambda x_ND: _encode_rows(x_ND, bits))
-
-
-def _encode_rows(x_ND: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """x [N, D] -> codes [N, width] uint8, scale [N] float16."""
-    count, dim = x_ND.shape
-    u_DN = rotate(x_ND, randomized=True)
-    mean_square = add_rows(u_DN * u_DN).div_(dim)
-    inverse_rms = mean_square.clamp(min=_SMALLEST_MEAN_SQUARE).rsqrt_()
-    scale = (mean_square * inverse_rms).to(torch.float16)
-    u = u_DN.div_(scale.float().clamp_(min=SMALLEST_HALF)).view(-1, GROUP, count)
-    point, index, _ = best_points(u, bits, BETAS[bits])
-    coordinates = _coordinates(point, bits).view(dim, count)
-    return torch.cat([pack_bits(coordinates, bits), _pack_pairs(index)], dim=1), scale
-
-
-def _decode_rows(codes: Tensor, scale: Tensor, dim: int, bits: int) -> Tensor:
-    """Inverse of _encode_rows: x^ [N, D] float32, a view of its transpose."""
-    coordinates = unpack_bits(codes[:, : dim * bits // 8].contiguous(), bits)
-    index = _unpack_pairs(codes[:, dim * bits // 8 :], dim // GROUP)
-    point = wrap(_point(coordinates.float().view(-1, GROUP, len(codes))), bits)
-    betas = _constants(BETAS[bits], codes.device)
-    point.mul_(betas[index.reshape(-1)].view(index.shape).unsqueeze(1))
-    return rotate_back(point.view(dim, -1).mul_(scale.float()), randomized=True)
-
-
 def best_points(u: Tensor, bits: int, betas: tuple[float, ...]) -> tuple[Tensor, Tensor, Tensor]:
     """Blocks u [K, 8, N] -> point p^ [K, 8, N] float32, index of its beta [K, N] int32, error."""
-    point = torch.empty_like(u)
+    point = torch.zeros_like(u)  # what stays, where nothing is nearest: a block with NaN in it
     index = torch.zeros(u.shape[0], u.shape[2], dtype=torch.int32, device=u.device)
     error = torch.full_like(u[:, 0], torch.inf)
     for number, beta in enumerate(betas):
@@ -153,7 +119,7 @@ def nearest_point(u: Tensor) -> Tensor:
     odd = odd_integer.add_((odd_half - odd_integer).mul_(is_half))
     mark = torch.eq(gap, moved.unsqueeze(1), out=torch.empty_like(gap))
     away = (u >= point).float().mul_(2).sub_(1)
-    return point.add_(_first_of_group(mark, odd).mul_(away))
+    return point.add_(first_of_group(mark, odd).mul_(away))
 
 
 def _odd(total: Tensor) -> Tensor:

@@ -6,15 +6,15 @@ what is around them, and marks take colours that stand on white and on black.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 from html import escape
 from importlib import resources
 from typing import Any
 
 from layersweep.errors import InputError
-from layersweep.report import figures, html, rows
+from layersweep.report import html
 from layersweep.report.parts import scroll
+from layersweep.report.sections import SECTIONS, caption_lines, shown
 
 Json = dict[str, Any]
 
@@ -22,60 +22,37 @@ CLASS = "layersweep-report"
 
 
 def results_cell(results: Json) -> str:
-    """The terminal's report as HTML: caption, arms, pairs, needles, notes, verdict."""
-    body = [_caption(results)]
-    if results["perplexity"] is not None:
-        body += [
-            scroll(html.arm_table(results)),
-            scroll(html.pair_table(results, every=False)),
-            html.uncertainty(results),
-        ]
-    if results["needle"] is not None:
-        title = rows.needle_title(results)
-        body += [
-            f"<h3>{escape(title[:1].upper() + title[1:])}</h3>",
-            html.needle_notice(results),
-            scroll(html.needle_table(results)),
-        ]
-    return _cell([*body, html.verdict(results), html.notes(results)])
+    """The terminal's report as HTML: caption, every section, notes, verdict."""
+    body = [part for section in shown(results) for part in section.cell(results)]
+    caption = _caption(caption_lines(results))
+    return _cell([caption, *body, html.verdict(results), html.notes(results)])
 
 
 def figure_cell(results: Json, name: str) -> str:
     """One figure of the page under its caption. Raises InputError for what was not measured."""
-    if name not in FIGURES:
+    section = SECTION_OF.get(name)
+    if section is None:
         raise InputError(
-            f"figure: found '{name}', needed one of {', '.join(FIGURES)}",
-            hint=f'results.figure("{next(iter(FIGURES))}")',
+            f"figure: found '{name}', needed one of {', '.join(SECTION_OF)}",
+            hint=f'results.figure("{next(iter(SECTION_OF))}")',
         )
-    section, title, draw = FIGURES[name]
-    drawn = draw(results) if results[section] is not None else None
+    drawing = section.drawings[name]
+    drawn = drawing.draw(results) if results[section.name] is not None else None
     if not drawn:
         raise InputError(
-            f"figure: found no {section} in these results, needed it for '{name}'",
+            f"figure: found no {section.name} in these results, needed it for '{name}'",
             hint='evaluate with tasks=["ppl", "niah"]',
         )
-    head = _caption(results, needle=section == "needle")
-    return _cell([head, f"<h3>{escape(title)}</h3>", scroll(drawn)])
+    head = _caption(caption_lines(results, section))
+    return _cell([head, f"<h3>{escape(drawing.title)}</h3>", scroll(drawn)])
 
 
-def _windows(results: Json) -> str:
-    pictures = (
-        (arm["arm"], figures.windows(results, arm)) for arm in results["perplexity"]["arms"]
-    )
-    return "".join(f"<h3>{escape(name)}</h3>{picture}" for name, picture in pictures if picture)
+SECTION_OF = {name: section for section in SECTIONS for name in section.drawings}
+"""The section of each figure."""
 
 
-FIGURES: dict[str, tuple[str, str, Callable[[Json], str | None]]] = {
-    "arms": ("perplexity", "Difference to the exact cache", figures.forest),
-    "bits": ("perplexity", "Loss against measured bits", figures.loss_against_bits),
-    "windows": ("perplexity", "Difference per window, 100 x nats (about percent)", _windows),
-    "needles": ("needle", "Needles found by depth", figures.heatmap),
-}
-
-
-def _caption(results: Json, *, needle: bool = False) -> str:
-    lines = "<br>".join(escape(line) for line in rows.caption_lines(results, needle=needle))
-    return f'<p class="caption">{lines}</p>'
+def _caption(lines: list[str]) -> str:
+    return f'<p class="caption">{"<br>".join(escape(line) for line in lines)}</p>'
 
 
 def _cell(parts: list[str]) -> str:

@@ -7,7 +7,9 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-from layersweep.report import rows
+from layersweep.report import caption
+from layersweep.report.section import Export
+from layersweep.report.sections import caption_lines, shown, warnings
 
 Json = dict[str, Any]
 
@@ -15,22 +17,9 @@ ARM_FIELDS = (
     *("arm", "requested", "status", "method", "key_bits", "value_bits", "codec_version"),
     *("simulated", "encoder", "bits_per_element", "compression", "ppl", "delta_percent"),
     *("percent_mean_of_windows", "mean_delta_nll", "sem", "sem_iid", "z", "n", "n_negative"),
-    *("significant_2sigma", "ci95_low", "ci95_high", "p_sign", "p_wilcoxon", "p_holm"),
-    *("mde_percent", "below_noise_floor", "kl_mean", "kl_p50", "kl_p99", "kl_p999", "kl_max"),
-    "top1_agreement",
-)
-COLUMNS = (
-    ("arm", "label"),
-    ("bits", "bits"),
-    ("size", "size"),
-    ("ppl", "ppl"),
-    ("delta %", "delta"),
-    ("95 % CI", "interval"),
-    ("SEM", "sem"),
-    ("z", "z"),
-    ("worse", "worse"),
-    ("KL mean/p99.9", "kl"),
-    ("top-1 %", "top1"),
+    *("n_worse", "significant_2sigma", "ci95_low", "ci95_high", "p_flip", "p_holm", "p_sign_iid"),
+    *("p_wilcoxon_iid", "mde_percent", "below_noise_floor", "kl_mean", "kl_p50", "kl_p99"),
+    *("kl_p999", "kl_max", "top1_agreement"),
 )
 _LATEX = str.maketrans(
     {
@@ -74,76 +63,47 @@ def arms_csv(results: Json) -> str:
 
 
 def markdown(results: Json) -> str:
-    """The table of the terminal, for a README or an issue."""
-    parts = ["  \n".join(rows.caption_lines(results))]
-    if results["perplexity"] is not None:
-        parts.append(_markdown_table([name for name, _ in COLUMNS], _cells(results)))
-        parts.append(f"{rows.uncertainty_line(results)}. Not comparable with other protocols.")
-        pairs = rows.pair_rows(results, every=False)
-        parts += [
-            f"- {p.a} - {p.b}: {p.delta} % {p.interval}, {p.p}, z {p.z}, loss ratio {p.ratio}"
-            for p in pairs
-        ]
-        parts += [f"{rows.PAIR_NOTE}."] if pairs else []
-    if results["needle"] is not None:
-        parts.append(f"{rows.needle_title(results)}:")
-        body = [[row.arm, row.count, row.against] for row in rows.needle_rows(results)]
-        parts.append(_markdown_table(["arm", "found", "against exact"], body, numbers=False))
-        if failure := rows.needle_failure(results):
-            parts.append(f"**{failure}**")
-    parts += [f"Note: {line}." for line in rows.warnings(results)]
-    parts.append(f"**{rows.verdict(results)}**")
+    """The tables of the terminal, for a README or an issue."""
+    parts = ["  \n".join(caption_lines(results))]
+    for section in shown(results):
+        export = section.export(results)
+        parts += [*export.before, _markdown_table(export), *export.after]
+    parts += [f"Note: {line}." for line in warnings(results)]
+    parts.append(f"**{caption.verdict(results)}**")
     return "\n\n".join(parts) + "\n"
 
 
 def latex(results: Json) -> str:
     """booktabs tables; the caption carries model, protocol, notes and verdict."""
+    closing = [*warnings(results), caption.verdict(results)]
     tables = []
-    if results["perplexity"] is not None:
-        words = [*rows.caption_lines(results), rows.uncertainty_line(results)]
-        head = [name for name, _ in COLUMNS]
-        tables.append(_latex_table(head, _cells(results), _closing(results, words), "r"))
-    if results["needle"] is not None:
-        words = [*rows.caption_lines(results, needle=True), rows.needle_title(results)]
-        failure = rows.needle_failure(results)
-        words += [failure] if failure else []
-        body = [[row.arm, row.count, row.against] for row in rows.needle_rows(results)]
-        head = ["arm", "found", "against exact"]
-        tables.append(_latex_table(head, body, _closing(results, words), "l"))
+    for section in shown(results):
+        export = section.export(results)
+        words = [*caption_lines(results, section), *export.caption, *closing]
+        tables.append(_latex_table(export, f"{'. '.join(words)}."))
     return "\n".join(tables)
 
 
-def _closing(results: Json, words: list[str]) -> str:
-    return ". ".join([*words, *rows.warnings(results), rows.verdict(results)]) + "."
+def _markdown_table(export: Export) -> str:
+    rule = ["---", *(["---:" if export.numbers else "---"] * (len(export.head) - 1))]
+    body = [[cell.replace("|", r"\|") for cell in line] for line in export.body]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [export.head, rule, *body])
 
 
-def _cells(results: Json) -> list[list[str]]:
-    return [[getattr(row, field) for _, field in COLUMNS] for row in rows.perplexity_rows(results)]
-
-
-def _markdown_table(
-    head: Sequence[str], body: Sequence[Sequence[str]], *, numbers: bool = True
-) -> str:
-    rule = ["---", *(["---:" if numbers else "---"] * (len(head) - 1))]
-    lines = [head, rule, *([cell.replace("|", r"\|") for cell in line] for line in body)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _latex_table(
-    head: Sequence[str], body: Sequence[Sequence[str]], caption: str, align: str
-) -> str:
+def _latex_table(export: Export, words: str) -> str:
     def row(cells: Sequence[str]) -> str:
         # a row that starts with [ would be read as the optional argument of \\
         return " & ".join(f"{{{cell.translate(_LATEX)}}}" for cell in cells) + r" \\"
 
+    align = ("r" if export.numbers else "l") * (len(export.head) - 1)
     lines = [
         r"\begin{table}",
-        rf"\caption{{{caption.translate(_LATEX)}}}",
-        rf"\begin{{tabular}}{{l{align * (len(head) - 1)}}}",
+        rf"\caption{{{words.translate(_LATEX)}}}",
+        rf"\begin{{tabular}}{{l{align}}}",
         r"\toprule",
-        row(head),
+        row(export.head),
         r"\midrule",
-        *(row(line) for line in body),
+        *(row(line) for line in export.body),
         r"\bottomrule",
         r"\end{tabular}",
         r"\end{table}",

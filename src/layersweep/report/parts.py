@@ -4,20 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
-from typing import Any
-
-from layersweep.report import rows
 
 
 def section(title: str, body: str) -> str:
     return f"<section><h2>{escape(title)}</h2>{body}</section>"
 
 
-def figure(
-    results: dict[str, Any], title: str, body: str, reading: str = "", *, needle: bool = False
-) -> str:
-    """A figure or table under the run's caption, with a sentence on how to read it."""
-    caption = "<br>".join(escape(line) for line in rows.caption_lines(results, needle=needle))
+def figure(lines: Sequence[str], title: str, body: str, reading: str = "") -> str:
+    """A figure or table under the caption's `lines`, with a sentence on how to read it."""
+    caption = "<br>".join(escape(line) for line in lines)
     note = how(reading) if reading else ""
     return (
         f'<figure><figcaption><p class="caption">{caption}</p>'

@@ -10,15 +10,16 @@ from typing import Any
 
 from rich.console import Console
 
-from layersweep.report import rows
 from layersweep.report.cell import figure_cell, results_cell
 from layersweep.report.files import write_report
+from layersweep.report.sections import caption_lines
 from layersweep.report.store import load_results
-from layersweep.report.table import FULL_WIDTH, print_report
+from layersweep.report.table import print_report
+from layersweep.report.width import FULL_WIDTH
 
 
 class Results(dict[str, Any]):
-    """A dict, equal to the object in results.json (`layersweep.results/1`).
+    """A dict, equal to the object in results.json (`layersweep.results/2`).
 
     As the last expression of a notebook's cell it is the report's table; printed, the terminal's.
     """
@@ -42,7 +43,7 @@ class Results(dict[str, Any]):
 
         Raises InputError for another name, and for what was not measured.
         """
-        return Figure(name, "; ".join(rows.caption_lines(self)), figure_cell(self, name))
+        return Figure(name, "; ".join(caption_lines(self)), figure_cell(self, name))
 
     def __repr__(self) -> str:
         stream = io.StringIO()

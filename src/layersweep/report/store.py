@@ -13,10 +13,10 @@ import jsonschema
 from layersweep.errors import InputError
 from layersweep.runs.files import write_atomically
 from layersweep.runs.folder import MANIFEST, RESULTS, SHARDS
+from layersweep.runs.versions import EARLIER, SCHEMA
 
 Json = dict[str, Any]
 
-SCHEMA_NAME = "layersweep.results/1"
 SHOWN_PROBLEMS = 5
 
 
@@ -36,7 +36,7 @@ def validate(results: Json, *, source: str = RESULTS) -> None:
         more = len(problems) - SHOWN_PROBLEMS
         tail = f"; and {more} more" if more > 0 else ""
         raise InputError(
-            f"{source} does not follow {SCHEMA_NAME}: {'; '.join(problems[:SHOWN_PROBLEMS])}{tail}",
+            f"{source} does not follow {SCHEMA}: {'; '.join(problems[:SHOWN_PROBLEMS])}{tail}",
             hint="use a results.json that this version of layersweep wrote",
         )
 
@@ -54,7 +54,8 @@ def write_results(directory: Path, results: Json) -> Path:
 
 
 def load_results(location: Path) -> Json:
-    """The results in a run's folder, or in the file itself, checked against the schema.
+    """The results in a run's folder, or in the file itself, checked against the schema. Those of
+    an earlier version are returned as this one would have written them.
 
     Raises InputError when there is none, it is not JSON, or it does not follow the schema.
     """
@@ -73,18 +74,32 @@ def load_results(location: Path) -> Json:
         results = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(
-            f"{path}: found text that is not JSON ({error}), needed {SCHEMA_NAME}",
+            f"{path}: found text that is not JSON ({error}), needed {SCHEMA}",
             hint="run the evaluation again to have it written anew",
         ) from error
     found = results.get("schema") if isinstance(results, dict) else type(results).__name__
-    if found != SCHEMA_NAME:
+    if found not in (SCHEMA, EARLIER):
         raise InputError(
-            f"{path}: found schema {found!r}, needed {SCHEMA_NAME!r}",
+            f"{path}: found schema {found!r}, needed {SCHEMA!r}",
             hint="give a results.json that `layersweep eval` wrote",
         )
+    if found == EARLIER:
+        results = _upgraded(path, results)
     validate(results, source=str(path))
     checked: Json = results
     return checked
+
+
+def _upgraded(path: Path, results: Json) -> Json:
+    from layersweep.runs.upgrade import upgraded  # brings scipy, for files that few have
+
+    try:
+        return upgraded(results)
+    except (KeyError, TypeError, ValueError) as failure:
+        raise InputError(
+            f"{path} does not follow {EARLIER}: {type(failure).__name__} {failure}",
+            hint="use a results.json as `layersweep eval` wrote it",
+        ) from failure
 
 
 def _place(path: Any) -> str:

@@ -7,6 +7,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from html import escape
 
+WIDTH = 760
+NAME = 26  # characters of an arm's name before it is cut
+
 
 @dataclass(frozen=True)
 class Scale:
@@ -75,3 +78,12 @@ def padded(values: Iterable[float], *, share: float = 0.08) -> tuple[float, floa
     low, high = min(known), max(known)
     margin = (high - low) * share or max(abs(high), 1.0) * 0.1
     return low - margin, high + margin
+
+
+def clip(label: str) -> str:
+    return label if len(label) <= NAME else f"{label[: NAME - 1]}\u2026"
+
+
+def name_width(names: list[str]) -> int:
+    """Pixels for right-aligned labels: SVG cannot measure text, 7.6 px per character holds all."""
+    return 18 + round(7.6 * max(len(name) for name in names))

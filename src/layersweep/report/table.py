@@ -5,81 +5,40 @@ from __future__ import annotations
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from layersweep.report import rows
+from layersweep.report import caption
+from layersweep.report.sections import caption_lines, shown, warnings
+from layersweep.report.width import FULL_WIDTH
 
 Json = dict[str, Any]
 
-FULL_WIDTH = 100  # narrower terminals get fewer columns rather than cut numbers
-WIDE = (
-    ("arm", "label"),
-    ("bits", "bits"),
-    ("size", "size"),
-    ("ppl", "ppl"),
-    ("delta %", "delta"),
-    ("[95 % CI]", "interval"),
-    ("SEM", "sem"),
-    ("z", "z"),
-    ("worse", "worse"),
-    ("KL mean/p99.9", "kl"),
-    ("top-1", "top1"),
-)
-NARROW = tuple(column for column in WIDE if column[1] not in ("size", "z", "kl", "top1"))
-
 
 def print_report(console: Console, results: Json) -> None:
-    """Prints the report; a `console` that is no terminal is made at least 100 columns wide."""
+    """Prints the report, with all of its columns where `console` is no terminal."""
+    width = console.width if console.is_terminal else max(FULL_WIDTH, console.width)
+    print_whole(console, report_table(results, width=width))
+
+
+def print_whole(console: Console, content: Group) -> None:
+    """Prints `content`; where `console` is no terminal, as wide as its widest table. A file has no
+    right edge at which a long name would have to be folded."""
     if not console.is_terminal:
-        console.width = max(FULL_WIDTH, console.width)
-    console.print(report_table(results, width=console.width), highlight=False, markup=False)
+        endless = console.options.update(max_width=10_000)
+        tables = [part for part in content.renderables if isinstance(part, Table)]
+        widths = [Measurement.get(console, endless, table).maximum for table in tables]
+        console.width = max([FULL_WIDTH, *widths])
+    console.print(content, highlight=False, markup=False)
 
 
-def report_table(results: Json, *, width: int = FULL_WIDTH) -> RenderableType:
-    """Header, caption, one row per arm, codec-to-codec lines, needles, verdict."""
-    parts: list[RenderableType] = [Text(line) for line in rows.caption_lines(results)]
-    if results["perplexity"] is not None:
-        parts += _perplexity(results, width)
-    if results["needle"] is not None:
-        parts += _needle(results)
-    parts += [Text(f"note: {line}", style="yellow") for line in rows.warnings(results)]
-    parts.append(Text(rows.verdict(results), style="green" if results["publishable"] else "yellow"))
+def report_table(results: Json, *, width: int = FULL_WIDTH) -> Group:
+    """Caption, every section, notes, verdict."""
+    parts: list[RenderableType] = [Text(line) for line in caption_lines(results)]
+    for section in shown(results):
+        parts += section.terminal(results, width)
+    parts += [Text(f"note: {line}", style="yellow") for line in warnings(results)]
+    style = "green" if results["publishable"] else "yellow"
+    parts.append(Text(caption.verdict(results), style=style))
     return Group(*parts)
-
-
-def _perplexity(results: Json, width: int) -> list[RenderableType]:
-    columns = WIDE if width >= FULL_WIDTH else NARROW
-    table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold", pad_edge=False)
-    for title, field in columns:
-        if field == "label":
-            table.add_column(title, overflow="fold", min_width=14)
-        else:
-            justify = "left" if field == "interval" else "right"
-            table.add_column(title, justify=justify, no_wrap=True)  # type: ignore[arg-type]
-    for row in rows.perplexity_rows(results):
-        cells = [Text(getattr(row, field)) for _, field in columns]
-        table.add_row(*cells, style=None if row.ok else "red")
-    lines: list[RenderableType] = [table]
-    pairs = rows.pair_rows(results, every=False)
-    lines += [Text(pair.line) for pair in pairs]
-    if pairs:
-        lines.append(Text(rows.PAIR_NOTE, style="dim"))
-    lines.append(Text(rows.uncertainty_line(results), style="dim"))
-    return lines
-
-
-def _needle(results: Json) -> list[RenderableType]:
-    failure = rows.needle_failure(results)
-    style = "red" if failure else ""
-    exact, *others = rows.needle_rows(results)
-    lines = [Text(f"{rows.needle_title(results)}: exact {exact.count}", style=style)]
-    lines += [Text(f"  {row.arm} {row.count}, {row.against}", style=style) for row in others]
-    contexts = results["needle"]["contexts"]
-    if len(contexts) > 1:
-        for arm in results["needle"]["arms"]:
-            counts = ", ".join(rows.context_counts(arm, contexts))
-            lines.append(Text(f"  {arm['arm']} by context {counts}", style=style))
-    if failure:
-        lines.append(Text(failure, style="bold red"))
-    return list(lines)

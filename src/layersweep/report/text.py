@@ -56,6 +56,11 @@ def p_value(p: float | None, name: str = "p") -> str:
     return f"{name}={p:.2g}" if p < 0.1 else f"{name}={p:.2f}"
 
 
+def significant(value: float | None) -> str:
+    """Two significant digits."""
+    return MISSING if value is None else f"{value:.2g}"
+
+
 def two_digits(value: float | None) -> str:
     """Two significant digits without the leading zero: 0.0021 -> ".0021"."""
     if value is None:

@@ -14,7 +14,7 @@ import torch
 
 import layersweep
 from layersweep.environment import device_facts, versions
-from layersweep.study.results import METRICS_VERSION
+from layersweep.runs.versions import METRICS_VERSION
 from layersweep.study.study import Study
 
 SCHEMA = "layersweep.manifest/1"

@@ -1,4 +1,4 @@
-"""From a finished study to results.json (`layersweep.results/1`)."""
+"""From a finished study to results.json (`layersweep.results/2`)."""
 
 from __future__ import annotations
 
@@ -8,15 +8,13 @@ from typing import Any
 
 from layersweep.environment import device_facts, versions
 from layersweep.runs.sections import measured_sections, now, verdict
+from layersweep.runs.versions import METRICS_VERSION, SCHEMA
 from layersweep.stream.rates import planned_seconds
 from layersweep.study.run import Outcome
 from layersweep.study.study import Study, tile_key
 from layersweep.tasks.registry import TASKS
 
 Json = dict[str, Any]
-
-SCHEMA = "layersweep.results/1"
-METRICS_VERSION = 2
 
 
 def build_results(

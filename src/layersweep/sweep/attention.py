@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from layersweep.kv.arms import Arm
-from layersweep.kv.cache import Shared, store
 from layersweep.kv.codec import key_group
+from layersweep.kv.store import KvStore
 from layersweep.model import maths
-from layersweep.sweep.caches import Pair, Streams
+from layersweep.sweep.caches import Pair
 from layersweep.sweep.context import LayerContext
 from layersweep.sweep.sequences import Branch, Group, Tile
 from layersweep.sweep.state import Routing, TileState, attention_batch
@@ -73,9 +74,12 @@ def attend_group(tile: Tile, group: Group, qkv: Tensor, out: Tensor, context: La
     if prefix:
         own = slice(0, prefix)
         out[:, :, own] = _attend_prefix(q[:, :, own], k[:, :, own], v[:, :, own], context)
-    shared = Shared()
-    prefixes: list[Streams] = []
-    start = prefix
+    past = k[:, :, :prefix], v[:, :, :prefix]
+    readers = [branch.arm for branch in sequence.branches if not branch.streaming]
+    store = _stored(readers, past, context) if prefix else None
+    if store:
+        _count(tile.name, readers, store, context)
+    start, reader = prefix, 0
     for branch in sequence.branches:
         own = slice(start, start + len(branch.ids))
         kv = (k[:, :, own], v[:, :, own])
@@ -83,15 +87,13 @@ def attend_group(tile: Tile, group: Group, qkv: Tensor, out: Tensor, context: La
             if branch.streaming:
                 attended = _attend_streaming(tile.name, branch, q[:, :, own], kv, context)
             else:
-                past = k[:, :, :prefix], v[:, :, :prefix]
-                if prefix:
-                    prefixes.append(_store(tile.name, branch.arm, past, shared, context))
-                    past = prefixes[-1][0].decoded(), prefixes[-1][1].decoded()
-                attended = _attend_branch(q[:, :, own], past, kv, context)
+                seen = store.decoded(reader) if store else past
+                attended = _attend_branch(q[:, :, own], seen, kv, context)
+                reader += 1
             out[:, :, own] = attended
         start = own.stop
     if context.caches is not None:
-        _keep(tile, group, prefixes, (k[:, :, prefix:], v[:, :, prefix:]), context)
+        _keep(tile, group, store, (k[:, :, prefix:], v[:, :, prefix:]), context)
 
 
 def _attend_prefix(q: Tensor, k: Tensor, v: Tensor, context: LayerContext) -> Tensor:
@@ -100,60 +102,51 @@ def _attend_prefix(q: Tensor, k: Tensor, v: Tensor, context: LayerContext) -> Te
         return context.compute.attention(context.rope(q, 0, q), keys, v)
 
 
-def _attend_branch(
-    q: Tensor, past: tuple[Tensor, Tensor], own: tuple[Tensor, Tensor], context: LayerContext
-) -> Tensor:
+def _attend_branch(q: Tensor, past: tuple[Tensor, ...], own: Pair, context: LayerContext) -> Tensor:
     """Queries over past and own keys, all rotated to their places, and values."""
     before, count = past[0].shape[2], own[0].shape[2]
-    keys, values = (context.take_like(x, before + count) for x in own)
-    if before:
-        context.rope(past[0], 0, keys[:, :, :before])
-        values[:, :, :before] = past[1]
-    context.rope(own[0], before, keys[:, :, before:])
-    values[:, :, before:] = own[1]
-    return context.compute.attention(context.rope(q, before, q), keys, values)
+    both = [context.take_like(x, before + count) for x in own]
+    for x, new, stream, out in zip(past, own, context.plain_streams, both, strict=True):
+        if before:
+            context.place(x, stream, 0, out[:, :, :before])
+        context.place(new, stream, before, out[:, :, before:])
+    return context.compute.attention(context.rope(q, before, q), *both)
 
 
-def _store(
-    tile_name: str,
-    arm: Arm,
-    kv: tuple[Tensor, Tensor],
-    shared: Shared,
-    context: LayerContext,
-    mean_tokens: int | None = None,
-) -> Streams:
-    """Put keys and values through an arm, and count what it stores."""
-    batch, _, tokens, _ = kv[0].shape
-    positions = torch.arange(tokens, device=kv[0].device).expand(batch, tokens)
+def _stored(
+    arms: Sequence[Arm], kv: Pair, context: LayerContext, mean_tokens: int | None = None
+) -> KvStore:
+    """Keys and values as each arm keeps them."""
+    streams = [(arm, context.streams(arm)) for arm in arms]
     layers = context.config.num_hidden_layers
-    stored = [
-        store(arm, x, stream, positions, context.layer, layers, shared, mean_tokens)
-        for x, stream in zip(kv, context.streams(arm), strict=True)
-    ]
-    counted = context.cache_bits.setdefault((tile_name, arm.name), [0.0, 0.0])
-    counted[0] += sum(stream.nbits for stream in stored)
-    counted[1] += sum(x.numel() for x in kv)
-    return stored[0], stored[1]
+    return KvStore.empty(streams, context.layer, layers, mean_tokens).appended(kv)
+
+
+def _count(tile_name: str, arms: Sequence[Arm], store: KvStore, context: LayerContext) -> None:
+    for index, arm in enumerate(arms):
+        counted = context.cache_bits.setdefault((tile_name, arm.name), [0.0, 0.0])
+        counted[0] += store.nbits(index)
+        counted[1] += store.elements(index)
 
 
 def _keep(
-    tile: Tile, group: Group, prefixes: list[Streams], own: Pair, context: LayerContext
+    tile: Tile, group: Group, prefix: KvStore | None, own: Pair, context: LayerContext
 ) -> None:
     """Put away what each branch has seen. `own`: keys before RoPE and values of all branches."""
     assert context.caches is not None
-    prefix, branches = len(group.sequences[0].prefix), len(group.sequences[0].branches)
+    before, branches = len(group.sequences[0].prefix), len(group.sequences[0].branches)
     pairs: list[Pair] = []
     with context.scratch.frame():
         for k, v in zip(*(x.chunk(branches, dim=2) for x in own), strict=True):
-            pairs.append((context.rope(k, prefix, context.take_like(k, k.shape[2])), v))
+            pairs.append((context.rope(k, before, context.take_like(k, k.shape[2])), v))
         longest = max(sequence.longest for sequence in tile.sequences)
         width = context.config.num_attention_heads * context.config.head_dim
         at_once = attention_batch(longest, width)
-        context.caches.layer(tile, context.layer).keep(group, prefixes, pairs, at_once)
+        context.caches.layer(tile, context.layer).keep(group, prefix, pairs, at_once)
 
 
 def _attend_streaming(
-    tile_name: str, branch: Branch, q: Tensor, kv: tuple[Tensor, Tensor], context: LayerContext
+    tile_name: str, branch: Branch, q: Tensor, kv: Pair, context: LayerContext
 ) -> Tensor:
     """Every token reads the decoded K/V of every earlier token and of itself; with `@window=W`,
     the last W tokens (itself included) exactly, and exactly too the keys that wait until a group
@@ -161,16 +154,19 @@ def _attend_streaming(
     tokens, arm = q.shape[2], branch.arm
     group = 1 if arm.codec is None else key_group(arm.codec)
     attention = context.compute.attention
-    stored = _store(tile_name, arm, kv, Shared(), context, STREAMING_MEAN)
+    stored = _stored([arm], kv, context, STREAMING_MEAN)
+    _count(tile_name, [arm], stored, context)
     q = context.rope(q, 0, q)
     parts = 1 + (group > 1) + (arm.window > 0)
     keys = context.take_like(kv[0], parts * tokens)
     if parts == 1:
-        return attention(q, context.rope(stored[0].decoded(), 0, keys), stored[1].decoded())
-    coded = _store("uncounted", replace(arm, window=0), kv, Shared(), context, STREAMING_MEAN)
-    values = [coded[1].decoded()] * (1 + (group > 1)) + [kv[1]] * (arm.window > 0)
+        coded_keys, coded_values = stored.decoded(0)
+        return attention(q, context.rope(coded_keys, 0, keys), coded_values)
+    coded = _stored([replace(arm, window=0)], kv, context, STREAMING_MEAN)
+    coded_keys, coded_values = coded.decoded(0)
+    values = [coded_values] * (1 + (group > 1)) + [kv[1]] * (arm.window > 0)
     for part, own in enumerate(keys.chunk(parts, dim=2)):
-        context.rope(kv[0] if part else coded[0].decoded(), 0, own)
+        context.rope(kv[0] if part else coded_keys, 0, own)
     together = torch.cat(values, dim=2)
     key_at = torch.arange(tokens, device=q.device)
     pieces = []

@@ -8,7 +8,7 @@ to; prefixes as their arms store them, what follows exactly:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -16,15 +16,13 @@ import torch
 from torch import Tensor
 
 from layersweep.errors import Fallback
-from layersweep.kv.cache import CachedStream, Joined, Moved
+from layersweep.kv.store import KvStore, Waiting
 from layersweep.stream.pinned import HostBuffer
 from layersweep.sweep.sequences import Group, Tile
 from layersweep.sweep.state import kept_columns
 from layersweep.units import format_bytes
 
 Pair = tuple[Tensor, Tensor]  # keys, values
-Streams = tuple[CachedStream, CachedStream]
-ALIGNMENT = 64
 
 
 def cache_memory(
@@ -44,15 +42,19 @@ def cache_memory(
 class KeptCaches:
     """Caches of the tiles that are generated together, up to `new_tokens` tokens of each branch.
 
-    `memory`: they wait there, and visit the device with their layer; None leaves them on it. What
-    does not fit any more is pageable. `moved_bytes`: what has gone to a device for that.
+    `memory`: they wait there, and visit the device with their layer; None leaves them on it.
     """
 
     def __init__(self, new_tokens: int, memory: HostBuffer | None = None) -> None:
-        self.new_tokens, self.moved_bytes = new_tokens, 0
+        self.new_tokens = new_tokens
+        self.waiting = Waiting(None if memory is None else memory.bytes)
         self._tiles: dict[int, KeptTile] = {}
         self._layers: dict[tuple[int, int], KeptLayer] = {}
-        self._memory, self._used = memory, 0
+
+    @property
+    def moved_bytes(self) -> int:
+        """What has gone to a device for its visits."""
+        return self.waiting.moved_bytes
 
     def tile(self, tile: Tile) -> KeptTile:
         """Lengths of a tile's caches, those of its first sweep."""
@@ -64,37 +66,8 @@ class KeptCaches:
         """What is kept of a tile in one layer."""
         at = tile.first, layer
         if at not in self._layers:
-            self._layers[at] = KeptLayer(self.tile(tile), self)
+            self._layers[at] = KeptLayer(self.tile(tile), self.waiting)
         return self._layers[at]
-
-    def zeros(self, shape: Sequence[int], like: Tensor) -> Tensor:
-        """Memory that is kept, of the kind of `like`."""
-        if not self._memory:
-            return torch.zeros(shape, dtype=like.dtype, device=like.device)
-        return self._take(torch.Size(shape), like.dtype).zero_()
-
-    def put(self, x: Tensor) -> Tensor:
-        """A tensor that nobody else has, where it is kept. The host does not wait for a device, and
-        must not look: what is read of it later follows on the same stream."""
-        if not self._memory:
-            return x
-        return self._take(x.shape, x.dtype).copy_(x, non_blocking=True)
-
-    def on(self, device: torch.device, x: Tensor) -> Tensor:
-        """What is kept, where it is computed with."""
-        if x.device != device:
-            self.moved_bytes += x.nbytes
-        return x.to(device, non_blocking=True)
-
-    def _take(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """Some of `memory`, whatever it holds; memory of its own where that is full."""
-        assert self._memory is not None
-        start = self._used
-        stop = start + shape.numel() * dtype.itemsize
-        if stop > self._memory.bytes.numel():
-            return torch.empty(shape, dtype=dtype)
-        self._used = -(-stop // ALIGNMENT) * ALIGNMENT
-        return self._memory.bytes[start:stop].view(dtype).view(shape)
 
 
 @dataclass
@@ -151,93 +124,85 @@ class KeptTile:
 
 
 @dataclass(frozen=True)
-class Part:
-    """The prefixes of some sequences of a tile, padded to `length`, of each arm; no streams where
-    they are empty."""
+class Prefixes:
+    """Prefixes of consecutive sequences of a tile, padded to `length`; no store where they are
+    empty."""
 
     rows: slice
     length: int
-    streams: list[Streams]
+    store: KvStore | None
+
+    @staticmethod
+    def joined(parts: Sequence[Prefixes]) -> Prefixes | None:
+        """All of them as one; None where an arm's streams cannot be."""
+        stores = [part.store for part in parts if part.store is not None]
+        store = KvStore.joined(stores) if len(stores) == len(parts) else None
+        if store is None:
+            return None
+        rows = slice(parts[0].rows.start, parts[-1].rows.stop)
+        return Prefixes(rows, max(part.length for part in parts), store)
+
+    def moved(self, move: Callable[[Tensor], Tensor], arms: slice = slice(None)) -> Prefixes:
+        """Those of some arms elsewhere, nothing decoded."""
+        return replace(self, store=self.store and self.store.moved(move, arms))
 
 
 @dataclass
 class KeptLayer:
     """One layer of a tile, whose sequences B have a branch for each arm A.
 
-    parts       sequences whose prefixes are decoded together, each with the streams of all arms
+    prefixes    of sequences that are decoded together, under all arms
     question    [2, A, B, G, columns, D] keys AFTER RoPE, and values
     generated   [new tokens, 2, A, B, G, D] likewise
     """
 
     shape: KeptTile
-    memory: KeptCaches
-    parts: list[Part] = field(default_factory=list)
-    waiting: list[Part] = field(default_factory=list)
+    waiting: Waiting
+    prefixes: list[Prefixes] = field(default_factory=list)
+    arriving: list[Prefixes] = field(default_factory=list)
     question: Tensor = field(default_factory=lambda: torch.empty(0))
     generated: Tensor = field(default_factory=lambda: torch.empty(0))
 
-    def keep(
-        self, group: Group, prefix: Sequence[Streams], own: Sequence[Pair], at_once: int
-    ) -> None:
-        """A group's prefix (none where that is empty) and own tokens, of each arm. Copies them.
+    def keep(self, group: Group, prefix: KvStore | None, own: Sequence[Pair], at_once: int) -> None:
+        """A group's prefix (None where that is empty) and own tokens, of each arm. Copies them.
 
         The groups of a tile come in order; those that are `at_once` sequences together are joined.
         """
-        if not self.parts and not self.waiting:
+        if not self.prefixes and not self.arriving:
             keys, shape = own[0][0], self.shape
             sizes, dim = (2, shape.arms, len(shape.prefixes), keys.shape[1]), keys.shape[3]
             self.question = keys.new_zeros(*sizes, shape.question, dim)
-            self.generated = self.memory.zeros((shape.new_tokens, *sizes, dim), keys)
+            self.generated = self.waiting.zeros((shape.new_tokens, *sizes, dim), keys)
         rows = slice(group.first, group.first + len(group.sequences))
-        if self.waiting and rows.stop - self.waiting[0].rows.start > at_once:
+        if self.arriving and rows.stop - self.arriving[0].rows.start > at_once:
             self._put_away()
-        length = len(group.sequences[0].prefix)
-        self.waiting.append(Part(rows, length, _moved(prefix, torch.clone)))
+        arrived = Prefixes(rows, len(group.sequences[0].prefix), prefix)
+        self.arriving.append(arrived.moved(torch.clone))
         for arm, pair in enumerate(own):
             for kept, x in zip(self.question, pair, strict=True):
                 kept[arm, rows, :, : x.shape[2]] = x
         if rows.stop == len(self.shape.prefixes):  # the last group
             self._put_away()
-            self.question = self.memory.put(self.question)
+            self.question = self.waiting.put(self.question)
 
     def _put_away(self) -> None:
-        """What waits, as one part if that can be."""
-        together = _joined(self.waiting)
-        for part in [together] if together else self.waiting:
-            self.parts.append(replace(part, streams=_moved(part.streams, self.memory.put)))
-        self.waiting.clear()
+        """What has arrived, joined if that can be."""
+        together = Prefixes.joined(self.arriving)
+        for prefixes in [together] if together else self.arriving:
+            self.prefixes.append(prefixes.moved(self.waiting.put))
+        self.arriving.clear()
 
     def extend(self, step: int, keys_AGBD: Tensor, values_AGBD: Tensor) -> None:
-        """Keys (after RoPE) and values of the token of `step`; see KeptCaches.put."""
+        """Keys (after RoPE) and values of the token of `step`; see Waiting.put."""
         new = torch.stack((keys_AGBD.transpose(1, 2), values_AGBD.transpose(1, 2)))
         self.generated[step].copy_(new, non_blocking=True)
 
-    def prefix_on(self, device: torch.device, part: Part, arms: slice) -> list[Streams]:
-        """Streams of a part there, not decoded. Other objects even on the same device: what they
-        decode must not stay with what is kept."""
-        return _moved(part.streams[arms], partial(self.memory.on, device))
+    def prefixes_on(self, device: torch.device, arms: slice) -> Iterator[Prefixes]:
+        """Prefixes there, not decoded, one at a time; what they decode does not stay with what is
+        kept."""
+        move = partial(self.waiting.on, device)
+        return (prefixes.moved(move, arms) for prefixes in self.prefixes)
 
     def exact_on(self, device: torch.device) -> Pair:
         """`question` and `generated` there."""
-        return self.memory.on(device, self.question), self.memory.on(device, self.generated)
-
-
-def _joined(parts: Sequence[Part]) -> Part | None:
-    """Consecutive parts as one; None where the streams of an arm cannot be."""
-    joined: Joined = {}
-    streams: list[Streams] = []
-    if not all(part.streams for part in parts):
-        return None
-    for of_arm in zip(*(part.streams for part in parts), strict=True):
-        keys, values = (CachedStream.joined(of, joined) for of in zip(*of_arm, strict=True))
-        if keys is None or values is None:
-            return None
-        streams.append((keys, values))
-    rows = slice(parts[0].rows.start, parts[-1].rows.stop)
-    return Part(rows, max(part.length for part in parts), streams)
-
-
-def _moved(streams: Sequence[Streams], move: Callable[[Tensor], Tensor]) -> list[Streams]:
-    """Streams of several arms elsewhere; what they share is moved once, and decoded once."""
-    moved: Moved = {}
-    return [(keys.moved(move, moved), values.moved(move, moved)) for keys, values in streams]
+        return self.waiting.on(device, self.question), self.waiting.on(device, self.generated)

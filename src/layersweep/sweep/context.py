@@ -33,9 +33,15 @@ class LayerContext:
     # None in evaluations, which drop a layer's keys and values
     caches: KeptCaches | None = None
 
+    @cached_property
+    def plain_streams(self) -> tuple[Stream, Stream]:
+        """Keys and values, in the coordinates that they come in."""
+        config = self.config
+        return keys_and_values(config.num_key_value_heads, config.head_dim, config.sliding_window)
+
     def streams(self, arm: Arm) -> tuple[Stream, Stream]:
         """Keys, with the layer's own coordinates where the arm asks for them, and values."""
-        keys, values = keys_and_values(self.config.num_key_value_heads, self.config.head_dim)
+        keys, values = self.plain_streams
         wanted = arm.codec is not None and wants_basis(arm.codec)
         return (replace(keys, basis=self.basis) if wanted else keys), values
 
@@ -46,6 +52,14 @@ class LayerContext:
 
     def rope(self, x_BHTD: Tensor, first: int, out: Tensor) -> Tensor:
         return self.compute.ops.rope(x_BHTD, self.cos, self.sin, first, out)
+
+    def place(self, x_BGTD: Tensor, stream: Stream, first: int, out: Tensor) -> None:
+        """Copy tokens to where attention reads them, turned to positions from `first` on if the
+        model turns that stream."""
+        if stream.rope:
+            self.rope(x_BGTD, first, out)
+        else:
+            out.copy_(x_BGTD)
 
     def take_like(self, x_BGTD: Tensor, tokens: int) -> Tensor:
         """Scratch for keys or values of `tokens` tokens."""

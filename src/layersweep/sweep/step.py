@@ -59,15 +59,15 @@ def _columns(kept: KeptLayer, arms: slice, exact: Pair, context: LayerContext) -
     shape, (question, generated) = kept.shape, (exact[0][:, arms], exact[1][:, :, arms])
     sizes = (*question.shape[1:4], shape.columns, question.shape[5])
     both = [context.scratch.take(*sizes, dtype=question.dtype) for _ in range(2)]
-    for part in kept.parts:
-        length = part.length
-        for arm, streams in enumerate(kept.prefix_on(question.device, part, arms)):
-            keys, values = (x[arm, part.rows, :, :length] for x in both)
-            context.rope(streams[0].decoded(), 0, keys)
-            values.copy_(streams[1].decoded())
+    for prefixes in kept.prefixes_on(question.device, arms):
+        rows, length, store = prefixes.rows, prefixes.length, prefixes.store
+        for arm, streams in enumerate(store.arms if store else ()):
+            assert store is not None
+            for x, stream, out in zip(store.decoded(arm), streams, both, strict=True):
+                context.place(x, stream.stream, 0, out[arm, rows, :, :length])
         for x in both:
             if length < shape.prefix:
-                x[:, part.rows, :, length : shape.prefix] = 0
+                x[:, rows, :, length : shape.prefix] = 0
     behind = shape.prefix + shape.question
     for index, x in enumerate(both):
         x[..., shape.prefix : behind, :] = question[index]

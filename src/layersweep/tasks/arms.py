@@ -5,10 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from layersweep.kv.arms import EXACT
+
 if TYPE_CHECKING:
     import torch
 
     from layersweep.kv.arms import Arm
+
+BASELINE = EXACT.name
+"""The arm that every other is compared with, as measurements and results.json name it."""
 
 
 @dataclass(frozen=True)

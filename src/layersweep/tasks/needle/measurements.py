@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class TrialInfo:
-    """One needle: where it was meant to lie, where it lies, and what was asked."""
+    """One needle: where it was meant to lie, where it lies, and what was asked. The haystack is
+    the text's characters [haystack_begin, haystack_end)."""
 
     id: str
     context: int
@@ -16,6 +17,8 @@ class TrialInfo:
     achieved_depth: float
     key: str
     answer: str
+    haystack_begin: int
+    haystack_end: int
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,8 @@ class NeedleMeasurements:
     """`arms` names every arm with "exact" first; the mappings hold one entry per trial.
 
     answer_tokens: number of answer tokens per trial. answer_nll: mean NLL per answer token, nats,
-    None where it was not measured (mode "generate") or is not finite.
+    None where it was not measured (mode "generate") or is not finite. seed: of flips that are
+    drawn.
     """
 
     trials: Sequence[TrialInfo]
@@ -35,3 +39,4 @@ class NeedleMeasurements:
     outputs: Mapping[str, Sequence[str]]
     correct: Mapping[str, Sequence[bool]]
     answer_nll: Mapping[str, Sequence[float | None]]
+    seed: int

@@ -98,9 +98,9 @@ class NeedleNumbers:
     def summarize(self, bits: Mapping[str, float | None], nonfinite: set[str], seed: int) -> Json:
         from layersweep.tasks.needle.summary import summarize_needle  # brings scipy
 
-        return summarize_needle(self.measurements())
+        return summarize_needle(self.measurements(seed))
 
-    def measurements(self) -> NeedleMeasurements:
+    def measurements(self, seed: int) -> NeedleMeasurements:
         """Everything, for `summarize_needle`."""
         return NeedleMeasurements(
             trials=self.trials,
@@ -112,4 +112,5 @@ class NeedleNumbers:
             outputs=self.outputs,
             correct=self.correct,
             answer_nll=self.answer_nll,
+            seed=seed,
         )

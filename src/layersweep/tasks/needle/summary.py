@@ -2,35 +2,39 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from layersweep.statistics.paired import mcnemar_exact, wilson_interval
+from layersweep.statistics.groups import Floats, Groups, group_haystacks
+from layersweep.statistics.intervals import cluster_sem, wilson_interval
+from layersweep.statistics.significance import flip_test, mcnemar_exact_iid
+from layersweep.tasks.arms import BASELINE
 from layersweep.tasks.finite import finite
-from layersweep.tasks.needle.measurements import NeedleMeasurements, TrialInfo
+from layersweep.tasks.needle.measurements import NeedleMeasurements
 
 Json = dict[str, Any]
 
-EXACT = "exact"
 ENOUGH = 60  # needles below this are a spot check
 BASELINE_SHARE = 0.8  # needles the exact cache must find before arms can be judged
 
 
 def summarize_needle(measured: NeedleMeasurements) -> Json:
-    """The `needle` section. lost and gained compare an arm with the exact cache trial by trial."""
+    """The `needle` section. lost and gained compare an arm with the exact cache trial by trial;
+    their p and the SEM are over stretches of the text, since haystacks overlap."""
     trials = len(measured.trials)
-    baseline = sum(measured.correct[EXACT])
+    groups = group_haystacks([(t.haystack_begin, t.haystack_end) for t in measured.trials])
+    baseline = sum(measured.correct[BASELINE])
     return {
         "contexts": list(measured.contexts),
         "keys": measured.keys,
         "mode": measured.mode,
         "baseline_gate": "passed" if baseline >= BASELINE_SHARE * trials else "failed",
         "spot_check": trials < ENOUGH,
+        "groups": {"kind": groups.kind, "count": groups.count},
         "answer_tokens": float(np.mean(measured.answer_tokens)),
-        "arms": [_needle_arm(measured, arm) for arm in measured.arms],
+        "arms": [_needle_arm(measured, arm, groups) for arm in measured.arms],
         "trials": [_trial(measured, index) for index in range(trials)],
     }
 
@@ -46,62 +50,75 @@ def missing(section: Json) -> list[str]:
     return reasons
 
 
-def _needle_arm(measured: NeedleMeasurements, arm: str) -> Json:
-    correct, exact = measured.correct[arm], measured.correct[EXACT]
-    interval = wilson_interval(sum(correct), len(correct))
-    entry: Json = {
+def _needle_arm(measured: NeedleMeasurements, arm: str, groups: Groups) -> Json:
+    settings = [(trial.context, trial.depth) for trial in measured.trials]
+    return {
         "arm": arm,
-        "correct": int(sum(correct)),
-        "n": len(correct),
-        "wilson95": None if interval is None else list(interval),
-        "lost": None,
-        "gained": None,
-        "mcnemar_p": None,
-        "answer_nll_delta": None,
-        "answer_nll_sem": None,
-        "by_depth": _by_depth(measured.trials, correct),
+        **counts(settings, measured.correct[arm]),
+        **_against_baseline(measured, arm, groups),
     }
-    if arm == EXACT:
-        return entry
-    before, after = np.asarray(exact, dtype=bool), np.asarray(correct, dtype=bool)
-    lost, gained = int((before & ~after).sum()), int((after & ~before).sum())
-    mean, sem = _answer_delta(measured.answer_nll.get(arm, ()), measured.answer_nll.get(EXACT, ()))
-    return entry | {
+
+
+def _against_baseline(measured: NeedleMeasurements, arm: str, groups: Groups) -> Json:
+    """Needles lost and gained and the paired difference of the answer's NLL; nulls of the baseline
+    itself."""
+    if arm == BASELINE:
+        names = ("lost", "gained", "p_flip", "p_mcnemar_iid", "answer_nll_delta", "answer_nll_sem")
+        return dict.fromkeys(names)
+    found, exact = (np.asarray(measured.correct[name], np.float64) for name in (arm, BASELINE))
+    verdicts = found - exact  # -1 lost, 1 gained
+    lost, gained = int((verdicts < 0).sum()), int((verdicts > 0).sum())
+    mean, sem = _answer_delta(measured, arm, groups)
+    return {
         "lost": lost,
         "gained": gained,
-        "mcnemar_p": mcnemar_exact(lost, gained),
+        "p_flip": flip_test(verdicts, groups, seed=measured.seed, counts=True),
+        "p_mcnemar_iid": mcnemar_exact_iid(lost, gained),
         "answer_nll_delta": mean,
         "answer_nll_sem": sem,
     }
 
 
 def _answer_delta(
-    arm: Sequence[float | None], exact: Sequence[float | None]
+    measured: NeedleMeasurements, arm: str, groups: Groups
 ) -> tuple[float | None, float | None]:
-    """Mean and SEM of the paired answer NLL; trials are independent by construction."""
-    deltas = np.array(
-        [
-            there - here
-            for there, here in zip(arm, exact, strict=True)
-            if there is not None and here is not None
-        ],
-        dtype=np.float64,
-    )
-    deltas = deltas[np.isfinite(deltas)]
-    if len(deltas) == 0:
+    """Mean paired difference of the answer NLL, and its SEM over stretches of the text."""
+    there, here = (_losses(measured.answer_nll.get(name, ())) for name in (arm, BASELINE))
+    deltas = there - here
+    known = np.isfinite(deltas)
+    if not known.any():
         return None, None
-    sem = float(deltas.std(ddof=1)) / math.sqrt(len(deltas)) if len(deltas) > 1 else None
-    return float(deltas.mean()), sem
+    return float(deltas[known].mean()), cluster_sem(deltas[known], groups.labels[known])
 
 
-def _by_depth(trials: Sequence[TrialInfo], correct: Sequence[bool]) -> list[Json]:
-    cells: dict[tuple[int, float], list[bool]] = {}
-    for trial, found in zip(trials, correct, strict=True):
-        cells.setdefault((trial.context, trial.depth), []).append(bool(found))
-    return [
-        {"context": context, "depth": depth, "correct": sum(hits), "n": len(hits)}
-        for (context, depth), hits in sorted(cells.items())
-    ]
+def _losses(values: Sequence[float | None]) -> Floats:
+    """NaN where nothing was measured."""
+    return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
+
+
+def counts(settings: Sequence[tuple[int, float]], correct: Sequence[bool]) -> Json:
+    """What an arm found, of all trials, by context and by context and depth. `settings`: context
+    and depth of each trial."""
+    by_context: dict[int, list[bool]] = {}
+    by_depth: dict[tuple[int, float], list[bool]] = {}
+    for (context, depth), found in zip(settings, correct, strict=True):
+        by_context.setdefault(context, []).append(found)
+        by_depth.setdefault((context, depth), []).append(found)
+    return {
+        **_count(correct),
+        "by_context": [{"context": c, **_count(hits)} for c, hits in sorted(by_context.items())],
+        "by_depth": [
+            {"context": context, "depth": depth, **_count(hits)}
+            for (context, depth), hits in sorted(by_depth.items())
+        ],
+    }
+
+
+def _count(correct: Sequence[bool]) -> Json:
+    """k, n and Wilson's interval."""
+    hits, n = int(sum(correct)), len(correct)
+    interval = wilson_interval(hits, n)
+    return {"correct": hits, "n": n, "wilson95": None if interval is None else list(interval)}
 
 
 def _trial(measured: NeedleMeasurements, index: int) -> Json:
@@ -113,6 +130,7 @@ def _trial(measured: NeedleMeasurements, index: int) -> Json:
         "achieved_depth": trial.achieved_depth,
         "key": trial.key,
         "answer": trial.answer,
+        "haystack": [trial.haystack_begin, trial.haystack_end],
         "outputs": {arm: measured.outputs[arm][index] for arm in measured.arms},
         "correct": {arm: bool(measured.correct[arm][index]) for arm in measured.arms},
         "answer_nll": {

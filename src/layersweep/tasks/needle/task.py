@@ -50,7 +50,9 @@ class NeedleTask:
     def __post_init__(self) -> None:
         self.numbers = NeedleNumbers(
             trials=[
-                TrialInfo(str(t.id), t.context, t.depth, t.achieved_depth, t.key, t.answer)
+                TrialInfo(
+                    str(t.id), t.context, t.depth, t.achieved_depth, t.key, t.answer, *t.haystack
+                )
                 for t in self.trials
             ],
             arms=[arm.name for arm in self._all],

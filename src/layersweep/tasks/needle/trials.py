@@ -50,8 +50,8 @@ _BLANK = re.compile(r"(?=\s)")
 @dataclass(frozen=True)
 class Trial:
     """One needle. `depth` is asked for, `achieved_depth` the share of the haystack's own
-    tokens that stand before the needle. The last `answer_length` of `branch_ids` are the
-    answer."""
+    tokens that stand before the needle, `haystack` its characters [begin, end) of the text. The
+    last `answer_length` of `branch_ids` are the answer."""
 
     id: int
     context: int
@@ -59,6 +59,7 @@ class Trial:
     achieved_depth: float
     key: str
     answer: str
+    haystack: tuple[int, int]
     prefix_ids: tuple[int, ...]
     branch_ids: tuple[int, ...]
     answer_length: int
@@ -117,6 +118,7 @@ class _Filled:
     text: str
     question_at: int
     achieved_depth: float
+    haystack: tuple[int, int]
     ids: list[int]
     offsets: list[tuple[int, int]]
 
@@ -222,7 +224,7 @@ class _Builder:
 
     def _fill(self, plan: _Plan, first: int, count: int) -> _Filled:
         """The trial's whole text with the `count` text tokens from `first`, and its ids."""
-        begin = self.starts[first] if count else 0
+        begin = int(self.starts[first]) if count else 0
         hay = self.text[begin : self.ends[first + count - 1]] if count else ""
         places = [self._needle_place(hay, first, count, depth) for depth in plan.depths]
         pieces, last = [], 0
@@ -234,7 +236,8 @@ class _Builder:
         text = before + plan.question + self.tail + plan.answer_prefix + plan.answer
         ids, offsets = self._encode(text)
         tokens_before = bisect_left(self.starts, begin + places[0], first, first + count) - first
-        return _Filled(text, len(before), tokens_before / max(1, count), ids, offsets)
+        achieved, haystack = tokens_before / max(1, count), (begin, begin + len(hay))
+        return _Filled(text, len(before), achieved, haystack, ids, offsets)
 
     def _needle_place(self, hay: str, first: int, count: int, depth: float) -> int:
         """Where in `hay` a needle goes: the sentence end nearest its depth, within reach;
@@ -291,6 +294,7 @@ class _Builder:
             achieved_depth=filled.achieved_depth,
             key=plan.keys[0],
             answer=plan.values[0],
+            haystack=filled.haystack,
             prefix_ids=tuple(filled.ids[:cut]),
             branch_ids=tuple(filled.ids[cut:]),
             answer_length=len(filled.ids) - common,

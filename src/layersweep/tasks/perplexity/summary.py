@@ -6,65 +6,95 @@ Knows nothing of models, files or devices: arrays of what was measured go in, JS
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import combinations
 from typing import Any
 
 import numpy as np
 
-from layersweep.statistics.paired import (
-    Ints,
-    PairedStatistics,
-    group_windows,
-    holm,
-    lag1_autocorrelation,
-    loss_ratio,
-    paired_statistics,
-    quantiles,
-)
-from layersweep.tasks.arms import ArmInfo
+from layersweep.statistics.groups import Floats, Groups, group_windows
+from layersweep.statistics.intervals import lag1_autocorrelation, loss_ratio
+from layersweep.statistics.paired import PairedStatistics, paired_statistics, quantiles
+from layersweep.statistics.significance import holm
+from layersweep.tasks.arms import BASELINE, ArmInfo
 from layersweep.tasks.finite import finite
-from layersweep.tasks.perplexity.measurements import ControlMeasurement, PerplexityMeasurements
+from layersweep.tasks.perplexity.measurements import PerplexityMeasurements
+from layersweep.tasks.perplexity.noise import below_noise_floor, noise_floor
 
 Json = dict[str, Any]
 
-EXACT = "exact"
 ENOUGH = 60  # windows below this are underpowered
-MEASURED_FIELDS = (  # null where an arm gave non-finite values
-    *("ppl", "delta_percent", "percent_mean_of_windows", "mean_delta_nll", "sem", "sem_iid", "z"),
-    *("n_negative", "significant_2sigma", "ci95", "p_sign", "p_wilcoxon", "p_holm"),
-    *("mde_percent", "below_noise_floor", "kl_mean", "kl_p50", "kl_p99", "kl_p999", "kl_max"),
-    "top1_agreement",
+COMPARED = (  # what an arm's deltas say
+    *("delta_percent", "mean_delta_nll", "percent_mean_of_windows", "sem", "sem_iid", "z"),
+    *("n_negative", "n_worse", "significant_2sigma", "ci95", "p_flip", "p_holm", "p_sign_iid"),
+    *("p_wilcoxon_iid", "mde_percent", "below_noise_floor"),
 )
+SCORED = ("ppl", "kl_mean", "kl_p50", "kl_p99", "kl_p999", "kl_max", "top1_agreement")
 
 
 def summarize_perplexity(measured: PerplexityMeasurements) -> Json:
-    """The `perplexity` section. Deltas are arm - exact per window, in nats per token.
-
-    p_holm adjusts the Wilcoxon p over the arms; `pairs` holds a - b for every two arms with Holm
-    over the pairs, and the ratio of their losses; lag1 is the largest lag-1 autocorrelation among
-    the arms.
-    """
-    groups = group_windows([window.article for window in measured.windows])
-    baseline = measured.nll[EXACT]
+    """The `perplexity` section. Deltas are arm - exact per window, in nats per token; lag1 is the
+    largest lag-1 autocorrelation among the arms. What an arm with a non-finite value would have
+    is null."""
+    baseline = measured.nll[BASELINE]
     usable = [info.arm for info in measured.arms if measured.status[info.arm] == "ok"]
-    deltas = {arm: measured.nll[arm] - baseline for arm in usable}
-    statistics = {arm: paired_statistics(deltas[arm], groups, seed=measured.seed) for arm in usable}
-    adjusted = dict(zip(usable, holm([statistics[arm].p_wilcoxon for arm in usable]), strict=True))
-    lags = [lag for arm in usable if (lag := lag1_autocorrelation(deltas[arm])) is not None]
+    nll = {arm: measured.nll[arm] for arm in (BASELINE, *usable)}
+    groups = group_windows([window.article for window in measured.windows])
+    floor = noise_floor(measured.controls)
+    methods = {info.arm: info.method for info in measured.arms}
+    compared = compare_arms(nll, groups, methods, floor, seed=measured.seed)
+    lags = [lag1_autocorrelation(nll[arm] - baseline) for arm in usable]
     nll_mean = float(baseline.mean())
     return {
         "underpowered": len(measured.windows) < ENOUGH,
-        "baseline": {"arm": EXACT, "ppl": math.exp(nll_mean), "nll_mean": nll_mean},
-        "lag1": max(lags, default=None),
-        "noise_floor": _noise_floor(measured.controls),
+        "groups": {"kind": groups.kind, "count": groups.count},
+        "baseline": {"arm": BASELINE, "ppl": math.exp(nll_mean), "nll_mean": nll_mean},
+        "lag1": max((lag for lag in lags if lag is not None), default=None),
+        "noise_floor": floor,
         "arms": [
-            _arm_entry(measured, info, statistics.get(info.arm), adjusted.get(info.arm))
+            _arm(measured, info)
+            | compared.get(info.arm, dict.fromkeys(COMPARED))
+            | _scored(measured, info.arm, ok=info.arm in compared)
             for info in measured.arms
         ],
-        "pairs": _pairs(measured, usable),
+        "pairs": compare_pairs(nll, groups, seed=measured.seed),
         "segments": _segments(measured),
     }
+
+
+def compare_arms(
+    nll: Mapping[str, Floats], groups: Groups, methods: Mapping[str, str], floor: Json, *, seed: int
+) -> dict[str, Json]:
+    """What every arm's deltas against the baseline say; p_holm adjusts p_flip over the arms."""
+    deltas = {arm: losses - nll[BASELINE] for arm, losses in nll.items() if arm != BASELINE}
+    paired = {arm: paired_statistics(delta, groups, seed=seed) for arm, delta in deltas.items()}
+    adjusted = holm([one.p_flip for one in paired.values()])
+    return {
+        arm: _compared(one, deltas[arm])
+        | {"p_holm": p, "below_noise_floor": below_noise_floor(one.mean, methods[arm], floor)}
+        for (arm, one), p in zip(paired.items(), adjusted, strict=True)
+    }
+
+
+def compare_pairs(nll: Mapping[str, Floats], groups: Groups, *, seed: int) -> list[Json]:
+    """a - b for every two arms, and the ratio of their losses; p is p_flip with Holm over pairs."""
+    arms = [arm for arm in nll if arm != BASELINE]
+    pairs = list(combinations(arms, 2))
+    paired = [paired_statistics(nll[a] - nll[b], groups, seed=seed) for a, b in pairs]
+    adjusted = holm([one.p_flip for one in paired])
+    return [
+        {
+            "a": a,
+            "b": b,
+            "mean_delta_nll": one.mean,
+            "sem": one.sem,
+            "ci95": None if one.ci95 is None else list(one.ci95),
+            "z": one.mean / one.sem if one.sem else None,
+            "p": p,
+            **_loss_ratio(nll[a] - nll[BASELINE], nll[b] - nll[BASELINE], groups, seed),
+        }
+        for (a, b), one, p in zip(pairs, paired, adjusted, strict=True)
+    ]
 
 
 def missing(section: Json) -> list[str]:
@@ -78,14 +108,10 @@ def missing(section: Json) -> list[str]:
     ]
 
 
-def _arm_entry(
-    measured: PerplexityMeasurements,
-    info: ArmInfo,
-    paired: PairedStatistics | None,
-    p_holm: float | None,
-) -> Json:
+def _arm(measured: PerplexityMeasurements, info: ArmInfo) -> Json:
+    """What the arm is, and what it keeps."""
     bits = measured.bits_per_element.get(info.arm)
-    entry: Json = {
+    return {
         "arm": info.arm,
         "requested": info.requested,
         "status": measured.status[info.arm],
@@ -99,12 +125,10 @@ def _arm_entry(
         "compression": None if bits is None else 16.0 / bits,
         "n": len(measured.windows),
     }
-    if paired is None:
-        return entry | dict.fromkeys(MEASURED_FIELDS)
-    delta = measured.nll[info.arm] - measured.nll[EXACT]
-    kl = quantiles(measured.kl[info.arm])
-    return entry | {
-        "ppl": math.exp(float(measured.nll[info.arm].mean())),
+
+
+def _compared(paired: PairedStatistics, delta: Floats) -> Json:
+    return {
         "delta_percent": paired.delta_percent,
         "percent_mean_of_windows": float(100.0 * np.expm1(delta).mean()),
         "mean_delta_nll": paired.mean,
@@ -112,82 +136,35 @@ def _arm_entry(
         "sem_iid": paired.sem_iid,
         "z": paired.z,
         "n_negative": paired.n_negative,
+        "n_worse": paired.n_worse,
         "significant_2sigma": paired.significant_2sigma,
         "ci95": None if paired.ci95 is None else list(paired.ci95),
-        "p_sign": paired.p_sign,
-        "p_wilcoxon": paired.p_wilcoxon,
-        "p_holm": p_holm,
+        "p_flip": paired.p_flip,
+        "p_sign_iid": paired.p_sign_iid,
+        "p_wilcoxon_iid": paired.p_wilcoxon_iid,
         "mde_percent": paired.mde_percent,
-        "below_noise_floor": _below_noise(paired.mean, info.method, measured.controls),
+    }
+
+
+def _scored(measured: PerplexityMeasurements, arm: str, *, ok: bool) -> Json:
+    """What is known of an arm's scored tokens besides their deltas."""
+    if not ok:
+        return dict.fromkeys(SCORED)
+    kl = quantiles(measured.kl[arm])
+    return {
+        "ppl": math.exp(float(measured.nll[arm].mean())),
         "kl_mean": kl.mean,
         "kl_p50": kl.p50,
         "kl_p99": kl.p99,
         "kl_p999": kl.p999,
         "kl_max": kl.max,
-        "top1_agreement": float(measured.top1[info.arm]),
+        "top1_agreement": float(measured.top1[arm]),
     }
 
 
-def _below_noise(
-    mean: float, method: str, controls: Mapping[str, ControlMeasurement]
-) -> bool | None:
-    """|mean delta| < 2 |mean delta of the method's own transforms|; None if those were not run."""
-    control = controls.get(f"identity:{method}")
-    return None if control is None else abs(mean) < 2.0 * abs(float(control.delta.mean()))
-
-
-def _noise_floor(controls: Mapping[str, ControlMeasurement]) -> Json:
-    """`identity` is the control with the largest mean; each method's own is in by_method."""
-    by_method = {
-        name.removeprefix("identity:"): _noise(control)
-        for name, control in controls.items()
-        if name.startswith("identity:")
-    }
-    worst = max(by_method.values(), key=lambda noise: abs(noise["mean"]), default=None)
-    exact = controls.get(EXACT)
-    return {
-        "exact": None if exact is None else _noise(exact),
-        "identity": None if worst is None else worst | {"by_method": by_method},
-    }
-
-
-def _noise(control: ControlMeasurement) -> Json:
-    delta = control.delta
-    return {
-        "n": len(delta),
-        "mean": float(delta.mean()),
-        "sd": float(delta.std(ddof=1)) if len(delta) > 1 else None,
-        "max": float(np.abs(delta).max()),
-        "kl": float(np.asarray(control.kl, dtype=np.float64).mean()),
-    }
-
-
-def _pairs(measured: PerplexityMeasurements, usable: Sequence[str]) -> list[Json]:
-    groups = group_windows([window.article for window in measured.windows])
-    found = [
-        (a, b, paired_statistics(measured.nll[a] - measured.nll[b], groups, seed=measured.seed))
-        for a, b in combinations(usable, 2)
-    ]
-    adjusted = holm([paired.p_wilcoxon for _, _, paired in found])
-    return [
-        {
-            "a": a,
-            "b": b,
-            "mean_delta_nll": paired.mean,
-            "sem": paired.sem,
-            "ci95": None if paired.ci95 is None else list(paired.ci95),
-            "z": paired.mean / paired.sem if paired.sem else None,
-            "p": p,
-            **_loss_ratio(measured, a, b, groups),
-        }
-        for (a, b, paired), p in zip(found, adjusted, strict=True)
-    ]
-
-
-def _loss_ratio(measured: PerplexityMeasurements, a: str, b: str, groups: Ints) -> Json:
-    """The loss of arm `a` against exact over that of `b`; nulls where that has no bounds."""
-    first, second = (measured.nll[arm] - measured.nll[EXACT] for arm in (a, b))
-    ratio = loss_ratio(first, second, groups, seed=measured.seed)
+def _loss_ratio(first: Floats, second: Floats, groups: Groups, seed: int) -> Json:
+    """The loss of one arm against exact over that of another; nulls where that has no bounds."""
+    ratio = loss_ratio(first, second, groups.labels, seed=seed)
     return {
         "loss_ratio": None if ratio is None else ratio.value,
         "loss_ratio_ci95": None if ratio is None else list(ratio.ci95),
@@ -195,13 +172,27 @@ def _loss_ratio(measured: PerplexityMeasurements, a: str, b: str, groups: Ints) 
 
 
 def _segments(measured: PerplexityMeasurements) -> list[Json]:
-    names = [EXACT, *(info.arm for info in measured.arms)]
+    arms = [info.arm for info in measured.arms]
     return [
         {
             "index": window.index,
             "article": window.article,
             "tokens_sha": window.tokens_sha,
-            "nll": {arm: finite(measured.nll[arm][row]) for arm in names if arm in measured.nll},
+            **window_losses({arm: measured.nll[arm][row] for arm in (BASELINE, *arms)}),
         }
         for row, window in enumerate(measured.windows)
     ]
+
+
+def window_losses(nll: Mapping[str, float | None]) -> Json:
+    """A window's NLL per arm and its delta to the baseline's; null where either is not finite."""
+    losses = {arm: finite(loss) for arm, loss in nll.items()}
+    exact = losses[BASELINE]
+    return {
+        "nll": losses,
+        "delta": {
+            arm: None if loss is None or exact is None else loss - exact
+            for arm, loss in losses.items()
+            if arm != BASELINE
+        },
+    }

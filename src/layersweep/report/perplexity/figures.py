@@ -1,18 +1,16 @@
-"""The figures of the report, each a function from results to one SVG (or None: nothing to show)."""
+"""The figures of perplexity, each a function from results to one SVG (or None: nothing to show)."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from layersweep.report import rows, svg, text
-from layersweep.statistics.paired import wilson_interval
+from layersweep.report import svg, text
+from layersweep.report.perplexity import rows
 
 Json = dict[str, Any]
 
-WIDTH = 760
 COLOURS = 6
 ROW = 34
-NAME = 26  # characters of an arm's name before it is cut
 
 
 def forest(results: Json) -> str | None:
@@ -20,10 +18,10 @@ def forest(results: Json) -> str | None:
     arms = [arm for arm in results["perplexity"]["arms"] if arm["status"] == "ok"]
     if not arms:
         return None
-    names = [_clip(f"{arm['arm']} (sim.)" if arm["simulated"] else arm["arm"]) for arm in arms]
-    left, right, top = _name_width(names), 590, 16
+    names = [svg.clip(f"{arm['arm']} (sim.)" if arm["simulated"] else arm["arm"]) for arm in arms]
+    left, right, top = svg.name_width(names), 590, 16
     bottom = top + ROW * len(arms)
-    noise = 2 * abs(_identity_percent(results))
+    noise = 2 * _identity_percent(results)
     span = [bound for arm in arms for bound in _bounds(arm)]
     low, high = svg.padded([*span, 0.0, noise, -noise])
     x = svg.Scale(low, high, left, right)
@@ -44,7 +42,7 @@ def forest(results: Json) -> str | None:
             svg.dot(x(arm["delta_percent"]), y, 5, f"mark {style}"),
             svg.text(right + 14, y + 4, _delta_words(arm, decimals), "number"),
         ]
-    return svg.drawing(WIDTH, bottom + 46, "Perplexity difference per arm", marks)
+    return svg.drawing(svg.WIDTH, bottom + 46, "Perplexity difference per arm", marks)
 
 
 def loss_against_bits(results: Json) -> str | None:
@@ -56,7 +54,7 @@ def loss_against_bits(results: Json) -> str | None:
     ]
     if not arms:
         return None
-    left, right, top, bottom = 64, WIDTH - 30, 16, 316
+    left, right, top, bottom = 64, svg.WIDTH - 30, 16, 316
     x = svg.Scale(*svg.padded([arm["bits_per_element"] for arm in arms], share=0.2), left, right)
     low, high = svg.padded([0.0, *(bound for arm in arms for bound in _bounds(arm))])
     y = svg.Scale(low, high, bottom, top)
@@ -76,7 +74,7 @@ def loss_against_bits(results: Json) -> str | None:
             svg.dot(px, py, 5, f"mark {style}", title=f"{arm['arm']} {_delta_words(arm, 3)}"),
             svg.text(px, name_y, arm["arm"], "name halo", anchor="middle"),
         ]
-    return svg.drawing(WIDTH, bottom + 46, "Perplexity difference against bits", marks)
+    return svg.drawing(svg.WIDTH, bottom + 46, "Perplexity difference against bits", marks)
 
 
 def windows(results: Json, arm: Json) -> str | None:
@@ -87,15 +85,15 @@ def windows(results: Json, arm: Json) -> str | None:
     if arm["status"] != "ok":
         return None
     segments = results["perplexity"]["segments"]
-    deltas = rows.window_deltas(segments, arm["arm"])
+    deltas = [segment["delta"][arm["arm"]] for segment in segments]
     known = [
         100 * delta
         for other in results["perplexity"]["arms"]
         if other["status"] == "ok"
-        for delta in rows.window_deltas(segments, other["arm"])
-        if delta is not None
+        for segment in segments
+        if (delta := segment["delta"][other["arm"]]) is not None
     ]
-    left, right, top, bottom = 64, WIDTH - 30, 12, 152
+    left, right, top, bottom = 64, svg.WIDTH - 30, 12, 152
     x = svg.Scale(-0.5, len(segments) - 0.5, left, right)
     y = svg.Scale(*svg.padded([0.0, *known]), bottom, top)
     marks = _article_bands(segments, x, top, bottom)
@@ -117,54 +115,13 @@ def windows(results: Json, arm: Json) -> str | None:
         svg.text(left, bottom + 18, "window 0", "tick"),
         svg.text(right, bottom + 18, f"{last}", "tick", anchor="end"),
     ]
-    return svg.drawing(WIDTH, bottom + 26, f"Difference per window, {arm['arm']}", marks)
-
-
-def heatmap(results: Json) -> str:
-    """Needles found by depth (columns), arm and context (rows); k/n in cells, totals at the right.
-
-    A cell's interval is its tooltip; the row's total prints its own.
-    """
-    section = results["needle"]
-    lines = [(arm, context) for arm in section["arms"] for context in section["contexts"]]
-    depths = sorted({cell["depth"] for arm in section["arms"] for cell in arm["by_depth"]})
-    single = len(section["contexts"]) == 1
-    names = [_clip(arm["arm"] if single else f"{arm['arm']} at {c}") for arm, c in lines]
-    left, right, top, height = _name_width([*names, "depth"]), 620, 30, 28
-    step = (right - left) / max(len(depths), 1)
-    marks = [
-        svg.text(left + step * (i + 0.5), 20, f"{100 * depth:.0f} %", "tick", anchor="middle")
-        for i, depth in enumerate(depths)
-    ]
-    marks.append(svg.text(left - 14, 20, "depth", "tick", anchor="end"))
-    for row, (arm, context) in enumerate(lines):
-        y = top + height * row
-        marks.append(svg.text(left - 14, y + 18, names[row], "name", anchor="end"))
-        cells = {c["depth"]: c for c in arm["by_depth"] if c["context"] == context}
-        for column, depth in enumerate(depths):
-            if depth in cells:
-                marks.append(_cell(left + step * column, y, step, height, cells[depth]))
-        total = rows.context_counts(arm, [context])[0].partition(": ")[2]
-        marks.append(svg.text(right + 14, y + 18, total, "number"))
-    return svg.drawing(WIDTH, top + height * len(lines) + 8, "Needles by depth", marks)
+    return svg.drawing(svg.WIDTH, bottom + 26, f"Difference per window, {arm['arm']}", marks)
 
 
 def method_colours(results: Json) -> dict[str, int]:
     """Colour index per method, in order of appearance."""
     methods = dict.fromkeys(arm["method"] for arm in results["perplexity"]["arms"])
     return {method: index % COLOURS for index, method in enumerate(methods)}
-
-
-def _cell(x: float, y: float, width: float, height: float, cell: Json) -> str:
-    share = cell["correct"] / cell["n"]
-    bounds = wilson_interval(cell["correct"], cell["n"])
-    tip = f"{100 * cell['depth']:.0f} %: {text.count_of(cell['correct'], cell['n'], bounds)}"
-    style, opacity = ("found", 0.16) if share == 1 else ("lost", 0.12 + 0.6 * (1 - share))
-    box = svg.rect(x + 1, y + 1, width - 2, height - 2, style, opacity=opacity)
-    words = svg.text(
-        x + width / 2, y + 18, f"{cell['correct']}/{cell['n']}", "cell", anchor="middle"
-    )
-    return f"<g><title>{tip}</title>{box}{words}</g>"
 
 
 def _article_bands(segments: list[Json], x: svg.Scale, top: float, bottom: float) -> list[str]:
@@ -223,17 +180,9 @@ def _delta_words(arm: Json, decimals: int) -> str:
 
 def _identity_percent(results: Json) -> float:
     identity = results["perplexity"]["noise_floor"]["identity"]
-    return 0.0 if identity is None else text.percent_of_nats(identity["mean"])
+    rms = None if identity is None else identity["rms"]
+    return 0.0 if rms is None else text.percent_of_nats(rms)
 
 
 def _style(arm: Json, colour: dict[str, int]) -> str:
     return f"c{colour[arm['method']]}{' hollow' if arm['simulated'] else ''}"
-
-
-def _clip(label: str) -> str:
-    return label if len(label) <= NAME else f"{label[: NAME - 1]}\u2026"
-
-
-def _name_width(names: list[str]) -> int:
-    """Pixels for right-aligned labels: SVG cannot measure text, 7.6 px per character holds all."""
-    return 18 + round(7.6 * max(len(name) for name in names))

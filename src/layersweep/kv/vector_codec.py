@@ -1,0 +1,126 @@
+"""The frame of the codecs that store every head vector on its own: rows in, codes out, and back.
+
+Such a method is a frozen dataclass of its hyper-parameters with
+    layout(dim, bits)                  what a vector takes
+    encode_rows(x [N, D], bits)        -> codes [N, width], scale [N] or None
+    decode_rows(codes, scale, dim, bits) -> x^ [N, D]
+and perhaps `check`, for streams that it cannot take. The frame cuts [B, H, T, D] into rows, a few
+at a time, so it keeps the promises of `kv.codec.Codec`: a vector knows neither its batch nor the
+tokens before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from layersweep.kv.codec import Codec, Packed, check_input, join_tokens, role_bits
+from layersweep.kv.rotate import row_chunks
+from layersweep.kv.stream import Stream
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a vector takes: `width` numbers of type `codes`, and a `scale` unless that is None."""
+
+    width: int
+    codes: torch.dtype = torch.uint8
+    scale: torch.dtype | None = torch.float16
+
+    def empty(self, count: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """Memory for the codes [N, width] and scales [N] of `count` vectors."""
+        codes = torch.empty(count, self.width, dtype=self.codes, device=device)
+        if self.scale is None:
+            return codes, None
+        return codes, torch.empty(count, dtype=self.scale, device=device)
+
+
+class VectorCodec:
+    """See the module's text, and kv.codec.Codec for what each attribute promises."""
+
+    key_bits: int
+    value_bits: int
+    simulated = False
+
+    @property
+    def method(self) -> str:
+        raise NotImplementedError
+
+    @property
+    def version(self) -> str:
+        return "1"
+
+    @property
+    def encoder(self) -> str:
+        return "torch"
+
+    def identity(self) -> Codec:
+        raise NotImplementedError
+
+    def check(self, stream: Stream) -> None:
+        """Raise InputError for a stream whose shape or bits the method cannot take."""
+
+    def layout(self, dim: int, bits: int) -> Layout:
+        """What a vector of `dim` numbers takes at `bits` an element."""
+        raise NotImplementedError
+
+    def encode_rows(self, x_ND: Tensor, bits: int) -> tuple[Tensor, Tensor | None]:
+        """x [N, D] floating -> codes [N, width] and scale [N], which are cast to the layout."""
+        raise NotImplementedError
+
+    def decode_rows(self, codes: Tensor, scale: Tensor | None, dim: int, bits: int) -> Tensor:
+        """Inverse of encode_rows: x^ [N, D], which is cast to float32."""
+        raise NotImplementedError
+
+    def encode(
+        self, x: Tensor, stream: Stream, positions: Tensor, mean: Tensor | None = None
+    ) -> Packed:
+        check_input(self, x, stream, mean)
+        self.check(stream)
+        return self._pack(x, role_bits(self, stream), mean)
+
+    def append(self, packed: Packed, x: Tensor, positions: Tensor) -> Packed:
+        return join_tokens([packed, self._pack(x, packed.bits, packed.mean)])
+
+    def decode(self, packed: Packed, positions: Tensor) -> Tensor:
+        return self.decode_all(packed).view(*packed.codes.shape[:3], packed.dim)
+
+    def nbytes(self, packed: Packed) -> int:
+        return packed.held_bytes
+
+    def sharing_key(self, stream: Stream) -> Hashable:
+        """Method, the bits of the stream's role, and all options."""
+        options = (v for name, v in vars(self).items() if name not in ("key_bits", "value_bits"))
+        return (self.method, role_bits(self, stream), *options)
+
+    def encode_all(
+        self, x_BHTD: Tensor, bits: int, mean: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Codes [B H T, width] and scale [B H T]. For overriding: kernels do all rows at once, and
+        a method with a mean subtracts it here."""
+        flat = x_BHTD.reshape(-1, x_BHTD.shape[3])
+        count, dim = flat.shape
+        codes, scale = self.layout(dim, bits).empty(count, flat.device)
+        for rows in row_chunks(count, dim, flat.device):
+            codes[rows], own = self.encode_rows(flat[rows], bits)
+            if scale is not None and own is not None:
+                scale[rows] = own
+        return codes, scale
+
+    def decode_all(self, packed: Packed) -> Tensor:
+        """x^ [B H T, D] float32, for overriding likewise."""
+        codes, scale = packed.rows()
+        out = torch.empty(len(codes), packed.dim, dtype=torch.float32, device=codes.device)
+        for rows in row_chunks(len(codes), packed.dim, codes.device):
+            own = None if scale is None else scale[rows]
+            out[rows] = self.decode_rows(codes[rows], own, packed.dim, packed.bits)
+        return out
+
+    def _pack(self, x: Tensor, bits: int, mean: Tensor | None) -> Packed:
+        shape, dim = x.shape[:3], x.shape[3]
+        codes, scale = self.encode_all(x, bits, mean)
+        codes = codes.view(*shape, codes.shape[1])
+        return Packed(bits, dim, codes, None if scale is None else scale.view(shape), mean)

@@ -1,0 +1,1 @@
+"""The needle section of a report."""
