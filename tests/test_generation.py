@@ -282,7 +282,7 @@ def test_stop_after_ends_between_units(alone: Path, tmp_path: Path) -> None:
     words = evaluation("--device", "cpu", "--out", str(tmp_path / "run"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("layersweep.study.study.plan_generation", one_tile_a_unit)
-        assert run([*words, "--stop-after", "1s"]) == 0
+        assert run([*words, "--stop-after", "0.001s"]) == 0
     stopped = json.loads((tmp_path / "run" / "results.json").read_text())
     assert (stopped["status"], stopped["performance"]["sweeps"]) == ("partial", 16)
     assert run([*words, "--resume"]) == 0

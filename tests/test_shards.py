@@ -195,7 +195,7 @@ def test_stop_after_ends_between_sweeps(
 ) -> None:
     words = ("--out", str(tmp_path / "run"), "--vram", tiny_study.ONE_TILE, "--resume")
     for sweep in (1, 2, 3):
-        assert evaluate(*words, "--stop-after", "1s") == 0
+        assert evaluate(*words, "--stop-after", "0.001s") == 0
         results = json.loads((tmp_path / "run" / "results.json").read_text())
         assert results["performance"]["sweeps"] == 1
         assert results["status"] == ("complete" if sweep == TILES else "partial")
