@@ -4,6 +4,7 @@ names end in `iid` do not, and are never printed (tools/measure_tests.py)."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +15,9 @@ from layersweep.statistics.groups import Floats, Groups, group_sums
 DRAWS = 100_000
 SMALLEST_VARIANCE = 0.25  # of the groups' own; see `_extremeness`
 ROUNDING = 1e-9  # flips that only rounding separates from what was observed are as extreme
-CHUNK = 1 << 21  # signs at a time, so that memory does not grow with draws x groups
+PIECE = 1 << 21  # signs at a time, so that memory does not grow with draws x groups
+
+Signs = NDArray[np.int8]
 
 
 def flip_test(
@@ -38,12 +41,13 @@ def flip_test(
     observed = _extremeness(sums[None], sizes, neighbours)[0]
     beyond = equal = tried = 0
     exact = 2 ** len(sums) <= draws
-    for signs in _all_signs(len(sums)) if exact else _drawn_signs(len(sums), draws, seed):
-        flipped = _extremeness(signs * sums, sizes, neighbours)
+    signs = _all_signs(len(sums)) if exact else _drawn_signs(len(sums), draws, seed)
+    for some in _in_pieces(signs):
+        flipped = _extremeness(some * sums, sizes, neighbours)
         more = int((flipped > observed * (1.0 + ROUNDING)).sum())
         beyond += more
         equal += int((flipped >= observed * (1.0 - ROUNDING)).sum()) - more
-        tried += len(signs)
+        tried += len(some)
     if not exact:  # what was observed is one more
         equal, tried = equal + 1, tried + 1
     return (beyond + equal * (0.5 if counts else 1.0)) / tried
@@ -71,23 +75,23 @@ def _extremeness(sums: Floats, sizes: Floats, neighbours: bool) -> Floats:
     return extremeness
 
 
-def _all_signs(groups: int) -> Iterator[Floats]:
+def _all_signs(groups: int) -> Signs:
     """All signs of the groups but for a common one, which changes nothing: [2^(G - 1), G]."""
-    yield _signs(np.arange(2 ** (groups - 1))[:, None] >> np.arange(groups) & 1)
+    flipped = np.arange(2 ** (groups - 1))[:, None] >> np.arange(groups) & 1
+    return (1 - 2 * flipped).astype(np.int8)
 
 
-def _drawn_signs(groups: int, draws: int, seed: int) -> Iterator[Floats]:
-    """`draws` rows of random signs, some at a time."""
-    rng = np.random.default_rng(seed)
-    rows = max(1, CHUNK // groups)
-    for first in range(0, draws, rows):
-        size = (min(rows, draws - first), groups)
-        yield _signs(rng.integers(2, size=size, dtype=np.int8))
+@lru_cache(maxsize=1)  # the arms and pairs of a study have their groups and seed in common
+def _drawn_signs(groups: int, draws: int, seed: int) -> Signs:
+    """Random signs [draws, G]."""
+    flipped = np.random.default_rng(seed).integers(2, size=(draws, groups), dtype=np.int8)
+    return np.subtract(1, 2 * flipped, dtype=np.int8)
 
 
-def _signs(flipped: NDArray[np.integer]) -> Floats:
-    """-1 where a group changes sign, 1 where not."""
-    return 1.0 - 2.0 * flipped.astype(np.float64)
+def _in_pieces(signs: Signs) -> Iterator[Signs]:
+    """Some rows at a time: as floats, all of them would take much memory."""
+    rows = max(1, PIECE // signs.shape[1])
+    return (signs[first : first + rows] for first in range(0, len(signs), rows))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
