@@ -30,9 +30,11 @@ demo: $(VENV)/.installed
 	@echo "numbers: $(CURDIR)/$(DEMO_OUT)/results.json"
 	@echo "report:  $(CURDIR)/$(DEMO_OUT)/report.html  (open it in a browser)"
 
-# Whole files to a process per core: fixtures of a file are made once.
+# Whole files to a process per core: fixtures of a file are made once. In the order of their names:
+# by number of tests, which is pytest-xdist's, few but long ones would come last, on one core.
 test: lint
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile \
+		--no-loadscope-reorder
 
 test-gpu: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m gpu

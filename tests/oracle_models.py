@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -42,18 +44,16 @@ def rope_tables(theta: float, dim: int, tokens: int) -> tuple[Tensor, Tensor]:
 Through = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
 
-def scored_with_cache(
-    model: MixtralForCausalLM,
-    prefix: list[int],
-    branch: list[int],
-    through: Through | None,
-    compress: Callable[[DynamicCache], object] | None = None,
-) -> Tensor:
-    """Log-probabilities [len(branch) - 1] of branch[1:], after the prefix's cache was replaced.
+@dataclass(frozen=True)
+class Prefilled:
+    """What a model keeps of a prefix. `projected`: keys [1, tokens, heads * dim] before RoPE."""
 
-    `through(keys before RoPE, values, layer)` is what a codec makes of a layer's prefix;
-    `compress` is somebody else's program that overwrites the whole cache itself.
-    """
+    tokens: int
+    cache: DynamicCache
+    projected: list[Tensor]
+
+
+def prefilled(model: MixtralForCausalLM, prefix: list[int]) -> Prefilled:
     with torch.inference_mode():
         cache = DynamicCache(config=model.config)
         projected: list[Tensor] = []
@@ -64,16 +64,34 @@ def scored_with_cache(
         model(torch.tensor([prefix]), past_key_values=cache)
         for hook in hooks:
             hook.remove()
+    return Prefilled(len(prefix), cache, projected)
+
+
+def scored_with_cache(
+    model: MixtralForCausalLM,
+    prefix: list[int] | Prefilled,
+    branch: list[int],
+    through: Through | None,
+    compress: Callable[[DynamicCache], object] | None = None,
+) -> Tensor:
+    """Log-probabilities [len(branch) - 1] of branch[1:], after the prefix's cache was replaced.
+
+    `through(keys before RoPE, values, layer)` is what a codec makes of a layer's prefix;
+    `compress` is somebody else's program that overwrites the whole cache itself.
+    """
+    kept = prefix if isinstance(prefix, Prefilled) else prefilled(model, prefix)
+    with torch.inference_mode():
+        cache = copy.deepcopy(kept.cache)
         if compress is not None:
             compress(cache)
             for layer in cache.layers:
                 layer.keys, layer.values = layer.keys.float(), layer.values.float()
         if through is not None:
             theta = model.config.rope_parameters["rope_theta"]
-            cos, sin = rope_tables(theta, model.config.head_dim, len(prefix))
+            cos, sin = rope_tables(theta, model.config.head_dim, kept.tokens)
             for index, layer in enumerate(cache.layers):
                 # keys before RoPE, as the projection gave them: undoing RoPE would round
-                plain = projected[index].view(1, len(prefix), -1, model.config.head_dim)
+                plain = kept.projected[index].view(1, kept.tokens, -1, model.config.head_dim)
                 keys, values = through(plain.transpose(1, 2), layer.values, index)
                 layer.keys = keys * cos + rotate_half(keys) * sin
                 layer.values = values

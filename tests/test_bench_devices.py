@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import tiny_study
 
 from layersweep.bench.devices import Place, _rows, bench_devices
 from layersweep.tasks.settings import EvalSettings
@@ -14,7 +15,7 @@ SMALL = EvalSettings(tasks=("ppl",), segments=40, prefix=32, continuation=16)
 
 def test_one_and_two_processes_in_turn_give_the_same_numbers() -> None:
     said: list[str] = []
-    place = Place("demo", "4GiB", "auto", None)
+    place = Place(str(tiny_study.model_folder()), "4GiB", "auto", None)
     one, two = bench_devices(place, ["cpu", "cpu"], SMALL, said.append, pairs=1)
     assert said == ["warm-up", "ppl: pair 1 of 1"]
     assert (one["job"], one["devices"], two["job"], two["devices"]) == (

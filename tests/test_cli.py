@@ -278,10 +278,9 @@ def test_a_report_that_cannot_be_written(
     )
 
 
-def test_json_is_all_that_stdout_holds() -> None:
-    done = command("eval", "demo", *SMALL, "--tasks", "ppl", "--json")
-    assert done.returncode == 0, done.stderr
-    results = json.loads(done.stdout)
+def test_json_is_all_that_stdout_holds(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(["eval", "demo", *SMALL, "--tasks", "ppl", "--json"]) == 0
+    results = json.loads(capfd.readouterr().out)
     validate(results)
     assert results["needle"] is None
 
@@ -295,7 +294,9 @@ def test_plan_and_inspect_read_headers_only(capsys: pytest.CaptureFixture[str]) 
     assert "router: nf4" in capsys.readouterr().out
 
 
-def test_a_refused_gate_ends_with_3_and_a_diagnosis(tmp_path: Path) -> None:
+def test_a_refused_gate_ends_with_3_and_a_diagnosis(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     demo = Path(__file__).parents[1] / "src/layersweep/demo"
     model, out, text = tmp_path / "model", tmp_path / "out", tmp_path / "text.txt"
     shutil.copytree(demo / "model", model)
@@ -303,10 +304,11 @@ def test_a_refused_gate_ends_with_3_and_a_diagnosis(tmp_path: Path) -> None:
     config["rope_parameters"]["rope_theta"] = 100.0
     (model / "config.json").write_text(json.dumps(config))
     text.write_text((demo / "text/heldout.txt").read_text()[:20_000])
-    done = command("eval", str(model), "--text", str(text), "--gate", "only", "--out", str(out))
-    assert done.returncode == 3, done.stderr
-    assert done.stderr.count("error: gate: ") == 1
-    assert f"details in {out}/diagnosis.json" in done.stderr
+    words = ["eval", str(model), "--text", str(text), "--gate", "only", "--out", str(out)]
+    assert run(words) == 3
+    error = capfd.readouterr().err
+    assert error.count("error: gate: ") == 1
+    assert f"details in {out}/diagnosis.json" in error
     diagnosis = json.loads((out / "diagnosis.json").read_text())
     assert diagnosis["kind"] == "GateError"
     assert "repeated text" in diagnosis["error"]

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import tiny_study
 import torch
 from checkpoint_builders import tiny_checkpoint
 from hypothesis import given, settings
@@ -189,10 +190,14 @@ ARGUMENTS = (
 )  # fmt: skip
 
 
+def evaluation(*more: str) -> list[str]:
+    return tiny_study.words(*ARGUMENTS, *more)
+
+
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("generated") / "one"
-    assert run(["eval", "demo", *ARGUMENTS, "--device", "cpu", "--out", str(folder)]) == 0
+    assert run(evaluation("--device", "cpu", "--out", str(folder))) == 0
     return folder
 
 
@@ -203,7 +208,7 @@ def performance(folder: Path) -> dict[str, Any]:
 
 def test_layers_over_two_devices_give_the_bits_of_one(alone: Path, tmp_path: Path) -> None:
     folder = tmp_path / "two"
-    assert run(["eval", "demo", *ARGUMENTS, "--device", "cpu,cpu", "--out", str(folder)]) == 0
+    assert run(evaluation("--device", "cpu,cpu", "--out", str(folder))) == 0
     assert numbers(folder) == numbers(alone)
     one, two = performance(alone), performance(folder)
     assert (one["sweeps"], two["sweeps"]) == (
@@ -229,7 +234,7 @@ def test_a_unit_is_kept_when_it_is_done(
             raise KeyboardInterrupt
         return real(*args, **named)
 
-    words = ["eval", "demo", *ARGUMENTS, "--device", "cpu", "--out", str(tmp_path / "run")]
+    words = evaluation("--device", "cpu", "--out", str(tmp_path / "run"))
     with monkeypatch.context() as patch:
         patch.setattr(lanes, "run_sweep", sweep)
         # caches of one tile alone fit
@@ -253,15 +258,15 @@ def test_first_walks_of_a_unit_may_have_a_tile_each(alone: Path, tmp_path: Path)
     both tiles all the same."""
     job = EvalSettings(
         kv="K3V2,e8:K3V2", tasks=("niah",), niah_mode="generate", niah_contexts=(384,),
-        niah_depths=(0.3, 0.7), niah_per_depth=5,
+        niah_depths=(0.3, 0.7), niah_per_depth=5, text=str(tiny_study.text_file()),
     )  # fmt: skip
-    study = prepare_study(load("demo", device="cpu"), job)
+    study = prepare_study(load(str(tiny_study.model_folder()), device="cpu"), job)
     study.plan_rest(at_least=2)
     config, element = study.model.config, study.model.machine.element
     width = config.num_attention_heads * config.head_dim
     sizes = [tile_bytes(config, tile_shape(tile, width), element) for tile in study.tiles]
     room = study.plan.device_bytes - study.plan.peaks["hidden states"] + max(sizes)
-    words = ["eval", "demo", *ARGUMENTS, "--device", "cpu", "--vram", f"{room}B"]
+    words = evaluation("--device", "cpu", "--vram", f"{room}B")
     assert run([*words, "--out", str(tmp_path / "run")]) == 0
     assert numbers(tmp_path / "run") == numbers(alone)
     assert performance(tmp_path / "run")["sweeps"] == 3 + 15
@@ -275,10 +280,10 @@ def test_where_a_sweep_was_bad_counts_from_the_first_tile_of_the_unit() -> None:
 
 
 def test_stop_after_ends_between_units(alone: Path, tmp_path: Path) -> None:
-    words = ["eval", "demo", *ARGUMENTS, "--device", "cpu", "--out", str(tmp_path / "run")]
+    words = evaluation("--device", "cpu", "--out", str(tmp_path / "run"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("layersweep.study.study.plan_generation", one_tile_a_unit)
-        assert run([*words, "--stop-after", "1s"]) == 0
+        assert run([*words, "--stop-after", "0.001s"]) == 0
     stopped = json.loads((tmp_path / "run" / "results.json").read_text())
     assert (stopped["status"], stopped["performance"]["sweeps"]) == ("partial", 16)
     assert run([*words, "--resume"]) == 0
@@ -454,7 +459,7 @@ def test_where_the_weights_do_not_fit_together_each_device_has_its_own(
 
     monkeypatch.setattr("layersweep.study.study.plan_generation", no_room)
     folder = tmp_path / "two"
-    assert run(["eval", "demo", *ARGUMENTS, "--device", "cpu,cpu", "--out", str(folder)]) == 0
+    assert run(evaluation("--device", "cpu,cpu", "--out", str(folder))) == 0
     said = capfd.readouterr().err
     assert "fallback: layers over devices: used a process for each: found 2 small devices" in said
     assert numbers(folder) == numbers(alone)

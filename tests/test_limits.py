@@ -11,19 +11,19 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_study
 import torch
-from test_resume import ARGUMENTS, evaluate, numbers
+from test_resume import BUDGET, evaluate, numbers
 
-import layersweep
+from layersweep.checkpoint.synth import write_synthetic
 from layersweep.cli.app import run
 from layersweep.study import run as running
 from layersweep.study.shrink import out_of_memory
-
-DEMO = Path(layersweep.__file__).parent / "demo" / "model"
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def in_sweep(
 
         def tell(phase: str, done: int, total: int) -> None:
             progress(phase, done, total)
-            if mine and done == 20:
+            if mine and done == tiny_study.MIDDLE:
                 fault()
 
         return real(*args, **named | {"progress": tell})
@@ -126,13 +126,12 @@ LIMITED = """
 """
 
 
-def limited(folder: Path, extra: int) -> subprocess.CompletedProcess[str]:
+def limited(extra: int, words: list[str]) -> subprocess.CompletedProcess[str]:
     """An evaluation that gets `extra` bytes of address space more while it sweeps."""
-    arguments = ["eval", "demo", *ARGUMENTS, "--vram", "2GiB", "--out", str(folder)]
     done = subprocess.run(
         # small stacks, one heap: address space then is memory, and not what threads set aside
         ["bash", "-c", 'ulimit -s 1024; exec "$@"', "-", sys.executable, "-c",
-         textwrap.dedent(LIMITED), str(extra), *arguments],
+         textwrap.dedent(LIMITED), str(extra), *words],
         capture_output=True,
         text=True,
         timeout=300,
@@ -143,39 +142,42 @@ def limited(folder: Path, extra: int) -> subprocess.CompletedProcess[str]:
 
 
 def test_no_address_space_at_all(tmp_path: Path) -> None:
-    done = limited(tmp_path / "run", 0)
+    done = limited(0, tiny_study.words("--vram", "2GiB", "--out", str(tmp_path / "run")))
     assert done.returncode == 1 and "error: the host ran out of memory" in done.stderr
 
 
-def test_address_space_for_fewer_tiles_than_planned(tmp_path: Path, undisturbed: Path) -> None:
-    """How much that is depends on when readers come and go: about 55 MiB, at 76 it all fits."""
-    for extra in (62, 58, 54, 66, 50):
-        folder = tmp_path / str(extra)
-        done = limited(folder, extra * 2**20)
-        if done.returncode == 0 and "host memory" in done.stderr:
-            found, wanted = numbers(folder), numbers(undisturbed)
-            # once, or where that was not enough once more
-            assert {one["what"] for one in found.pop("fallbacks")} == {"host memory"}
-            assert wanted.pop("fallbacks") == [] and found == wanted
-            return
-    pytest.fail(f"all of it fitted, or nothing: {done.stderr}")
+def test_address_space_for_fewer_tiles_than_planned(tmp_path: Path) -> None:
+    """Hidden states of 4 KiB a row in a model that computes little: two tiles take about 110 MiB,
+    one 55."""
+    wide = replace(tiny_study.TINY, hidden_size=1024, intermediate_size=64, num_hidden_layers=1)
+    write_synthetic(tmp_path / "model", wide)
+
+    def words(out: str) -> list[str]:
+        given = ("--tasks", "ppl", "--kv", "fp8", "--vram", "2GiB", "--out", str(tmp_path / out))
+        return tiny_study.words(*given, model=tmp_path / "model")
+
+    assert run(words("whole")) == 0
+    done = limited(80 * 2**20, words("less"))
+    assert done.returncode == 0, done.stderr
+    found, wanted = numbers(tmp_path / "less"), numbers(tmp_path / "whole")
+    # once, or where that was not enough once more
+    assert {one["what"] for one in found.pop("fallbacks")} == {"host memory"}
+    assert wanted.pop("fallbacks") == [] and found == wanted
 
 
 # --- disks ---------------------------------------------------------------------------------------
 
 
 def test_a_disk_that_is_full(undisturbed: Path, tmp_path: Path) -> None:
-    """A real one, of 64 KiB: the run ends with its name and its reason, and goes on when there is
-    room."""
+    """A real one, of 64 KiB: the run ends with its name and its reason, and what it left goes on
+    where there is room."""
     script = """
         set -e
         mount -t tmpfs -o size=64k tmpfs "$1"
         python=$2; shift 2
         set +e
         "$python" -m layersweep "$@"; code=$?
-        mount -o remount,size=64m tmpfs "$(dirname "${@: -1}")"
         ls "${@: -1}/sweeps"
-        "$python" -m layersweep "$@" --resume > /dev/null || exit 90
         cp -r "${@: -1}" "$(dirname "$(dirname "${@: -1}")")/copy"
         exit $code
     """
@@ -186,13 +188,14 @@ def test_a_disk_that_is_full(undisturbed: Path, tmp_path: Path) -> None:
         pytest.skip("no user namespaces here, which a small disk needs")
     done = subprocess.run(
         [*spaces, "bash", "-c", textwrap.dedent(script), "-", str(out.parent), sys.executable,
-         "eval", "demo", *ARGUMENTS, "--out", str(out)],
+         *tiny_study.words(*BUDGET, "--out", str(out))],
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 1, done.stderr
     assert "cannot be written (No space left on device)" in done.stderr
     assert "make room, then go on with --resume" in done.stderr
     assert "Traceback" not in done.stderr
+    assert evaluate(tmp_path / "copy", "--resume") == 0
     assert numbers(tmp_path / "copy") == numbers(undisturbed)
 
 
@@ -209,13 +212,11 @@ def test_a_folder_that_may_not_be_written(
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    return shutil.copytree(DEMO, tmp_path / "model")
+    return shutil.copytree(tiny_study.model_folder(), tmp_path / "model")
 
 
 def evaluate_copy(model: Path, folder: Path, *more: str) -> int:
-    heldout = Path(layersweep.__file__).parent / "demo" / "text" / "heldout.txt"
-    text = ("--text", str(heldout))
-    return run(["eval", str(model), *ARGUMENTS, *text, "--out", str(folder), *more])
+    return run(tiny_study.words(*BUDGET, "--out", str(folder), *more, model=model))
 
 
 def test_a_file_that_vanishes_before_it_is_read(

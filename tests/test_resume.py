@@ -10,12 +10,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_study
 
 import layersweep
 from layersweep import environment
@@ -33,15 +33,12 @@ from layersweep.study.study import prepare_study
 from layersweep.tasks.settings import EvalSettings
 
 Json = dict[str, Any]
-ARGUMENTS = (
-    "--kv", "K3V2", "--segments", "40", "--prefix", "200", "--continuation", "60",
-    "--niah-context", "512", "--niah-per-depth", "1", "--vram", "345MiB",
-)  # fmt: skip
-SWEEPS = 3  # 2 tiles of windows and 1 of needles; the budget holds one at a time
+BUDGET = ("--vram", tiny_study.ONE_TILE)
+SWEEPS = tiny_study.TILES  # the budget holds one tile at a time
 
 
 def evaluate(folder: Path, *more: str) -> int:
-    return run(["eval", "demo", *ARGUMENTS, "--out", str(folder), *more])
+    return tiny_study.evaluate(*BUDGET, "--out", str(folder), *more)
 
 
 # results.json without what tells of the process that computed it
@@ -67,7 +64,7 @@ def interrupted(folder: Path, after: int, monkeypatch: pytest.MonkeyPatch) -> No
         if sweeps == after:
 
             def stop(phase: str, done: int, total: int) -> None:
-                if done == 20:
+                if done == tiny_study.MIDDLE:
                     raise KeyboardInterrupt
 
             named["progress"] = stop
@@ -129,9 +126,10 @@ def test_a_damaged_sweep_is_computed_again(
 
 def test_what_is_no_sweep_of_this_study(undisturbed: Path) -> None:
     settings = EvalSettings(
-        kv="K3V2", tasks=("ppl",), segments=40, prefix=200, continuation=60, gate="off"
-    )
-    study = prepare_study(layersweep.load("demo", device="cpu"), settings)
+        kv="K3V2", tasks=("ppl",), segments=40, prefix=96, continuation=32, gate="off",
+        text=str(tiny_study.text_file()),
+    )  # fmt: skip
+    study = prepare_study(layersweep.load(str(tiny_study.model_folder()), device="cpu"), settings)
     data = (undisturbed / "sweeps" / "0001.safetensors").read_bytes()
     assert unpack(study.record, data).tiles == [TileKey("perplexity", 20, 20)]
     other_tile = sealed(data.replace(b'\\"first\\": 20', b'\\"first\\": 21'))
@@ -256,19 +254,15 @@ def test_resume_needs_a_folder_and_starts_in_an_empty_one(
 
 
 def test_killed_in_the_middle(undisturbed: Path, tmp_path: Path) -> None:
-    """SIGKILL as soon as one sweep is there, which is somewhere in the second."""
-    command = [sys.executable, "-m", "layersweep", "eval", "demo", *ARGUMENTS, "--out", "run"]
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
-    sweeps = tmp_path / "run" / "sweeps"
-    deadline = time.monotonic() + 120
-    while not (sweeps / "0000.safetensors").exists():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert not (tmp_path / "run" / "results.json").exists()
-    assert evaluate(tmp_path / "run", "--resume") == 0
-    assert numbers(tmp_path / "run") == numbers(undisturbed)
+    """SIGKILL in the second sweep; tools/kill_and_resume.py does it at random moments."""
+    folder = tmp_path / "run"
+    command = [sys.executable, tiny_study.KILLED, *tiny_study.words(*BUDGET, "--out", str(folder))]
+    killed = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert len(list((folder / "sweeps").glob("*.safetensors"))) == 1
+    assert not (folder / "results.json").exists()
+    assert evaluate(folder, "--resume") == 0
+    assert numbers(folder) == numbers(undisturbed)
 
 
 # --- how many sweeps -----------------------------------------------------------------------------

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import os
 import runpy
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -16,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_study
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_study import TILES, evaluate
 
 from layersweep.cli.app import run
 from layersweep.cli.job import device_of
@@ -27,18 +27,8 @@ from layersweep.runs.shard import WHOLE, Shard, parse_shard, shard_of_rank, shar
 from layersweep.study.run import TimeLimit
 from layersweep.units import parse_duration
 
-ARGUMENTS = (
-    "--kv", "K3V2", "--segments", "40", "--prefix", "200", "--continuation", "60",
-    "--niah-context", "512", "--niah-per-depth", "1",
-)  # fmt: skip
-TILES = 3  # 2 of windows, 1 of needles
-
 # results.json without what tells of the processes that computed it
 numbers = runpy.run_path(str(Path(__file__).parents[1] / "tools/kill_and_resume.py"))["numbers"]
-
-
-def evaluate(*more: str) -> int:
-    return run(["eval", "demo", *ARGUMENTS, *more])
 
 
 @pytest.fixture(scope="module")
@@ -183,49 +173,29 @@ def test_a_failing_worker_is_told_once(capfd: pytest.CaptureFixture[str]) -> Non
     assert said.out == ""
 
 
-def torchrun(folder: Path, *more: str, restarts: int = 0) -> subprocess.Popen[str]:
-    words = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-        f"--max-restarts={restarts}", "--monitor-interval=0.2",
-        "-m", "layersweep", "eval", "demo", *ARGUMENTS, "--out", str(folder), *more,
-    ]  # fmt: skip
-    return subprocess.Popen(
-        words, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+def test_torchrun_and_a_worker_that_is_killed(tmp_path: Path) -> None:
+    """The gate's logits take more than a tile, and would fit no budget of one tile at a time."""
+    alone, folder = tmp_path / "alone", tmp_path / "run"
+    assert evaluate("--gate", "off", "--out", str(alone)) == 0
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         "--max-restarts=1", "--monitor-interval=0.2", tiny_study.KILLED,
+         *tiny_study.words("--gate", "off", "--vram", "270MiB", "--out", str(folder), "--resume")],
+        capture_output=True, text=True, timeout=200,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-
-
-def test_torchrun_and_a_worker_that_is_killed(alone: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    process = torchrun(folder, "--resume", "--vram", "338MiB", restarts=1)
-    sweeps = folder / "shards" / "1-of-2" / "sweeps"
-    deadline = time.monotonic() + 120
-    while not list(sweeps.glob("*.safetensors")):  # of its two
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.002)
-    os.kill(_holder(folder / "shards" / "1-of-2" / ".lock"), signal.SIGKILL)
-    said, error = process.communicate(timeout=200)
-    assert process.returncode == 0, error
+    assert done.returncode == 0, done.stderr
     same(folder, alone)
-    assert "1/2: note: resumed behind 1 finished sweep(s): 1 of 2 tiles are there" in error
-    assert said.count("needle 512") == 1  # the last one prints the table
-
-
-def _holder(lock: Path) -> int:
-    """The process that has a file open."""
-    for entry in Path("/proc").glob("[0-9]*/fd/*"):
-        with contextlib.suppress(OSError):
-            if os.readlink(entry) == str(lock):
-                return int(entry.parts[2])
-    raise AssertionError(f"nobody has {lock} open")
+    assert "1/2: note: resumed behind 1 finished sweep(s): 1 of 2 tiles are there" in done.stderr
+    assert done.stdout.count("needle 384") == 1  # the last one prints the table
 
 
 def test_stop_after_ends_between_sweeps(
     alone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ("--out", str(tmp_path / "run"), "--vram", "345MiB", "--resume")
+    words = ("--out", str(tmp_path / "run"), "--vram", tiny_study.ONE_TILE, "--resume")
     for sweep in (1, 2, 3):
-        assert evaluate(*words, "--stop-after", "1s") == 0
+        assert evaluate(*words, "--stop-after", "0.001s") == 0
         results = json.loads((tmp_path / "run" / "results.json").read_text())
         assert results["performance"]["sweeps"] == 1
         assert results["status"] == ("complete" if sweep == TILES else "partial")
@@ -355,14 +325,15 @@ def test_a_worker_whose_gate_refuses_ends_the_run_with_3(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     demo = Path(__file__).parents[1] / "src/layersweep/demo"
-    model, out, text = tmp_path / "model", tmp_path / "out", tmp_path / "text.txt"
+    model, out = tmp_path / "model", tmp_path / "out"
     shutil.copytree(demo / "model", model)
     config = json.loads((model / "config.json").read_text())
     config["rope_parameters"]["rope_theta"] = 100.0
     (model / "config.json").write_text(json.dumps(config))
-    text.write_text((demo / "text/heldout.txt").read_text()[:200_000])
-    words = ["eval", str(model), "--text", str(text), *ARGUMENTS, "--tasks", "ppl"]
-    assert run([*words, "--device", "cpu,cpu", "--out", str(out)]) == 3
+    words = tiny_study.words(
+        "--tasks", "ppl", "--device", "cpu,cpu", "--out", str(out), model=model
+    )
+    assert run(words) == 3
     error = capfd.readouterr().err
     assert error.count("error: gate: a repeated text") == 1
     assert f"details in {out}/shards/2-of-2/diagnosis.json" in error

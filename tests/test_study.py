@@ -1,4 +1,4 @@
-"""Whole evaluations of the bundled model: small, but every part real."""
+"""Whole evaluations, small, but every part real; of the bundled model where training matters."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import tiny_study
 import torch
 from studies import needle_of, perplexity_of
 
@@ -27,13 +28,19 @@ from layersweep.tasks.settings import EvalSettings
 
 SMALL = EvalSettings(
     kv="K3V2,e8:K3V2", segments=45, prefix=64, continuation=32, niah_contexts=(512,),
-    niah_depths=(0.2, 0.8), niah_per_depth=1,
+    niah_depths=(0.2, 0.8), niah_per_depth=1, text=str(tiny_study.text_file()),
 )  # fmt: skip
+TRAINED = replace(SMALL, segments=20)
 
 
 @pytest.fixture(scope="module")
 def model() -> Model:
     return layersweep.load("demo", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Model:
+    return layersweep.load(str(tiny_study.model_folder()), device="cpu")
 
 
 def measured(model: Model, settings: EvalSettings) -> tuple[Study, Outcome]:
@@ -42,8 +49,13 @@ def measured(model: Model, settings: EvalSettings) -> tuple[Study, Outcome]:
 
 
 @pytest.fixture(scope="module")
-def one_sweep(model: Model) -> tuple[Study, Outcome]:
-    return measured(model, SMALL)
+def one_sweep(tiny: Model) -> tuple[Study, Outcome]:
+    return measured(tiny, SMALL)
+
+
+@pytest.fixture(scope="module")
+def trained(model: Model) -> Study:
+    return measured(model, TRAINED)[0]
 
 
 def same_numbers(a: Study, b: Study) -> bool:
@@ -55,15 +67,15 @@ def same_numbers(a: Study, b: Study) -> bool:
 
 
 def test_several_sweeps_within_a_smaller_budget_give_the_same_bits(
-    model: Model, one_sweep: tuple[Study, Outcome]
+    tiny: Model, one_sweep: tuple[Study, Outcome]
 ) -> None:
     study, outcome = one_sweep
     assert (outcome.sweeps, outcome.gate_sweeps, study.done.nonfinite) == (1, 0, {})
-    assert outcome.bytes_read == sum(spec.stored_bytes for spec in model.specs)
+    assert outcome.bytes_read == sum(spec.stored_bytes for spec in tiny.specs)
     less = study.plan.device_bytes - study.plan.peaks["hidden states"] // 2
     for ram in (study.plan.placement.host_ring + 4 * 2**20, 2**30):
-        small = replace(model, vram=Budget(less, "test"), ram=Budget(ram, "test"))
-        again, several = measured(small, SMALL)
+        small = replace(tiny, vram=Budget(less, "test"), ram=Budget(ram, "test"))
+        again, several = measured(small, study.settings)
         assert several.sweeps >= 2
         assert same_numbers(study, again)
         assert needle_of(again).numbers.answer_nll == needle_of(study).numbers.answer_nll
@@ -71,10 +83,10 @@ def test_several_sweeps_within_a_smaller_budget_give_the_same_bits(
 
 
 def test_the_baseline_does_not_depend_on_the_arms(
-    model: Model, one_sweep: tuple[Study, Outcome]
+    tiny: Model, one_sweep: tuple[Study, Outcome]
 ) -> None:
     arms = "K3V2,K4V2,e8:K3V2,K1V1,e8:K2V2@pb=1"
-    five, _ = measured(model, replace(SMALL, kv=arms, tasks=("ppl",), gate="off"))
+    five, _ = measured(tiny, replace(one_sweep[0].settings, kv=arms, tasks=("ppl",), gate="off"))
     assert same_numbers(one_sweep[0], five)
     for study in (one_sweep[0], five):
         assert np.array_equal(perplexity_of(study).numbers.control_delta["exact"], np.zeros(4))
@@ -82,7 +94,7 @@ def test_the_baseline_does_not_depend_on_the_arms(
 
 
 def test_one_bit_keys_are_worse_than_three(model: Model) -> None:
-    study, _ = measured(model, replace(SMALL, kv="K1V16,K3V16,K8V8", tasks=("ppl",), gate="off"))
+    study, _ = measured(model, replace(TRAINED, kv="K1V16,K3V16,K8V8", tasks=("ppl",), gate="off"))
     loss = {
         a: (n - perplexity_of(study).numbers.nll["exact"]).mean()
         for a, n in perplexity_of(study).numbers.nll.items()
@@ -93,27 +105,24 @@ def test_one_bit_keys_are_worse_than_three(model: Model) -> None:
 
 
 def test_streaming_costs_more_than_prefill_and_its_control_is_zero(
-    model: Model, one_sweep: tuple[Study, Outcome]
+    model: Model, trained: Study
 ) -> None:
-    study, _ = measured(model, replace(SMALL, cache_mode="streaming"))
+    study, _ = measured(model, replace(TRAINED, cache_mode="streaming"))
     exact = perplexity_of(study).numbers.nll["exact"]
-    whole = perplexity_of(one_sweep[0]).numbers.nll
+    whole = perplexity_of(trained).numbers.nll
     assert np.abs(exact - whole["exact"]).max() < 1e-5
     assert np.array_equal(perplexity_of(study).numbers.control_delta["exact"], np.zeros(4))
     for arm in ("trellis:K3V2@sink=4", "e8:K3V2"):
         cost = (perplexity_of(study).numbers.nll[arm] - exact).mean()
         prefill = (
-            perplexity_of(one_sweep[0]).numbers.nll[arm]
-            - perplexity_of(one_sweep[0]).numbers.nll["exact"]
+            perplexity_of(trained).numbers.nll[arm] - perplexity_of(trained).numbers.nll["exact"]
         ).mean()
         assert cost > prefill > 0
-        assert study.done.cache_bits["perplexity", arm][1] == 2 * 6 * 45 * 96 * 2 * 64
+        assert study.done.cache_bits["perplexity", arm][1] == 2 * 6 * 20 * 96 * 2 * 64
 
 
-def test_generation_agrees_with_teacher_forcing(
-    model: Model, one_sweep: tuple[Study, Outcome]
-) -> None:
-    study, outcome = measured(model, replace(SMALL, niah_mode="generate", tasks=("niah",)))
+def test_generation_agrees_with_teacher_forcing(model: Model, trained: Study) -> None:
+    study, outcome = measured(model, replace(TRAINED, niah_mode="generate", tasks=("niah",)))
     assert outcome.sweeps == 16
     for arm, hits in needle_of(study).numbers.correct.items():
         assert len(needle_of(study).numbers.outputs[arm]) == 2
@@ -122,17 +131,16 @@ def test_generation_agrees_with_teacher_forcing(
         ):
             assert hit == text.strip().startswith(trial.answer)
         # an arm whose every answer token is the argmax generates the answer
-        for teacher, generated in zip(
-            needle_of(one_sweep[0]).numbers.correct[arm], hits, strict=True
-        ):
+        for teacher, generated in zip(needle_of(trained).numbers.correct[arm], hits, strict=True):
             assert generated or not teacher
     assert sum(needle_of(study).numbers.correct["exact"]) >= 1
 
 
 def test_python_interface_returns_the_schema(model: Model) -> None:
     results = layersweep.evaluate(
-        model, kv=["K3V2@window=16"], tasks=["ppl"], segments=2, prefix=64, continuation=16
-    )
+        model, kv=["K3V2@window=16"], tasks=["ppl"], segments=2, prefix=64, continuation=16,
+        text=SMALL.text,
+    )  # fmt: skip
     validate(results)
     arm = results["perplexity"]["arms"][0]
     assert arm["arm"] == "trellis:K3V2@window=16@sink=4"
@@ -143,12 +151,12 @@ def test_python_interface_returns_the_schema(model: Model) -> None:
     assert exact_pair_fraction(1024, 512) == pytest.approx(0.2, abs=1e-3)
 
 
-def test_a_slow_search_is_announced(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_search_is_announced(tiny: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = replace(SMALL, kv="K3V2,e8:K3V2", tasks=("ppl",), gate="off")
-    assert "encoder" not in str(prepare_study(model, settings).fallbacks)
+    assert "encoder" not in str(prepare_study(tiny, settings).fallbacks)
     monkeypatch.setattr("layersweep.kv.trellis.encoder_name", lambda: "torch")
     monkeypatch.setattr("layersweep.study.study.numba_refusal", lambda: "numba is not installed")
-    found = [f for f in prepare_study(model, settings).fallbacks if "encoder" in f.what]
+    found = [f for f in prepare_study(tiny, settings).fallbacks if "encoder" in f.what]
     assert [(f.what, f.used, f.why) for f in found] == [
         ("encoder of trellis:K3V2@sink=4", "plain torch, slower", "numba is not installed")
     ]
