@@ -36,10 +36,8 @@ _DRIVER_VERSION = re.compile(r"Module.*?\s(\d+\.\d+(?:\.\d+)?)\s")
 
 @dataclass(frozen=True)
 class HostMemory:
-    """Bytes of host memory. `available` is what may still be taken, and `source` says why.
-
-    `cgroup_limit` is the tightest limit of this process's control groups, None where there is none.
-    """
+    """Bytes of host memory. `available`: what may still be taken, `source` says why;
+    `cgroup_limit`: the tightest of this process's control groups, None without one."""
 
     total: int
     available: int
@@ -71,8 +69,7 @@ class Budget:
 
 @functools.cache
 def versions() -> Mapping[str, str | None]:
-    """Versions of everything that can change a number; None where it is not installed. Asked
-    for once: it starts processes."""
+    """Of everything that can change a number, None if absent. Asked once: it starts programs."""
     found: dict[str, str | None] = {
         "layersweep": layersweep.__version__,
         "git": git_commit(),

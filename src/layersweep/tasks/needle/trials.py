@@ -19,19 +19,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from layersweep.errors import InputError
-from layersweep.tasks.needle.words import ADJECTIVES, NOUNS
+from layersweep.tasks.needle.words import (
+    ADJECTIVES,
+    ANSWER,
+    ANSWER_PREFIX,
+    INTRO,
+    NEEDLE,
+    NOUNS,
+    QUESTION,
+)
 from layersweep.text.bos import BosMode, resolve_bos
 from layersweep.text.encoding import SMALL_TEXT, EncodedText
-
-# RULER (Hsieh et al. 2024), niah_single: template, needle, question and answer prefix.
-INTRO = (
-    "A special magic number is hidden within the following text. Make sure to memorize it. "
-    "I will quiz you about the number afterwards.\n"
-)
-NEEDLE = "One of the special magic numbers for {key} is: {value}."
-QUESTION = "\nWhat is the special magic number for {key} mentioned in the provided text?"
-ANSWER_PREFIX = " The special magic number for {key} mentioned in the provided text is"
-ANSWER = " {value}"
 
 FILL_TOLERANCE = 32
 """A trial has context - 32 to context tokens, its answer included."""

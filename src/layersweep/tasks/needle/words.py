@@ -1,4 +1,14 @@
-"""Words that needle keys are made of: ``adjective-noun``, 64 x 64 = 4096 distinct keys."""
+"""The wording of a trial, and the words that keys are made of: ``adjective-noun``, 4096 in all."""
+
+# RULER (Hsieh et al. 2024), niah_single: template, needle, question and answer prefix.
+INTRO = (
+    "A special magic number is hidden within the following text. Make sure to memorize it. "
+    "I will quiz you about the number afterwards.\n"
+)
+NEEDLE = "One of the special magic numbers for {key} is: {value}."
+QUESTION = "\nWhat is the special magic number for {key} mentioned in the provided text?"
+ANSWER_PREFIX = " The special magic number for {key} mentioned in the provided text is"
+ANSWER = " {value}"
 
 ADJECTIVES: tuple[str, ...] = (
     "amber", "ancient", "bitter", "bold", "brave", "bright", "calm", "clever",
