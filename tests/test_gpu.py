@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from stepped import in_one_pass, stepped, texts
-from studies import perplexity_of
+from studies import needle_of, perplexity_of
 from test_stream import a_file
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
@@ -234,7 +234,6 @@ def measured(model: Model, settings: EvalSettings) -> tuple[Study, Outcome]:
 
 
 def nll(study: Study) -> dict[str, np.ndarray]:
-    assert perplexity_of(study) is not None
     return perplexity_of(study).numbers.nll
 
 
@@ -251,7 +250,7 @@ def test_cpu_and_gpu_agree_on_the_bundled_model() -> None:
     assert np.abs(nll(single)["exact"] - nll(cpu)["exact"]).max() < 1e-4
     # Deltas: in float32 within the noise floor that the float16 run reports; in float16, where
     # keys near a boundary are coded differently, within the error of the windows' mean.
-    floor = np.abs(half.perplexity.numbers.control_delta["identity:lloyd"]).max()
+    floor = np.abs(perplexity_of(half).numbers.control_delta["identity:lloyd"]).max()
     for arm in ("lloyd:K3V2", "lloyd:K4V2"):
         deltas = [nll(study)[arm] - nll(study)["exact"] for study in (cpu, single, half)]
         apart = [delta - deltas[0] for delta in deltas[1:]]
@@ -260,8 +259,8 @@ def test_cpu_and_gpu_agree_on_the_bundled_model() -> None:
               f"float16 - CPU SEM {sem:.2e}, noise floor {floor:.2e} nats")  # fmt: skip
         assert abs(apart[0].mean()) < floor
         assert abs(apart[1].mean()) < 2 * sem
-    assert half.perplexity.numbers.control_delta["exact"].tolist() == [0.0] * 4
-    assert half.needle.numbers.correct == cpu.needle.numbers.correct
+    assert perplexity_of(half).numbers.control_delta["exact"].tolist() == [0.0] * 4
+    assert needle_of(half).numbers.correct == needle_of(cpu).numbers.correct
     assert outcome.peak_device_bytes <= half.plan.device_bytes
 
 
