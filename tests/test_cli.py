@@ -235,7 +235,7 @@ def test_ctrl_c_is_told_with_what_is_kept(
     said = capsys.readouterr().err
     assert "error: interrupted\n" in said
     kept = (
-        f"hint: finished sweeps are kept in {tmp_path}/run: --resume goes on behind them; details"
+        f"hint: finished sweeps are kept in {tmp_path}/run: --resume continues after them; details"
     )
     assert kept in said
     assert run(TINY) == 130

@@ -100,7 +100,7 @@ def test_memory_that_ends_for_one_tile_too_is_an_error_and_loses_nothing(
         assert evaluate(tmp_path / "run") == 1
     said = capsys.readouterr().err
     assert "error: the host ran out of memory" in said and "Traceback" not in said
-    assert "--resume goes on behind them" in said
+    assert "--resume continues after them" in said
     assert evaluate(tmp_path / "run", "--resume") == 0
     assert numbers(tmp_path / "run") == numbers(undisturbed)
 

@@ -186,7 +186,7 @@ def test_torchrun_and_a_worker_that_is_killed(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     same(folder, alone)
-    assert "1/2: note: resumed behind 1 finished sweep(s): 1 of 2 tiles are there" in done.stderr
+    assert "1/2: note: resumed after 1 finished sweep(s): 1 of 2 tiles are there" in done.stderr
     assert done.stdout.count("needle 384") == 1  # the last one prints the table
 
 
@@ -200,7 +200,7 @@ def test_stop_after_ends_between_sweeps(
         assert results["performance"]["sweeps"] == 1
         assert results["status"] == ("complete" if sweep == TILES else "partial")
         said = capsys.readouterr()
-        assert (f"stopped behind {sweep} of {TILES} tiles" in said.err) == (sweep < TILES)
+        assert (f"stopped after {sweep} of {TILES} tiles" in said.err) == (sweep < TILES)
     same(tmp_path / "run", alone)
 
 

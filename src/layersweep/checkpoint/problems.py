@@ -34,7 +34,7 @@ class Problem:
 
 
 class FileProblem(CheckpointError):
-    """One file that cannot be used; whoever scans a folder keeps `problem` and goes on."""
+    """One file that cannot be used; a scan of the folder keeps `problem` and continues."""
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem.sentence(), hint=problem.hint)

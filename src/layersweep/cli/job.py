@@ -80,7 +80,7 @@ def compute(
 
 def interrupted(out: Path | None) -> Interrupted:
     """Ctrl-C, and what it leaves of a run."""
-    kept = f"finished sweeps are kept in {out}: --resume goes on behind them"
+    kept = f"finished sweeps are kept in {out}: --resume continues after them"
     return Interrupted("interrupted", hint=kept if out else "without --out nothing is kept")
 
 
@@ -163,7 +163,7 @@ def _start(folder: RunFolder, study: Study, events: Events) -> None:
     if sweeps is not None:
         study.resume(sweeps)
         events.say(
-            f"note: resumed behind {len(sweeps)} finished sweep(s): "
+            f"note: resumed after {len(sweeps)} finished sweep(s): "
             f"{len(study.resumed)} of {len(study.own)} tiles are there"
         )
 
@@ -203,8 +203,8 @@ def _measure(
         _write(folder.path, results)
     if limit.reached:
         events.say(
-            f"note: stopped behind {len(study.own) - len(study.pending)} of {len(study.own)} "
-            "tiles, before --stop-after; --resume goes on"
+            f"note: stopped after {len(study.own) - len(study.pending)} of {len(study.own)} "
+            "tiles, before --stop-after; --resume continues"
         )
     if folder.path is not None and study.complete:
         events.say(f"wrote {folder.path}/results.json, report.html, windows.csv")

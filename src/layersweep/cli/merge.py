@@ -39,7 +39,7 @@ def merge(
             f"merge: found {len(merged.record.tiles) - len(merged.missing)} of "
             f"{len(merged.record.tiles)} tiles in shards {there}, needed all; the first that is "
             f"missing is {merged.missing[0].words}",
-            hint="name the folders of all shards; one that was stopped goes on with --resume",
+            hint="name the folders of all shards; one that was stopped continues with --resume",
         )
     if out is not None:
         if (out / MANIFEST).exists():

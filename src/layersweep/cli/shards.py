@@ -86,7 +86,7 @@ def collect(job: Job, of: int, say: Say) -> dict[str, Any] | None:
         os.close(handle)
     if merged.missing:
         done = len(merged.record.tiles) - len(merged.missing)
-        say(f"note: {done} of {len(merged.record.tiles)} tiles are done; --resume goes on")
+        say(f"note: {done} of {len(merged.record.tiles)} tiles are done; --resume continues")
     else:
         say(f"wrote {job.out}/results.json, report.html, windows.csv")
     return merged.results

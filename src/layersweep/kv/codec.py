@@ -100,7 +100,7 @@ def join_batches(parts: Sequence[Packed]) -> Packed | None:
 
 
 def pad_tokens(parts: Sequence[Tensor]) -> Tensor:
-    """[B, H, T, ...] of several T as one batch, zeros behind the shorter ones."""
+    """[B, H, T, ...] of several T as one batch, zeros after the shorter ones."""
     longest = max(part.shape[2] for part in parts)
     batch = sum(len(part) for part in parts)
     found = parts[0].new_zeros(batch, parts[0].shape[1], longest, *parts[0].shape[3:])
@@ -129,7 +129,7 @@ class Codec(Protocol):
     - encoding a batch is encoding each sequence alone, and append is encoding at once, bit for
       bit: results must not depend on who else was in the batch.
     - a non-finite input decodes to something non-finite, without a device synchronisation:
-      whoever reads the cache finds it; nothing is clamped into plausible numbers.
+      the reader of the cache finds it; nothing is clamped into plausible numbers.
     - nbytes counts all that a reader needs except tables shipped with the package. A codec whose
       packed form is larger than its method's (`simulated`) counts the method's fixed-rate size.
     - `mean` [B, H, D] float16 is subtracted and stored by codecs with `wants_mean`; append uses the

@@ -120,22 +120,22 @@ class StoredStream:
         return cls(stream, codec, arm.sink, arm.window, mean_tokens)
 
     def appended(self, x_BHTD: Tensor, shared: Shared | None = None) -> StoredStream:
-        """With these tokens behind those before, keys before RoPE. What another arm has encoded
+        """With these tokens after those before, keys before RoPE. What another arm has encoded
         alike is found in `shared`. Raises InputError for a stream that the codec cannot take."""
         if self.middle is None:
-            exact = _behind(self.head, x_BHTD)
+            exact = _after(self.head, x_BHTD)
             head, waiting = _some(exact[:, :, : self.sink]), exact[:, :, self.sink :]
             if self.codec is None or waiting.shape[2] <= self.window:
                 return replace(self, head=exact)
         else:
-            head, waiting = self.head, _behind(self.tail, x_BHTD)
+            head, waiting = self.head, _after(self.tail, x_BHTD)
         middle, leaving = self.middle, max(waiting.shape[2] - self.window, 0)
         if leaving:
             middle = self._encoded(waiting[:, :, :leaving], shared or Shared())
         return replace(self, head=head, middle=middle, tail=_some(waiting[:, :, leaving:]))
 
     def _encoded(self, x_BHTD: Tensor, shared: Shared) -> Encoded:
-        """The middle with these tokens behind it."""
+        """The middle with these tokens after it."""
         assert self.codec is not None
         codec, stream, before = self.codec, self.stream, self.middle
         start = self.sink + (before.packed.tokens if before else 0)
@@ -240,7 +240,7 @@ class StoredStream:
         return [part for part in (self.head, self.tail) if part is not None]
 
 
-def _behind(before: Tensor | None, x_BHTD: Tensor) -> Tensor:
+def _after(before: Tensor | None, x_BHTD: Tensor) -> Tensor:
     return x_BHTD if before is None else torch.cat((before, x_BHTD), dim=2)
 
 

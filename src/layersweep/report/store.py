@@ -64,7 +64,7 @@ def load_results(location: Path) -> Json:
         if (location / MANIFEST).exists() or (location / SHARDS).exists():
             raise InputError(
                 f"{location}: found no {RESULTS}, needed the folder of a run that came to its end",
-                hint="`layersweep eval` goes on with it: the same command with --resume",
+                hint="`layersweep eval` continues it: the same command with --resume",
             )
         raise InputError(
             f"{path}: found no such file, needed the results of a run",

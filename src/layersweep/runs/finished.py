@@ -1,4 +1,4 @@
-"""What a finished sweep measured, as one file: a run that was killed goes on behind it.
+"""What a finished sweep measured, as one file: a run that was killed continues after it.
 
 The numbers of whole tiles do not depend on which sweep they ride on, so a resumed run ends with
 the bits of an undisturbed one. Nothing of a sweep under way is kept.

@@ -55,13 +55,13 @@ class RunFolder:
         if (path / MANIFEST).exists() and not resume:
             raise InputError(
                 f"--out {path}: found the manifest of an earlier run, needed a folder without one",
-                hint="--resume goes on with that run; or name another folder, or delete this one",
+                hint="--resume continues that run; or name another folder, or delete this one",
             )
         if (path / SHARDS).exists():
             raise InputError(
                 f"--out {path}: found the shards of a run on several devices, needed a folder "
                 "without",
-                hint="--resume on as many devices goes on with that run; or name another folder",
+                hint="--resume on as many devices continues that run; or name another folder",
             )
         self._lock = lock(path, say)
         self.usable = not (path / MANIFEST).exists()  # not yet: it may be somebody else's run

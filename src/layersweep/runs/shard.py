@@ -46,8 +46,8 @@ WHOLE = Shard()
 
 
 def share(costs: Sequence[float], processes: int) -> list[list[int]]:
-    """Split tiles among processes: the dearest first, each to who has least; the process with most
-    comes first. Lists of indices in order, every index in one of them."""
+    """Split tiles among processes: largest tile first, to the least-loaded process. The most loaded
+    process comes first. Lists of indices in order; each index is in one of them."""
     piles: list[list[int]] = [[] for _ in range(processes)]
     loads = [0.0] * processes
     for index in sorted(range(len(costs)), key=lambda index: -costs[index]):

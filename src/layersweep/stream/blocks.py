@@ -118,7 +118,7 @@ def _spec(
 
 def blocks_of(specs: Sequence[BlockSpec], layers: range) -> list[BlockSpec]:
     """Blocks of some consecutive layers, with the embedding before the first of all and the head
-    behind the last. `specs`: of the whole model, in sweep order."""
+    after the last. `specs`: of the whole model, in sweep order."""
     last = max(spec.layer for spec in specs if spec.layer is not None)
     ends = layers[0] == 0, layers[-1] == last
     of = [spec for spec in specs if spec.layer is not None and spec.layer in layers]

@@ -102,7 +102,7 @@ class RunReader:
         return found
 
     def _read(self, parts: Sequence[_Range]) -> int:
-        """Fill ranges that lie behind each other in one file; how many bytes that takes."""
+        """Fill ranges that follow each other in one file; how many bytes that takes."""
         first, views = parts[0], _views(parts)
         handle, total, done = self._handle(first.source.file), sum(map(len, views)), 0
         while done < total:
@@ -167,7 +167,7 @@ class RunReader:
                     raise CheckpointError(
                         f"{file}: found no file that can be opened any more ({failure.strerror}), "
                         "needed the one whose header was read",
-                        hint="put it back; a run with --out goes on with --resume",
+                        hint="put it back; a run with --out continues with --resume",
                     ) from failure
                 self._opened[file] = _state(self._handles[file])
             return self._handles[file]

@@ -131,7 +131,7 @@ def _filled(sizes: Sequence[int], rooms: Sequence[int], share: float) -> list[ra
     parts, first = [], 0
     for device, room in enumerate(rooms):
         last, used = first, 0
-        most = len(sizes) - (len(rooms) - 1 - device)  # one for each device behind it
+        most = len(sizes) - (len(rooms) - 1 - device)  # one for each device after it
         while last < most and used + sizes[last] <= share * room:
             used += sizes[last]
             last += 1

@@ -69,7 +69,7 @@ def rehearse(model: Model, settings: EvalSettings, layers: int) -> Rehearsal:
 
 
 def first_layers(model: Model, layers: int) -> Model:
-    """The model as if it ended behind its first layers: real weights, no sensible logits."""
+    """The model as if it ended after its first layers: real weights, no sensible logits."""
     checkpoint = model.checkpoint
     config = replace(checkpoint.config, num_hidden_layers=layers)
     shallow = replace(checkpoint, config=config)

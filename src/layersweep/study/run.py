@@ -284,7 +284,7 @@ def _finish(
     study: Study, tiles: list[Tile], record: SweepRecord, listeners: Listeners, began: float
 ) -> None:
     """The numbers of `tiles` are complete: they are kept. A sweep of the gate alone is kept once,
-    and is no progress that a limit may end a run behind."""
+    and no limit may end a run after it: it is no progress."""
     finished = _take(study, tiles, record)
     news = bool(tiles) or study.done.gate is None
     study.gate_passed = True

@@ -18,9 +18,7 @@ from layersweep.units import format_bytes
 # Of RuntimeErrors; torch.OutOfMemoryError is one class for all GPUs, the CPU has none.
 _HOST_WORDS = ("can't allocate memory", "not enough memory", "can't start new thread")
 _WORDS = (*_HOST_WORDS, "CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
-KEPT = (
-    "with --out finished sweeps are kept: --resume goes on behind them when there is memory again"
-)
+KEPT = "with --out finished sweeps are kept: --resume continues after them once memory is free"
 
 
 def out_of_memory(failure: BaseException) -> bool:

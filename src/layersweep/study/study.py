@@ -49,7 +49,7 @@ class Study:
     """A prepared evaluation: its tasks, tiles and plan.
 
     `tiles` are all of the study; this process computes those of its `shard`. `plan` is for the
-    sweeps that are left, behind those that are `done`; of these, an earlier process computed
+    sweeps that are left, after those that are `done`; of these, an earlier process computed
     `resumed`. `generation` is how answers are generated, on `models`; `plan` is that of its first
     stage where nothing else is left. `left_out`: arms of `all` that do not fit. `gate_passed`: in
     this process. `gemm_flops`: FLOP/s, where it has been measured.
@@ -172,7 +172,7 @@ class Study:
             self.gate.forget()
 
     def resume(self, sweeps: Iterable[FinishedSweep]) -> None:
-        """Go on behind sweeps that `finished.unpack` has put back, and plan what is left."""
+        """Continue after sweeps that `finished.unpack` has put back, and plan what is left."""
         for sweep in sweeps:
             self.done.add(sweep)
         self.resumed = list(self.done.tiles)

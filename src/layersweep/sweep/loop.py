@@ -72,7 +72,7 @@ class SweepRecord:
     moved_bytes: int = 0
 
     def add(self, later: SweepRecord, ahead: int = 0) -> None:
-        """Take over a later sweep of the same tiles, or of those behind the first `ahead`."""
+        """Take over a later sweep of the same tiles, or of those after the first `ahead`."""
         for key, counted in later.cache_bits.items():
             total = self.cache_bits.setdefault(key, [0.0, 0.0])
             total[0] += counted[0]
@@ -206,7 +206,7 @@ class _Sweep:
         self.weights, self.scratch = engine.weights, engine.scratch
         self.record, self.caches = record, caches
         self.per_layer = 1 + self.config.num_local_experts
-        # of the first layer here: behind the embedding, where that is here, too
+        # of the first layer here: after the embedding, where that is here, too
         self.first = 1 if engine.layers[0] == 0 else -engine.layers[0] * self.per_layer
         self.clock = PhaseClock(self.compute.device)
         self._left: _Left | None = None

@@ -129,7 +129,7 @@ class Model:
         say: Callable[[Fallback], None] = lambda fallback: None,
         layers: range | None = None,
     ) -> Engine:
-        """Take the memory of a plan, which is of some `layers` alone where they are given.
+        """Take the memory of a plan; of the plan of some `layers`, where they are given.
 
         Fallbacks are told to `say` as they happen.
         """
