@@ -420,8 +420,9 @@ def undisturbed(pushed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     code, said = site.session(pushed / "run")
     assert code == 0, said
     assert "status complete" in said and "none is mounted; the study starts" in said
-    manifest = json.loads((site.working / "results/manifest.json").read_text())
-    assert manifest["layersweep"] == [layersweep.__version__, None]  # the wheel's, no checkout's
+    results = json.loads((site.working / "results/results.json").read_text())
+    assert results["versions"]["layersweep"] == layersweep.__version__
+    assert results["versions"]["git"] is None  # the wheel's code, not the checkout's
     assert len(list((site.working / "results/sweeps").iterdir())) == SWEEPS
     assert [path.name for path in site.working.iterdir()] == ["results"]
     return site.working / "results"
@@ -452,7 +453,7 @@ def test_killed_and_resumed_from_its_own_output(
     second.mount(first.working, "study-run")
     code, said = second.session(limited / "run")
     assert code == 0, said
-    assert f"behind {kept} finished sweep(s): {kept} of {SWEEPS} tiles" in said
+    assert f"after {kept} finished sweep(s): {kept} of {SWEEPS} tiles" in said
     if kept + 1 < SWEEPS:
         assert "status partial" in said and "--resume-from me/study-run" in said
 

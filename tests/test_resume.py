@@ -88,7 +88,7 @@ def test_a_resumed_run_has_the_bits_of_an_undisturbed_one(
 ) -> None:
     interrupted(tmp_path / "run", after, monkeypatch)
     assert evaluate(tmp_path / "run", "--resume") == 0
-    assert f"behind {after} finished sweep(s): {after} of 3 tiles" in capsys.readouterr().err
+    assert f"after {after} finished sweep(s): {after} of 3 tiles" in capsys.readouterr().err
     assert numbers(tmp_path / "run") == numbers(undisturbed)
     for name in ("segments.jsonl", "needle.jsonl", "windows.csv"):
         assert (tmp_path / "run" / name).read_bytes() == (undisturbed / name).read_bytes()
