@@ -38,12 +38,13 @@ def flip_test(
         return 1.0
     sums, sizes = group_sums(values, groups.labels)
     neighbours = groups.kind == "blocks"
-    observed = _extremeness(sums[None], sizes, neighbours)[0]
+    unflipped = np.ones((1, len(sums)), np.int8)
+    observed = _extremeness(unflipped, sums, sizes, neighbours)[0]
     beyond = equal = tried = 0
     exact = 2 ** len(sums) <= draws
     signs = _all_signs(len(sums)) if exact else _drawn_signs(len(sums), draws, seed)
     for some in _in_pieces(signs):
-        flipped = _extremeness(some * sums, sizes, neighbours)
+        flipped = _extremeness(some, sums, sizes, neighbours)
         more = int((flipped > observed * (1.0 + ROUNDING)).sum())
         beyond += more
         equal += int((flipped >= observed * (1.0 - ROUNDING)).sum()) - more
@@ -53,8 +54,9 @@ def flip_test(
     return (beyond + equal * (0.5 if counts else 1.0)) / tried
 
 
-def _extremeness(sums: Floats, sizes: Floats, neighbours: bool) -> Floats:
-    """How far the sums [R, G] are from 0, per row [R]: |total|, where groups are independent.
+def _extremeness(signs: Signs, sums: Floats, sizes: Floats, neighbours: bool) -> Floats:
+    """How far the sums [G] are from 0 under each row of signs [R, G]: |total|, where groups are
+    independent.
 
     Where neighbours correlate: |total| / sqrt(Q + 2 C), Q the sum of squared residuals from the
     mean and C that of the products of neighbours. Flips destroy the correlation and |total| alone
@@ -63,10 +65,11 @@ def _extremeness(sums: Floats, sizes: Floats, neighbours: bool) -> Floats:
     never less than Q / 4: of 1/10, 1/4 and 1/2, the one with false positives next to 5 % at
     correlations of 0 to 0.5.
     """
-    total: Floats = np.abs(sums.sum(axis=-1))
+    total: Floats = np.abs(signs @ sums)
     if not neighbours:
         return total
-    residuals = sums - (sums.sum(axis=-1, keepdims=True) / sizes.sum()) * sizes
+    flipped = signs * sums
+    residuals = flipped - (flipped.sum(axis=-1, keepdims=True) / sizes.sum()) * sizes
     squares = np.square(residuals).sum(axis=-1)
     products = (residuals[:, :-1] * residuals[:, 1:]).sum(axis=-1)
     spread = np.sqrt(np.maximum(SMALLEST_VARIANCE * squares, squares + 2.0 * products))
