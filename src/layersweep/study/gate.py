@@ -1,6 +1,6 @@
 """The gate: a model that does not work must not be measured.
 
-512 tokens, 256 of the text and the same 256 again, ride on the first sweep as its lead tile.
+512 tokens, 256 varied ones and the same 256 again, ride on the first sweep as its lead tile.
 Every layer is checked as the tile leaves it, and the two copies are compared at the end: a
 model whose attention works predicts the second copy far better than the first.
 """
