@@ -16,7 +16,7 @@ from layersweep.kv.check import check
 from layersweep.kv.codec import Codec
 from layersweep.kv.identity import Untransformed
 from layersweep.kv.methods import METHODS
-from layersweep.kv.vector_codec import Layout, VectorCodec
+from layersweep.kv.vector_codec import Layout, RowCodec, VectorCodec
 
 INSTALLED = [name for name, method in METHODS.items() if method.installed]
 VALUE = Stream("v", 2, 64, role="value", rope=False)
@@ -28,7 +28,7 @@ def codec_of(name: str) -> Codec:
 
 
 @dataclass(frozen=True)
-class Signs(VectorCodec):
+class Signs(RowCodec):
     """A method of 9 lines: the signs of a vector, a byte each, and its largest magnitude."""
 
     key_bits: int = 8

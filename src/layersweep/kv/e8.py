@@ -23,7 +23,7 @@ from layersweep.kv.codec import Codec, Packed
 from layersweep.kv.identity import Identity
 from layersweep.kv.rotate import add_rows, max_rows, rotate, rotate_back
 from layersweep.kv.uniform import ROUNDER
-from layersweep.kv.vector_codec import Layout, VectorCodec
+from layersweep.kv.vector_codec import Layout, RowCodec
 
 _GROUP = 8
 _SCALE_BITS = 16
@@ -51,7 +51,7 @@ def fixed_rate_bytes(packed: Packed) -> int:
 
 
 @dataclass(frozen=True)
-class E8(VectorCodec):
+class E8(RowCodec):
     """See the module's text. `v` is "0.6" or "0.5".
 
     Packed holds doubled coordinates as integers and the scale in float32, as the published

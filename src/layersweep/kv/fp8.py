@@ -18,13 +18,13 @@ from layersweep.kv.codec import Codec
 from layersweep.kv.identity import Untransformed
 from layersweep.kv.rotate import max_rows
 from layersweep.kv.uniform import SMALLEST_HALF
-from layersweep.kv.vector_codec import Layout, VectorCodec
+from layersweep.kv.vector_codec import Layout, RowCodec
 
 _LARGEST = 448.0
 
 
 @dataclass(frozen=True)
-class Fp8(VectorCodec):
+class Fp8(RowCodec):
     """See the module's text. Packed holds the e4m3 bytes and an fp16 scale per vector."""
 
     key_bits: int = 8

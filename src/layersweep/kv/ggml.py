@@ -23,14 +23,14 @@ from layersweep.kv.identity import Identity, Untransformed
 from layersweep.kv.rotate import max_rows, rotate, rotate_back
 from layersweep.kv.stream import Stream
 from layersweep.kv.uniform import ROUNDER, check_groups, halves
-from layersweep.kv.vector_codec import Layout, VectorCodec
+from layersweep.kv.vector_codec import Layout, RowCodec
 
 BLOCK = 32
 _LARGEST_FLOAT = 3e38  # the reciprocal of 0 or of a subnormal scale; ggml has 0 for 0: same codes
 
 
 @dataclass(frozen=True)
-class Ggml(VectorCodec):
+class Ggml(RowCodec):
     """See the module's text. Packed holds blocks of 34 or 18 bytes, scales included."""
 
     key_bits: int

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from layersweep.kv.codec import Codec, Packed
 from layersweep.kv.rotate import rotate, rotate_back
-from layersweep.kv.vector_codec import Layout, VectorCodec
+from layersweep.kv.vector_codec import Layout, RowCodec
 
 
 @dataclass(frozen=True)
-class Identity(VectorCodec):
+class Identity(RowCodec):
     """Rotates, keeps the rotated vector in float32, rotates back. Counted as 16 bits."""
 
     of: str

@@ -35,7 +35,7 @@ from layersweep.kv.uniform import (
     encode_vectors,
     group_layout,
 )
-from layersweep.kv.vector_codec import Layout, VectorCodec
+from layersweep.kv.vector_codec import Layout, RowCodec
 
 GROUP = 32
 
@@ -114,7 +114,7 @@ class KeyGroups(Packed):
 
 
 @dataclass(frozen=True)
-class Kivi(VectorCodec):
+class Kivi(RowCodec):
     """See the module's text. Values are stored vector by vector, keys in groups of tokens. A
     latent, being key and value, is kept like keys."""
 

@@ -29,7 +29,7 @@ from layersweep.kv.identity import Identity
 from layersweep.kv.lloyd_tables import POSITIVE_LEVELS
 from layersweep.kv.packing import pack_bits, unpack_bits
 from layersweep.kv.rotate import add_rows, rotate, rotate_back, rotation_weights
-from layersweep.kv.vector_codec import Layout, VectorCodec
+from layersweep.kv.vector_codec import Layout, RowCodec
 
 if TYPE_CHECKING:
     from layersweep.kernels import Kernels
@@ -91,7 +91,7 @@ def nearest_levels(magnitude: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True)
-class Lloyd(VectorCodec):
+class Lloyd(RowCodec):
     """See the module's text. Packed: D x bits / 8 bytes of codes and an fp16 scale per vector."""
 
     key_bits: int

@@ -23,11 +23,11 @@ from layersweep.kv.e8 import fixed_rate_bytes
 from layersweep.kv.identity import Identity
 from layersweep.kv.rotate import rotate, rotate_back
 from layersweep.kv.stream import Stream
-from layersweep.kv.vector_codec import Layout, VectorCodec
+from layersweep.kv.vector_codec import Layout, RowCodec
 
 
 @dataclass(frozen=True)
-class NexusQuant(VectorCodec):
+class NexusQuant(RowCodec):
     """See the module's text. Packed holds the decoded vectors in fp16."""
 
     key_bits: int

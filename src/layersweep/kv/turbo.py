@@ -18,7 +18,7 @@ from torch import Tensor
 
 from layersweep.kv.lloyd import Lloyd, nearest_levels, unit_rows, with_signs
 from layersweep.kv.packing import pack_bits
-from layersweep.kv.vector_codec import VectorCodec
+from layersweep.kv.vector_codec import RowCodec
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Turbo(Lloyd):
     """See the module's text. Packed, decoding and size are those of `lloyd`."""
 
     method = "turbo"
-    encode_all = VectorCodec.encode_all  # the kernels' scale has the gain
+    encode_all = RowCodec.encode_all  # the kernels' scale has the gain
 
     def encode_rows(self, x_ND: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         u_DN, mean_square, inverse_rms = unit_rows(x_ND)

@@ -29,7 +29,7 @@ from layersweep.kv.methods import METHODS
 from layersweep.kv.packing import pack_bits, unpack_bits
 from layersweep.kv.rotate import max_rows
 from layersweep.kv.stream import Stream
-from layersweep.kv.vector_codec import Layout, VectorCodec
+from layersweep.kv.vector_codec import Layout, RowCodec
 
 GROUPS = dict(METHODS["int4"].options)["group"]
 # Adding and subtracting it rounds a float32 below 2^22 to the nearest integer, halves to even;
@@ -40,7 +40,7 @@ SMALLEST_HALF = 2.0**-24  # divides where a scale has become 0; the vector then 
 
 
 @dataclass(frozen=True)
-class Uniform(VectorCodec):
+class Uniform(RowCodec):
     """See the module's text. Packed holds, per vector: codes, then fp16 scales, then fp16 zeros."""
 
     key_bits: int

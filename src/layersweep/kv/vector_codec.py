@@ -1,16 +1,17 @@
 """The frame of the codecs that store every head vector on its own: rows in, codes out, and back.
 
-Such a method is a frozen dataclass of its hyper-parameters with
+Such a method is a RowCodec, a frozen dataclass of its hyper-parameters with
     layout(dim, bits)                  what a vector takes
     encode_rows(x [N, D], bits)        -> codes [N, width], scale [N] or None
     decode_rows(codes, scale, dim, bits) -> x^ [N, D]
 and perhaps `check`, for streams that it cannot take. The frame cuts [B, H, T, D] into rows, a few
 at a time, so it keeps the promises of `kv.codec.Codec`: a vector knows neither its batch nor the
-tokens before it.
+tokens before it. A method that can only do all rows at once (trellis) is a VectorCodec.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Hashable
 from dataclasses import dataclass
 
@@ -38,16 +39,17 @@ class Layout:
         return codes, torch.empty(count, dtype=self.scale, device=device)
 
 
-class VectorCodec:
-    """See the module's text, and kv.codec.Codec for what each attribute promises."""
+class VectorCodec(ABC):
+    """What all vectors of a stream become at once, by `encode_all` and `decode_all`; kv.codec.Codec
+    says what each attribute promises."""
 
     key_bits: int
     value_bits: int
     simulated = False
 
     @property
-    def method(self) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    def method(self) -> str: ...
 
     @property
     def version(self) -> str:
@@ -57,23 +59,11 @@ class VectorCodec:
     def encoder(self) -> str:
         return "torch"
 
-    def identity(self) -> Codec:
-        raise NotImplementedError
+    @abstractmethod
+    def identity(self) -> Codec: ...
 
-    def check(self, stream: Stream) -> None:
+    def check(self, stream: Stream) -> None:  # noqa: B027 (most methods take every stream)
         """Raise InputError for a stream whose shape or bits the method cannot take."""
-
-    def layout(self, dim: int, bits: int) -> Layout:
-        """What a vector of `dim` numbers takes at `bits` an element."""
-        raise NotImplementedError
-
-    def encode_rows(self, x_ND: Tensor, bits: int) -> tuple[Tensor, Tensor | None]:
-        """x [N, D] floating -> codes [N, width] and scale [N], which are cast to the layout."""
-        raise NotImplementedError
-
-    def decode_rows(self, codes: Tensor, scale: Tensor | None, dim: int, bits: int) -> Tensor:
-        """Inverse of encode_rows: x^ [N, D], which is cast to float32."""
-        raise NotImplementedError
 
     def encode(
         self, x: Tensor, stream: Stream, positions: Tensor, mean: Tensor | None = None
@@ -96,11 +86,41 @@ class VectorCodec:
         options = (v for name, v in vars(self).items() if name not in ("key_bits", "value_bits"))
         return (self.method, role_bits(self, stream), *options)
 
+    @abstractmethod
     def encode_all(
         self, x_BHTD: Tensor, bits: int, mean: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """Codes [B H T, width] and scale [B H T]. For overriding: kernels do all rows at once, and
-        a method with a mean subtracts it here."""
+        """Codes [B H T, width] and scale [B H T]. A method with a mean subtracts it here."""
+
+    @abstractmethod
+    def decode_all(self, packed: Packed) -> Tensor:
+        """x^ [B H T, D] float32."""
+
+    def _pack(self, x: Tensor, bits: int, mean: Tensor | None) -> Packed:
+        shape, dim = x.shape[:3], x.shape[3]
+        codes, scale = self.encode_all(x, bits, mean)
+        codes = codes.view(*shape, codes.shape[1])
+        return Packed(bits, dim, codes, None if scale is None else scale.view(shape), mean)
+
+
+class RowCodec(VectorCodec):
+    """See the module's text. Kernels, which do all rows at once, override `encode_all`."""
+
+    @abstractmethod
+    def layout(self, dim: int, bits: int) -> Layout:
+        """What a vector of `dim` numbers takes at `bits` an element."""
+
+    @abstractmethod
+    def encode_rows(self, x_ND: Tensor, bits: int) -> tuple[Tensor, Tensor | None]:
+        """x [N, D] floating -> codes [N, width] and scale [N], which are cast to the layout."""
+
+    @abstractmethod
+    def decode_rows(self, codes: Tensor, scale: Tensor | None, dim: int, bits: int) -> Tensor:
+        """Inverse of encode_rows: x^ [N, D], which is cast to float32."""
+
+    def encode_all(
+        self, x_BHTD: Tensor, bits: int, mean: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         flat = x_BHTD.reshape(-1, x_BHTD.shape[3])
         count, dim = flat.shape
         codes, scale = self.layout(dim, bits).empty(count, flat.device)
@@ -111,16 +131,9 @@ class VectorCodec:
         return codes, scale
 
     def decode_all(self, packed: Packed) -> Tensor:
-        """x^ [B H T, D] float32, for overriding likewise."""
         codes, scale = packed.rows()
         out = torch.empty(len(codes), packed.dim, dtype=torch.float32, device=codes.device)
         for rows in row_chunks(len(codes), packed.dim, codes.device):
             own = None if scale is None else scale[rows]
             out[rows] = self.decode_rows(codes[rows], own, packed.dim, packed.bits)
         return out
-
-    def _pack(self, x: Tensor, bits: int, mean: Tensor | None) -> Packed:
-        shape, dim = x.shape[:3], x.shape[3]
-        codes, scale = self.encode_all(x, bits, mean)
-        codes = codes.view(*shape, codes.shape[1])
-        return Packed(bits, dim, codes, None if scale is None else scale.view(shape), mean)

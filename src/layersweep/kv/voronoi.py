@@ -31,7 +31,7 @@ from layersweep.kv.identity import Identity
 from layersweep.kv.packing import pack_bits, unpack_bits
 from layersweep.kv.rotate import add_rows, max_rows, rotate, rotate_back
 from layersweep.kv.uniform import ROUNDER, SMALLEST_HALF
-from layersweep.kv.vector_codec import Layout, VectorCodec
+from layersweep.kv.vector_codec import Layout, RowCodec
 
 GROUP = 8
 BETAS: dict[int, tuple[float, float, float, float]] = {
@@ -47,7 +47,7 @@ _SMALLEST_MEAN_SQUARE = 1e-36
 
 
 @dataclass(frozen=True)
-class Voronoi(VectorCodec):
+class Voronoi(RowCodec):
     """See the module's text. Packed: bytes of coordinates, then of indices, and an fp16 scale."""
 
     key_bits: int
