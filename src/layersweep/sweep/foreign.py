@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,13 +16,13 @@ from layersweep.kv.store import KvStore
 from layersweep.kv.stream import Stream
 from layersweep.model.generic import plain
 from layersweep.model.generic.interfaces import Attend
-from layersweep.model.generic.mixing import mapped, row_axis
+from layersweep.model.generic.mixing import mapped
 from layersweep.model.generic.rehearsal import AttentionSite
+from layersweep.sweep.attention import STREAMING_MEAN
+from layersweep.sweep.caches import Pair
 from layersweep.sweep.sequences import Branch, Group, Tile
 
-STREAMING_MEAN = 128
-
-Pair = tuple[Tensor, Tensor]
+Count = Callable[[Arm, float, int], None]
 
 
 def tile_positions(tile: Tile) -> Tensor:
@@ -47,168 +48,182 @@ class TileRows:
         groups: list[Group],
         sites: Mapping[nn.Module, tuple[int, AttentionSite]],
         num_layers: int,
-        count: Callable[[Arm, float, int], None] = lambda arm, bits, elements: None,
+        count: Count = lambda arm, bits, elements: None,
     ) -> None:
-        self.tile, self.groups, self.sites = tile, groups, sites
+        self.rows, self.groups, self.sites = tile.rows, groups, sites
         self.num_layers, self.count = num_layers, count
 
     def attend(
         self, module: nn.Module, q_1QND: Tensor, k_1GND: Tensor, v_1GND: Tensor, call: Attend
     ) -> Tensor:
+        """See walk.Attention. Each branch attends to its history, as its arm keeps it, and to
+        itself."""
         out = q_1QND.new_empty(*q_1QND.shape[:3], v_1GND.shape[3])
         layer, site = self.sites[module]
         for group in self.groups:
-            q, k, v, found = (_by_sequence(x, group) for x in (q_1QND, k_1GND, v_1GND, out))
-            _attend_group(self, group, layer, site, call, (q, k, v), found)
+            q, k, v, found = (_sequences(x, group) for x in (q_1QND, k_1GND, v_1GND, out))
+            at = torch.arange(group.sequences[0].longest, device=q.device)
+            _Attention(site, call, layer, self.num_layers, at, self.count)(
+                group.sequences[0].branches, q, (k, v), found
+            )
         return out
 
     def by_sequence(
         self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """`forward` for each prefix with one branch of it, as sequences of their own; the prefix's
-        rows come from the first branch."""
-        whole: list[Tensor | None] = []
-
-        def put(found: Any, rows: Tensor, keep: slice) -> Any:
-            """Where the rows of a call belong; makes room at the first one."""
-            place = iter(range(len(whole), 10**9)) if not whole else iter(range(len(whole)))
-            raise NotImplementedError
-
+        """See walk.SequenceWise: a call for each prefix with one branch of it, as whole sequences;
+        the prefix's rows come from the first branch's."""
         results: Any = None
         for group in self.groups:
-            before = len(group.sequences[0].prefix)
-            start = before
+            before = start = len(group.sequences[0].prefix)
+            first = torch.arange(len(group.sequences))[:, None] * group.rows_each + group.start
             for number, branch in enumerate(group.sequences[0].branches):
-                own = torch.cat((torch.arange(before), torch.arange(start, start + len(branch.ids))))
-                first = torch.arange(len(group.sequences))[:, None] * group.rows_each + group.start
-                rows = first + own  # [B, T]
-                take = _taking(rows, self.tile.rows)
+                own = torch.arange(start, start + len(branch.ids))
+                rows = first + torch.cat((torch.arange(before), own))  # [B, T]
+
+                def take(x: Tensor, rows: Tensor = rows) -> Tensor:
+                    packed = x.ndim > 1 and x.shape[:2] == (1, self.rows)
+                    return x[0][rows.to(x.device)] if packed else x
+
                 found = forward(*mapped(args, take), **mapped(kwargs, take))
-                skip = before if number else 0
-                results = _placed(results, found, rows, skip, self.tile.rows)
+                results = _placed(results, found, rows, before if number else 0, self.rows)
                 start += len(branch.ids)
         return results
 
 
-def _taking(rows: Tensor, total: int) -> Callable[[Tensor], Tensor]:
-    """[1, N, ...] -> [B, T, ...] of `rows`."""
-
-    def take(x: Tensor) -> Tensor:
-        if x.ndim < 2 or x.shape[1] != total or x.shape[0] != 1:
-            return x
-        return x[0][rows.to(x.device)]
-
-    return take
-
-
-def _placed(results: Any, found: Any, rows: Tensor, skip: int, total: int) -> Any:
-    """`found` [B, T, ...] written to its rows of [1, N, ...], in whatever it is packed in."""
-    if isinstance(found, Tensor):
-        if found.shape[:2] != rows.shape:
-            return found
-        if results is None:
-            results = found.new_zeros(1, total, *found.shape[2:])
-        results[0][rows[:, skip:].to(found.device)] = found[:, skip:]
-        return results
+def _placed(results: Any, found: Any, rows_BT: Tensor, skip: int, total: int) -> Any:
+    """`found` [B, T, ...] but its first `skip` tokens written to its rows of [1, N, ...], in
+    whatever it is packed in."""
     if isinstance(found, tuple | list):
         before = results or [None] * len(found)
         return type(found)(
-            _placed(one, part, rows, skip, total) for one, part in zip(before, found, strict=True)
+            _placed(one, part, rows_BT, skip, total)
+            for one, part in zip(before, found, strict=True)
         )
-    return found
+    if not isinstance(found, Tensor) or found.shape[:2] != rows_BT.shape:
+        return found
+    if results is None:
+        results = found.new_empty(1, total, *found.shape[2:])
+    results[0][rows_BT[:, skip:].to(found.device)] = found[:, skip:]
+    return results
 
 
-def _by_sequence(x_1HND: Tensor, group: Group) -> Tensor:
-    """[1, H, N, D] -> the group's [B, H, rows of a sequence, D], a view."""
+def _sequences(x_1HND: Tensor, group: Group) -> Tensor:
+    """A group's [B, H, rows of a sequence, D], a view of [1, H, N, D]."""
     rows = x_1HND[0, :, group.start : group.stop]
-    return rows.unflatten(1, (len(group.sequences), group.rows_each)).transpose(0, 1)
+    sizes = (len(rows), len(group.sequences), group.rows_each, rows.shape[2])
+    return rows.view(sizes).transpose(0, 1)
 
 
-def _attend_group(
-    rows: TileRows,
-    group: Group,
-    layer: int,
-    site: AttentionSite,
-    call: Attend,
-    qkv: tuple[Tensor, Tensor, Tensor],
-    out: Tensor,
-) -> None:
-    q, k, v = qkv
-    sequence, prefix = group.sequences[0], len(group.sequences[0].prefix)
-    at = torch.arange(sequence.longest, device=q.device)
-    if prefix:
-        own = slice(0, prefix)
-        out[:, :, own] = _attended(q[:, :, own], k[:, :, own], v[:, :, own], at[own], at[own], site, call)
-    kept = prefix if site.window is None else min(prefix, site.window - 1)
-    past = slice(prefix - kept, prefix)
-    readers = [b.arm for b in sequence.branches if not b.streaming]
-    table = site.rotation.table(at) if site.rotation else None
-    store = None
-    if kept and readers:
-        store = _stored(rows, readers, layer, site, _unturned(site, (k[:, :, past], v[:, :, past]), table, past), past.start)
-        for index, arm in enumerate(readers):
-            rows.count(arm, store.nbits(index), store.elements(index))
-    start, reader = prefix, 0
-    for branch in sequence.branches:
-        own = slice(start, start + len(branch.ids))
-        here = at[prefix : prefix + len(branch.ids)]
-        pair = k[:, :, own], v[:, :, own]
-        if branch.streaming:
-            out[:, :, own] = _streaming(rows, branch, layer, site, call, q[:, :, own], pair, table)
-        else:
-            seen = (k[:, :, past], v[:, :, past])
-            if store is not None and branch.arm.codec is not None:
-                seen = _turned(site, store.decoded(reader), table, past)
-            reader += 1
-            keys, values = (torch.cat((a.to(b.dtype), b), dim=2) for a, b in zip(seen, pair, strict=True))
-            key_at = torch.cat((at[past], here))
-            out[:, :, own] = _attended(q[:, :, own], keys, values, here, key_at, site, call)
-        start = own.stop
+@dataclass
+class _Attention:
+    """One layer's attention of a group; `at` [longest] are the positions of its sequences."""
+
+    site: AttentionSite
+    call: Attend
+    layer: int
+    num_layers: int
+    at: Tensor
+    count: Count
+
+    def __call__(self, branches: Sequence[Branch], q: Tensor, kv: Pair, out: Tensor) -> None:
+        """q, out [B, Q, rows of a sequence, D] and keys and values [B, G, rows, D]."""
+        start = prefix = q.shape[2] - sum(len(branch.ids) for branch in branches)
+        if prefix:
+            own = slice(0, prefix)
+            out[:, :, own] = self._looked(q[:, :, own], _cut(kv, own), self.at[own], self.at[own])
+        window = self.site.window
+        past = slice(0 if window is None else max(0, prefix - window + 1), prefix)
+        views = self._views([b.arm for b in branches if not b.streaming], _cut(kv, past), past)
+        for branch in branches:
+            own = slice(start, start + len(branch.ids))
+            new, here = _cut(kv, own), self.at[prefix : prefix + len(branch.ids)]
+            if branch.streaming:
+                out[:, :, own] = self._streamed(branch.arm, q[:, :, own], new)
+            else:
+                both = [torch.cat(pair, dim=2) for pair in zip(next(views), new, strict=True)]
+                key_at = torch.cat((self.at[past], here))
+                out[:, :, own] = self._looked(q[:, :, own], (both[0], both[1]), here, key_at)
+            start = own.stop
+
+    def _views(self, arms: Sequence[Arm], past: Pair, place: slice) -> Iterator[Pair]:
+        """Keys and values of the tokens in `place` as each arm's branch reads them."""
+        if place.stop == place.start or not arms:
+            yield from (past for _ in arms)
+            return
+        store = self._stored(arms, past, place)
+        for index, arm in enumerate(arms):
+            # exact ones are what the model made, not turned back and forth
+            yield past if arm.codec is None else self._decoded(store, index, past, place)
+
+    def _stored(
+        self, arms: Sequence[Arm], kv: Pair, place: slice, mean_tokens: int | None = None
+    ) -> KvStore:
+        """Tokens in `place` as each arm keeps them; `sink` counts from the first of a sequence."""
+        kept = [(replace(arm, sink=max(arm.sink - place.start, 0)), self.streams) for arm in arms]
+        keys = self._turned(kv[0], place, back=True)
+        empty = KvStore.empty(kept, self.layer, self.num_layers, mean_tokens)
+        store = empty.appended((keys, kv[1]))
+        for index, arm in enumerate(arms):
+            self.count(arm, store.nbits(index), store.elements(index))
+        return store
+
+    def _decoded(self, store: KvStore, index: int, like: Pair, place: slice) -> Pair:
+        keys, values = store.decoded(index)
+        keys = self._turned(keys.to(like[0].dtype), place, back=False)
+        return keys, values.to(like[1].dtype)
+
+    def _turned(self, keys: Tensor, place: slice, *, back: bool) -> Tensor:
+        rotation = self.site.rotation
+        if rotation is None:  # nobody knows how
+            return keys
+        return rotation.turned(keys, rotation.table(self.at[place]), back=back)
+
+    def _streamed(self, arm: Arm, q: Tensor, kv: Pair) -> Tensor:
+        """Every token reads the decoded keys and values of every earlier token and of itself; see
+        sweep/attention.py."""
+        at, place = self.at[: q.shape[2]], slice(0, q.shape[2])
+        stored = self._stored([arm], kv, place, STREAMING_MEAN)
+        if arm.codec is None:
+            return self._looked(q, kv, at, at)
+        group, seen = key_group(arm.codec), self._seen(at, at)
+        if group > 1 or arm.window:  # all of them coded, whatever is exact is laid beside it
+            inside = KvStore.empty(
+                [(replace(arm, window=0), self.streams)], self.layer, self.num_layers,
+                STREAMING_MEAN,
+            )  # fmt: skip
+            stored = inside.appended((self._turned(kv[0], place, back=True), kv[1]))
+        coded = self._decoded(stored, 0, kv, place)
+        if group == 1 and not arm.window:
+            return self._masked(q, coded, seen)
+        left = (at[:, None] + 1 - arm.sink - arm.window).clamp(min=0)  # that left the window
+        far, near = at < arm.sink + left // group * group, at >= arm.sink + left
+        keys = torch.cat((coded[0], kv[0], kv[0]), dim=2)
+        values = torch.cat((coded[1], coded[1], kv[1]), dim=2)
+        mask = torch.cat((seen & far, seen & ~far & ~near, seen & near), dim=1)
+        return self._masked(q, (keys, values), mask)
+
+    def _seen(self, query_at: Tensor, key_at: Tensor) -> Tensor:
+        return plain.may_look(query_at, key_at, self.site.window, self.site.chunk)
+
+    def _looked(self, q: Tensor, kv: Pair, query_at: Tensor, key_at: Tensor) -> Tensor:
+        return self._masked(q, kv, self._seen(query_at, key_at))
+
+    def _masked(self, q: Tensor, kv: Pair, mask_TS: Tensor) -> Tensor:
+        call = self.call
+        return plain.attend(
+            q, *kv, mask_TS, scale=call.scale, softcap=call.softcap, sinks_Q=call.sinks
+        )
+
+    @cached_property
+    def streams(self) -> tuple[Stream, Stream]:
+        site = self.site
+        turns = site.rotation is not None and len(site.rotation.first) > 0
+        return (
+            Stream("k", site.kv_heads, site.key_dim, "key", turns, site.window),
+            Stream("v", site.kv_heads, site.value_dim, "value", False, site.window),
+        )
 
 
-def _attended(q: Tensor, k: Tensor, v: Tensor, query_at: Tensor, key_at: Tensor, site: AttentionSite, call: Attend) -> Tensor:
-    seen = plain.may_look(query_at, key_at, site.window, site.chunk)
-    return plain.attend(q, k, v, seen, scale=call.scale, softcap=call.softcap, sinks_Q=call.sinks)
-
-
-def _streams(site: AttentionSite) -> tuple[Stream, Stream]:
-    turned = site.rotation is not None and len(site.rotation.first) > 0
-    return (
-        Stream("k", site.kv_heads, site.key_dim, "key", turned, site.window),
-        Stream("v", site.kv_heads, site.value_dim, "value", False, site.window),
-    )
-
-
-def _stored(rows: TileRows, arms: list[Arm], layer: int, site: AttentionSite, kv: Pair, skipped: int, mean_tokens: int | None = None) -> KvStore:
-    """Keys and values as each arm keeps them, `skipped` older tokens being out of the window."""
-    streams = _streams(site)
-    kept = [(replace(arm, sink=max(arm.sink - skipped, 0)), streams) for arm in arms]
-    return KvStore.empty(kept, layer, rows.num_layers, mean_tokens).appended(kv)
-
-
-def _unturned(site: AttentionSite, kv: Pair, table: Pair | None, at: slice) -> Pair:
-    """Keys before RoPE."""
-    if site.rotation is None or table is None:
-        return kv
-    return site.rotation.turned(kv[0], (table[0][at], table[1][at]), back=True), kv[1]
-
-
-def _turned(site: AttentionSite, kv: tuple[Tensor, ...], table: Pair | None, at: slice) -> Pair:
-    if site.rotation is None or table is None:
-        return kv[0], kv[1]
-    return site.rotation.turned(kv[0], (table[0][at], table[1][at]), back=False), kv[1]
-
-
-def _streaming(rows: TileRows, branch: Branch, layer: int, site: AttentionSite, call: Attend, q: Tensor, kv: Pair, table: Pair | None) -> Tensor:
-    """Every token reads the decoded keys and values of every earlier token and of itself."""
-    tokens, arm = q.shape[2], branch.arm
-    at = torch.arange(tokens, device=q.device)
-    group = 1 if arm.codec is None else key_group(arm.codec)
-    plain_kv = _unturned(site, kv, table, slice(0, tokens))
-    stored = _stored(rows, [arm], layer, site, plain_kv, 0, STREAMING_MEAN)
-    rows.count(arm, stored.nbits(0), stored.elements(0))
-    if arm.codec is None:
-        return _attended(q, *kv, at, at, site, call)
-    if group == 1 and not arm.window:
-        return _attended(q, *_turned(site, stored.decoded(0), table, slice(0, tokens)), at, at, site, call)
-    raise NotImplementedError
+def _cut(kv: Pair, tokens: slice) -> Pair:
+    return kv[0][:, :, tokens], kv[1][:, :, tokens]

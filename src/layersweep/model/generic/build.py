@@ -6,7 +6,7 @@ import copy
 import difflib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -47,7 +47,9 @@ def read_config(folder: Path) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except FOREIGN_FAILURES as failure:
-        raise CheckpointError(f"{file}: transformers refuses it: {first_line(failure)}") from failure
+        raise CheckpointError(
+            f"{file}: transformers refuses it: {first_line(failure)}"
+        ) from failure
 
 
 def build(config: PreTrainedConfig) -> PreTrainedModel:
@@ -101,9 +103,7 @@ def base_of(model: PreTrainedModel) -> tuple[str, nn.Module]:
 def layers_of(model: PreTrainedModel) -> list[nn.Module]:
     """The decoder layers, in order: the one list of modules that is not within another."""
     _, base = base_of(model)
-    lists = {
-        name: part for name, part in base.named_modules() if isinstance(part, nn.ModuleList)
-    }
+    lists = {name: part for name, part in base.named_modules() if isinstance(part, nn.ModuleList)}
     depth = min((name.count(".") for name in lists), default=0)
     outer = [part for name, part in lists.items() if name.count(".") == depth and len(part)]
     count = getattr(model.config.get_text_config(), "num_hidden_layers", 0)

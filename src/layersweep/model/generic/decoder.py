@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from layersweep.model.generic.build import base_of, build, fill_buffers, layers_of
 from layersweep.model.generic.interfaces import current
-from layersweep.model.generic.rehearsal import LayerParts, rehearse
+from layersweep.model.generic.rehearsal import rehearse
 from layersweep.model.generic.walk import AtLayer, Attention, SequenceWise, Walk
 
 if TYPE_CHECKING:
@@ -29,7 +27,8 @@ class Decoder:
     """
 
     def __init__(self, config: PreTrainedConfig, device: torch.device, longest: int) -> None:
-        self.layers = rehearse(config, longest)
+        parts = rehearse(config, longest)
+        self.layers, self.tables = parts.layers, parts.tables
         self.model = build(config)
         fill_buffers(self.model, device)
         self.device = device
@@ -39,7 +38,7 @@ class Decoder:
             layer.register_forward_pre_hook(_halts_at(index))
             for name in self.layers[index].mixers:
                 mixer = self._modules[name]
-                mixer.forward = _by_sequence(mixer.forward)  # type: ignore[method-assign]
+                mixer.forward = _by_sequence(mixer.forward)
         layer.register_forward_hook(_halts_behind(len(self.layers)))
 
     def walk(
@@ -49,9 +48,7 @@ class Decoder:
         once, halts before each layer and behind the last, and then takes the rest of the base."""
 
         def forward() -> Tensor:
-            found = self.base(
-                input_ids=ids[None], position_ids=positions[None], use_cache=False
-            )
+            found = self.base(input_ids=ids[None], position_ids=positions[None], use_cache=False)
             return found[0]  # type: ignore[no-any-return]
 
         return Walk(forward, attend, by_sequence)

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from layersweep.model.generic.walk import AtExperts
+
 Linear = Callable[[Tensor, Tensor], Tensor]  # x [N, in], weight [out, in] -> [N, out]
 
 
@@ -52,16 +54,14 @@ class ExpertSums:
     start: list[int]
 
     @classmethod
-    def of(
-        cls, rows_NH: Tensor, experts_NK: Tensor, weights_NK: Tensor, experts: int
-    ) -> ExpertSums:
+    def of(cls, halt: AtExperts, experts: int) -> ExpertSums:
         """Sort by expert, then by token. Waits for the device."""
-        chosen, order = experts_NK.flatten().sort(stable=True)
+        chosen, order = halt.experts_NK.flatten().sort(stable=True)
         ends = torch.searchsorted(chosen, torch.arange(experts, device=chosen.device), right=True)
-        weights = weights_NK.flatten()[order]
-        per_row = experts_NK.shape[1]
-        sums = torch.zeros_like(rows_NH)
-        return cls(rows_NH, sums, order // per_row, weights, [0, *ends.tolist()])
+        weights = halt.weights_NK.flatten()[order]
+        per_row = halt.experts_NK.shape[1]
+        sums = torch.zeros_like(halt.rows_NH)
+        return cls(halt.rows_NH, sums, order // per_row, weights, [0, *ends.tolist()])
 
     def add(
         self, expert: int, module: nn.Module, one: Mapping[str, Tensor], linear: Linear = F.linear

@@ -122,9 +122,7 @@ def _attention(
 ) -> tuple[Tensor, None]:
     window, softcap = others.pop("sliding_window", None), others.pop("softcap", None)
     sinks, causal = others.pop("s_aux", None), others.get("is_causal", True)
-    unknown = {
-        name for name, value in others.items() if value is not None and name not in _NEUTRAL
-    }
+    unknown = {name for name, value in others.items() if value is not None and name not in _NEUTRAL}
     where = type(module).__name__
     if unknown:
         raise Unsupported(
@@ -147,13 +145,15 @@ def _attention(
 def _mask(
     batch_size: int, q_length: int, kv_length: int, mask_function: Any, **others: Any
 ) -> Sight:
-    return current().sight(others.get("local_size"), mask_function)
+    found: Sight = current().sight(others.get("local_size"), mask_function)
+    return found
 
 
 def _experts(
     module: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
-    return current().experts(module, hidden_states, top_k_index, top_k_weights)
+    found: Tensor = current().experts(module, hidden_states, top_k_index, top_k_weights)
+    return found
 
 
 def shown(shows: Any, width: int | None) -> str:

@@ -1,4 +1,4 @@
-"""Attention with everything that decoders ask of it, in plain torch: the oracle, and the CPU's path.
+"""Attention with all that decoders ask of it, in plain torch: the oracle, and the CPU's path.
 
 Shape legend: B sequences, Q query heads, G key/value heads, T queries, S keys, D head size.
 """

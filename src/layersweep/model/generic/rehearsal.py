@@ -11,7 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from layersweep.model.generic.build import (
-    FOREIGN_FAILURES, base_of, build, fill_buffers, first_line, layers_of,
+    FOREIGN_FAILURES,
+    base_of,
+    build,
+    fill_buffers,
+    first_line,
+    layers_of,
 )  # fmt: skip
 from layersweep.model.generic.interfaces import Attend, Sight, Unsupported, shown, visiting
 from layersweep.model.generic.mixing import ROWS, Called
@@ -56,8 +61,17 @@ class LayerParts:
     mixers: tuple[str, ...]
 
 
-def rehearse(config: PreTrainedConfig, longest: int) -> tuple[LayerParts, ...]:
-    """The layers of a decoder for sequences of up to `longest` tokens.
+@dataclass(frozen=True)
+class Parts:
+    """A decoder: its layers, and the tables (by their modules' names) that it reads before the
+    first of them and never again."""
+
+    layers: tuple[LayerParts, ...]
+    tables: tuple[str, ...]
+
+
+def rehearse(config: PreTrainedConfig, longest: int) -> Parts:
+    """What a decoder does with sequences of up to `longest` tokens.
 
     Raises Unsupported, with the reason, for one that cannot run layer by layer on the rows of
     several sequences.
@@ -70,6 +84,9 @@ def rehearse(config: PreTrainedConfig, longest: int) -> tuple[LayerParts, ...]:
         layer.register_forward_pre_hook(_entering(notes, index))
         for module in layer.modules():
             module.register_forward_hook(notes.keep, with_kwargs=True)
+    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    for table in tables:
+        table.register_forward_hook(notes.read)
     _run(model, notes, list(range(ROWS)))
     if notes.order != list(range(len(layers))):
         raise Unsupported(
@@ -84,11 +101,7 @@ def rehearse(config: PreTrainedConfig, longest: int) -> tuple[LayerParts, ...]:
     notes.listening = False
     with torch.no_grad(), visiting(notes):
         mixers = [
-            [
-                names[mixer]
-                for child in layer.children()
-                for mixer in _mixers(child, index, notes)
-            ]
+            [names[mixer] for child in layer.children() for mixer in _mixers(child, index, notes)]
             for index, layer in enumerate(layers)
         ]
     stand_ins.same = True
@@ -97,18 +110,17 @@ def rehearse(config: PreTrainedConfig, longest: int) -> tuple[LayerParts, ...]:
     for index, layer in enumerate(layers):
         layer.register_forward_pre_hook(_entering(keys, index))
     _run(model, keys, positions)
-    return tuple(
-        LayerParts(
-            names[layer],
-            tuple(
-                _site(names[module], seen, keys.attends[at, module].key, positions)
-                for (at, module), seen in notes.attends.items()
-                if at == index
-            ),
-            tuple(names[module] for at, module in notes.experts_called if at == index),
-            tuple(mixers[index]),
-        )
-        for index, layer in enumerate(layers)
+    within = {module for layer in layers for module in layer.modules()}
+    return Parts(
+        tuple(
+            _layer_parts(names, index, layer, mixers[index], notes, keys, positions)
+            for index, layer in enumerate(layers)
+        ),
+        tuple(
+            names[table]
+            for table in tables
+            if notes.tables.get(table) == -1 and table not in within
+        ),
     )
 
 
@@ -129,7 +141,12 @@ class _Notes:
     attends: dict[tuple[int, nn.Module], _Attended] = field(default_factory=dict)
     experts_called: list[tuple[int, nn.Module]] = field(default_factory=list)
     calls: dict[tuple[int, nn.Module], Called] = field(default_factory=dict)
+    tables: dict[nn.Module, int] = field(default_factory=dict)
     listening: bool = True
+
+    def read(self, module: nn.Module, args: Any, found: Any) -> None:
+        """A forward hook of tables: in which layer one was last read."""
+        self.tables[module] = self.layer
 
     def keep(self, module: nn.Module, args: Any, kwargs: Any, found: Any) -> None:
         """A forward hook."""
@@ -219,6 +236,24 @@ def _mixers(part: nn.Module, layer: int, notes: _Notes) -> Iterator[nn.Module]:
             "function, in a part that attends"
         )
     yield from found
+
+
+def _layer_parts(
+    names: dict[nn.Module, str],
+    index: int,
+    layer: nn.Module,
+    mixers: list[str],
+    notes: _Notes,
+    keys: _Notes,
+    positions: list[int],
+) -> LayerParts:
+    attention = tuple(
+        _site(names[module], seen, keys.attends[at, module].key, positions)
+        for (at, module), seen in notes.attends.items()
+        if at == index
+    )
+    experts = tuple(names[module] for at, module in notes.experts_called if at == index)
+    return LayerParts(names[layer], attention, experts, tuple(mixers))
 
 
 def _site(name: str, seen: _Attended, keys: Tensor, positions: list[int]) -> AttentionSite:

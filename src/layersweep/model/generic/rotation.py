@@ -50,6 +50,7 @@ class Rotation:
 def find_rotation(keys_PD: Tensor, positions: list[int]) -> Rotation | None:
     """How one key at `positions` (see `probed_positions`) turns. No pairs where it does not move;
     None where it moves in another way. float64."""
+    keys_PD = keys_PD.double()
     moves = (keys_PD - keys_PD[0]).abs().amax(0) > 1e-7 * keys_PD[0].abs().mean()
     turning = moves.nonzero()[:, 0]
     if not len(turning):

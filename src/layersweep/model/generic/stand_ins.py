@@ -32,9 +32,9 @@ class StandIns:
         for name, module in model.named_modules():
             size = _sizes(module)
             if size is not None:
-                module.forward = _Matrix(self, name, *size)  # type: ignore[method-assign]
+                module.forward = _Matrix(self, name, *size)
             elif type(module).forward is nn.Embedding.forward:
-                module.forward = _Table(self, name, module.embedding_dim)  # type: ignore
+                module.forward = _Table(self, name, module.embedding_dim)
             else:
                 for key, parameter in module.named_parameters(recurse=False):
                     module._parameters[key] = nn.Parameter(self._small(parameter), False)
@@ -67,21 +67,20 @@ class _Matrix:
 
     def __call__(self, x: Tensor) -> Tensor:
         much = x.float() @ self._look
-        return self._base + (torch.zeros_like(much) if self._of.same else much)[..., None] * (
-            self._step
-        )
+        much = torch.zeros_like(much) if self._of.same else much
+        found: Tensor = self._base + much[..., None] * self._step
+        return found
 
 
 class _Table:
     def __init__(self, all_of: StandIns, name: str, width: int) -> None:
         self._of, self._width, self._name = all_of, width, name
-        self._base, self._step = torch.randn(
-            2, width, dtype=torch.float32, generator=_seeded(name)
-        )
+        self._base, self._step = torch.randn(2, width, dtype=torch.float32, generator=_seeded(name))
 
     def __call__(self, ids: Tensor) -> Tensor:
         much = torch.zeros(ids.shape) if self._of.same else torch.sin(3.0 * ids)
-        return self._base + much.float()[..., None] * self._step
+        found: Tensor = self._base + much.float()[..., None] * self._step
+        return found
 
 
 def _sizes(module: nn.Module) -> tuple[int, int] | None:
