@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -78,50 +80,53 @@ def rehearse(config: PreTrainedConfig, longest: int) -> Parts:
     """
     model = build(config)
     fill_buffers(model, torch.device("cpu"))
-    stand_ins, notes = StandIns(model), _Notes()
-    layers, names = layers_of(model), {module: name for name, module in model.named_modules()}
-    for index, layer in enumerate(layers):
-        layer.register_forward_pre_hook(_entering(notes, index))
-        for module in layer.modules():
-            module.register_forward_hook(notes.keep, with_kwargs=True)
-    tables = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    for table in tables:
-        table.register_forward_hook(notes.read)
-    _run(model, notes, list(range(ROWS)))
-    if notes.order != list(range(len(layers))):
-        raise Unsupported(
-            f"{config.model_type}: found layers called in the order {notes.order}, needed each "
-            "once, from the first to the last"
-        )
-    if not notes.attends:
-        raise Unsupported(
-            f"{config.model_type}: found no layer that attends through transformers' attention "
-            "interface, so that there are no keys and values to keep"
-        )
-    notes.listening = False
-    with torch.no_grad(), visiting(notes):
-        mixers = [
-            [names[mixer] for child in layer.children() for mixer in _mixers(child, index, notes)]
-            for index, layer in enumerate(layers)
-        ]
-    stand_ins.same = True
-    positions = probed_positions(longest)
-    keys = _Notes()
-    for index, layer in enumerate(layers):
-        layer.register_forward_pre_hook(_entering(keys, index))
-    _run(model, keys, positions)
+    stand_ins, names = StandIns(model), {part: name for name, part in model.named_modules()}
+    layers, positions = layers_of(model), probed_positions(longest)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # small tensors all the way: others would wait for each other
+    try:
+        notes = _Notes(layers)
+        _run(model, notes, list(range(ROWS)))
+        stand_ins.same = True
+        keys = _Notes(layers, judging=False)
+        _run(model, keys, positions)
+    finally:
+        torch.set_num_threads(threads)
+    _check(config.model_type, notes)
     within = {module for layer in layers for module in layer.modules()}
     return Parts(
         tuple(
-            _layer_parts(names, index, layer, mixers[index], notes, keys, positions)
+            LayerParts(
+                names[layer],
+                tuple(
+                    _site(names[module], seen, keys.attends[at, module].key, positions)
+                    for (at, module), seen in notes.attends.items()
+                    if at == index
+                ),
+                tuple(names[module] for at, module in notes.experts_called if at == index),
+                tuple(names[module] for at, module in notes.mixers if at == index),
+            )
             for index, layer in enumerate(layers)
         ),
         tuple(
             names[table]
-            for table in tables
-            if notes.tables.get(table) == -1 and table not in within
+            for table, layer in notes.tables.items()
+            if layer == -1 and table not in within
         ),
     )
+
+
+def _check(kind: str, notes: _Notes) -> None:
+    if notes.order != list(range(len(notes.layers))):
+        raise Unsupported(
+            f"{kind}: found layers called in the order {notes.order}, needed each once, from the "
+            "first to the last"
+        )
+    if not notes.attends:
+        raise Unsupported(
+            f"{kind}: found no layer that attends through transformers' attention interface, so "
+            "that there are no keys and values to keep"
+        )
 
 
 @dataclass(frozen=True)
@@ -132,31 +137,46 @@ class _Attended:
     value: Tensor
 
 
-@dataclass
 class _Notes:
-    """The visitor of a rehearsal: who was called in which layer, and with what."""
+    """The visitor of a rehearsal: who was called in which layer, and with what.
 
-    layer: int = -1
-    order: list[int] = field(default_factory=list)
-    attends: dict[tuple[int, nn.Module], _Attended] = field(default_factory=dict)
-    experts_called: list[tuple[int, nn.Module]] = field(default_factory=list)
-    calls: dict[tuple[int, nn.Module], Called] = field(default_factory=dict)
-    tables: dict[nn.Module, int] = field(default_factory=dict)
-    listening: bool = True
+    With `judging`, calls are kept until their layer is left, which is when its mixers are found.
+    """
 
-    def read(self, module: nn.Module, args: Any, found: Any) -> None:
-        """A forward hook of tables: in which layer one was last read."""
-        self.tables[module] = self.layer
+    def __init__(self, layers: list[nn.Module], *, judging: bool = True) -> None:
+        self.layers, self.judging = layers, judging
+        self.layer = -1
+        self.order: list[int] = []
+        self.attends: dict[tuple[int, nn.Module], _Attended] = {}
+        self.experts_called: list[tuple[int, nn.Module]] = []
+        self.mixers: list[tuple[int, nn.Module]] = []
+        self.tables: dict[nn.Module, int] = {}
+        self._calls: dict[nn.Module, Called] = {}
+        self._listening = True
 
-    def keep(self, module: nn.Module, args: Any, kwargs: Any, found: Any) -> None:
-        """A forward hook."""
-        if self.listening:
-            self.calls[self.layer, module] = Called(module, args, kwargs, found)
+    @contextmanager
+    def listening_to(self, model: nn.Module) -> Iterator[None]:
+        """Its forward pass is noted."""
+        with ExitStack() as leave:
+            for index, layer in enumerate(self.layers):
+                hooks = [layer.register_forward_pre_hook(partial(self._enter, index))]
+                if self.judging:
+                    hooks += [
+                        part.register_forward_hook(self._keep, with_kwargs=True)
+                        for part in layer.modules()
+                    ]
+                hooks.append(layer.register_forward_hook(self._leave))
+                for hook in hooks:
+                    leave.callback(hook.remove)
+            for part in model.modules():
+                if isinstance(part, nn.Embedding):
+                    leave.callback(part.register_forward_hook(self._read).remove)
+            yield
 
     def attend(
         self, module: nn.Module, q_1QND: Tensor, k_1GND: Tensor, v_1GND: Tensor, call: Attend
     ) -> Tensor:
-        if self.listening:
+        if self._listening:
             if (self.layer, module) in self.attends:
                 raise Unsupported(
                     f"{type(module).__name__}: found two attention calls in layer {self.layer}, "
@@ -168,22 +188,62 @@ class _Notes:
         return v_1GND.repeat_interleave(repeats, dim=1) + q_1QND.mean(-1, keepdim=True)
 
     def sight(self, width: int | None, shows: Any) -> Sight:
-        return Sight(width, shown(shows, width))
+        return Sight(width, shown(shows, width) if self.judging else "")
 
     def experts(
         self, module: nn.Module, rows_NH: Tensor, experts_NK: Tensor, weights_NK: Tensor
     ) -> Tensor:
-        if self.listening:
+        if self._listening:
             self.experts_called.append((self.layer, module))
         return rows_NH * weights_NK.sum(1, keepdim=True).to(rows_NH.dtype)
 
+    def _enter(self, index: int, module: nn.Module, args: Any) -> None:
+        self.layer = index
+        self.order.append(index)
 
-def _entering(notes: _Notes, index: int) -> Any:
-    def hook(module: nn.Module, args: Any) -> None:
-        notes.layer = index
-        notes.order.append(index)
+    def _read(self, module: nn.Module, args: Any, found: Any) -> None:
+        self.tables[module] = self.layer  # the last to read it
 
-    return hook
+    def _keep(self, module: nn.Module, args: Any, kwargs: Any, found: Any) -> None:
+        if self._listening:
+            self._calls[module] = Called(module, args, kwargs, found)
+
+    def _leave(self, module: nn.Module, args: Any, found: Any) -> None:
+        if self.judging and self._listening:
+            self._listening = False
+            for child in module.children():
+                self.mixers += [(self.layer, part) for part in self._mixing(child)]
+            self._calls.clear()
+            self._listening = True
+
+    def _mixing(self, part: nn.Module) -> Iterator[nn.Module]:
+        """The largest parts that mix tokens and do not attend; `part` is asked first.
+
+        Raises Unsupported where a part that attends mixes tokens in another way, too.
+        """
+        if part not in self._calls:  # a list, or a holder of parts that others call
+            for child in part.children():
+                yield from self._mixing(child)
+            return
+        try:
+            mixes = self._calls[part].mixes()
+        except FOREIGN_FAILURES as failure:
+            raise Unsupported(
+                f"{type(part).__name__}: cannot be called by itself: {first_line(failure)}"
+            ) from failure
+        if not mixes:
+            return
+        inside = set(part.modules())
+        if not any(at == self.layer and module in inside for at, module in self.attends):
+            yield part
+            return
+        found = [mixer for child in part.children() for mixer in self._mixing(child)]
+        if not found:
+            raise Unsupported(
+                f"{type(part).__name__}: found tokens that see each other outside of the "
+                "attention function, in a part that attends"
+            )
+        yield from found
 
 
 def _run(model: PreTrainedModel, notes: _Notes, positions: list[int]) -> None:
@@ -196,7 +256,7 @@ def _run(model: PreTrainedModel, notes: _Notes, positions: list[int]) -> None:
         )
     at = torch.tensor([positions])
     ids = 3 + torch.arange(at.numel())[None] % 29
-    with torch.no_grad(), visiting(notes):
+    with torch.no_grad(), visiting(notes), notes.listening_to(model):
         try:
             base(input_ids=ids, position_ids=at, use_cache=False)
         except Unsupported:
@@ -205,55 +265,6 @@ def _run(model: PreTrainedModel, notes: _Notes, positions: list[int]) -> None:
             raise Unsupported(
                 f"{type(base).__name__}: does not run on plain rows: {first_line(failure)}"
             ) from failure
-
-
-def _mixers(part: nn.Module, layer: int, notes: _Notes) -> Iterator[nn.Module]:
-    """The largest parts that mix tokens and do not attend; `part` is asked first.
-
-    Raises Unsupported where a part that attends mixes tokens in another way, too.
-    """
-    called = notes.calls.get((layer, part))
-    if called is None:  # a list or a holder of parts that are called by others
-        for child in part.children():
-            yield from _mixers(child, layer, notes)
-        return
-    try:
-        mixes = called.mixes()
-    except FOREIGN_FAILURES as failure:
-        raise Unsupported(
-            f"{type(part).__name__}: cannot be called by itself: {first_line(failure)}"
-        ) from failure
-    if not mixes:
-        return
-    inside = set(part.modules())
-    if not any(at == layer and module in inside for at, module in notes.attends):
-        yield part
-        return
-    found = [module for child in part.children() for module in _mixers(child, layer, notes)]
-    if not found:
-        raise Unsupported(
-            f"{type(part).__name__}: found tokens that see each other outside of the attention "
-            "function, in a part that attends"
-        )
-    yield from found
-
-
-def _layer_parts(
-    names: dict[nn.Module, str],
-    index: int,
-    layer: nn.Module,
-    mixers: list[str],
-    notes: _Notes,
-    keys: _Notes,
-    positions: list[int],
-) -> LayerParts:
-    attention = tuple(
-        _site(names[module], seen, keys.attends[at, module].key, positions)
-        for (at, module), seen in notes.attends.items()
-        if at == index
-    )
-    experts = tuple(names[module] for at, module in notes.experts_called if at == index)
-    return LayerParts(names[layer], attention, experts, tuple(mixers))
 
 
 def _site(name: str, seen: _Attended, keys: Tensor, positions: list[int]) -> AttentionSite:
