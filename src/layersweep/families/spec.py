@@ -21,8 +21,9 @@ GroupScore = Literal["max", "top2"]
 class Rope:
     """Rotary position embedding of the first `dim` coordinates of a head (Su et al., 2021).
 
-    `interleaved`: coordinates 2i and 2i + 1 are a pair, else i and i + dim / 2. The other fields
-    are those of transformers' `rope_parameters`, where `kind` uses them.
+    `interleaved`: coordinates 2i and 2i + 1 are a pair, else i and i + dim / 2. `turning`: share
+    of the pairs that turn, of kind "proportional". The other fields are those of transformers'
+    `rope_parameters`, where `kind` uses them.
     """
 
     theta: float
@@ -30,7 +31,8 @@ class Rope:
     kind: RopeKind = "default"
     interleaved: bool = False
     factor: float = 1.0
-    original_length: int = 0  # original_max_position_embeddings
+    original_length: int = 0  # original_max_position_embeddings; dynamic: max_position_embeddings
+    turning: float = 1.0  # partial_rotary_factor of a proportional one
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     beta_fast: float = 32.0
