@@ -198,3 +198,31 @@ def test_the_rule_of_a_layer() -> None:
     assert Rule.of(layer) == PLAIN  # the usual scale is left to the kernel
     gemma = spec.Attention(8, 4, 256, 256, scale=0.05, rope=None, window=4096, softcap=50.0)
     assert Rule.of(gemma) == Rule(0.05, 4096, 50.0)
+
+
+GPU_RULES = ("plain", "scale", "window")
+
+
+@pytest.mark.parametrize("attention", [FlashAttention(), MemoryEfficientAttention()])
+def test_torchs_kernels_take_our_arguments(attention: attentions.Attention) -> None:
+    """Without a GPU: they check arguments and shapes on the meta device too."""
+    sizes = ((2, HEADS, 7, DIM), (2, KV_HEADS, 20, DIM), (2, KV_HEADS, 20, VALUE))
+    q, k, v = (torch.empty(size, dtype=torch.float16, device="meta") for size in sizes)
+    mask = torch.empty(7, 20, dtype=torch.bool, device="meta")
+    for name in GPU_RULES:
+        for sinks in (None, torch.empty(HEADS, device="meta")):
+            found = attention(q, k, v, rule=RULES[name], sinks=sinks)
+            assert found.shape == (2, HEADS, 7, VALUE) and found.dtype == torch.float16
+            found = attention(q, k, v, mask, rule=RULES[name].masked(), sinks=sinks)
+            assert found.shape == (2, HEADS, 7, VALUE)
+
+
+def test_a_sink_takes_its_share_afterwards() -> None:
+    q, k, v = inputs(20, 20)
+    sinks = torch.randn(HEADS) + 1
+    scores = q @ k.repeat_interleave(HEADS // KV_HEADS, dim=1).mT * DIM**-0.5
+    hidden = ~torch.ones(20, 20, dtype=torch.bool).tril()
+    sums = scores.masked_fill(hidden, float("-inf")).logsumexp(-1)
+    padded = torch.nn.functional.pad(sums, (0, 12), value=float("nan"))
+    found = attentions._with_sinks(PlainAttention()(q, k, v), padded, sinks)
+    close(found, PlainAttention()(q, k, v, sinks=sinks))
