@@ -103,7 +103,7 @@ def _check_unpacked(
     folder: LocalFolder, config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]
 ) -> None:
     needed = "weights in BF16, F16 or F32"
-    for name, stored in tensors.items():
+    for name, stored in sorted(tensors.items()):  # a weight before its scales
         if _is_packed(name, stored):
             found = f"{stored.describe()}: already quantized"
             raise FileProblem(Problem(str(stored.file), name, found, needed, _AS_PUBLISHED))
