@@ -25,4 +25,7 @@ def read_mistral(f: Fields) -> Decoder:
 
 DEFAULTS = {"rope_theta": 1e4, "hidden_act": "silu", "rms_norm_eps": 1e-6}
 LLAMA = Family("llama", "LlamaForCausalLM", read, NAMES, DEFAULTS)
-MISTRAL = Family("mistral", "MistralForCausalLM", read_mistral, NAMES, DEFAULTS)
+MISTRAL = Family(
+    "mistral", "MistralForCausalLM", read_mistral, NAMES,
+    {**DEFAULTS, "num_key_value_heads": 8, "sliding_window": 4096},
+)  # fmt: skip

@@ -78,7 +78,8 @@ class Attention:
     scores; `softcap` c: scores become c tanh(scores / c); `sinks`: a learned score per head that
     takes part in the softmax and has no value. `qk_norm`: of each head, or of all heads at once.
     `rope` None: no positions. `value_dim`: of a value head. `bias`: of q, k, v; `out_bias`: of o.
-    `norm`: of q, k and latents, the decoder's own by default.
+    `norm`: of q, k and latents, the decoder's own by default. `clip`: q, k and v are kept within
+    plus and minus it, after their norms.
     """
 
     num_heads: int
@@ -95,6 +96,7 @@ class Attention:
     out_bias: bool = False
     latent: Latent | None = None
     norm: Norm | None = None
+    clip: float | None = None
 
     @property
     def query_width(self) -> int:
