@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from layersweep.families.deepseek import V2, V3
 from layersweep.families.family import Family
 from layersweep.families.fields import Fields, spell
 from layersweep.families.foreign import foreign_fields, unused_fields
+from layersweep.families.gemma import GEMMA, GEMMA2, GEMMA3
+from layersweep.families.glm import GLM, GLM4, GLM4_MOE
+from layersweep.families.gpt_oss import GPT_OSS
 from layersweep.families.llama import LLAMA, MISTRAL
 from layersweep.families.mixtral import MIXTRAL
 from layersweep.families.names import Names
@@ -21,6 +25,7 @@ FAMILIES = {
     family.model_type: family
     for family in (
         *(LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE, OLMO2, OLMOE, PHI3),
+        *(GEMMA, GEMMA2, GEMMA3, GPT_OSS, GLM, GLM4, GLM4_MOE, V2, V3),
     )
 }
 

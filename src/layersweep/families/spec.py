@@ -138,7 +138,8 @@ class Router:
     `bias`: of the logits; `correction`: added where experts are chosen, not to their weights.
     With `groups` > 1 only experts of the best `top_groups` groups can be chosen, a group judged
     by its best expert or by the sum of its best two. `normalize`: the weights of a token are
-    divided by their sum; `scale` multiplies them afterwards.
+    divided by their sum; `scale` multiplies them afterwards. `float32`: logits are computed so,
+    whatever the layer is computed in.
     """
 
     top_k: int
@@ -150,6 +151,7 @@ class Router:
     groups: int = 1
     top_groups: int = 1
     group_score: GroupScore = "max"
+    float32: bool = False
 
 
 @dataclass(frozen=True)
@@ -195,7 +197,8 @@ class Decoder:
     """A decoder-only language model.
 
     `embedding_scale` multiplies embeddings, `logit_scale` logits, before `logit_softcap`.
-    `synthetic`: the weights were never trained. `limit`: most tokens of a sequence.
+    `synthetic`: the weights were never trained. `draft_layers`: layers for multi-token prediction
+    that files may hold behind the last one; they are not run.
     """
 
     architecture: str
@@ -212,6 +215,7 @@ class Decoder:
     bos_token_id: int | None = None
     eos_token_id: int | None = None
     synthetic: bool = False
+    draft_layers: int = 0
 
     @property
     def num_hidden_layers(self) -> int:
