@@ -138,14 +138,14 @@ class Fields:
             self.problem("hidden_size", hidden, f"a multiple of the {heads} attention heads")
         return max(1, hidden // heads)
 
-    def indices(self, field: str) -> list[int]:
-        """A list of layers; none where there is no list."""
+    def integers(self, field: str) -> list[int]:
+        """A list; an empty one where there is none."""
         value = self.get(field)
         if value is None:
             return []
         if isinstance(value, list) and all(type(one) is int for one in value):
             return value
-        self.problem(field, value, "a list of layer numbers or null")
+        self.problem(field, value, "a list of integers or null")
         return []
 
     def layer_types(self, layers: int, *known: str) -> list[str] | None:

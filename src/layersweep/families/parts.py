@@ -106,9 +106,11 @@ def assemble(f: Fields, sizes: Sizes, layers: Sequence[Layer], **others: Any) ->
     return decoder
 
 
-def read_top_k(f: Fields, experts_field: str) -> tuple[int, int]:
+def read_top_k(
+    f: Fields, experts_field: str, top_k_field: str = "num_experts_per_tok"
+) -> tuple[int, int]:
     """The experts of a layer, and how many of them a token goes to."""
-    experts, top_k = f.count(experts_field, MOST_EXPERTS), f.count("num_experts_per_tok")
+    experts, top_k = f.count(experts_field, MOST_EXPERTS), f.count(top_k_field)
     if top_k > experts:
-        f.problem("num_experts_per_tok", top_k, f"at most {experts_field} = {experts}")
+        f.problem(top_k_field, top_k, f"at most {experts_field} = {experts}")
     return experts, top_k

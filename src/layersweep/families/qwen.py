@@ -65,7 +65,7 @@ def _feeds(f: Fields, sizes: Sizes, shared_inner: int = 0) -> list[Feed]:
     """Experts in every `decoder_sparse_step`th layer, but for those of `mlp_only_layers`."""
     experts, top_k = read_top_k(f, "num_experts")
     router, act = Router(top_k, normalize=f.flag("norm_topk_prob")), f.activation()
-    step, never = f.count("decoder_sparse_step"), f.indices("mlp_only_layers")
+    step, never = f.count("decoder_sparse_step"), f.integers("mlp_only_layers")
     routed = Feed(
         f.count("moe_intermediate_size"), act, experts=experts, router=router,
         shared_inner=shared_inner, shared_gate=shared_inner > 0,

@@ -6,18 +6,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from layersweep.families.deepseek import V2, V3
+from layersweep.families.ernie import ERNIE, ERNIE_MOE
 from layersweep.families.family import Family
 from layersweep.families.fields import Fields, spell
 from layersweep.families.foreign import foreign_fields, unused_fields
 from layersweep.families.gemma import GEMMA, GEMMA2, GEMMA3
 from layersweep.families.glm import GLM, GLM4, GLM4_MOE
 from layersweep.families.gpt_oss import GPT_OSS
-from layersweep.families.llama import LLAMA, MISTRAL
+from layersweep.families.granite import GRANITE, GRANITE_MOE, GRANITE_MOE_SHARED
+from layersweep.families.llama import LLAMA, MISTRAL, SEED_OSS
 from layersweep.families.mixtral import MIXTRAL
 from layersweep.families.names import Names
 from layersweep.families.olmo import OLMO2, OLMOE
 from layersweep.families.phi3 import PHI3
 from layersweep.families.qwen import QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE
+from layersweep.families.smollm3 import SMOLLM3
 from layersweep.families.spec import Decoder
 from layersweep.problems import Problem
 
@@ -26,6 +29,7 @@ FAMILIES = {
     for family in (
         *(LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE, OLMO2, OLMOE, PHI3),
         *(GEMMA, GEMMA2, GEMMA3, GPT_OSS, GLM, GLM4, GLM4_MOE, V2, V3),
+        *(SMOLLM3, SEED_OSS, ERNIE, ERNIE_MOE, GRANITE, GRANITE_MOE, GRANITE_MOE_SHARED),
     )
 }
 
