@@ -254,6 +254,11 @@ class Decoder:
         routers = (layer.feed.router for layer in self.distinct_layers)
         return max((router.top_k for router in routers if router), default=0)
 
+    @cached_property
+    def routes_in_float32(self) -> bool:
+        routers = (layer.feed.router for layer in self.distinct_layers)
+        return any(router.float32 for router in routers if router)
+
 
 def describe_decoder(decoder: Decoder) -> str:
     """ "MixtralForCausalLM, 32 layers, 8 experts (2 per token)"."""
