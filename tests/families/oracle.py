@@ -1,0 +1,69 @@
+"""transformers as the oracle: float32, CPU, its plain attention and its plain loop over experts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from families.probe import (
+    NEEDLE_ANSWER,
+    PREFIX,
+    Losses,
+    needle_ids,
+    window_ids,
+)
+from families.small import Tiny, as_published, read_fields, write_config
+from families.weights import randomize
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+
+def make(tiny: Tiny, folder: Path) -> None:
+    """A random model of `tiny` in `folder`, as transformers publishes it."""
+    model = _empty(tiny.config())
+    randomize(model)
+    model.save_pretrained(folder)
+    if tiny.published:
+        write_config(folder, as_published(read_fields(folder)))
+
+
+def opened(folder: Path) -> PreTrainedModel:
+    """The model that transformers reads from `folder`."""
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
+    return _plain(model)
+
+
+def rebuilt(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
+    """`model`'s weights under another configuration. Raises RuntimeError where they do not fit."""
+    other = _empty(config)
+    other.load_state_dict(model.state_dict())
+    return other
+
+
+def losses(model: PreTrainedModel) -> Losses:
+    """Whole sequences in one forward pass each: neither a cache nor a branch."""
+    vocab = model.get_output_embeddings().weight.shape[0]
+    windows, needle = window_ids(vocab), needle_ids(vocab)
+    return Losses(
+        token_losses(model, windows)[:, PREFIX:],
+        token_losses(model, needle[None])[0, -NEEDLE_ANSWER:],
+    )
+
+
+def token_losses(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """[B, T - 1] of ids [B, T], all but the first."""
+    with torch.inference_mode():
+        logits = model(ids, use_cache=False).logits[:, :-1]
+    return -logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+
+
+def _empty(config: PreTrainedConfig) -> PreTrainedModel:
+    config._attn_implementation = "eager"
+    return _plain(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
+
+
+def _plain(model: PreTrainedModel) -> PreTrainedModel:
+    model.set_experts_implementation("eager")
+    return model.eval()
