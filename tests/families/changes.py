@@ -11,6 +11,8 @@ import copy
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+ATTENTION = ("sliding_attention", "full_attention", "chunked_attention")
+
 Fields = Mapping[str, Any]
 
 
@@ -27,12 +29,22 @@ def to(value: object) -> Callable[[Any], Any]:
     return lambda old: value
 
 
+def halved(count: int) -> int:
+    """Of groups, where there are several."""
+    return max(1, count // 2)
+
+
 def flipped(value: Any) -> Any:
     return not value
 
 
 def turned(values: list[Any]) -> list[Any]:
     return values[1:] + values[:1]
+
+
+def turned_windows(kinds: list[str]) -> list[str]:
+    """Layers that see a window and layers that see everything have the same weights."""
+    return turned(kinds) if all(kind in ATTENTION for kind in kinds) else kinds
 
 
 def other_activation(name: str) -> str:
@@ -45,6 +57,7 @@ EPS = to(0.3)
 OTHER: Mapping[str, Callable[[Any], Any]] = {
     # positions
     "rope_theta": times(0.05),
+    "llama_4_scaling_beta": times(3.0),
     "rope_local_base_freq": times(0.05),
     "partial_rotary_factor": times(0.5),
     "rotary_dim": times(0.5),
@@ -52,7 +65,7 @@ OTHER: Mapping[str, Callable[[Any], Any]] = {
     "factor": MORE,
     "low_freq_factor": times(3.0),
     "high_freq_factor": LESS,
-    "original_max_position_embeddings": times(2.0),
+    "original_max_position_embeddings": times(0.25),
     "beta_fast": times(0.1),
     "beta_slow": times(3.0),
     "mscale": MORE,
@@ -63,6 +76,7 @@ OTHER: Mapping[str, Callable[[Any], Any]] = {
     "no_rope_layers": turned,
     "layer_rope_theta": times(0.05),
     "alibi": flipped,
+    "alibi_bias_max": times(0.5),
     # what attention sees
     "sliding_window": times(2.0),
     "attention_window_size": times(2.0),
@@ -70,8 +84,11 @@ OTHER: Mapping[str, Callable[[Any], Any]] = {
     "local_attention": times(2.0),
     "attention_chunk_size": times(1.5),
     "keep_window_size": times(0.005),
-    "layer_types": turned,
-    "attention_types": to([[["local", "global"], 2]]),
+    "index_block_size": times(0.1),
+    "index_topk_blocks": times(0.1),
+    "index_local_blocks": times(2.0),
+    "layer_types": turned_windows,
+    "attention_layers": turned,
     # scores
     "query_pre_attn_scalar": MORE,
     "attn_logit_softcapping": LESS,
@@ -97,6 +114,7 @@ OTHER: Mapping[str, Callable[[Any], Any]] = {
     "activation_function": other_activation,
     "activation": other_activation,
     "mlp_hidden_act": other_activation,
+    "mamba_hidden_act": other_activation,
     "hidden_mamba_act": other_activation,
     "swiglu_limit": LESS,
     "swiglu_alpha": MORE,
@@ -132,8 +150,9 @@ OTHER: Mapping[str, Callable[[Any], Any]] = {
     "moe_topk": times(1.5),
     "moe_top_k": times(1.5),
     "norm_topk_prob": flipped,
-    "n_group": times(0.5),
-    "topk_group": times(0.5),
+    "moe_normalize_expert_weights": to(2.0),
+    "n_group": halved,
+    "topk_group": halved,
     "topk_method": lambda old: "greedy" if old == "group_limited_greedy" else "group_limited_greedy",
     "routed_scaling_factor": MORE,
     "moe_routed_scaling_factor": MORE,
@@ -145,7 +164,6 @@ OTHER: Mapping[str, Callable[[Any], Any]] = {
     "shared_expert_combination_strategy": lambda old: "sum" if old == "average" else "average",
     # linear attention and state spaces
     "time_step_limit": to([0.2, 0.6]),
-    "time_step_scale": MORE,
     "linear_allow_neg_eigval": flipped,
     "mamba_norm_before_gate": flipped,
 }
@@ -183,6 +201,7 @@ SHAPE = frozenset({
     *("prefix_dense_intermediate_size", "prefix_dense_sliding_window_pattern", "enable_bias"),
     *("layer_norm_elementwise_affine", "do_layer_norm_before", "_remove_final_layer_norm"),
     *("moe_num_experts", "is_moe", "use_sandwich_norm", "use_attention_gate", "use_post_norm"),
+    *("qk_ln", "attn_type", "prefix_lm", "mamba_headdim", "num_query_groups", "hybrid_layer_ids"),
     *("index_head_dim", "index_n_heads", "position_embedding_type", "add_cross_attention"),
 })  # fmt: skip
 
@@ -209,7 +228,15 @@ INERT = frozenset({
     # layer_types says it for each layer
     *("max_window_layers", "use_sliding_window", "sliding_window_pattern"),
     *("no_rope_layer_interval", "global_attn_every_n_layers", "full_attention_interval"),
-    "use_bidirectional_attention",
+    *("use_bidirectional_attention", "_sliding_window_pattern", "attention_types"),
+    # of mamba's initialization
+    *("time_step_scale", "final_w_init_variance_scale"),
+    # rope_type in an older spelling
+    "type",
+    # of configurations inside configurations
+    *("_name_or_path", "chunk_size_feed_forward", "is_encoder_decoder", "output_attentions"),
+    *("output_hidden_states", "return_dict", "0", "1", "LABEL_0", "LABEL_1"),
+    *("attn_impl", "attn_uses_sequence_id", "norm_type", "embedding_fraction", "name"),
 })  # fmt: skip
 
 

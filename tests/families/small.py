@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from collections.abc import Mapping
@@ -44,9 +45,9 @@ SMALL: Mapping[str, object] = {
     # latent attention
     "kv_lora_rank": 32,
     "q_lora_rank": 40,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 24,
+    "qk_nope_head_dim": 24,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 20,
     # linear attention and state spaces
     "linear_conv_kernel_dim": 4,
     "linear_key_head_dim": 16,
@@ -69,15 +70,17 @@ SMALL: Mapping[str, object] = {
 class Tiny:
     """A model type at its smallest.
 
-    `fields`: what differs from SMALL and from the type's own defaults. `ignored`: fields of
-    config.json (dotted) that transformers itself does not use with these fields. `published`:
-    config.json in the spelling of transformers 4, as most published files have it.
+    `fields`: what differs from SMALL and from the type's own defaults. `published`: config.json in
+    the spelling of transformers 4, as most published files have it. Of the fields that `changes`
+    changes, by their dotted names: `still` move no number of transformers' here, `unfit` need
+    other weights, or are refused by transformers.
     """
 
     model_type: str
     fields: Mapping[str, object] = field(default_factory=dict)
-    ignored: frozenset[str] = frozenset()
     published: bool = False
+    still: tuple[str, ...] = ()
+    unfit: tuple[str, ...] = ()
 
     def config(self) -> PreTrainedConfig:
         """The type's own configuration class, shrunk."""
@@ -91,7 +94,7 @@ class Tiny:
         }
         if "kv_lora_rank" in known:
             small["num_key_value_heads"] = SMALL["num_attention_heads"]
-        return kind(**small, **self.fields)
+        return kind(**small, **copy.deepcopy(dict(self.fields)))  # rope_parameters are completed
 
 
 def write_config(folder: Path, fields: Mapping[str, object]) -> PreTrainedConfig:
