@@ -7,6 +7,7 @@ Programs, plans and checkpoints read these; none of them asks which family a mod
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -21,8 +22,9 @@ GroupScore = Literal["max", "top2"]
 class Rope:
     """Rotary position embedding of the first `dim` coordinates of a head (Su et al., 2021).
 
-    `interleaved`: coordinates 2i and 2i + 1 are a pair, else i and i + dim / 2. The other fields
-    are those of transformers' `rope_parameters`, where `kind` uses them.
+    `interleaved`: coordinates 2i and 2i + 1 are a pair, else i and i + dim / 2. `turning`: share
+    of the pairs that turn, of kind "proportional". The other fields are those of transformers'
+    `rope_parameters`, where `kind` uses them.
     """
 
     theta: float
@@ -30,7 +32,8 @@ class Rope:
     kind: RopeKind = "default"
     interleaved: bool = False
     factor: float = 1.0
-    original_length: int = 0  # original_max_position_embeddings
+    original_length: int = 0  # original_max_position_embeddings; dynamic: max_position_embeddings
+    turning: float = 1.0  # partial_rotary_factor of a proportional one
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     beta_fast: float = 32.0
@@ -75,6 +78,7 @@ class Attention:
     scores; `softcap` c: scores become c tanh(scores / c); `sinks`: a learned score per head that
     takes part in the softmax and has no value. `qk_norm`: of each head, or of all heads at once.
     `rope` None: no positions. `value_dim`: of a value head. `bias`: of q, k, v; `out_bias`: of o.
+    `norm`: of q, k and latents, the decoder's own by default.
     """
 
     num_heads: int
@@ -90,6 +94,7 @@ class Attention:
     bias: bool = False
     out_bias: bool = False
     latent: Latent | None = None
+    norm: Norm | None = None
 
     @property
     def query_width(self) -> int:
@@ -107,6 +112,20 @@ class Attention:
     def out_width(self) -> int:
         """What the output projection reads."""
         return self.num_heads * self.value_dim
+
+    @property
+    def read_widths(self) -> tuple[int, int]:
+        """Numbers of a token's keys and values as attention reads them."""
+        if self.latent:
+            return self.query_width, self.out_width
+        return self.key_width, self.value_width
+
+    @property
+    def stream_width(self) -> int:
+        """Numbers that the cache holds of a token."""
+        if self.latent:
+            return self.latent.kv_rank + self.latent.rope_dim
+        return self.key_width + self.value_width
 
 
 @dataclass(frozen=True)
@@ -197,17 +216,42 @@ class Decoder:
         return len(self.layers)
 
     @cached_property
+    def distinct_layers(self) -> dict[Layer, int]:
+        """Layers that compute alike, and how many there are of each."""
+        return dict(Counter(self.layers))
+
+    @cached_property
     def query_width(self) -> int:
         """Numbers of a token's queries, or of what its attention returns, in the widest layer."""
-        widths = (layer.attention for layer in self.layers)
-        return max(max(one.query_width, one.out_width) for one in widths)
+        each = (layer.attention for layer in self.distinct_layers)
+        return max(max(one.query_width, one.out_width) for one in each)
+
+    @cached_property
+    def widest_inner(self) -> int:
+        """Width of the widest MLP."""
+        return max(max(one.feed.inner, one.feed.shared_inner) for one in self.distinct_layers)
+
+    @cached_property
+    def read_width(self) -> int:
+        """Numbers of a token's keys and values as attention reads them, in the widest layer."""
+        each = (layer.attention for layer in self.distinct_layers)
+        return max(sum(one.read_widths) for one in each)
 
     @cached_property
     def num_experts(self) -> int:
         """Most routed experts of a layer; 0 for a dense model."""
-        return max(layer.feed.experts for layer in self.layers)
+        return max(layer.feed.experts for layer in self.distinct_layers)
 
     @cached_property
     def experts_per_token(self) -> int:
         """Of the layers that have experts; 0 for a dense model."""
-        return max((one.feed.router.top_k for one in self.layers if one.feed.router), default=0)
+        routers = (layer.feed.router for layer in self.distinct_layers)
+        return max((router.top_k for router in routers if router), default=0)
+
+
+def describe_decoder(decoder: Decoder) -> str:
+    """ "MixtralForCausalLM, 32 layers, 8 experts (2 per token)"."""
+    experts = ""
+    if decoder.num_experts:
+        experts = f", {decoder.num_experts} experts ({decoder.experts_per_token} per token)"
+    return f"{decoder.architecture}, {decoder.num_hidden_layers} layers{experts}"
