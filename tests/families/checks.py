@@ -4,8 +4,8 @@ tools/measure_families.py prints."""
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -20,9 +20,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from layersweep.errors import InputError
+from layersweep.families.spec import Decoder
 from layersweep.kv import parse
 from layersweep.kv.store import KvStore
-from layersweep.kv.stream import keys_and_values
+from layersweep.sweep.streams import streams_of
 
 TOLERANCE = 1e-4  # of a mean loss
 MOVES = 1e-3  # what a changed field must do to the losses of transformers
@@ -33,10 +34,10 @@ class Subject:
     """A tiny model: its folder, and transformers' reading of it."""
 
     name: str
-    tiny: Tiny
+    tiny: Tiny = field(repr=False)
     folder: Path
-    model: PreTrainedModel
-    expected: Losses
+    model: PreTrainedModel = field(repr=False)
+    expected: Losses = field(repr=False)
 
     @classmethod
     def of(cls, name: str, folder: Path) -> Subject:
@@ -112,24 +113,25 @@ def changed(subject: Subject) -> Iterator[Changed]:
 
 def through_arm(subject: Subject, name: str) -> tuple[float, float]:
     """(difference of the losses of an arm, what the arm does to them)."""
-    codec = codec_of(name, len(subject.prefixes[0][0].cache.layers))
+    model = ours.opened(subject.folder)
+    codec = codec_of(name, model.decoder)
     found = [
         cached.branch_losses(subject.model, prefix, branch, codec)
         for prefix, branch in subject.prefixes
     ]
     theirs = Losses(torch.stack(found[:-1]), found[-1][-NEEDLE_ANSWER:])
-    mine = ours.losses(ours.opened(subject.folder), parse(name))
+    mine = ours.losses(model, parse(name))
     return mine.distance(theirs), theirs.distance(subject.expected)
 
 
-def codec_of(name: str, layers: int) -> Callable[..., tuple[Tensor, Tensor]]:
-    """decode(encode) of a layer's keys (before RoPE) and values, without the sweep."""
+def codec_of(name: str, decoder: Decoder) -> cached.Through:
+    """decode(encode) of what a layer keeps of a prefix (before RoPE), without the sweep."""
     arm = parse(name)
 
     def through(keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        streams = keys_and_values(keys.shape[1], keys.shape[3])
-        store = KvStore.empty([(arm, streams)], layer, layers).appended((keys, values))
-        decoded_keys, decoded_values = store.decoded(0)
+        streams = streams_of(decoder.layers[layer].attention)
+        store = KvStore.empty([(arm, streams)], layer, len(decoder.layers))
+        decoded_keys, decoded_values = store.appended((keys, values)).decoded(0)
         return decoded_keys, decoded_values
 
     return through

@@ -16,6 +16,9 @@ from families.small import Tiny, as_published, read_fields, write_config
 from families.weights import randomize
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
+
+disable_progress_bar()
 
 
 def make(tiny: Tiny, folder: Path) -> None:

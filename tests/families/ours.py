@@ -29,7 +29,7 @@ def opened(folder: Path, weights: str = "auto") -> Model:
 
 def losses(model: Model, arm: Arm = EXACT, *, streaming: bool = False) -> Losses:
     """Of the continuation and of the answer, read through `arm`."""
-    vocab = model.config.vocab_size
+    vocab = model.decoder.vocab_size
     windows, needle = window_ids(vocab).tolist(), needle_ids(vocab).tolist()
     found = token_losses(
         model,
