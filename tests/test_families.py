@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 from families.changes import unknown
-from families.checks import TOLERANCE, Subject, changed, exact, nf4, through_arm
+from families.checks import TOLERANCE, Subject, changed, exact, generated, nf4, through_arm
 from families.small import read_fields
 from families.table import CORE, EXPERTS, TINY
 
@@ -39,9 +39,10 @@ each = pytest.mark.parametrize("subject", parameters(TINY), indirect=True)
 
 @each
 def test_losses_equal_transformers(subject: Subject) -> None:
-    prefill, streaming = exact(subject)
-    assert prefill < TOLERANCE
-    assert streaming < TOLERANCE
+    found = exact(subject)
+    assert found.prefill < TOLERANCE
+    assert found.streaming < TOLERANCE
+    assert found.needle < TOLERANCE
 
 
 @each
@@ -62,3 +63,8 @@ def test_an_arm_equals_transformers_with_an_overwritten_cache(subject: Subject, 
     difference, effect = through_arm(subject, arm)
     assert difference < TOLERANCE
     assert effect > 1e-3
+
+
+@pytest.mark.parametrize("subject", ATTENTION_KINDS.values(), ids=ATTENTION_KINDS, indirect=True)
+def test_a_token_at_a_time_equals_transformers(subject: Subject) -> None:
+    assert generated(subject) < TOLERANCE

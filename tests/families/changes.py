@@ -13,6 +13,8 @@ from typing import Any
 
 ATTENTION = ("sliding_attention", "full_attention", "chunked_attention")
 
+LENGTH = "max_position_embeddings"  # takes part in two kinds of RoPE, else it is only a limit
+
 Fields = Mapping[str, Any]
 
 
@@ -56,6 +58,7 @@ EPS = to(0.3)
 
 OTHER: Mapping[str, Callable[[Any], Any]] = {
     # positions
+    LENGTH: times(0.5),
     "rope_theta": times(0.05),
     "llama_4_scaling_beta": times(3.0),
     "rope_local_base_freq": times(0.05),
@@ -208,7 +211,7 @@ SHAPE = frozenset({
 INERT = frozenset({
     *("transformers_version", "dtype", "use_cache", "initializer_range", "pad_token_id"),
     *("bos_token_id", "eos_token_id", "eod_token_id", "sep_token_id", "attention_dropout"),
-    *("max_position_embeddings", "output_router_logits", "router_aux_loss_coef"),
+    *("output_router_logits", "router_aux_loss_coef"),
     *("router_jitter_noise", "input_jitter_noise", "pretraining_tp", "hidden_dropout"),
     *("resid_pdrop", "embd_pdrop", "attn_pdrop", "emb_pdrop", "residual_dropout"),
     *("embedding_dropout", "dropout", "layerdrop", "aux_loss_coef", "z_loss_coefficient"),
@@ -251,9 +254,10 @@ def leaves(fields: Fields, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[s
 
 def changes(fields: Fields) -> Iterator[tuple[str, dict[str, Any]]]:
     """(dotted field, all fields with another value there)."""
+    stretched = any(value in ("dynamic", "longrope") for _, value in leaves(fields))
     for path, value in leaves(fields):
         rule = OTHER.get(path[-1])
-        if rule is None:
+        if rule is None or (path[-1] == LENGTH and not stretched):
             continue
         other = rule(value)
         if other != value:

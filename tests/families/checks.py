@@ -13,7 +13,16 @@ import torch
 from families import cached, oracle, ours
 from families.changes import changes
 from families.nf4 import quantized
-from families.probe import NEEDLE_ANSWER, NEEDLE_PREFIX, PREFIX, Losses, needle_ids, window_ids
+from families.probe import (
+    NEEDLE_ANSWER,
+    NEEDLE_PREFIX,
+    PREFIX,
+    QUESTION,
+    STEPS,
+    Losses,
+    needle_ids,
+    window_ids,
+)
 from families.small import Tiny, read_fields, write_config
 from families.table import TINY
 from torch import Tensor
@@ -54,13 +63,28 @@ class Subject:
         return [(cached.prefilled(self.model, ids[:cut]), ids[cut:]) for ids, cut in cuts]
 
 
-def exact(subject: Subject) -> tuple[float, float]:
-    """Differences of the losses in `prefill` and in `streaming`; needle and windows."""
+@dataclass(frozen=True)
+class Exact:
+    """Differences of mean losses of the exact arm."""
+
+    prefill: float
+    streaming: float
+    needle: float
+
+
+def exact(subject: Subject) -> Exact:
+    """In both modes of the cache."""
     model = ours.opened(subject.folder)
-    return (
-        ours.losses(model).distance(subject.expected),
-        ours.losses(model, streaming=True).distance(subject.expected),
-    )
+    windows, needle = ours.losses(model).distances(subject.expected)
+    streaming = ours.losses(model, streaming=True).distance(subject.expected)
+    return Exact(windows, streaming, needle)
+
+
+def generated(subject: Subject) -> float:
+    """The difference of token losses where each token takes a sweep of its own."""
+    mine = ours.stepped_losses(ours.opened(subject.folder))
+    theirs = subject.expected.windows[:, QUESTION - 1 : QUESTION - 1 + STEPS]
+    return (mine - theirs).abs().max().item()
 
 
 def nf4(subject: Subject) -> float:

@@ -46,13 +46,13 @@ def rebuilt(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel
 
 
 def losses(model: PreTrainedModel) -> Losses:
-    """Whole sequences in one forward pass each: neither a cache nor a branch."""
+    """Whole sequences in one forward pass each: neither a cache nor a branch.
+
+    The shorter one first: dynamic RoPE keeps the table of the longest sequence that it has seen.
+    """
     vocab = model.get_output_embeddings().weight.shape[0]
-    windows, needle = window_ids(vocab), needle_ids(vocab)
-    return Losses(
-        token_losses(model, windows)[:, PREFIX:],
-        token_losses(model, needle[None])[0, -NEEDLE_ANSWER:],
-    )
+    needle = token_losses(model, needle_ids(vocab)[None])[0, -NEEDLE_ANSWER:]
+    return Losses(token_losses(model, window_ids(vocab))[:, PREFIX:], needle)
 
 
 def token_losses(model: PreTrainedModel, ids: Tensor) -> Tensor:

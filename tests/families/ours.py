@@ -10,13 +10,17 @@ from families.probe import (
     NEEDLE_BRANCH,
     NEEDLE_PREFIX,
     PREFIX,
+    QUESTION,
+    STEPS,
     Losses,
     needle_ids,
     window_ids,
 )
+from stepped import stepped
 from torch import Tensor
 
 from layersweep.kv.arms import EXACT, Arm
+from layersweep.sweep.caches import KeptCaches
 from layersweep.sweep.model import Model, load
 from layersweep.sweep.sequences import Branch, BranchedSequence, Tile
 
@@ -54,6 +58,23 @@ def token_losses(model: Model, rides: list[BranchedSequence]) -> list[Tensor]:
 
     model.run([Tile("probe", tuple(rides))], read)
     return found
+
+
+def stepped_losses(model: Model) -> Tensor:
+    """[WINDOWS, STEPS]: of the tokens after a question, each read by a sweep of its own."""
+    windows = window_ids(model.decoder.vocab_size)
+    after, stop = PREFIX + QUESTION, PREFIX + QUESTION + STEPS
+    rides = [
+        (ids[:PREFIX].tolist(), ids[PREFIX:after].tolist(), [ids[after:stop].tolist()])
+        for ids in windows
+    ]
+    whole = [_ride(ids.tolist(), PREFIX, STEPS, EXACT, False) for ids in windows]
+    engine = model.open(model.plan([Tile("steps", tuple(whole))]))
+    try:
+        logits = stepped(engine, rides, [EXACT], KeptCaches(STEPS))[:, 0, :-1]
+    finally:
+        engine.close()
+    return -logits.log_softmax(-1).gather(-1, windows[:, after:stop, None])[..., 0]
 
 
 def _ride(

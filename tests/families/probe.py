@@ -10,6 +10,7 @@ from torch import Tensor
 PREFIX, CONTINUATION = 48, 32  # both longer than the window of 24
 NEEDLE_PREFIX, NEEDLE_BRANCH, NEEDLE_ANSWER = 70, 9, 4
 WINDOWS = 2
+QUESTION, STEPS = 8, 4  # of a continuation: at once, and then a token at a time
 
 
 def window_ids(vocab: int) -> Tensor:
@@ -35,8 +36,12 @@ class Losses:
     windows: Tensor
     needle: Tensor
 
-    def distance(self, other: Losses) -> float:
-        """The largest difference of a window's mean loss, or of the answer's."""
+    def distances(self, other: Losses) -> tuple[float, float]:
+        """The largest difference of a window's mean loss, and that of the answer's."""
         windows = self.windows.double().mean(1) - other.windows.double().mean(1)
         needle = self.needle.double().mean() - other.needle.double().mean()
-        return max(windows.abs().max().item(), needle.abs().item())
+        return windows.abs().max().item(), needle.abs().item()
+
+    def distance(self, other: Losses) -> float:
+        """The larger of both; NaN where either is."""
+        return torch.tensor(self.distances(other)).max().item()

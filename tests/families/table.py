@@ -32,7 +32,7 @@ def two_ropes(full: Mapping[str, object], theta: float = 1_000.0) -> dict[str, o
 
 
 STRETCHED = {
-    "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64,
+    "rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64,
     "beta_fast": 32.0, "beta_slow": 1.0,
 }  # fmt: skip
 YARN = {"rope_parameters": {"rope_theta": THETA, **STRETCHED}}
@@ -54,7 +54,7 @@ def long_rope(original: int) -> dict[str, object]:
 
 
 LATENT = rope(
-    "yarn", factor=4.0, mscale=0.8, mscale_all_dim=0.6, beta_fast=32.0, beta_slow=1.0,
+    "yarn", factor=8.0, mscale=0.8, mscale_all_dim=0.6, beta_fast=32.0, beta_slow=1.0,
     original_max_position_embeddings=64,
 )  # fmt: skip
 GROUPS = {"n_group": 4, "topk_group": 2}
