@@ -36,6 +36,10 @@ def halved(count: int) -> int:
     return max(1, count // 2)
 
 
+def either(one: str, other: str) -> Callable[[str], str]:
+    return lambda old: other if old == one else one
+
+
 def flipped(value: Any) -> Any:
     return not value
 
@@ -156,15 +160,17 @@ OTHER: Mapping[str, Callable[[Any], Any]] = {
     "moe_normalize_expert_weights": to(2.0),
     "n_group": halved,
     "topk_group": halved,
-    "topk_method": lambda old: "greedy" if old == "group_limited_greedy" else "group_limited_greedy",
+    "topk_method": lambda old: (
+        "greedy" if old == "group_limited_greedy" else "group_limited_greedy"
+    ),
     "routed_scaling_factor": MORE,
     "moe_routed_scaling_factor": MORE,
     "router_scaling_factor": MORE,
     "route_scale": MORE,
     "moe_router_logit_softcapping": to(1.0),
-    "expert_selection_fn": lambda old: "softmax" if old == "sigmoid" else "sigmoid",
+    "expert_selection_fn": either("softmax", "sigmoid"),
     "moe_apply_router_weight_on_input": flipped,
-    "shared_expert_combination_strategy": lambda old: "sum" if old == "average" else "average",
+    "shared_expert_combination_strategy": either("average", "sum"),
     # linear attention and state spaces
     "time_step_limit": to([0.2, 0.6]),
     "linear_allow_neg_eigval": flipped,

@@ -10,6 +10,9 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
 from families import cached, oracle, ours
 from families.changes import changes
 from families.nf4 import quantized
@@ -24,10 +27,6 @@ from families.probe import (
     window_ids,
 )
 from families.small import Tiny, read_fields, write_config
-from families.table import TINY
-from torch import Tensor
-from transformers import PreTrainedModel
-
 from layersweep.errors import InputError
 from layersweep.families.spec import Decoder
 from layersweep.kv import parse
@@ -42,17 +41,16 @@ MOVES = 1e-3  # what a changed field must do to the losses of transformers
 class Subject:
     """A tiny model: its folder, and transformers' reading of it."""
 
-    name: str
-    tiny: Tiny = field(repr=False)
+    tiny: Tiny
     folder: Path
     model: PreTrainedModel = field(repr=False)
     expected: Losses = field(repr=False)
 
     @classmethod
-    def of(cls, name: str, folder: Path) -> Subject:
-        oracle.make(TINY[name], folder)
+    def of(cls, tiny: Tiny, folder: Path) -> Subject:
+        oracle.make(tiny, folder)
         model = oracle.opened(folder)
-        return cls(name, TINY[name], folder, model, oracle.losses(model))
+        return cls(tiny, folder, model, oracle.losses(model))
 
     @cached_property
     def prefixes(self) -> list[tuple[cached.Prefilled, Tensor]]:

@@ -5,6 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
+
 from families.probe import (
     NEEDLE_ANSWER,
     PREFIX,
@@ -14,9 +18,6 @@ from families.probe import (
 )
 from families.small import Tiny, as_published, read_fields, write_config
 from families.weights import randomize
-from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.utils.logging import disable_progress_bar
 
 disable_progress_bar()
 
@@ -28,6 +29,13 @@ def make(tiny: Tiny, folder: Path) -> None:
     model.save_pretrained(folder)
     if tiny.published:
         write_config(folder, as_published(read_fields(folder)))
+
+
+def weigh(tiny: Tiny) -> int:
+    """Its parameters, without the memory for them."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(tiny.config())
+    return sum(one.numel() for one in model.parameters())
 
 
 def opened(folder: Path) -> PreTrainedModel:
@@ -60,6 +68,32 @@ def token_losses(model: PreTrainedModel, ids: Tensor) -> Tensor:
     with torch.inference_mode():
         logits = model(ids, use_cache=False).logits[:, :-1]
     return -logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+
+
+def effects(model: PreTrainedModel) -> dict[str, float]:
+    """How far the mean loss moves with each tensor, to first order, when it grows by its own size;
+    of a tensor without a gradient, when it is zeroed."""
+    ids = window_ids(model.get_output_embeddings().weight.shape[0])
+    loss = model(ids, labels=ids, use_cache=False).loss
+    loss.backward()
+    found = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if tensor.grad is not None:
+            found[name] = (tensor.grad.norm() * tensor.norm()).item()
+        elif tensor.is_floating_point():
+            found[name] = _without(model, tensor, loss.item())
+    model.zero_grad()
+    return found
+
+
+def _without(model: PreTrainedModel, tensor: Tensor, loss: float) -> float:
+    ids = window_ids(model.get_output_embeddings().weight.shape[0])
+    kept = tensor.detach().clone()
+    with torch.no_grad():
+        tensor.zero_()
+        other = model(ids, labels=ids, use_cache=False).loss.item()
+        tensor.copy_(kept)
+    return abs(other - loss)
 
 
 def _empty(config: PreTrainedConfig) -> PreTrainedModel:

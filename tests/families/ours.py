@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from stepped import stepped
+from torch import Tensor
+
 from families.probe import (
     NEEDLE_ANSWER,
     NEEDLE_BRANCH,
@@ -16,9 +19,6 @@ from families.probe import (
     needle_ids,
     window_ids,
 )
-from stepped import stepped
-from torch import Tensor
-
 from layersweep.kv.arms import EXACT, Arm
 from layersweep.sweep.caches import KeptCaches
 from layersweep.sweep.model import Model, load
@@ -77,9 +77,7 @@ def stepped_losses(model: Model) -> Tensor:
     return -logits.log_softmax(-1).gather(-1, windows[:, after:stop, None])[..., 0]
 
 
-def _ride(
-    ids: list[int], prefix: int, scored: int, arm: Arm, streaming: bool
-) -> BranchedSequence:
+def _ride(ids: list[int], prefix: int, scored: int, arm: Arm, streaming: bool) -> BranchedSequence:
     """The last `scored` tokens of `ids` are asked for; a baseline goes first."""
     own = tuple(ids if streaming else ids[prefix:])
     read = (len(own) - 1 - scored, len(own) - 1)
