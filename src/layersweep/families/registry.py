@@ -46,24 +46,23 @@ def describe(fields: Mapping[str, object], file: str) -> Description:
 
 def _family(f: Fields) -> Family | None:
     """By `architectures` and by `model_type`, which transformers goes by; both must agree."""
-    by_architecture = {family.architecture: family for family in FAMILIES.values()}
     names, model_type = f.get("architectures"), f.get("model_type")
-    hint = f"these can be run: {', '.join(FAMILIES)}"
-    if f.get("auto_map") is not None:
-        needed = "nothing: code from a checkpoint is never run"
-        f.problem("auto_map", f.get("auto_map"), needed, hint)
-        return None
+    known = {family.architecture: family for family in FAMILIES.values()}
+    found = None
     if names is None:
-        family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
-        if family is None:
+        found = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    elif isinstance(names, list) and len(names) == 1 and isinstance(names[0], str):
+        found = known.get(names[0])
+    if found is None:
+        if f.fields.get("auto_map") is not None:
+            hint = "a model that brings its own code is run only where transformers has it, too"
+            f.problem("auto_map", f.fields["auto_map"], "nothing: such code is never run", hint)
+        hint = f"these can be run: {', '.join(FAMILIES)}"
+        if names is None:
             f.problem("model_type", model_type, f"one of {', '.join(FAMILIES)}", hint)
-        return family
-    known = isinstance(names, list) and len(names) == 1 and names[0] in by_architecture
-    if not known:
-        f.problem("architectures", names, f"one of {', '.join(by_architecture)}", hint)
-        return None
-    found = by_architecture[names[0]]
-    if model_type is not None and model_type != found.model_type:
+        else:
+            f.problem("architectures", names, f"one of {', '.join(known)}", hint)
+    elif model_type is not None and model_type != found.model_type:
         f.problem("model_type", model_type, f"{spell(found.model_type)}, as architectures has it")
     return found
 

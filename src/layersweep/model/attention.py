@@ -8,6 +8,7 @@ raises, and that is an error, never a fallback; what is known to be missing says
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from typing import Protocol
 
 import torch
@@ -199,7 +200,9 @@ class FlashAttention:
     def refusal(self, rule: Rule, head_dim: int) -> str | None:
         if head_dim > FLASH_WIDEST:
             return f"heads of {head_dim} numbers are wider than flash attention's {FLASH_WIDEST}"
-        return "capped scores (softcap) need Triton" if rule.softcap is not None else None
+        if rule.softcap is not None and find_spec("triton") is None:
+            return "capped scores (softcap) need Triton, which is not installed"
+        return None
 
     def __call__(
         self,
@@ -214,6 +217,13 @@ class FlashAttention:
         queries, keys = q_BQTD.shape[2], k_BGSD.shape[2]
         rule = _checked(rule, keys, mask_TS)
         _refuse(self, rule, q_BQTD.shape[-1])
+        if rule.softcap is not None:
+            from layersweep.kernels.softcap import attend_capped  # brings Triton
+
+            return attend_capped(
+                q_BQTD, k_BGSD, v_BGSD, scale=rule.scale or q_BQTD.shape[-1] ** -0.5,
+                softcap=rule.softcap, window=rule.window, mask_TS=mask_TS, sinks_Q=sinks,
+            )  # fmt: skip
         if mask_TS is not None:
             k, v = _repeated(q_BQTD, k_BGSD), _repeated(q_BQTD, v_BGSD)
             return _masked(q_BQTD, k, v, mask_TS, rule.scale, sinks)
