@@ -1,16 +1,16 @@
 """Every family of decoders beside transformers: float32 losses of windows and of a needle.
 
-pytest -m families      all the variants of tests/families/table.py, with their fields changed
+pytest -m families      all the variants of tests/families, with their fields changed
 """
 
 from __future__ import annotations
 
 import pytest
-from families.changes import unknown
-from families.checks import TOLERANCE, Subject, changed, exact, generated, nf4, through_arm
+from families.checks import TOLERANCE, Subject, complaints, exact, generated, through_arm
+from families.dense import DENSE
+from families.hybrids import HYBRIDS
 from families.oracle import effects
-from families.small import read_fields
-from families.table import CORE, EXPERTS, TINY
+from families.table import CORE, TINY, parameters
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 ATTENTION_KINDS = {
@@ -49,59 +49,41 @@ OTHER_KINDS = {
 }
 
 
-def parameters(names: object) -> list[object]:
-    return [
-        name if name in CORE else pytest.param(name, marks=pytest.mark.families) for name in names
-    ]
-
-
-@pytest.fixture(scope="module")
-def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Subject:
-    return Subject.of(TINY[request.param], tmp_path_factory.mktemp("family"))
-
-
-each = pytest.mark.parametrize("subject", parameters(TINY), indirect=True)
+each = pytest.mark.parametrize("family", parameters({**DENSE, **HYBRIDS}), indirect=True)
+kinds = pytest.mark.parametrize(
+    "family", ATTENTION_KINDS.values(), ids=ATTENTION_KINDS, indirect=True
+)
 
 
 @each
-def test_losses_equal_transformers(subject: Subject) -> None:
-    found = exact(subject)
-    assert found.prefill < TOLERANCE
-    assert found.streaming < TOLERANCE
-    assert found.needle < TOLERANCE
+def test_losses_equal_transformers(family: Subject) -> None:
+    assert exact(family).largest < TOLERANCE
 
 
 @each
-def test_a_changed_field_moves_the_losses_as_transformers_do(subject: Subject) -> None:
-    assert unknown(read_fields(subject.folder)) == []
-    complaints = [one.complaint(subject.tiny) for one in changed(subject)]
-    assert [complaint for complaint in complaints if complaint] == []
+def test_a_changed_field_moves_the_losses_as_transformers_do(family: Subject) -> None:
+    assert complaints(family) == []
 
 
-@pytest.mark.families
-@pytest.mark.parametrize("subject", TINY, indirect=True)
-def test_every_tensor_moves_the_losses_of_transformers(subject: Subject) -> None:
-    """A tensor that moves nothing could be left out, or read wrongly, and no test would see it."""
-    unseen = [name for name, moved in effects(subject.model).items() if moved < TOLERANCE]
-    assert [name for name in unseen if not name.endswith(subject.tiny.still)] == []
-
-
-@pytest.mark.parametrize("subject", parameters(EXPERTS), indirect=True)
-def test_experts_as_nf4(subject: Subject) -> None:
-    assert nf4(subject) < TOLERANCE
-
-
+@kinds
 @pytest.mark.parametrize("arm", ["lloyd:K3V2", "e8:K4V2"])
-@pytest.mark.parametrize("subject", ATTENTION_KINDS.values(), ids=ATTENTION_KINDS, indirect=True)
-def test_an_arm_equals_transformers_with_an_overwritten_cache(subject: Subject, arm: str) -> None:
-    difference, effect = through_arm(subject, arm)
+def test_an_arm_equals_transformers_with_an_overwritten_cache(family: Subject, arm: str) -> None:
+    difference, effect = through_arm(family, arm)
     assert difference < TOLERANCE
     assert effect > 1e-3
 
 
-@pytest.mark.parametrize("subject", ATTENTION_KINDS.values(), ids=ATTENTION_KINDS, indirect=True)
-def test_a_token_at_a_time_equals_transformers(subject: Subject) -> None:
-    assert generated(subject) < TOLERANCE
+@kinds
+def test_a_token_at_a_time_equals_transformers(family: Subject) -> None:
+    assert generated(family) < TOLERANCE
+
+
+@pytest.mark.families
+@pytest.mark.parametrize("family", TINY, indirect=True)
+def test_every_tensor_moves_the_losses_of_transformers(family: Subject) -> None:
+    """A tensor that moves nothing could be left out, or read wrongly, and no test would see it."""
+    unseen = [name for name, moved in effects(family.model).items() if moved < TOLERANCE]
+    assert [name for name in unseen if not name.endswith(family.tiny.still)] == []
 
 
 def test_every_model_type_of_the_installed_transformers_has_been_looked_at() -> None:

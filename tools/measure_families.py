@@ -32,6 +32,8 @@ from transformers.utils.logging import set_verbosity_error
 from layersweep.errors import InputError
 
 MOST = 5_000_000  # parameters: more is a type that small.SMALL does not make small
+COLUMNS = ("prefill", "nf4", "study", "streaming", "needle", "generate")
+ARM = "lloyd:K3V2"
 # what a strange model raises, in transformers or in layersweep
 FAILURES = (
     *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError),
@@ -61,6 +63,7 @@ def _measured(subject: checks.Subject, *, experts: bool) -> dict[str, object]:
         return {"refused": _short(error)}
     found: dict[str, object] = {"path": model.paths.model}
     asked = {"exact": lambda: vars(checks.exact(subject))}
+    asked["study"] = lambda: {"study": checks.through_arm(subject, ARM)[0]}
     asked["generate"] = lambda: {"generate": checks.generated(subject)}
     if experts:
         asked["nf4"] = lambda: {"nf4": checks.nf4(subject)}
@@ -96,8 +99,8 @@ def names() -> Iterator[str]:
 def table(lines: list[dict[str, object]]) -> str:
     """Markdown: what works, then what is refused, then what was not tried."""
     rows = [
-        "| model | path | float32 | NF4 | streaming | needle | generate | fields changed |",
-        "|---|---|---|---|---|---|---|---|",
+        "| model | path | float32 | NF4 | study | streaming | needle | generate | fields changed |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for line in lines:
         if "path" not in line:

@@ -55,13 +55,18 @@ def branch_losses(
     with torch.inference_mode():
         if through is not None:
             for index, layer in enumerate(cache.layers):
-                _overwrite(layer, prefix.kept[index], index, through)
+                _overwrite(layer, prefix.kept.get(index), index, through)
         logits = model(branch[None], past_key_values=cache).logits[0, :-1]
     return -logits.log_softmax(-1).gather(-1, branch[1:, None])[:, 0]
 
 
-def _overwrite(layer: Any, kept: Kept, index: int, through: Through) -> None:
-    """A window's layer holds its last tokens alone; a latent one (latent, rotated key)."""
+def _overwrite(layer: Any, kept: Kept | None, index: int, through: Through) -> None:
+    """A window's layer holds its last tokens alone; a latent one (latent, rotated key); one with
+    a state has no keys."""
+    if kept is None:
+        if getattr(layer, "keys", None) is not None:  # no RoPE in this layer
+            layer.keys, layer.values = through(layer.keys, layer.values, index)
+        return
     held = layer.keys.shape[2]
     if kept.keys.shape[1:] == layer.values.shape[1:] and kept.keys.shape != layer.keys.shape:
         layer.keys, rotary = through(layer.keys, kept.keys, index)

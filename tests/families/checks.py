@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from families import cached, oracle, ours
-from families.changes import changes
+from families.changes import changes, unknown
 from families.nf4 import quantized
 from families.probe import (
     NEEDLE_ANSWER,
@@ -69,6 +69,10 @@ class Exact:
     streaming: float
     needle: float
 
+    @property
+    def largest(self) -> float:
+        return max(self.prefill, self.streaming, self.needle)
+
 
 def exact(subject: Subject) -> Exact:
     """In both modes of the cache."""
@@ -117,6 +121,7 @@ class Changed:
 
 def changed(subject: Subject) -> Iterator[Changed]:
     """One field of config.json after the other set to another value, on the same weights."""
+    ours.opened(subject.folder)  # what is refused as it is says so here
     folder = subject.folder / "changed"
     for name, fields in changes(read_fields(subject.folder)):
         if name in subject.tiny.unfit:
@@ -157,6 +162,13 @@ def codec_of(name: str, decoder: Decoder) -> cached.Through:
         return decoded_keys, decoded_values
 
     return through
+
+
+def complaints(subject: Subject) -> list[str]:
+    """All that is wrong with fields: nobody knows one, or it does not move as it must."""
+    unlooked = [f"{field}: not in changes.py" for field in unknown(read_fields(subject.folder))]
+    found = [one.complaint(subject.tiny) for one in changed(subject)]
+    return unlooked + [complaint for complaint in found if complaint]
 
 
 def _share_weights(folder: Path, other: Path) -> None:

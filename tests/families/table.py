@@ -6,7 +6,9 @@ the type's own defaults.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+
+import pytest
 
 from families.dense import DENSE
 from families.experts import EXPERTS
@@ -25,3 +27,10 @@ CORE = frozenset({
     *("deepseek_v2:groups", "deepseek_v3", "granitemoe", "ernie4_5_moe", "minimax_m2"),
     *("glm4_moe_lite", "qwen3_next", "lfm2"),
 })  # fmt: skip
+
+
+def parameters(names: Iterable[str]) -> list[object]:
+    """Names for pytest.mark.parametrize, those beyond CORE marked."""
+    return [
+        name if name in CORE else pytest.param(name, marks=pytest.mark.families) for name in names
+    ]
