@@ -61,7 +61,7 @@ def _measured(subject: checks.Subject, *, experts: bool) -> dict[str, object]:
         model = ours.opened(subject.folder)
     except InputError as error:
         return {"refused": _short(error)}
-    found: dict[str, object] = {"path": model.paths.model}
+    found: dict[str, object] = {"path": getattr(model.paths, "model", "own")}
     asked = {"exact": lambda: vars(checks.exact(subject))}
     asked["study"] = lambda: {"study": checks.through_arm(subject, ARM)[0]}
     asked["generate"] = lambda: {"generate": checks.generated(subject)}

@@ -35,13 +35,19 @@ EXPERTS: Mapping[str, Tiny] = {
     "glm4_moe_lite": Tiny("glm4_moe_lite", {**LATENT, **LATE_EXPERTS}),
     "deepseek_v2": Tiny(
         "deepseek_v2",
-        {**LATENT, "q_lora_rank": None},
+        {**LATENT, "q_lora_rank": None, "norm_topk_prob": False},
         still=("norm_topk_prob",),
         unfit=("topk_method",),
     ),
     "deepseek_v2:groups": Tiny(
         "deepseek_v2",
-        {**LATENT, **GROUPS, "topk_method": "group_limited_greedy", "num_experts_per_tok": 3},
+        {
+            **LATENT,
+            **GROUPS,
+            "topk_method": "group_limited_greedy",
+            "num_experts_per_tok": 3,
+            "norm_topk_prob": False,
+        },
         still=("norm_topk_prob",),
     ),
     "deepseek_v3": Tiny("deepseek_v3", {**LATENT, **GROUPS}),

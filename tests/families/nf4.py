@@ -19,7 +19,10 @@ def quantized(folder: Path, into: Path) -> None:
     tensors = read_tensors(folder)
     for name, tensor in tensors.items():
         if tensor.ndim >= 2 and not any(part in name for part in FLOAT):
-            rows = tensor.reshape(-1, tensor.shape[-1])
-            packed = pack(name, rows, nested=False)
-            tensors[name] = unpack(name, packed).view(tensor.shape)
+            # gpt_oss stores [in, out] of each expert; blocks run along what a row is multiplied by
+            turned = name.endswith(("experts.gate_up_proj", "experts.down_proj"))
+            matrix = tensor.transpose(-1, -2) if turned else tensor
+            packed = pack(name, matrix.reshape(-1, matrix.shape[-1]), nested=False)
+            rounded = unpack(name, packed).view(matrix.shape)
+            tensors[name] = (rounded.transpose(-1, -2) if turned else rounded).contiguous()
     save_file(tensors, into / "model.safetensors", metadata={"format": "pt"})
