@@ -13,12 +13,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from layersweep.errors import CheckpointError
+from layersweep.families.generic.build import build, read_config
+from layersweep.families.generic.interfaces import Unsupported
+from layersweep.families.generic.names import Source, weights_of
+from layersweep.families.generic.rehearsal import rehearse
 from layersweep.kv.arms import EXACT, Arm, parse
-from layersweep.model.generic.build import build, read_config
 from layersweep.model.generic.decoder import Decoder
-from layersweep.model.generic.interfaces import Unsupported
-from layersweep.model.generic.names import Source, weights_of
-from layersweep.model.generic.rehearsal import rehearse
 from layersweep.sweep.sequences import Branch, BranchedSequence, Tile
 
 CPU = torch.device("cpu")

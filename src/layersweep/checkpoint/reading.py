@@ -17,8 +17,8 @@ from layersweep.checkpoint.header import StoredTensor
 from layersweep.checkpoint.shards import Shards, open_shards
 from layersweep.checkpoint.strict_json import UnusableJson, parse_json
 from layersweep.checkpoint.weights import Checkpoint, Weight
-from layersweep.families.names import IGNORED_SUFFIX, LAYERS, Fused, Names, Wanted
-from layersweep.families.registry import Description
+from layersweep.families.names import LAYERS, Fused, Wanted
+from layersweep.families.registry import AnyNames, Description
 from layersweep.families.spec import Decoder
 from layersweep.problems import FileProblem, Problem
 
@@ -89,7 +89,7 @@ class _Layout:
         folder: Folder,
         shards: Shards,
         decoder: Decoder,
-        names: Names,
+        names: AnyNames,
         problems: list[Problem],
         notes: list[str],
     ) -> None:
@@ -103,9 +103,9 @@ class _Layout:
 
     def weights(self) -> dict[str, Weight]:
         weights: dict[str, Weight] = {}
-        if not self._counts_fit():
+        if self.decoder.generic is None and not self._counts_fit():
             return weights
-        for wanted in self.names.outside(self.decoder):
+        for wanted in self.names.outside(self.decoder, self.tensors):
             if wanted.name != "lm_head" or not self._tied(wanted):
                 self._add(weights, wanted)
         for layer in range(self.decoder.num_hidden_layers):
@@ -196,7 +196,7 @@ class _Layout:
 
     def _check_leftovers(self) -> None:
         for name, tensor in self.tensors.items():
-            if name in self.used or name.endswith(IGNORED_SUFFIX):
+            if name in self.used or self.names.ignores(name):
                 continue
             if name == "lm_head.weight" and self.decoder.tie_word_embeddings:
                 continue

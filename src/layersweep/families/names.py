@@ -66,7 +66,11 @@ class Names:
         """These names with others for some weights, and `wholes` in place of these."""
         return Names({**self.spellings, **spellings}, wholes or self.wholes)
 
-    def outside(self, decoder: Decoder) -> Iterator[Wanted]:
+    def ignores(self, name: str) -> bool:
+        """Whether a file may hold this tensor for others."""
+        return name.endswith(IGNORED_SUFFIX)
+
+    def outside(self, decoder: Decoder, there: Mapping[str, object]) -> Iterator[Wanted]:
         """Embedding, last norm and head."""
         for block in blocks(decoder):
             if block.layer is None:

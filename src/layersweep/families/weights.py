@@ -51,6 +51,10 @@ class BlockShape:
 
 def blocks(decoder: Decoder) -> Iterator[BlockShape]:
     """All blocks in sweep order: embedding, layers, head."""
+    if decoder.generic:
+        there = range(decoder.num_hidden_layers)
+        yield from (one for one in decoder.generic.blocks if one.layer in (None, *there))
+        return
     yield embed_block(decoder)
     for index in range(decoder.num_hidden_layers):
         yield from layer_blocks(decoder, index)
@@ -68,7 +72,10 @@ def head_block(decoder: Decoder) -> BlockShape:
 
 def layer_blocks(decoder: Decoder, index: int) -> Iterator[BlockShape]:
     """Attention with norms and router; then the dense MLP, or the shared expert and the routed
-    ones in order."""
+    ones in order. Of transformers' layers, all but the routed experts is the first block."""
+    if decoder.generic:
+        yield from (one for one in decoder.generic.blocks if one.layer == index)
+        return
     layer, hidden = decoder.layers[index], decoder.hidden_size
     feed = layer.feed
     exact = {"router", "router_correction"} if feed.router and feed.router.float32 else set()

@@ -8,24 +8,47 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from layersweep.model.generic.interfaces import Attend, Sight, visiting
+from layersweep.families.generic.interfaces import Attend, Sight, visiting
 
-Attention = Callable[[nn.Module, Tensor, Tensor, Tensor, Attend], Tensor]
-SequenceWise = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
+
+
+class Rows(Protocol):
+    """The rows of a tile: whose they are, which the modules that are called with them do not know.
+
+    The three last call a module's own `forward` once or more, so that together it sees all rows.
+    """
+
+    def attend(
+        self, module: nn.Module, q_1QND: Tensor, k_1GND: Tensor, v_1GND: Tensor, call: Attend
+    ) -> Tensor:
+        """Attention, keys after RoPE: [1, Q, N, D of a value]."""
+
+    def by_sequence(self, forward: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
+        """For whole sequences, each with one branch."""
+
+    def by_group(self, forward: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
+        """For a few sequences at a time, with all their branches."""
+
+    def by_row(self, forward: Callable[..., Any], args: Args, kwargs: Kwargs) -> Any:
+        """For some rows at a time."""
 
 
 @dataclass(frozen=True)
 class AtLayer:
-    """Before a decoder layer, or after the last one (`index` is then their number)."""
+    """Before layer `index`, or behind the last one, with the hidden states [N, H] so far."""
 
     index: int
+    hidden_NH: Tensor
 
 
 @dataclass(frozen=True)
@@ -53,17 +76,14 @@ class _Left(BaseException):
 
 
 class Walk:
-    """See the module's text. `forward()` is the base model's, hidden states [1, N, H].
+    """See the module's text. `forward()` is the base model's, hidden states [1, N, H]. Close it:
+    a thread waits in it."""
 
-    `attend` computes attention of the tile's rows; `by_sequence` calls a module for each sequence
-    of the tile instead of for its rows. Close it: a thread hangs on it.
-    """
-
-    def __init__(
-        self, forward: Callable[[], Tensor], attend: Attention, by_sequence: SequenceWise
-    ) -> None:
-        self.attend, self.by_sequence = attend, by_sequence
-        self._forward = forward
+    def __init__(self, forward: Callable[[], Tensor], rows: Rows, device: torch.device) -> None:
+        self.rows = rows
+        self.attend = rows.attend
+        self._forward, self._device = forward, device
+        self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         self._told: SimpleQueue[Any] = SimpleQueue()
         self._halts: SimpleQueue[Halt | BaseException] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -87,6 +107,7 @@ class Walk:
     def halt(self, at: Halt) -> Any:
         """Called in the walk's own thread."""
         self._halts.put(at)
+        del at  # what it holds must not live as long as the thread waits
         told = self._told.get()
         if isinstance(told, _Left):
             raise told
@@ -103,7 +124,10 @@ class Walk:
 
     def _run(self) -> None:
         try:
-            with torch.inference_mode(), visiting(self):
+            if self._stream is not None:
+                torch.cuda.set_device(self._device)
+            stream = nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+            with stream, torch.inference_mode(), visiting(self):
                 self._halts.put(Done(self._forward()[0]))
         except _Left:
             pass

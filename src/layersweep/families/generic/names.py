@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from layersweep.errors import CheckpointError
-from layersweep.model.generic.interfaces import Unsupported
+from layersweep.families.generic.interfaces import Unsupported
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -99,10 +99,23 @@ def _arrived(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, list[_A
         end = 0
         for other in targets:  # where there are several, the tensor's rows are shared out
             twin = name.replace(targets[0], other) if entry else name
-            start, end = end, end + (known[twin].shape[0] if len(targets) > 1 else 0)
-            rows = (start, end) if len(targets) > 1 else None
+            shared = len(targets) > 1 and twin in known
+            start, end = end, end + (known[twin].shape[0] if shared else 0)
+            rows = (start, end) if shared else None
             found.setdefault(twin, []).append(_Arrival(key, index, entry, rows))
     return found
+
+
+def parts_of_an_expert(model: PreTrainedModel, name: str) -> int:
+    """Of how many tensors, one below the other, files make an expert's part of a parameter."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    for entry in get_model_conversion_mapping(model):
+        kinds = [type(op).__name__ for op in getattr(entry, "operations", ())]
+        target = entry.target_patterns[0].replace("\\.", ".")
+        if kinds == ["MergeModulelist", "Concatenate"] and name.endswith(target):
+            return len(entry.source_patterns)
+    return 1
 
 
 def _weights(name: str, shape: tuple[int, ...], arrived: Sequence[_Arrival]) -> list[Weight]:
@@ -123,9 +136,7 @@ def _weights(name: str, shape: tuple[int, ...], arrived: Sequence[_Arrival]) -> 
     merged = (["MergeModulelist"], [0]), (["MergeModulelist", "Concatenate"], [0, 1])
     if (kinds, dims) in merged:
         return _experts(name, shape, arrived)
-    raise Unsupported(
-        f"{name}: found a conversion by {', '.join(kinds)}, needed names, rows and experts alone"
-    )
+    raise Unsupported(name, f"a conversion by {', '.join(kinds)}", "names, rows and experts alone")
 
 
 def _experts(name: str, shape: tuple[int, ...], arrived: Sequence[_Arrival]) -> list[Weight]:

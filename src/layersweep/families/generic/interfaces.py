@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from layersweep.errors import InputError
 
 NAME = "layersweep"
+OWN_MASK = "a mask of the model's own"
 
 # What models hand through to the attention function, and it may ignore: it computes one row batch
 # without a cache, and sequences and positions are known.
@@ -30,7 +31,11 @@ _NEUTRAL = {
 
 
 class Unsupported(InputError):
-    """A decoder that this path cannot run; the message says why."""
+    """A decoder that this path cannot run: which part of it, what was found, what was needed."""
+
+    def __init__(self, where: str, found: str, needed: str, *, hint: str = "") -> None:
+        super().__init__(f"{where}: found {found}, needed {needed}", hint=hint)
+        self.where, self.found, self.needed = where, found, needed
 
 
 @dataclass(frozen=True)
@@ -125,18 +130,15 @@ def _attention(
     unknown = {name for name, value in others.items() if value is not None and name not in _NEUTRAL}
     where = type(module).__name__
     if unknown:
-        raise Unsupported(
-            f"{where}: found the attention argument{'s' * (len(unknown) > 1)} "
-            f"{', '.join(sorted(unknown))}, needed one that this version knows"
-        )
+        arguments = "an attention argument" if len(unknown) == 1 else "attention arguments"
+        names = ", ".join(sorted(unknown))
+        raise Unsupported(where, f"{arguments}: {names}", "what this version computes with")
     if causal is False or getattr(module, "is_causal", True) is False:
-        raise Unsupported(f"{where}: found attention that looks ahead, needed causal attention")
+        raise Unsupported(where, "attention that looks ahead", "causal attention")
     if dropout:
-        raise Unsupported(f"{where}: found dropout {dropout}, needed none")
+        raise Unsupported(where, f"dropout {dropout}", "none")
     if attention_mask is not None and not isinstance(attention_mask, Sight):
-        raise Unsupported(
-            f"{where}: found a mask of the model's own, needed causal attention or a window"
-        )
+        raise Unsupported(where, OWN_MASK, "causal attention, a window or chunks")
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     call = Attend(scale, window or None, softcap, sinks, attention_mask)
     return current().attend(module, query, key, value, call).transpose(1, 2).contiguous(), None

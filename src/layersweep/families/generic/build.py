@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import copy
 import difflib
-import json
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from layersweep.errors import CheckpointError
-from layersweep.model.generic.interfaces import NAME, Unsupported, register
+from layersweep.families.generic.interfaces import NAME, Unsupported, register
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -24,32 +22,25 @@ FOREIGN_FAILURES = (
 )  # fmt: skip
 
 
-def read_config(folder: Path) -> PreTrainedConfig:
-    """config.json as transformers understands it. Raises CheckpointError for code of its own, for
-    an unknown model_type and for what transformers refuses."""
-    from transformers import CONFIG_MAPPING, AutoConfig
+def config_of(fields: Mapping[str, Any]) -> PreTrainedConfig:
+    """config.json as transformers understands it. Raises Unsupported for code that comes with the
+    model, for an unknown model_type and for what transformers refuses."""
+    from transformers import CONFIG_MAPPING
 
-    file = folder / "config.json"
-    fields = json.loads(file.read_text())
-    if "auto_map" in fields:
-        raise CheckpointError(
-            f"{file}: found auto_map, code that comes with the model, needed a model_type that "
-            "transformers implements itself",
-            hint="code of a checkpoint is never run; look for a converted one",
-        )
+    if fields.get("auto_map") is not None:
+        hint = "code of a checkpoint is never run; look for a converted one"
+        needed = "a model_type that transformers implements itself"
+        raise Unsupported("auto_map", "code that comes with the model", needed, hint=hint)
     kind = fields.get("model_type")
     if kind not in CONFIG_MAPPING:
         near = difflib.get_close_matches(str(kind), list(CONFIG_MAPPING), 1)
-        raise CheckpointError(
-            f"{file}: found model_type '{kind}', needed one that transformers knows",
-            hint=f"did you mean '{near[0]}'?" if near else "a newer transformers may know it",
-        )
+        hint = f"did you mean '{near[0]}'?" if near else "a newer transformers may know it"
+        raise Unsupported("model_type", f"'{kind}'", "one that transformers knows", hint=hint)
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        return CONFIG_MAPPING[kind].from_dict(dict(fields))
     except FOREIGN_FAILURES as failure:
-        raise CheckpointError(
-            f"{file}: transformers refuses it: {first_line(failure)}"
-        ) from failure
+        found = first_line(failure)
+        raise Unsupported("config.json", found, "fields that transformers takes") from failure
 
 
 def build(config: PreTrainedConfig) -> PreTrainedModel:
@@ -57,11 +48,11 @@ def build(config: PreTrainedConfig) -> PreTrainedModel:
     choice of kernels, too. Raises Unsupported for what is no decoder alone."""
     from transformers import AutoModelForCausalLM
 
-    kind = config.model_type
+    where = f"model_type {config.model_type}"
     if type(config)().is_encoder_decoder or config.is_encoder_decoder:
-        raise Unsupported(f"model_type {kind}: found an encoder-decoder, needed a decoder")
+        raise Unsupported(where, "an encoder-decoder", "a decoder")
     if type(config) not in AutoModelForCausalLM._model_mapping:
-        raise Unsupported(f"model_type {kind}: found no causal language model in transformers")
+        raise Unsupported(where, "no causal language model in transformers", "one")
     register()
     own = copy.deepcopy(config)
     try:
@@ -70,9 +61,9 @@ def build(config: PreTrainedConfig) -> PreTrainedModel:
                 own, attn_implementation=NAME, experts_implementation=NAME, dtype=torch.float32
             )
     except FOREIGN_FAILURES as failure:
-        raise Unsupported(f"model_type {kind}: cannot be built: {first_line(failure)}") from failure
+        raise Unsupported(where, first_line(failure), "a model that can be built") from failure
     if getattr(model.config, "vision_config", None):
-        raise Unsupported(f"model_type {kind}: found a vision tower, needed a text model")
+        raise Unsupported(where, "a vision tower", "a text model")
     return model.eval()
 
 
@@ -97,10 +88,10 @@ def base_of(model: PreTrainedModel) -> tuple[str, nn.Module]:
     part = getattr(model, model.base_model_prefix, None)
     if isinstance(part, nn.Module):
         return model.base_model_prefix, part
-    raise Unsupported(f"{type(model).__name__}: found no decoder beside a head in it")
+    raise Unsupported(type(model).__name__, "no decoder beside a head in it", "one")
 
 
-def layers_of(model: PreTrainedModel) -> list[nn.Module]:
+def layers_of(model: PreTrainedModel) -> nn.ModuleList:
     """The decoder layers, in order: the one list of modules that is not within another."""
     _, base = base_of(model)
     lists = {name: part for name, part in base.named_modules() if isinstance(part, nn.ModuleList)}
@@ -111,10 +102,9 @@ def layers_of(model: PreTrainedModel) -> list[nn.Module]:
     if len(found) != 1:
         sizes = ", ".join(str(len(part)) for part in outer) or "none"
         raise Unsupported(
-            f"{type(base).__name__}: found lists of {sizes} modules, needed one of the {count} "
-            "decoder layers"
+            type(base).__name__, f"lists of {sizes} modules", f"one of the {count} decoder layers"
         )
-    return list(found[0])
+    return found[0]
 
 
 def first_line(failure: BaseException) -> str:
