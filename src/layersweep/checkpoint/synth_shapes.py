@@ -31,10 +31,14 @@ class PublishedShape:
 
     def with_layers(self, layers: int) -> PublishedShape:
         """The same with fewer layers."""
-        fields = {**self.fields, "num_hidden_layers": layers}
-        if isinstance(types := fields.get("layer_types"), list):
-            fields["layer_types"] = types[:layers]
-        return replace(self, fields=fields)
+        changed: dict[str, Any] = {"num_hidden_layers": layers}
+        if isinstance(types := self.fields.get("layer_types"), list):
+            changed["layer_types"] = types[:layers]
+        return self.with_fields(changed)
+
+    def with_fields(self, changed: Mapping[str, Any]) -> PublishedShape:
+        """The same with other values for some fields of config.json."""
+        return replace(self, fields={**self.fields, **changed})
 
     def config_json(self) -> dict[str, Any]:
         return {

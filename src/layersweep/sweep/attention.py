@@ -146,12 +146,15 @@ def _attend(
 
 def _stored(
     arms: Sequence[Arm], streams: Streams, context: LayerContext, *, first: int = 0,
-    mean_tokens: int | None = None,
+    mean_tokens: int | None = None, whole: bool = False,
 ) -> KvStore:  # fmt: skip
-    """Tokens from position `first` on as each arm keeps them."""
+    """Tokens from position `first` on as each arm keeps them; the `whole` of them, or those that
+    the next token can see."""
     of_arms = [(arm, context.streams(arm)) for arm in arms]
+    if whole:
+        of_arms = [(arm, tuple(replace(one, window=None) for one in own)) for arm, own in of_arms]
     layers = context.decoder.num_hidden_layers
-    empty = KvStore.empty(of_arms, context.index, layers, mean_tokens)
+    empty = KvStore.empty(of_arms, context.index, layers, mean_tokens, first=first)
     return empty.appended(streams)
 
 
@@ -187,15 +190,19 @@ def _attend_streaming(
     tokens, arm = q.shape[2], branch.arm
     group = 1 if arm.codec is None else key_group(arm.codec)
     attention, rule, sinks = context.compute.attention, context.rule, context.sinks
-    stored = _stored([arm], streams, context, mean_tokens=STREAMING_MEAN)
-    _count(tile_name, [arm], stored, context)
+    stored = _stored([arm], streams, context, mean_tokens=STREAMING_MEAN, whole=True)
+    first = context.plain_streams[0].first_held(tokens)
+    held = stored
+    if first:  # all tokens are read here, each by those in whose window it is; a cache holds fewer
+        held = _stored([arm], _some(streams, slice(first, tokens)), context, first=first)
+    _count(tile_name, [arm], held, context)
     q = turned_queries(q, 0, table, context)
     parts = 1 + (group > 1) + (arm.window > 0)
     if parts == 1:
         keys, values = read([stored.decoded(0)], 0, table, context)
         return attention(q, keys, values, rule=rule, sinks=sinks)
     every = replace(arm, window=0)
-    coded = _stored([every], streams, context, mean_tokens=STREAMING_MEAN).decoded(0)
+    coded = _stored([every], streams, context, mean_tokens=STREAMING_MEAN, whole=True).decoded(0)
     coded_keys, coded_values = read([coded], 0, table, context)
     exact_keys, exact_values = read([streams], 0, table, context)
     keys = torch.cat([coded_keys, *[exact_keys] * (parts - 1)], dim=2)
