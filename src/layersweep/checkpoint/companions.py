@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from layersweep.checkpoint.header import StoredTensor
-from layersweep.checkpoint.problems import DOWNLOAD_AGAIN, TWICE, Problem, show
 from layersweep.checkpoint.strict_json import UnusableJson, parse_json
 from layersweep.checkpoint.tables import CODES
 from layersweep.checkpoint.weights import Nested, Quant, Weight, packed_bytes
+from layersweep.problems import DOWNLOAD_AGAIN, TWICE, Problem, show
 
 Kind = Literal["nf4", "fp4"]
 KINDS: tuple[Kind, ...] = ("nf4", "fp4")
