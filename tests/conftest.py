@@ -1,6 +1,23 @@
 """One thread per process: most operations here are so short that two threads would spend their time
 at barriers, and `make test` runs a process per core."""
 
+from __future__ import annotations
+
 import os
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from families.checks import Subject
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
+
+
+@pytest.fixture(scope="module")
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Subject:
+    """The tiny model named by the parameter, and transformers' reading of it."""
+    from families.checks import Subject
+    from families.table import TINY
+
+    return Subject.of(TINY[request.param], tmp_path_factory.mktemp("family"))

@@ -33,8 +33,8 @@ from safetensors.torch import save
 
 import layersweep.checkpoint
 from layersweep.checkpoint import Checkpoint, scan_checkpoint
-from layersweep.checkpoint.problems import problems_error
 from layersweep.errors import CheckpointError, InputError
+from layersweep.problems import problems_error
 from layersweep.stream.blocks import Block, block_specs
 from layersweep.stream.reader import RunReader
 from layersweep.stream.runs import runs_of

@@ -5,11 +5,14 @@ Every check draws fresh input from `seed`, which the failure of an assertion sho
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from layersweep.checkpoint import nf4
+from layersweep.families.spec import Activation, Rope
 from layersweep.kernels import Kernels
 from layersweep.kernels.codecs import TRELLIS_CODES
 from layersweep.kv import lloyd, trellis, trellis_scale
@@ -18,6 +21,7 @@ from layersweep.kv.packing import pack_bits, unpack_bits
 from layersweep.kv.rotate import rotate_back, rotation_weights
 from layersweep.kv.trellis_search import search_oracle, states_of
 from layersweep.model import maths
+from layersweep.model.rope import rope_table
 
 INT32_MAX = 2**31 - 1
 _WORDS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32}
@@ -82,11 +86,11 @@ def check_rms_norm(
     weight = (1 + 0.1 * draw(seed + 1, width, device=device)).to(kernels.dtype)
     rows = torch.randperm(tokens, device=device)[:count]
     steps = 16 if kernels.dtype == torch.float32 else 2
-    for chosen in (rows, None):
+    for chosen, offset in ((rows, 0.0), (rows, 1.0), (None, 1.0), (None, 0.0)):
         some = x[rows] if chosen is not None else x[:count]
         out = torch.empty(count, width, dtype=kernels.dtype, device=device)
-        kernels.rms_norm(x, weight, 1e-5, out, chosen)
-        within(out, maths.rms_norm(some, weight, 1e-5), steps, seed)
+        kernels.rms_norm(x, weight, 1e-5, out, chosen, offset)
+        within(out, maths.rms_norm(some, weight, 1e-5, offset), steps, seed)
     alone = torch.empty(1, width, dtype=kernels.dtype, device=device)
     kernels.rms_norm(x[count - 1 :], weight, 1e-5, alone)
     exactly(alone[0], out[count - 1], seed)
@@ -101,6 +105,25 @@ def check_swiglu(kernels: Kernels, device: torch.device, count: int, inner: int,
     within(result, wanted, steps, seed, equal)
     assert result.data_ptr() == gate_up.data_ptr() and result.shape == (count, inner)
     exactly(gate_up[:, inner:], kept, seed)
+
+
+def check_activations(
+    kernels: Kernels, device: torch.device, count: int, inner: int, seed: int
+) -> None:
+    """Every activation, gate and up in halves and as neighbours."""
+    acts: tuple[Activation, ...] = ("silu", "gelu_tanh", "gelu", "relu2", "swiglu_clamped")
+    for act, interleaved in itertools.product(acts, (False, True)):
+        gate_up = (3 * draw(seed, count, 2 * inner, device=device)).to(kernels.dtype)
+        gate_up[0, :2] = float("nan")
+        wanted = maths.glu_(gate_up.clone(), act, interleaved=interleaved, limit=2.0)
+        result = kernels.swiglu_(gate_up, act, interleaved, limit=2.0)
+        assert result.data_ptr() == gate_up.data_ptr() and result.shape == (count, inner)
+        assert result[0, 0].isnan() and wanted[0, 0].isnan()
+        # Steps of the largest term: 1 + tanh and 1 + erf cancel where the gate is negative.
+        last_bits = {torch.float32: 2e-5, torch.float16: 2**-9, torch.bfloat16: 2**-6}
+        rest = result.flatten()[2:].float(), wanted.flatten()[2:].float()
+        close = last_bits[kernels.dtype]
+        torch.testing.assert_close(*rest, rtol=close, atol=close, msg=f"{act}, seed {seed}")
 
 
 def check_add_rows(
@@ -139,20 +162,23 @@ def check_leave_layer(
 def check_rope(
     kernels: Kernels, device: torch.device, shape: tuple[int, int, int, int], seed: int
 ) -> None:
-    batch, heads, tokens, dim = shape
+    """Whole heads and a part of each; pairs that are halves and neighbours."""
+    batch, heads, tokens, width = shape
     first, dtype = 3, kernels.dtype
-    positions = torch.arange(first + tokens + 2, device=device)
-    cos, sin = (one.to(dtype) for one in maths.rope_table(1e4, dim, positions))
-    here = slice(first, first + tokens)
-    floats = draw(seed, batch, tokens, heads, dim, device=device).transpose(1, 2)
-    for x in (floats, floats.to(dtype), floats.to(dtype).contiguous()):
-        wanted = maths.rope(x.to(dtype), cos[here], sin[here])
-        out = torch.zeros(shape, dtype=dtype, device=device)
-        kernels.rope(x, out, cos, sin, first)
-        exactly(out, wanted, seed)
-    x = floats.to(dtype)
-    kernels.rope(x, x, cos, sin, first)
-    exactly(x, wanted, seed)
+    floats = draw(seed, batch, tokens, heads, width, device=device).transpose(1, 2)
+    for dim, interleaved in itertools.product({width, (width + 2) // 4 * 2}, (False, True)):
+        table = Rope(1e4, dim, interleaved=interleaved)
+        positions = torch.arange(first + tokens + 2, device=device)
+        cos, sin = (one.to(dtype) for one in rope_table(table, positions, len(positions)))
+        here = slice(first, first + tokens)
+        for x in (floats, floats.to(dtype), floats.to(dtype).contiguous()):
+            wanted = maths.rope(x.to(dtype), cos[here], sin[here], interleaved=interleaved)
+            out = torch.zeros(shape, dtype=dtype, device=device)
+            kernels.rope(x, out, cos, sin, first, interleaved)
+            exactly(out, wanted, seed)
+        x = floats.to(dtype)
+        kernels.rope(x, x, cos, sin, first, interleaved)
+        exactly(x, wanted, seed)
 
 
 def check_lloyd(

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from layersweep.checkpoint.header import StoredTensor
 from layersweep.checkpoint.layout import Nested, Quant, Weight
-from layersweep.checkpoint.synth import MIXTRAL_8X7B
+from layersweep.checkpoint.synth_shapes import MIXTRAL_8X7B
 from layersweep.stream.blocks import BlockSpec, specs_of
 
-MIXTRAL = MIXTRAL_8X7B
+MIXTRAL = MIXTRAL_8X7B.decoder
 
 
 def stored(name: str, dtype: str, shape: tuple[int, ...], nbytes: int) -> StoredTensor:
@@ -48,18 +48,21 @@ def half(name: str, *shape: int) -> Weight:
     return Weight(name, shape, stored(name, "F16", shape, 2 * elements), None)
 
 
+PARTS = (("gate_proj", 14_336, 4096), ("up_proj", 14_336, 4096), ("down_proj", 4096, 14_336))
+
+
 def mixtral_specs() -> list[BlockSpec]:
-    h, i = MIXTRAL.hidden_size, MIXTRAL.intermediate_size
+    h = MIXTRAL.hidden_size
     weights = {"embed": half("embed", 32_000, h), "lm_head": half("lm_head", 32_000, h)}
     weights["norm"] = half("norm", h)
     for layer in range(32):
         at = f"layers.{layer}"
-        for name in ("input_norm", "post_attention_norm"):
+        for name in ("attention_norm", "feed_norm"):
             weights[f"{at}.{name}"] = half(name, h)
         for name, rows in (("q_proj", h), ("k_proj", 1024), ("v_proj", 1024), ("o_proj", h)):
             weights[f"{at}.{name}"] = nf4(name, rows, h)
         weights[f"{at}.router"] = nf4("router", 8, h)
         for expert in range(8):
-            for name, rows, columns in (("w1", i, h), ("w3", i, h), ("w2", h, i)):
+            for name, rows, columns in PARTS:
                 weights[f"{at}.experts.{expert}.{name}"] = nf4(name, rows, columns)
     return specs_of(MIXTRAL, weights)

@@ -18,7 +18,7 @@ class Rounded:
     """Rounds to 2^bits levels between -max and max; a byte a number, the honest price of that."""
 
     def __init__(self, key_bits, value_bits):
-        self.bits = {"key": key_bits, "value": value_bits}
+        self.bits = {"key": key_bits, "latent": key_bits, "value": value_bits}
 
     def encode(self, x, stream, positions, mean=None):
         half = 2 ** (self.bits[stream.role] - 1) - 0.5

@@ -17,6 +17,7 @@ from layersweep.bench import peers
 from layersweep.bench.sync_nf4 import LoadedWeight, SyncNf4
 from layersweep.checkpoint import open_checkpoint, read_config
 from layersweep.errors import InputError, LayersweepError
+from layersweep.families.weights import layer_blocks
 
 CPU = torch.device("cpu")
 IDS = [int(token) for token in torch.randint(VOCAB, (48,), generator=torch.manual_seed(0))]
@@ -72,24 +73,25 @@ def test_layers_that_are_not_there(folder: Path, layers: int) -> None:
 def test_bitsandbytes_decodes_the_same_tensors(tmp_path: Path, nested: bool) -> None:
     checkpoint = open_checkpoint(str(tiny_checkpoint(tmp_path / "model", nested=nested)))
     # blocks end with rows here: across rows its CPU kernel is wrong where there is AVX-512
-    weight = checkpoint.weights["layers.0.experts.0.w1"]
+    weight = checkpoint.weights["layers.0.experts.0.gate_proj"]
     assert weight.shape[1] % 64 == 0
     loaded = LoadedWeight.read(weight)
     own = loaded.dense(torch.float32, bitsandbytes=False)
     assert torch.equal(loaded.dense(torch.float32, bitsandbytes=True), own)
 
 
+def fields_of(folder: Path) -> dict[str, object]:
+    return json.loads((folder / "config.json").read_text())
+
+
 @needs_opponent
 def test_cpu_offload_is_measured_in_a_child(folder: Path) -> None:
-    config = read_config(folder)
-    result = peers.measure_cpu_offload(config, "cpu", 2, 24, vram_cap=2**30)
+    result = peers.measure_cpu_offload(fields_of(folder), "cpu", 2, 24, vram_cap=2**30)
     seconds = result.detail["seconds"]
     assert isinstance(seconds, list)
     assert result.seconds_per_pass == pytest.approx(sum(seconds) / 2 / 2 * 32)
-    heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
-    values = config.hidden_size * config.head_dim * (sum(heads) + config.num_attention_heads)
-    values += config.hidden_size * (2 + config.num_local_experts)
-    values += 3 * config.num_local_experts * config.hidden_size * config.intermediate_size
+    decoder = read_config(folder)
+    values = sum(block.elements for block in layer_blocks(decoder, 0))
     assert result.bytes_per_pass == 32 * 4 * values
     assert result.detail["finite"] is True
     json.dumps(result.detail)
@@ -98,7 +100,7 @@ def test_cpu_offload_is_measured_in_a_child(folder: Path) -> None:
 @needs_opponent
 def test_what_the_child_says_last_is_passed_on(folder: Path) -> None:
     with pytest.raises(LayersweepError, match=r"ended with 1: RuntimeError: .* nowhere"):
-        peers.measure_cpu_offload(read_config(folder), "nowhere", 1, 8, vram_cap=2**30)
+        peers.measure_cpu_offload(fields_of(folder), "nowhere", 1, 8, vram_cap=2**30)
 
 
 def test_without_the_opponent_it_is_asked_for(
@@ -106,7 +108,7 @@ def test_without_the_opponent_it_is_asked_for(
 ) -> None:
     monkeypatch.setattr(peers, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="needed it to measure this peer"):
-        peers.measure_cpu_offload(read_config(folder), "cpu", 1, 8, vram_cap=2**30)
+        peers.measure_cpu_offload(fields_of(folder), "cpu", 1, 8, vram_cap=2**30)
 
 
 def test_this_process_never_loads_the_opponent() -> None:

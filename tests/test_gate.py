@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from layersweep.errors import GateError
+from layersweep.families.spec import Feed, Router
 from layersweep.study.gate import COPY, Gate
 from layersweep.study.gate_tokens import PARAGRAPH, GateTokens, choose_tokens, is_varied
 from layersweep.study.run import run_study
@@ -149,19 +150,29 @@ def test_the_gate_takes_the_first_varied_stretch_of_a_text(demo_tokenizer: TextT
     assert len(later.ids) == 256 and is_varied(later.ids)
 
 
+def test_a_dense_layer_has_no_routing_to_check() -> None:
+    decoder = load("demo", device="cpu").decoder
+    layer = replace(decoder.layers[0], feed=Feed(96))
+    gate = Gate(replace(decoder, layers=(layer,)), GateTokens(list(range(256))), None)
+    gate.check_layer(LayerHealth(0, 1.0, experts_used=None, router_spread=None))
+    assert [check.name for check in gate.checks] == ["finite"]
+
+
 @pytest.mark.parametrize(("used", "of"), [(8, 8), (1, 1)])
 def test_a_mixture_that_uses_every_expert_has_nothing_to_choose(used: int, of: int) -> None:
-    config = load("demo", device="cpu").config
-    config = replace(config, num_experts_per_tok=used, num_local_experts=of)
-    gate = Gate(config, GateTokens(list(range(256))), None)
+    decoder = load("demo", device="cpu").decoder
+    layer = decoder.layers[0]
+    feed = replace(layer.feed, experts=of, router=Router(used))
+    decoder = replace(decoder, layers=(replace(layer, feed=feed),))
+    gate = Gate(decoder, GateTokens(list(range(256))), None)
     gate.check_layer(LayerHealth(0, 1.0, experts_used=of, router_spread=0.0))
     assert [check.name for check in gate.checks] == ["finite"]
 
 
 def test_a_model_with_a_short_limit_has_a_short_gate() -> None:
     model = load("demo", device="cpu")
-    config = replace(model.config, sliding_window=100)
-    model = replace(model, checkpoint=replace(model.checkpoint, config=config))
+    decoder = replace(model.decoder, max_position_embeddings=100)
+    model = replace(model, checkpoint=replace(model.checkpoint, decoder=decoder))
     study = prepare_study(model, ONLY_GATE)
     assert len(study.gate.ids) == 100
     run_study(study)
@@ -192,7 +203,7 @@ def test_the_gain_of_a_copy_is_judged_by_what_is_left_to_gain(
     first: float, second: float, refused: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("layersweep.study.gate.SCALE_GAINS", {})  # these models are not sure enough
-    gate = Gate(load("demo", device="cpu").config, GateTokens(list(range(256))), None)
+    gate = Gate(load("demo", device="cpu").decoder, GateTokens(list(range(256))), None)
     if refused is None:
         gate.check_logits(knowing(first, second))
         assert all(check.passed for check in gate.checks)
@@ -230,7 +241,7 @@ def guessing(right: float, sure: float) -> torch.Tensor:
 def test_logits_of_the_wrong_scale_are_refused(
     right: float, sure: float, refused: str | None
 ) -> None:
-    gate = Gate(load("demo", device="cpu").checkpoint.config, GateTokens(list(range(256))), None)
+    gate = Gate(load("demo", device="cpu").checkpoint.decoder, GateTokens(list(range(256))), None)
     if refused is None:
         gate.check_logits(guessing(right, sure))
         assert all(check.passed for check in gate.checks)

@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 from mixtral_shapes import MIXTRAL, mixtral_specs
 from stepped import in_one_pass, stepped, texts
 
-from layersweep.checkpoint.config import ModelConfig
 from layersweep.cli.app import run
 from layersweep.errors import BudgetError, MachineError, NoRoomTogether
+from layersweep.families.spec import Decoder
 from layersweep.generate.generation import Generation
 from layersweep.generate.lanes import generate_units
 from layersweep.generate.plan import plan_generation
@@ -57,7 +57,7 @@ class Card:
 
     vram: int
     ram: int
-    config: ModelConfig = MIXTRAL
+    decoder: Decoder = MIXTRAL
     specs: list[BlockSpec] = field(default_factory=lambda: SPECS)
 
     @property
@@ -262,9 +262,9 @@ def test_first_walks_of_a_unit_may_have_a_tile_each(alone: Path, tmp_path: Path)
     )  # fmt: skip
     study = prepare_study(load(str(tiny_study.model_folder()), device="cpu"), job)
     study.plan_rest(at_least=2)
-    config, element = study.model.config, study.model.machine.element
-    width = config.num_attention_heads * config.head_dim
-    sizes = [tile_bytes(config, tile_shape(tile, width), element) for tile in study.tiles]
+    decoder, element = study.model.decoder, study.model.machine.element
+    shapes = [tile_shape(tile, decoder.query_width) for tile in study.tiles]
+    sizes = [tile_bytes(decoder, shape, element) for shape in shapes]
     room = study.plan.device_bytes - study.plan.peaks["hidden states"] + max(sizes)
     words = evaluation("--device", "cpu", "--vram", f"{room}B")
     assert run([*words, "--out", str(tmp_path / "run")]) == 0
@@ -342,12 +342,12 @@ def engine_of(model: Model, layers: range) -> Engine:
     specs = blocks_of(model.specs, layers)
     placement = Placement(frozenset(), frozenset(), 0, compute_ring(runs_of(specs)))
     store = BlockStore(specs, placement, torch.device("cpu"))
-    return Engine(model.config, store, model.compute, 0, layers)
+    return Engine(model.decoder, store, model.compute, 0, layers)
 
 
 @pytest.fixture(scope="module")
 def tiny(tiny_model: Model) -> Iterator[Engine]:
-    engine = engine_of(tiny_model, range(tiny_model.config.num_hidden_layers))
+    engine = engine_of(tiny_model, range(tiny_model.decoder.num_hidden_layers))
     yield engine
     engine.close()
 
@@ -361,10 +361,10 @@ def tiny(tiny_model: Model) -> Iterator[Engine]:
 def test_a_token_at_a_time_is_one_pass(
     tiny: Engine, lengths: list[tuple[int, int]], arms: list[Arm], seed: int
 ) -> None:
-    rides = texts(lengths, len(arms), 3, tiny.config.vocab_size, seed)
+    rides = texts(lengths, len(arms), 3, tiny.decoder.vocab_size, seed)
     expected = in_one_pass(tiny, rides, arms)
     found = stepped(tiny, rides, arms, KeptCaches(3))
-    assert found.shape == (len(lengths), len(arms), 4, tiny.config.vocab_size)
+    assert found.shape == (len(lengths), len(arms), 4, tiny.decoder.vocab_size)
     assert (found - expected).abs().max() < 1e-4
 
 
@@ -372,7 +372,7 @@ def test_a_token_at_a_time_is_one_pass(
 def test_where_caches_wait_and_how_many_arms_go_at_once_changes_no_bit(
     tiny: Engine, arms: list[Arm], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rides = texts([(40, 5), (31, 8), (31, 8)], len(arms), 3, tiny.config.vocab_size, 0)
+    rides = texts([(40, 5), (31, 8), (31, 8)], len(arms), 3, tiny.decoder.vocab_size, 0)
     expected = stepped(tiny, rides, arms, KeptCaches(3))
     for room in (2**24, 1000):  # where it is full, memory of their own
         memory = cache_memory(room)
@@ -389,7 +389,7 @@ def test_prefixes_of_several_lengths_are_joined_as_far_as_one_call_takes(
     tiny: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lengths = [(40, 5), (31, 8), (31, 8), (20, 5), (22, 5)]
-    rides = texts(lengths, len(JOINED), 2, tiny.config.vocab_size, 0)
+    rides = texts(lengths, len(JOINED), 2, tiny.decoder.vocab_size, 0)
 
     def parts() -> list[tuple[int, int, int]]:
         caches = KeptCaches(2)
@@ -406,10 +406,10 @@ def test_prefixes_of_several_lengths_are_joined_as_far_as_one_call_takes(
 
 
 def test_kept_caches_are_copies_that_share_and_do_not_hold_what_they_decode(tiny: Engine) -> None:
-    rides = texts([(40, 5), (40, 5), (20, 5)], len(STEPPED), 2, tiny.config.vocab_size, 0)
+    rides = texts([(40, 5), (40, 5), (20, 5)], len(STEPPED), 2, tiny.decoder.vocab_size, 0)
     caches = KeptCaches(2)
     stepped(tiny, rides, STEPPED, caches)
-    for layer in range(tiny.config.num_hidden_layers):
+    for layer in range(tiny.decoder.num_hidden_layers):
         kept = caches._layers[0, layer]
         assert [(part.rows.start, part.rows.stop) for part in kept.prefixes] == [(0, 2), (2, 3)]
         for part in kept.prefixes:

@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import layersweep
-from layersweep.checkpoint.synth import MIXTRAL_8X7B, write_synthetic
+from layersweep.checkpoint.synth import write_synthetic
+from layersweep.checkpoint.synth_shapes import MIXTRAL_8X7B
 from layersweep.environment import DEVICE_RESERVE, Budget
 from layersweep.errors import Fallback, GateError, MachineError
 from layersweep.kernels import KernelError, Kernels
@@ -51,9 +52,11 @@ pytestmark = [
 CUDA = torch.device("cuda:0")
 GIB = 2**30
 # 6 layers of 8 experts, wide enough that a run is one or two experts
-WIDE = replace(
-    MIXTRAL_8X7B, vocab_size=4096, hidden_size=2048, intermediate_size=7168, num_hidden_layers=6,
-    num_attention_heads=16, num_key_value_heads=4,
+WIDE = MIXTRAL_8X7B.with_fields(
+    {
+        "vocab_size": 4096, "hidden_size": 2048, "intermediate_size": 7168,
+        "num_hidden_layers": 6, "num_attention_heads": 16, "num_key_value_heads": 4,
+    }
 )  # fmt: skip
 
 
@@ -92,7 +95,7 @@ def logits_of(
         found[tile.first + number] = [part.clone() for part in logits]
 
     store = BlockStore(model.specs, placement, CUDA, decode=model.compute.ops.decode)
-    engine = Engine(model.checkpoint.config, store, model.compute, model.plan(tiles).scratch)
+    engine = Engine(model.checkpoint.decoder, store, model.compute, model.plan(tiles).scratch)
     for number in range(sweeps):
         run_sweep(engine, tiles[number::sweeps], read)
     engine.close()
@@ -140,7 +143,7 @@ def test_a_token_at_a_time_is_one_pass(wide: Path, capability: str | None) -> No
     given = texts([(300, 20), (280, 31), (280, 31)], len(arms), 4, 4096, 0)
     placement, _ = placements(model)["on the device"]
     store = BlockStore(model.specs, placement, CUDA, decode=model.compute.ops.decode)
-    engine = Engine(model.checkpoint.config, store, model.compute, 2**28)
+    engine = Engine(model.checkpoint.decoder, store, model.compute, 2**28)
     expected = in_one_pass(engine, given, arms).log_softmax(-1)
     found = stepped(engine, given, arms, KeptCaches(4))
     distance = (found.log_softmax(-1) - expected).norm(dim=-1) / expected.norm(dim=-1)

@@ -74,6 +74,11 @@ def test_swiglu(kernels: Kernels, inner: int, seed: int) -> None:
     check.check_swiglu(kernels, CPU, 5, inner, seed)
 
 
+@pytest.mark.parametrize("inner", [8, 264, 2056])
+def test_activations(kernels: Kernels, inner: int, seed: int) -> None:
+    check.check_activations(kernels, CPU, 3, inner, seed)
+
+
 @pytest.mark.parametrize("width", [8, 264, 2056])
 def test_add_rows(kernels: Kernels, width: int, seed: int) -> None:
     check.check_add_rows(kernels, CPU, 9, 6, width, seed)

@@ -58,6 +58,11 @@ def test_swiglu(kernels: Kernels, count: int, inner: int, seed: int) -> None:
     check.check_swiglu(kernels, DEVICE, count, inner, seed)
 
 
+@pytest.mark.parametrize("count, inner", [(2048, 2880), (100, 384)])
+def test_activations(kernels: Kernels, count: int, inner: int, seed: int) -> None:
+    check.check_activations(kernels, DEVICE, count, inner, seed)
+
+
 @pytest.mark.parametrize("width", [4096, 256, 8])
 def test_add_rows(kernels: Kernels, width: int, seed: int) -> None:
     check.check_add_rows(kernels, DEVICE, 51200, 12800, width, seed)

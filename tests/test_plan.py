@@ -19,7 +19,7 @@ from layersweep.stream.shapes import (
     Machine,
     TileShape,
     dense_bytes,
-    expert_piece,
+    rows_at_once,
     scratch_bytes,
     temporary_bytes,
     tile_bytes,
@@ -38,7 +38,7 @@ T4 = Machine(vram=14 * GIB, ram=8 * GIB, element=2, cpu=False, repeats_kv=True)
 
 def tile(rows: int = 51_200) -> TileShape:
     return TileShape(
-        name="t", rows=rows, longest=1536, attention_keys=rows * 1000, read_rows=20 * 3 * 511,
+        name="t", rows=rows, longest=1536, spans=((1000, rows, 1),), read_rows=20 * 3 * 511,
         read_at_once=3 * 511, branches=3, sequences_at_once=8, rows_at_once=rows * 8 // 20,
     )  # fmt: skip
 
@@ -107,9 +107,10 @@ def test_a_plan_without_tiles_holds_weights_alone(kernels: bool, lanes: int, cpu
 
 
 def test_flops_of_a_token_are_25_gflop_and_attention() -> None:
-    plain = TileShape("t", 1, 1, 0, 0, 0, 0, 0, 0)
+    plain = TileShape("t", 1, 1, (), 0, 0, 0, 0, 0)
     assert tile_flops(MIXTRAL, plain) == pytest.approx(25.5e9, rel=0.02)
-    assert tile_flops(MIXTRAL, tile(1)) - tile_flops(MIXTRAL, plain) > 32 * 4 * 4096 * 1000
+    read = replace(plain, spans=((999, 1, 1),))  # one token that looks at 1000 keys
+    assert tile_flops(MIXTRAL, read) - tile_flops(MIXTRAL, plain) == 32 * 4 * 4096 * 1000
 
 
 @given(st.lists(st.integers(1, 60_000), min_size=1, max_size=30), st.integers(0, 40))
@@ -243,7 +244,7 @@ def test_the_least_host_memory_is_two_of_the_largest_runs() -> None:
 
 def test_an_expert_of_a_tile_is_one_product_unless_routing_is_very_uneven() -> None:
     # 51,200 rows x 2 / 8 = 12,800 on average
-    assert expert_piece(MIXTRAL, 51_200, cpu=False) == 16_000
+    assert rows_at_once(MIXTRAL.layers[0].feed, "expert", 51_200, cpu=False) == 16_000
 
 
 def test_a_context_beyond_the_model_is_refused() -> None:

@@ -217,13 +217,13 @@ def test_evaluate_takes_one_for_a_list_of_one(
 
 
 @pytest.mark.parametrize("settings", [EvalSettings(tasks=("ppl",)), EvalSettings(tasks=("niah",))])
-def test_a_task_beyond_a_sliding_window_is_refused_by_study_and_plan(
+def test_a_task_beyond_the_models_limit_is_refused_by_study_and_plan(
     model: Model, settings: EvalSettings
 ) -> None:
-    config = replace(model.config, sliding_window=1000)
-    model = replace(model, checkpoint=replace(model.checkpoint, config=config))
-    refusal = r"needed at most 1000, the model's limit \(sliding_window in config.json\)"
+    decoder = replace(model.decoder, max_position_embeddings=1000)
+    model = replace(model, checkpoint=replace(model.checkpoint, decoder=decoder))
+    refusal = r"needed at most 1000, the model's limit \(max_position_embeddings in config.json\)"
     with pytest.raises(InputError, match=refusal):
         prepare_study(model, settings)
     with pytest.raises(InputError, match=refusal):
-        forecast(config, model.specs, settings, [EXACT], MACHINES["t4"])
+        forecast(decoder, model.specs, settings, [EXACT], MACHINES["t4"])

@@ -46,7 +46,7 @@ def random_ids(count: int, vocab: int, seed: int) -> tuple[int, ...]:
 
 
 def windows(model: Model, count: int, arms: list[Arm], prefix: int = 40) -> list[BranchedSequence]:
-    vocab = model.checkpoint.config.vocab_size
+    vocab = model.checkpoint.decoder.vocab_size
     rides = []
     for index in range(count):
         ids = random_ids(prefix + 24, vocab, index)
@@ -77,7 +77,7 @@ def sweep_logits(
         host_ring=compute_ring(runs) if ring is None else ring,
     )
     store = BlockStore(model.specs, placement, torch.device("cpu"))
-    engine = Engine(model.checkpoint.config, store, model.compute, 0)
+    engine = Engine(model.checkpoint.decoder, store, model.compute, 0)
     for number in range(sweeps):
         run_sweep(engine, tiles[number::sweeps], read)
     engine.close()
@@ -100,12 +100,10 @@ def test_log_probabilities_equal_transformers_for_every_layout(
         assert (score - expected).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("field", ["sliding_window", "max_position_embeddings"])
-def test_a_sequence_beyond_the_models_limit_is_refused(field: str, tiny: Path) -> None:
-    """Attention here sees the whole past, whatever the window: numbers would be wrong."""
-    model = load(str(tiny), device="cpu")
-    config = replace(model.config, **{field: 32})
-    model = replace(model, checkpoint=replace(model.checkpoint, config=config))
+def test_a_sequence_beyond_the_models_limit_is_refused(tiny: Path) -> None:
+    model, field = load(str(tiny), device="cpu"), "max_position_embeddings"
+    decoder = replace(model.decoder, max_position_embeddings=32)
+    model = replace(model, checkpoint=replace(model.checkpoint, decoder=decoder))
     assert [len(score) for score in model.score([random_ids(32, 128, 0)])] == [31]
     with pytest.raises(InputError, match=f"found 33 tokens, needed at most 32.*{field}") as refused:
         model.score([random_ids(count, 128, 0) for count in (20, 33, 25)])
@@ -122,7 +120,7 @@ def test_branch_equals_transformers_with_an_overwritten_cache(name: str, tiny: P
     logits, _ = sweep_logits(model, [Tile("t", (ride,))])
     branch = list(ride.branches[0].ids)
     oracle = oracle_model(tiny)
-    layers = model.checkpoint.config.num_hidden_layers
+    layers = model.checkpoint.decoder.num_hidden_layers
 
     def through(keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         from layersweep.kv.store import KvStore

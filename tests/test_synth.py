@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from layersweep.checkpoint import nf4, open_checkpoint
-from layersweep.checkpoint.synth import LEVELS_STD, MIXTRAL_8X7B, synthetic_bytes, write_synthetic
+from layersweep.checkpoint.synth import LEVELS_STD, synthetic_bytes, write_synthetic
+from layersweep.checkpoint.synth_shapes import MIXTRAL_8X7B
 from layersweep.cli.app import run
 from layersweep.errors import InputError
 from layersweep.study.run import run_study
@@ -18,9 +19,11 @@ from layersweep.study.study import prepare_study
 from layersweep.sweep.model import load
 from layersweep.tasks.settings import EvalSettings
 
-SMALL = replace(
-    MIXTRAL_8X7B, vocab_size=4096, hidden_size=128, intermediate_size=192, num_hidden_layers=32,
-    num_attention_heads=4, num_key_value_heads=2, head_dim=32,
+SMALL = MIXTRAL_8X7B.with_fields(
+    {
+        "vocab_size": 4096, "hidden_size": 128, "intermediate_size": 192,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+    }
 )  # fmt: skip
 
 
@@ -39,9 +42,9 @@ def tensors_in(folder: Path) -> dict[str, torch.Tensor]:
 def test_it_is_read_as_published_nested_nf4_with_a_packed_router(folder: Path) -> None:
     checkpoint = open_checkpoint(str(folder))
     assert (checkpoint.weights_kind, checkpoint.router_kind) == ("nf4", "nf4")
-    assert checkpoint.config == replace(SMALL)
-    assert checkpoint.config.synthetic
-    assert checkpoint.weights["layers.31.experts.7.w2"].quant.nested is not None
+    assert checkpoint.decoder == SMALL.decoder
+    assert checkpoint.decoder.synthetic
+    assert checkpoint.weights["layers.31.experts.7.down_proj"].quant.nested is not None
     assert len(checkpoint.files) >= 2
 
 

@@ -8,18 +8,20 @@ the demo.
 from __future__ import annotations
 
 import tempfile
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import layersweep
-from layersweep.checkpoint.synth import MIXTRAL_8X7B, write_synthetic
+from layersweep.checkpoint.synth import write_synthetic
+from layersweep.checkpoint.synth_shapes import MIXTRAL_8X7B
 from layersweep.cli.app import run
 
-TINY = replace(
-    MIXTRAL_8X7B, vocab_size=4096, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-    num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_local_experts=4,
-    max_position_embeddings=1024,
+TINY = MIXTRAL_8X7B.with_fields(
+    {
+        "vocab_size": 4096, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+        "num_local_experts": 4, "max_position_embeddings": 1024,
+    }
 )  # fmt: skip
 SETTINGS = (
     "--kv", "K3V2", "--segments", "40", "--prefix", "96", "--continuation", "32",

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from layersweep.checkpoint.config import ModelConfig
 from layersweep.errors import InputError
+from layersweep.families.spec import Decoder
 from layersweep.probes import TILE_ROWS, resident_share
 from layersweep.stream.blocks import BlockSpec
 from layersweep.stream.host import READERS
@@ -24,11 +24,11 @@ CPU_SECONDS = 0.3  # each, where no clock has to come down first
 MOST_CACHED = 0.01  # share of a file that may still lie in memory for it to count as evicted
 
 
-def gemm_ceiling(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> float:
+def gemm_ceiling(decoder: Decoder, device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of an expert's two products at a tile's rows, alternating back to back for 2 s
     after 2 s of warm-up (less on the CPU), on random normal data: [M, H] x [H, 2I] and
     [M, I] x [I, H]."""
-    hidden, inner = config.hidden_size, config.intermediate_size
+    hidden, inner = decoder.hidden_size, decoder.widest_inner
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, dtype=torch.float32, device=device).to(dtype)

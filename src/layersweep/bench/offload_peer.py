@@ -1,6 +1,6 @@
 """The CPU-offload peer, in a process of its own: `python -m layersweep.bench.offload_peer JSON`.
 
-JSON: config (ModelConfig's fields), device, layers, tokens, vram_cap. Prints one JSON line.
+JSON: config (a config.json's fields), device, layers, tokens, vram_cap. Prints one JSON line.
 
 layersweep neither needs nor uses the offloading library. It is measured here as an opponent, looked
 up by name, and never shares a process with the rest of layersweep.
@@ -58,29 +58,22 @@ def main(order: dict[str, Any]) -> dict[str, object]:
     }
 
 
-def build(shape: dict[str, Any], layers: int, dtype: torch.dtype) -> Any:
-    """transformers' Mixtral with `layers` layers of `shape` and random weights in host memory."""
+def build(fields: dict[str, Any], layers: int, dtype: torch.dtype) -> Any:
+    """transformers' model of a config.json with `layers` layers, random weights in host memory."""
     import torch
-    from transformers import MixtralConfig, MixtralForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    names = (
-        "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
-        "head_dim", "num_local_experts", "num_experts_per_tok", "rms_norm_eps",
-        "max_position_embeddings", "sliding_window",
-    )  # fmt: skip
-    config = MixtralConfig(
-        **{name: shape[name] for name in names},
-        vocab_size=SMALL_VOCABULARY,
-        num_hidden_layers=layers,
-        rope_parameters={"rope_theta": shape["rope_theta"], "rope_type": "default"},
-        tie_word_embeddings=False,
-    )
+    stored = ("architectures", "quantization_config", "dtype", "torch_dtype", "layer_types")
+    kept = {name: value for name, value in fields.items() if name not in stored}
+    few = {"num_hidden_layers": layers, "vocab_size": SMALL_VOCABULARY}
+    config = AutoConfig.for_model(**{**kept, **few, "tie_word_embeddings": False})
     config._attn_implementation = "sdpa"
     with torch.device("meta"):
-        model: Any = MixtralForCausalLM(config)
+        model: Any = AutoModelForCausalLM.from_config(config)
     model.eval()
-    # the only choice that neither takes 14 GiB for 64 tokens on some GPUs nor refuses others
-    model.set_experts_implementation("eager")
+    if hasattr(model, "set_experts_implementation"):
+        # the only choice that neither takes 14 GiB for 64 tokens on some GPUs nor refuses others
+        model.set_experts_implementation("eager")
     model.model.rotary_emb = type(model.model.rotary_emb)(config)  # its buffers hold values
     fill(model, dtype)
     return model

@@ -15,17 +15,18 @@ import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from layersweep.bench.offload_peer import OPPONENT
 from layersweep.bench.sync_nf4 import SyncNf4
-from layersweep.checkpoint import ModelConfig, open_checkpoint
+from layersweep.checkpoint import open_checkpoint
 from layersweep.errors import InputError, LayersweepError
 
 FULL_LAYERS = 32
@@ -60,7 +61,7 @@ def measure_sync_nf4(
     place = torch.device(device)
     peer = SyncNf4(open_checkpoint(str(folder)), place, layers)
     ids = torch.randint(
-        peer.config.vocab_size, (tokens,), generator=torch.Generator().manual_seed(0)
+        peer.decoder.vocab_size, (tokens,), generator=torch.Generator().manual_seed(0)
     )
     with memory_cap(place, vram_cap), torch.inference_mode():
         hidden = peer.embed(ids)
@@ -87,9 +88,9 @@ def measure_sync_nf4(
 
 
 def measure_cpu_offload(
-    config: ModelConfig, device: str, layers: int, tokens: int, vram_cap: int
+    config: Mapping[str, Any], device: str, layers: int, tokens: int, vram_cap: int
 ) -> PeerResult:
-    """One forward pass of `tokens` tokens through `layers` layers of `config`'s shape.
+    """One forward pass of `tokens` tokens through `layers` layers of the model of a config.json.
 
     Median of two after one that warms up. Random float16 weights (float32 on the CPU); they take
     2.9 GB of host memory per full-size layer. Raises InputError where the library is not
@@ -100,7 +101,7 @@ def measure_cpu_offload(
             f"found no {OPPONENT}, needed it to measure this peer",
             hint=f"pip install {OPPONENT} (nothing else of layersweep uses it)",
         )
-    order = {"config": asdict(config), "device": device, "layers": layers, "tokens": tokens,
+    order = {"config": dict(config), "device": device, "layers": layers, "tokens": tokens,
              "vram_cap": vram_cap}  # fmt: skip
     answer = _ask_child(json.dumps(order))
     seconds = answer["seconds"]

@@ -63,7 +63,7 @@ def measure_ceilings(model: Model, *, cold: bool, say: Say) -> Ceilings:
     """Rates of this machine, in this process."""
     say("measuring the rate of products")
     with model.compute.numerics():
-        gemm = gemm_ceiling(model.checkpoint.config, model.compute.device, model.compute.dtype)
+        gemm = gemm_ceiling(model.checkpoint.decoder, model.compute.device, model.compute.dtype)
     disk = None
     if cold:
         say("measuring the disk")

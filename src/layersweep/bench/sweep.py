@@ -31,12 +31,12 @@ REPEATS = 3
 
 def bench_sweep(model: Model, *, say: Callable[[str], None]) -> list[Json]:
     """Rows "bus" and "arithmetic", each the median of 3 sweeps."""
-    config = model.checkpoint.config
+    decoder = model.checkpoint.decoder
     with model.compute.numerics():
         say("measuring the rate of products")
-        gemm = gemm_ceiling(config, model.compute.device, model.compute.dtype)
-    few = [Tile("few", (_ride(config.vocab_size, FEW_TOKENS, 0),))]
-    rides = [_ride(config.vocab_size, MANY_LENGTH, seed) for seed in range(MANY_TILES * TILE)]
+        gemm = gemm_ceiling(decoder, model.compute.device, model.compute.dtype)
+    few = [Tile("few", (_ride(decoder.vocab_size, FEW_TOKENS, 0),))]
+    rides = [_ride(decoder.vocab_size, MANY_LENGTH, seed) for seed in range(MANY_TILES * TILE)]
     many = tiles_of("many", rides, TILE)
     engine = _open(model, many)
     try:
@@ -49,8 +49,8 @@ def bench_sweep(model: Model, *, say: Callable[[str], None]) -> list[Json]:
         bus["share_of_pinned_rate"] = bus["bytes_copied"] / bus["wall_s"] / rate
         say("arithmetic")
         arithmetic = _median_sweep(engine, many)
-        width = config.num_attention_heads * config.head_dim
-        flops = sum(tile_flops(config, tile_shape(tile, width)) for tile in many)
+        width = decoder.query_width
+        flops = sum(tile_flops(decoder, tile_shape(tile, width)) for tile in many)
         arithmetic |= {
             "flops": flops,
             "gemm_ceiling_tflops": gemm / 1e12,
@@ -77,7 +77,7 @@ def _open(model: Model, tiles: list[Tile]) -> Engine:
     store = BlockStore(
         model.specs, placement, model.compute.device, decode=model.compute.ops.decode
     )
-    return Engine(model.checkpoint.config, store, model.compute, plan.scratch)
+    return Engine(model.checkpoint.decoder, store, model.compute, plan.scratch)
 
 
 def _median_sweep(engine: Engine, tiles: list[Tile]) -> Json:

@@ -21,6 +21,8 @@ from layersweep.checkpoint import Checkpoint, StoredTensor, Weight
 from layersweep.checkpoint.nf4 import CODES, dequantize, expand_absmax
 from layersweep.errors import InputError
 from layersweep.model import maths
+from layersweep.model.rope import rope_table
+from layersweep.model.routing import route
 
 TORCH_DTYPES = {
     **{"U8": torch.uint8, "I8": torch.int8, "F16": torch.float16, "BF16": torch.bfloat16},
@@ -127,11 +129,16 @@ class SyncNf4:
     """The first `layers` layers of a checkpoint in host memory, run one at a time on `device`."""
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device, layers: int) -> None:
-        self.config, self.device = checkpoint.config, device
+        self.decoder, self.device = checkpoint.decoder, device
         self.dtype = torch.float16 if device.type == "cuda" else torch.float32
         # on a CPU with AVX-512 its 0.50.2 decodes wrongly where a block crosses rows
         self.bitsandbytes = device.type == "cuda" and find_spec(name="bitsandbytes") is not None
-        there = self.config.num_hidden_layers
+        if self.decoder.model_type != "mixtral":
+            raise InputError(
+                f"per-layer synchronous NF4: found {self.decoder.model_type}, needed mixtral",
+                hint="bench peers compares Mixtral, which is what people ran so",
+            )
+        there = self.decoder.num_hidden_layers
         if not 1 <= layers <= there:
             raise InputError(
                 f"layers: found {layers}, needed 1 to {there}", hint=f"measure {there} layers"
@@ -184,7 +191,7 @@ class SyncNf4:
             hidden = self.embed(torch.tensor(ids))
             for layer in self.layers:
                 hidden = self._run_layer(self._moved(layer), hidden)
-            hidden = maths.rms_norm(hidden, self._outer("norm"), self.config.rms_norm_eps)
+            hidden = maths.rms_norm(hidden, self._outer("norm"), self.decoder.norm.eps)
             return maths.linear(hidden, self._outer("lm_head")).float()
 
     def _run_layer(self, packed: Mapping[str, LoadedWeight], hidden: Tensor) -> Tensor:
@@ -193,32 +200,36 @@ class SyncNf4:
         def dense(name: str) -> Tensor:
             return packed[name].dense(self.dtype, self.bitsandbytes)
 
-        eps = self.config.rms_norm_eps
-        x = maths.rms_norm(hidden, dense("input_norm"), eps)
+        layer = self.decoder.layers[0]
+        eps, attention = self.decoder.norm.eps, layer.attention
+        x = maths.rms_norm(hidden, dense("attention_norm"), eps)
         q, k, v = (self._heads(maths.linear(x, dense(f"{name}_proj"))) for name in "qkv")
         positions = torch.arange(len(x), device=self.device)
-        table = maths.rope_table(self.config.rope_theta, self.config.head_dim, positions)
+        assert attention.rope is not None
+        table = rope_table(attention.rope, positions, len(x))
         out = maths.attend(maths.rope(q, *table), maths.rope(k, *table), v, None)
         out = out[0].transpose(0, 1).reshape(len(x), -1)
         hidden = hidden + maths.linear(out, dense("o_proj"))
-        x = maths.rms_norm(hidden, dense("post_attention_norm"), eps)
+        x = maths.rms_norm(hidden, dense("feed_norm"), eps)
         return hidden + self._experts(x, dense)
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.view(1, len(x), -1, self.config.head_dim).transpose(1, 2)  # [1, heads, N, D]
+        head_dim = self.decoder.layers[0].attention.head_dim
+        return x.view(1, len(x), -1, head_dim).transpose(1, 2)  # [1, heads, N, D]
 
     def _experts(self, x: Tensor, dense: Callable[[str], Tensor]) -> Tensor:
         """The weighted sum [N, H] of each row's experts, in a loop over those that have rows."""
-        _, share, chosen = maths.route(
-            x, dense("router"), self.config.num_experts_per_tok, keep_float=True
-        )
+        router = self.decoder.layers[0].feed.router
+        assert router is not None
+        _, share, chosen = route(x, dense("router"), router, keep_float=True)
         update = torch.zeros_like(x)
-        for expert in range(self.config.num_local_experts):
+        for expert in range(self.decoder.num_experts):
             rows, slots = (chosen == expert).nonzero(as_tuple=True)
             if len(rows) == 0:
                 continue
-            w1, w2, w3 = (dense(f"experts.{expert}.{name}") for name in ("w1", "w2", "w3"))
-            inner = F.silu(maths.linear(x[rows], w1)) * maths.linear(x[rows], w3)
-            y = maths.linear(inner, w2) * share[rows, slots, None]
+            parts = ("gate_proj", "up_proj", "down_proj")
+            gate, up, down = (dense(f"experts.{expert}.{name}") for name in parts)
+            inner = F.silu(maths.linear(x[rows], gate)) * maths.linear(x[rows], up)
+            y = maths.linear(inner, down) * share[rows, slots, None]
             update.index_add_(0, rows, y.to(update.dtype))
         return update

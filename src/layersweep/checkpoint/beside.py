@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator
 
-from layersweep.checkpoint.problems import printable
 from layersweep.checkpoint.shards import INDEX, SINGLE
+from layersweep.problems import printable
 
 ADAPTER = "adapter_config.json"
 READ = frozenset({

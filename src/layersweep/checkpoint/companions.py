@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from layersweep.checkpoint.header import StoredTensor
-from layersweep.checkpoint.problems import DOWNLOAD_AGAIN, TWICE, Problem, show
 from layersweep.checkpoint.strict_json import UnusableJson, parse_json
 from layersweep.checkpoint.tables import CODES
 from layersweep.checkpoint.weights import Nested, Quant, Weight, packed_bytes
+from layersweep.problems import DOWNLOAD_AGAIN, TWICE, Problem, show
 
 Kind = Literal["nf4", "fp4"]
 KINDS: tuple[Kind, ...] = ("nf4", "fp4")
@@ -54,7 +54,8 @@ class Classifier:
         data = self.tensors[base]
         companions = self._companions(base)
         state = next((kind for kind in KINDS if STATE + kind in companions), None)
-        float_shaped = data.dtype in FLOATS and data.shape == shape
+        row = len(shape) == 1 and data.shape == (1, *shape)  # a vector may be stored as one
+        float_shaped = data.dtype in FLOATS and (data.shape == shape or row)
         if float_shaped and not companions:
             return Weight(name, shape, data, None)
         if not is_packed(data, shape):

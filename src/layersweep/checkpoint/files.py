@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from layersweep.checkpoint.problems import DOWNLOAD_AGAIN, FileProblem, Problem, show
 from layersweep.checkpoint.strict_json import LARGEST_JSON
 from layersweep.errors import CheckpointError
+from layersweep.problems import DOWNLOAD_AGAIN, FileProblem, Problem, show
 
 LINKS = "LAYERSWEEP_LINKS"
 LONGEST_NAME = 255  # bytes on every file system, so at most as many characters

@@ -1,4 +1,4 @@
-"""All experts of a layer in one 3-D tensor: each expert's weights are slices of it.
+"""Several weights in one tensor, all experts of a layer for example: each is a slice of it.
 
 Flat, row by row, a slice is consecutive elements, so its bytes lie together, packed or float. Its
 scales do too, where no block of them covers elements of two slices.
@@ -11,30 +11,32 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from layersweep.checkpoint.header import StoredTensor
-from layersweep.checkpoint.names import Fused
 from layersweep.checkpoint.weights import Nested, Quant, Weight
+from layersweep.families.names import Fused
 
 
 def straddled_elements(fused: Fused, quant: Quant) -> int | None:
     """Elements of a slice that the blocks of `quant` do not divide; None where they divide all."""
-    counts = (rows * fused.shape[2] for _, _, rows in fused.parts)
+    counts = (part.rows * fused.shape[-1] for part in fused.parts)
     return next((count for count in counts if count % quant.blocksize), None)
 
 
-def expert_weights_of(whole: Weight, fused: Fused) -> Iterator[Weight]:
-    """Every expert's weights of a fused one whose blocks straddle none of them."""
-    experts, all_rows, columns = fused.shape
-    for expert in range(experts):
-        for part, first, rows in fused.parts:
-            name = f"layers.{fused.layer}.experts.{expert}.{part}"
-            start = (expert * all_rows + first) * columns
-            yield _slice(whole, name, (rows, columns), start)
+def weights_of(whole: Weight, fused: Fused) -> Iterator[Weight]:
+    """Every weight of a fused one whose blocks straddle none of them."""
+    columns = fused.shape[-1] if len(fused.shape) > 1 else 1
+    for part in fused.parts:
+        shape = part.shape[::-1] if fused.transposed else part.shape
+        start = part.first * columns
+        yield _slice(whole, part.name, shape, start, transposed=fused.transposed)
 
 
-def _slice(whole: Weight, name: str, shape: tuple[int, int], start: int) -> Weight:
+def _slice(
+    whole: Weight, name: str, shape: tuple[int, ...], start: int, *, transposed: bool
+) -> Weight:
     count, quant = math.prod(shape), whole.quant
     if quant is None:
-        return Weight(name, shape, _cut(whole.data, start, count).reshaped(shape), None)
+        data = _cut(whole.data, start, count).reshaped(shape)
+        return Weight(name, shape[::-1] if transposed else shape, data, None, transposed)
     data = _cut(whole.data.as_bytes(), start // 2, count // 2)
     first, blocks = start // quant.blocksize, count // quant.blocksize
     scales = replace(

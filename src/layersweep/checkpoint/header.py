@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from layersweep.checkpoint.files import ByteSource, LocalFile
-from layersweep.checkpoint.problems import DOWNLOAD_AGAIN, TWICE, Problem, problems_error, show
 from layersweep.checkpoint.strict_json import LARGEST_JSON, UnusableJson, parse_json
+from layersweep.problems import DOWNLOAD_AGAIN, TWICE, Problem, problems_error, show
 
 ITEM_BYTES = {
     **{"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1},

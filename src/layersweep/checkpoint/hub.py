@@ -28,10 +28,10 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]
 
 from layersweep.checkpoint.connection import NO_ANSWER, Unreachable, check_client, first_line
 from layersweep.checkpoint.files import LocalFolder, is_plain_name
-from layersweep.checkpoint.problems import DOWNLOAD_AGAIN, FileProblem, Problem, problems_error
 from layersweep.checkpoint.reading import scan_folder
 from layersweep.checkpoint.weights import Checkpoint
 from layersweep.errors import CheckpointError
+from layersweep.problems import DOWNLOAD_AGAIN, FileProblem, Problem, problems_error
 
 SMALL_FILES = ("*.json", "tokenizer*", "*.jinja")
 TIMEOUT = 30.0  # seconds without an answer

@@ -7,10 +7,10 @@ from pathlib import Path
 
 from layersweep.checkpoint.files import LocalFolder
 from layersweep.checkpoint.header import StoredTensor
-from layersweep.checkpoint.problems import Problem, printable, problems_error
 from layersweep.checkpoint.reading import scan_folder
 from layersweep.checkpoint.weights import Checkpoint, Nested, Quant, Weight
 from layersweep.errors import InputError
+from layersweep.problems import Problem, printable, problems_error
 
 __all__ = [
     "Checkpoint",

@@ -10,25 +10,20 @@ from pathlib import Path
 
 from layersweep.checkpoint.beside import ADAPTER, adapter_note, unused_files
 from layersweep.checkpoint.companions import SUFFIXES, Classifier
-from layersweep.checkpoint.config import ModelConfig, ParsedConfig, parse_config
+from layersweep.checkpoint.config import parse_config
 from layersweep.checkpoint.files import Folder, read_small
-from layersweep.checkpoint.fused import expert_weights_of, straddled_elements
+from layersweep.checkpoint.fused import straddled_elements, weights_of
 from layersweep.checkpoint.header import StoredTensor
-from layersweep.checkpoint.names import (
-    IGNORED_SUFFIX,
-    Fused,
-    Wanted,
-    dense_weights,
-    expert_weights,
-    fused_experts,
-)
-from layersweep.checkpoint.problems import FileProblem, Problem
 from layersweep.checkpoint.shards import Shards, open_shards
 from layersweep.checkpoint.strict_json import UnusableJson, parse_json
 from layersweep.checkpoint.weights import Checkpoint, Weight
+from layersweep.families.names import IGNORED_SUFFIX, LAYERS, Fused, Names, Wanted
+from layersweep.families.registry import Description
+from layersweep.families.spec import Decoder
+from layersweep.problems import FileProblem, Problem
 
 DISAGREE = "config.json and the tensors disagree; take both from the same model"
-_PLACE = re.compile(r"model\.layers\.(\d+)\.(?:\w+\.experts\.(\d+)\.)?")
+_PLACE = re.compile(re.escape(LAYERS) + r"(\d+)\.(?:\w+\.experts\.(\d+)\.)?")
 
 
 def scan_folder(
@@ -37,37 +32,37 @@ def scan_folder(
     """The checkpoint in `folder` (a local one is at `path`), or everything that is wrong."""
     problems: list[Problem] = []
     notes: list[str] = []
-    parsed, raw_config = _open_config(folder, problems)
-    config = parsed.config
+    described, raw_config = _open_config(folder, problems)
+    decoder, names = described.decoder, described.names
     shards = open_shards(folder, problems, notes)
-    if config is None or problems:
+    if decoder is None or names is None or problems:
         return None, problems
-    layout = _Layout(folder, shards, config, problems, notes)
+    layout = _Layout(folder, shards, decoder, names, problems, notes)
     weights = layout.weights()
     if problems:
         return None, problems
-    names = folder.names()
-    notes.extend(adapter_note(names))
-    notes.extend(_tokenizer_note(folder, config))
+    files = folder.names()
+    notes.extend(adapter_note(files))
+    notes.extend(_tokenizer_note(folder, decoder))
     if not folder.has_values:
         notes.append("headers only: values of scales and quant_state were not checked")
     checkpoint = Checkpoint(
         source=source,
         revision=revision,
         folder=path,
-        config=config,
+        decoder=decoder,
         weights=weights,
         files=tuple(source.path for source in shards.sources.values()),
         fingerprint=_fingerprint(shards, raw_config),
         nbytes=sum(shards.tensors[name].nbytes for name in layout.used & shards.tensors.keys()),
         notes=tuple(notes),
-        unused_fields=parsed.unused,
-        unused_files=unused_files(names, shards.sources),
+        unused_fields=described.unused,
+        unused_files=unused_files(files, shards.sources),
     )
     return checkpoint, []
 
 
-def _open_config(folder: Folder, problems: list[Problem]) -> tuple[ParsedConfig, bytes]:
+def _open_config(folder: Folder, problems: list[Problem]) -> tuple[Description, bytes]:
     where = f"{folder.label}/config.json"
     if "config.json" not in folder.names():
         needed = "the model's config.json"
@@ -75,15 +70,15 @@ def _open_config(folder: Folder, problems: list[Problem]) -> tuple[ParsedConfig,
         if ADAPTER in folder.names():
             hint = f"{ADAPTER} says that this is an adapter: merge it into its model, and give that"
         problems.append(Problem(where, None, "no such file", needed, hint))
-        return ParsedConfig(None, problems), b""
+        return Description(None, None, problems), b""
     try:
         raw = read_small(folder, "config.json")
     except FileProblem as error:
         problems.append(error.problem)
-        return ParsedConfig(None, problems), b""
-    parsed = parse_config(raw, where)
-    problems.extend(parsed.problems)
-    return parsed, raw
+        return Description(None, None, problems), b""
+    described = parse_config(raw, where)
+    problems.extend(described.problems)
+    return described, raw
 
 
 class _Layout:
@@ -93,11 +88,13 @@ class _Layout:
         self,
         folder: Folder,
         shards: Shards,
-        config: ModelConfig,
+        decoder: Decoder,
+        names: Names,
         problems: list[Problem],
         notes: list[str],
     ) -> None:
-        self.folder, self.shards, self.config = folder, shards, config
+        self.folder, self.shards = folder, shards
+        self.decoder, self.names = decoder, names
         self.tensors, self.problems, self.notes = shards.tensors, problems, notes
         self.used: set[str] = set()
         self.seen: dict[str, list[str]] = {}
@@ -108,18 +105,16 @@ class _Layout:
         weights: dict[str, Weight] = {}
         if not self._counts_fit():
             return weights
-        for wanted in dense_weights(self.config):
-            if wanted.name == "lm_head" and self._tied(wanted):
-                continue
-            self._add(weights, wanted)
-        for layer in range(self.config.num_hidden_layers):
-            if self._is_fused(layer):
-                for part in fused_experts(self.config, layer):
-                    self._add_fused(weights, part)
-            else:
-                for wanted in expert_weights(self.config, layer):
-                    self._add(weights, wanted)
-        if "lm_head" not in weights and "embed" in weights and self.config.tie_word_embeddings:
+        for wanted in self.names.outside(self.decoder):
+            if wanted.name != "lm_head" or not self._tied(wanted):
+                self._add(weights, wanted)
+        for layer in range(self.decoder.num_hidden_layers):
+            wants = self.names.layer(self.decoder, layer, self.tensors)
+            for fused in wants.fused:
+                self._add_fused(weights, fused)
+            for wanted in wants.single:
+                self._add(weights, wanted)
+        if "lm_head" not in weights and "embed" in weights and self.decoder.tie_word_embeddings:
             embed = weights["embed"]
             weights["lm_head"] = Weight("lm_head", embed.shape, embed.data, embed.quant)
         self._check_leftovers()
@@ -130,30 +125,26 @@ class _Layout:
         """Whether the shards name as many layers and experts as the config. Were it believed, its
         2^31 layers would be looked for one by one."""
         there = _experts_by_layer(self.tensors)
-        if self.config.num_hidden_layers > len(there):
-            self._too_many("num_hidden_layers", f"{len(there)} layers")
+        if self.decoder.num_hidden_layers > len(there):
+            count = self.decoder.num_hidden_layers
+            self._too_many(f"num_hidden_layers = {count}", f"{len(there)} layers")
             return False
-        for layer in range(self.config.num_hidden_layers):
-            experts = len(there[str(layer)])
-            if self.config.num_local_experts > experts and not self._is_fused(layer):
-                self._too_many("num_local_experts", f"{experts} experts of layer {layer}")
+        for layer in range(self.decoder.num_hidden_layers):
+            experts, own = self.decoder.layers[layer].feed.experts, len(there[str(layer)])
+            if own and experts > own:
+                self._too_many(f"experts = {experts}", f"{own} experts of layer {layer}")
                 return False
         return True
 
-    def _is_fused(self, layer: int) -> bool:
-        fused = fused_experts(self.config, layer)
-        return any(base in self.tensors for part in fused for base in part.bases)
-
-    def _too_many(self, field: str, there: str) -> None:
+    def _too_many(self, found: str, there: str) -> None:
         file, needed = f"{self.folder.label}/config.json", f"the {there} in the shards"
-        found = f"{field} = {getattr(self.config, field)}"
         self.problems.append(Problem(file, None, found, needed, DISAGREE))
 
     def _read(self, tensor: StoredTensor) -> bytes:
         return self.shards.sources[tensor.file.name].read(tensor.offset, tensor.nbytes)
 
     def _tied(self, head: Wanted) -> bool:
-        return self.config.tie_word_embeddings and head.bases[0] not in self.tensors
+        return self.decoder.tie_word_embeddings and head.bases[0] not in self.tensors
 
     def _find(self, what: str, bases: tuple[str, ...]) -> str | None:
         found = [base for base in bases if base in self.tensors]
@@ -187,6 +178,11 @@ class _Layout:
         whole = self.classifier.weight(base, base, fused.shape)
         if whole is None:
             return
+        if whole.quant and fused.transposed:
+            found, needed = f"{whole.quant.kind} columns", "float, or rows"
+            hint = "quantize the experts one by one"
+            self.problems.append(Problem(str(whole.data.file), base, found, needed, hint))
+            return
         if whole.quant and (elements := straddled_elements(fused, whole.quant)):
             found = (
                 f"4-bit blocks of {whole.quant.blocksize} elements that reach from one expert's "
@@ -196,13 +192,13 @@ class _Layout:
             hint = "quantize the experts one by one, or in a smaller block size"
             self.problems.append(Problem(str(whole.data.file), base, found, needed, hint))
             return
-        weights.update((one.name, one) for one in expert_weights_of(whole, fused))
+        weights.update((one.name, one) for one in weights_of(whole, fused))
 
     def _check_leftovers(self) -> None:
         for name, tensor in self.tensors.items():
             if name in self.used or name.endswith(IGNORED_SUFFIX):
                 continue
-            if name == "lm_head.weight" and self.config.tie_word_embeddings:
+            if name == "lm_head.weight" and self.decoder.tie_word_embeddings:
                 continue
             needed = "only tensors of the architecture in config.json"
             self.problems.append(
@@ -225,7 +221,7 @@ def _experts_by_layer(names: Iterable[str]) -> defaultdict[str, set[str]]:
     return experts
 
 
-def _tokenizer_note(folder: Folder, config: ModelConfig) -> Iterable[str]:
+def _tokenizer_note(folder: Folder, decoder: Decoder) -> Iterable[str]:
     """A warning when the tokenizer knows more ids than the embedding has rows."""
     if "tokenizer.json" not in folder.names() or not folder.has_values:
         return
@@ -238,10 +234,10 @@ def _tokenizer_note(folder: Folder, config: ModelConfig) -> Iterable[str]:
     except (UnusableJson, LookupError, TypeError, AttributeError, FileProblem):
         yield "tokenizer.json could not be read: its size was not compared with the vocabulary"
         return
-    if largest >= config.vocab_size:
+    if largest >= decoder.vocab_size:
         yield (
             f"tokenizer.json has ids up to {largest}, the vocabulary ends at "
-            f"{config.vocab_size - 1}: text that uses more is refused"
+            f"{decoder.vocab_size - 1}: text that uses more is refused"
         )
 
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from layersweep.checkpoint.files import ByteSource, Folder, is_plain_name, read_small
 from layersweep.checkpoint.header import Header, StoredTensor, scan_header
-from layersweep.checkpoint.problems import DOWNLOAD_AGAIN, TWICE, FileProblem, Problem, show
 from layersweep.checkpoint.strict_json import UnusableJson, parse_json
+from layersweep.problems import DOWNLOAD_AGAIN, TWICE, FileProblem, Problem, show
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

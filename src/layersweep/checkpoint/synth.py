@@ -28,8 +28,8 @@ import numpy as np
 import torch
 
 from layersweep.checkpoint import nf4
-from layersweep.checkpoint.config import ModelConfig
 from layersweep.checkpoint.layout import demo_folder
+from layersweep.checkpoint.synth_shapes import PublishedShape
 from layersweep.checkpoint.writer import (
     Pieces,
     PlannedTensor,
@@ -39,20 +39,14 @@ from layersweep.checkpoint.writer import (
     write_shards,
 )
 from layersweep.errors import InputError
+from layersweep.families.weights import BlockShape, blocks
 
 POOL_BYTES = 64 * 2**20
 NORMAL_PIECE = 2**20  # values drawn at once
 SHARD_BYTES = 4_900_000_000
+SMALL = 0.02  # standard deviation of biases, sinks and corrections
 NESTED_SPREAD = 0.1  # scales of a weight vary by up to this share
 
-MIXTRAL_8X7B = ModelConfig(
-    architecture="MixtralForCausalLM", vocab_size=32_000, hidden_size=4096,
-    intermediate_size=14_336, num_hidden_layers=32, num_attention_heads=32,
-    num_key_value_heads=8, head_dim=128, num_local_experts=8, num_experts_per_tok=2,
-    rms_norm_eps=1e-5, rope_theta=1e6, max_position_embeddings=32_768, sliding_window=None,
-    tie_word_embeddings=False, bos_token_id=1, eos_token_id=2, synthetic=True,
-)  # fmt: skip
-SHAPES = {"mixtral-8x7b": MIXTRAL_8X7B}
 BESIDE = (
     *("tokenizer.json", "tokenizer_config.json"),
     *("model.safetensors.index.json", "config.json"),
@@ -118,29 +112,29 @@ class Pool:
 
 
 def write_synthetic(
-    folder: Path, config: ModelConfig, *, seed: int = 0, shard_bytes: int = SHARD_BYTES,
+    folder: Path, shape: PublishedShape, *, seed: int = 0, shard_bytes: int = SHARD_BYTES,
     threads: int | None = None,
     progress: Callable[[str, int, int], None] = lambda phase, done, total: None,
 ) -> int:  # fmt: skip
     """Write the checkpoint; returns its weight bytes. `folder` is made; it must hold no model.
 
-    The bytes depend on `config`, `seed` and `shard_bytes` alone. config.json comes last, so a
+    The bytes depend on `shape`, `seed` and `shard_bytes` alone. config.json comes last, so a
     folder that was left early opens nowhere; what was written is taken away again if it fails.
     Raises InputError for a folder in use, one that cannot be made, or a disk that is too small.
     """
     hint = "name a folder on a larger disk, or fewer --layers"
-    make_folder(folder, synthetic_bytes(config), hint)
-    shards = cut_shards(_tensors(config, Pool.draw(seed)), shard_bytes)
+    make_folder(folder, synthetic_bytes(shape), hint)
+    shards = cut_shards(_tensors(shape, Pool.draw(seed)), shard_bytes)
     files = {f"model-{number:05d}.safetensors": shard for number, shard in enumerate(shards, 1)}
     total = sum(tensor.like.nbytes for shard in shards for tensor in shard)
-    parts = config.num_hidden_layers + 1
+    parts = shape.decoder.num_hidden_layers + 1
 
     def report(written: int) -> None:
         progress("writing", written * parts // total, parts)
 
     try:
         write_shards(folder, files, threads or os.cpu_count() or 1, report)
-        _write_beside(folder, config, total, files)
+        _write_beside(folder, shape, total, files)
     except BaseException as failure:
         for name in (*files, *BESIDE):
             (folder / name).unlink(missing_ok=True)
@@ -152,59 +146,57 @@ def write_synthetic(
 
 
 def _write_beside(
-    folder: Path, config: ModelConfig, total: int, files: Mapping[str, list[PlannedTensor]]
+    folder: Path, shape: PublishedShape, total: int, files: Mapping[str, list[PlannedTensor]]
 ) -> None:
     """Tokenizer, index and, last, the file without which nothing opens the folder."""
     for name in BESIDE[:2]:
         shutil.copyfile(demo_folder() / name, folder / name)
     weight_map = {tensor.name: name for name, shard in files.items() for tensor in shard}
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    for name, fields in zip(BESIDE[2:], (index, _config_json(config)), strict=True):
+    for name, fields in zip(BESIDE[2:], (index, shape.config_json()), strict=True):
         (folder / name).write_text(json.dumps(fields, indent=1) + "\n")
 
 
-def synthetic_bytes(config: ModelConfig) -> int:
+def synthetic_bytes(shape: PublishedShape) -> int:
     """About the bytes that will be written: half a byte per packed element and 3 % of scales."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    heads = config.num_attention_heads * config.head_dim
-    kv = config.num_key_value_heads * config.head_dim
-    layer = hidden * (2 * heads + 2 * kv + config.num_local_experts)
-    layer += 3 * config.num_local_experts * hidden * inner
-    dense = 2 * 2 * config.vocab_size * hidden
-    return int(0.516 * layer * config.num_hidden_layers) + dense
+    packed = float_elements = 0
+    for block in blocks(shape.decoder):
+        for key, size in block.weights.items():
+            if shape.packs(block, key):
+                packed += math.prod(size)
+            elif key != "lm_head" or not shape.decoder.tie_word_embeddings:
+                float_elements += math.prod(size)
+    return int(0.516 * packed) + 2 * float_elements
 
 
-def _tensors(config: ModelConfig, pool: Pool) -> Iterator[PlannedTensor]:
-    """Every tensor in the order of layers, then embedding, head and norm."""
-    for layer in range(config.num_hidden_layers):
-        yield from _layer(config, pool, f"model.layers.{layer}")
-    columns = config.hidden_size
-    for name, std in (("model.embed_tokens", 1.0), ("lm_head", 1.0 / math.sqrt(columns))):
-        like = torch.empty(config.vocab_size, columns, dtype=torch.float16, device="meta")
-        yield PlannedTensor(f"{name}.weight", like, _normal(like.numel(), std, pool.seed()))
-    yield PlannedTensor.of("model.norm.weight", torch.ones(columns, dtype=torch.float16))
+def _tensors(shape: PublishedShape, pool: Pool) -> Iterator[PlannedTensor]:
+    """Every tensor in the order of layers, then embedding, norm and head."""
+    found = list(blocks(shape.decoder))
+    for block in [*found[1:-1], found[0], found[-1]]:
+        for key, size in block.weights.items():
+            if key == "lm_head" and shape.decoder.tie_word_embeddings:
+                continue
+            yield from _weight(shape, block, key, size, pool)
 
 
-def _layer(config: ModelConfig, pool: Pool, at: str) -> Iterator[PlannedTensor]:
-    hidden, inner = config.hidden_size, config.intermediate_size
-    heads = config.num_attention_heads * config.head_dim
-    kv = config.num_key_value_heads * config.head_dim
-    into_residual = 1.0 / math.sqrt(2 * config.num_hidden_layers)
-    for name in ("input_layernorm", "post_attention_layernorm"):
-        yield PlannedTensor.of(f"{at}.{name}.weight", torch.ones(hidden, dtype=torch.float16))
-    for name, rows, columns, gain in (
-        ("q_proj", heads, hidden, 1.0), ("k_proj", kv, hidden, 1.0), ("v_proj", kv, hidden, 1.0),
-        ("o_proj", hidden, heads, into_residual),
-    ):  # fmt: skip
-        yield from _packed(f"{at}.self_attn.{name}.weight", rows, columns, gain, pool)
-    moe = f"{at}.block_sparse_moe"
-    yield from _packed(f"{moe}.gate.weight", config.num_local_experts, hidden, 1.0, pool)
-    for expert in range(config.num_local_experts):
-        for name, rows, columns, gain in (
-            ("w1", inner, hidden, 1.0), ("w2", hidden, inner, into_residual),
-            ("w3", inner, hidden, 1.0),
-        ):  # fmt: skip
-            yield from _packed(f"{moe}.experts.{expert}.{name}.weight", rows, columns, gain, pool)
+def _weight(
+    shape: PublishedShape, block: BlockShape, key: str, size: tuple[int, ...], pool: Pool
+) -> Iterator[PlannedTensor]:
+    """A matrix as its file has it; norms that scale by 1; biases and the like small."""
+    name, decoder = shape.stored_name(block, key), shape.decoder
+    into_residual = key in ("o_proj", "down_proj")
+    gain = 1.0 / math.sqrt(2 * decoder.num_hidden_layers) if into_residual else 1.0
+    if shape.packs(block, key):
+        rows, columns = size
+        yield from _packed(name, rows, columns, gain, pool)
+        return
+    like = torch.empty(size, dtype=torch.float16, device="meta")
+    if key.endswith("norm"):
+        weight = torch.full(size, shape.norm_weight(block, key), dtype=like.dtype)
+        yield PlannedTensor.of(name, weight)
+        return
+    std = SMALL if len(size) == 1 else 1.0 if key == "embed" else gain / math.sqrt(size[-1])
+    yield PlannedTensor(name, like, _normal(like.numel(), std, pool.seed()))
 
 
 def _normal(count: int, std: float, seed: int) -> Pieces:
@@ -236,36 +228,3 @@ def _packed(name: str, rows: int, columns: int, gain: float, pool: Pool) -> Iter
             yield PlannedTensor(part, tensor, pool.take(tensor.nbytes))
         else:
             yield PlannedTensor.of(part, tensor)
-
-
-def _config_json(config: ModelConfig) -> dict[str, object]:
-    return {
-        "architectures": [config.architecture],
-        "model_type": "mixtral",
-        "layersweep_synthetic": True,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_hidden_layers,
-        "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_key_value_heads,
-        "head_dim": config.head_dim,
-        "num_local_experts": config.num_local_experts,
-        "num_experts_per_tok": config.num_experts_per_tok,
-        "hidden_act": "silu",
-        "rms_norm_eps": config.rms_norm_eps,
-        "rope_theta": config.rope_theta,
-        "max_position_embeddings": config.max_position_embeddings,
-        "sliding_window": None,
-        "tie_word_embeddings": False,
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": config.eos_token_id,
-        "torch_dtype": "float16",
-        "quantization_config": {
-            "quant_method": "bitsandbytes",
-            "load_in_4bit": True,
-            "bnb_4bit_quant_type": "nf4",
-            "bnb_4bit_use_double_quant": True,
-            "bnb_4bit_compute_dtype": "float16",
-        },
-    }

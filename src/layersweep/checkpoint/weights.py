@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from layersweep.checkpoint.config import ModelConfig
 from layersweep.checkpoint.header import FLOAT_NAMES, StoredTensor
+from layersweep.families.spec import Decoder
 
 SHORT_NAMES = {"bfloat16": "bf16"}
 
@@ -47,12 +47,14 @@ class Quant:
 
 @dataclass(frozen=True)
 class Weight:
-    """One weight under its canonical name; `shape` is the dense one, `data` as stored."""
+    """One weight under its canonical name; `shape` is the dense one, `data` as stored.
+    `transposed`: the file has columns of the matrix where it has rows (floats only)."""
 
     name: str
     shape: tuple[int, ...]
     data: StoredTensor
     quant: Quant | None
+    transposed: bool = False
 
     @property
     def kind(self) -> str:
@@ -86,17 +88,16 @@ class Weight:
 class Checkpoint:
     """A checkpoint whose headers were checked; no weight was read.
 
-    weights: canonical name -> Weight (`embed`, `norm`, `lm_head`, `layers.0.q_proj`,
-    `layers.0.experts.3.w1`, ...). fingerprint: sha256 over file names, sizes, headers and
-    config.json. nbytes: all weight bytes. notes: oddities that were read, for people.
-    unused_fields: of config.json, that nothing looks at. unused_files: in the same folder, that
-    nothing reads.
+    weights: canonical name -> Weight, see families/weights.py. fingerprint: sha256 over file names,
+    sizes, headers and config.json. nbytes: all weight bytes. notes: oddities that were read, for
+    people. unused_fields: of config.json, that nothing looks at. unused_files: in the same folder,
+    that nothing reads.
     """
 
     source: str
     revision: str | None
     folder: Path
-    config: ModelConfig
+    decoder: Decoder
     weights: dict[str, Weight]
     files: tuple[Path, ...]
     fingerprint: str
@@ -107,18 +108,20 @@ class Checkpoint:
 
     @property
     def router_kind(self) -> str:
-        """How the routers are stored: "nf4", "float16", ..., or "mixed"."""
-        layers = range(self.config.num_hidden_layers)
-        return _one(self.weights[f"layers.{layer}.router"].kind for layer in layers)
+        """How the routers are stored: "nf4", "float16", ..., "mixed"; "" in a dense model."""
+        routers = [name for name in self.weights if name.endswith(".router")]
+        return _one(self.weights[name].kind for name in routers) if routers else ""
+
+    @property
+    def storage(self) -> str:
+        """ "nf4, router float16"."""
+        router = f", router {self.router_kind}" if self.router_kind else ""
+        return f"{self.weights_kind}{router}"
 
     @property
     def weights_kind(self) -> str:
-        """How attention and experts are stored: "nf4", "bf16", "float16", "float32", "mixed"."""
-        kind = _one(
-            weight.kind
-            for name, weight in self.weights.items()
-            if name.endswith(("_proj", ".w1", ".w2", ".w3"))
-        )
+        """How projections are stored: "nf4", "bf16", "float16", "float32", "mixed"."""
+        kind = _one(weight.kind for name, weight in self.weights.items() if name.endswith("_proj"))
         return SHORT_NAMES.get(kind, kind)
 
 

@@ -125,7 +125,7 @@ def peers(
     rows = [asdict(measure_sync_nf4(model, place, layers, tokens, cap))]
     _say("transformers with CPU offload")
     try:
-        config = loaded.checkpoint.config
+        config = json.loads((loaded.checkpoint.folder / "config.json").read_text("utf-8"))
         rows.append(asdict(measure_cpu_offload(config, place, layers, tokens, cap)))
     except InputError as missing:
         _say(f"left out: {missing}")
@@ -208,7 +208,7 @@ def _print(name: str, model: Model, rows: list[dict[str, Any]]) -> None:
         "capability": model.compute.capability,
         "paths": asdict(model.paths),
         "model": {"source": Path(model.checkpoint.source).name, "bytes": model.checkpoint.nbytes,
-                  "layers": model.checkpoint.config.num_hidden_layers},
+                  "layers": model.checkpoint.decoder.num_hidden_layers},
         "vram_budget": model.vram.bytes,
         "ram_budget": model.ram.bytes,
         "versions": dict(versions()),

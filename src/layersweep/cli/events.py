@@ -74,10 +74,14 @@ class Events:
 
 
 def layout_line(checkpoint: Checkpoint) -> str:
-    """`[layout]`: one attention weight, one expert, the router as they lie in the file."""
-    first = "layers.0"
-    names = (f"{first}.q_proj", f"{first}.experts.0.w1", f"{first}.router")
-    return "[layout] " + "; ".join(_describe(checkpoint.weights[name]) for name in names)
+    """`[layout]`: one attention weight, one of an MLP or expert, the router as they lie in the
+    file."""
+    names = list(checkpoint.weights)
+    firsts = (
+        next((name for name in names if name.endswith(end)), None)
+        for end in ("o_proj", "down_proj", ".router")
+    )
+    return "[layout] " + "; ".join(_describe(checkpoint.weights[name]) for name in firsts if name)
 
 
 def paths_line(study: Study) -> str:

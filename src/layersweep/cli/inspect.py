@@ -16,8 +16,9 @@ from rich.text import Text
 
 from layersweep.checkpoint import Checkpoint, Problem, Weight, scan_checkpoint
 from layersweep.checkpoint.beside import shortened
-from layersweep.checkpoint.problems import printable
 from layersweep.errors import CheckpointError
+from layersweep.families.spec import describe_decoder
+from layersweep.problems import printable
 from layersweep.units import format_bytes
 
 PLAIN_WIDTH = 120  # where stdout is no terminal, rows must not be folded at 80
@@ -49,19 +50,17 @@ def inspect(
 
 
 def _show(console: Console, checkpoint: Checkpoint) -> None:
-    config = checkpoint.config
+    decoder = checkpoint.decoder
     revision = f"@{checkpoint.revision}" if checkpoint.revision else ""
     console.print(
-        f"{printable(checkpoint.source)}{revision}  {config.architecture}, "
-        f"{config.num_hidden_layers} layers, {config.num_local_experts} experts "
-        f"({config.num_experts_per_tok} per token), hidden {config.hidden_size}, "
-        f"vocabulary {config.vocab_size}",
+        f"{printable(checkpoint.source)}{revision}  {describe_decoder(decoder)}, "
+        f"hidden {decoder.hidden_size}, "
+        f"vocabulary {decoder.vocab_size}",
         soft_wrap=True,
     )
     files = "1 file" if len(checkpoint.files) == 1 else f"{len(checkpoint.files)} files"
     console.print(
-        f"weights {checkpoint.weights_kind}, router {checkpoint.router_kind}, "
-        f"{format_bytes(checkpoint.nbytes)} in {files}",
+        f"weights {checkpoint.storage}, {format_bytes(checkpoint.nbytes)} in {files}",
         soft_wrap=True,
     )
     console.print(f"fingerprint {checkpoint.fingerprint}\n", soft_wrap=True)
@@ -103,7 +102,7 @@ def _sections(checkpoint: Checkpoint) -> Iterable[tuple[str, Rows, int]]:
     yield "", [("embed", weights["embed"], weights["embed"].nbytes)], 0
     layers = [
         (layer, _layer_rows(checkpoint, layer))
-        for layer in range(checkpoint.config.num_hidden_layers)
+        for layer in range(checkpoint.decoder.num_hidden_layers)
     ]
     for _, group in groupby(layers, key=lambda item: _signature(item[1])):
         members = list(group)
@@ -171,7 +170,7 @@ def _as_json(model: str, checkpoint: Checkpoint | None, problems: list[Problem])
         return content
     return content | {
         "revision": checkpoint.revision,
-        "config": asdict(checkpoint.config),
+        "config": asdict(checkpoint.decoder),
         "weights_kind": checkpoint.weights_kind,
         "router_kind": checkpoint.router_kind,
         "bytes": checkpoint.nbytes,

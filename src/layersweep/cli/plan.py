@@ -75,7 +75,7 @@ def plan(
     arms = parse_arms(kv)
     rates = _rates(machine, vram, ram)
     from layersweep.checkpoint.layout import scan_checkpoint
-    from layersweep.checkpoint.problems import problems_error
+    from layersweep.problems import problems_error
     from layersweep.stream.blocks import block_specs
     from layersweep.study.forecast import forecast
 
@@ -83,7 +83,7 @@ def plan(
     if checkpoint is None:
         raise problems_error(problems)
     specs = block_specs(checkpoint, quantize=weights == "nf4")
-    found = forecast(checkpoint.config, specs, settings, arms, rates)
+    found = forecast(checkpoint.decoder, specs, settings, arms, rates)
     cheaper = _cheaper(checkpoint, specs, settings, arms, rates, found.total_s)
     if json_output:
         content = {
@@ -161,7 +161,7 @@ def _cheaper(
     found = []
     for words, change in options.items():
         less = dataclasses.replace(settings, **change)
-        seconds = forecast(checkpoint.config, specs, less, arms, rates).total_s
+        seconds = forecast(checkpoint.decoder, specs, less, arms, rates).total_s
         if seconds < total_s:
             found.append((words, seconds))
     return found
@@ -174,8 +174,7 @@ def _show(
 
     plan = found.plan
     console.print(
-        f"{checkpoint.source}: {format_bytes(checkpoint.nbytes)} {checkpoint.weights_kind}, "
-        f"router {checkpoint.router_kind}",
+        f"{checkpoint.source}: {format_bytes(checkpoint.nbytes)} {checkpoint.storage}",
         highlight=False,
         soft_wrap=True,
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -17,12 +16,13 @@ from layersweep.units import format_bytes, format_seconds
 
 def synth(
     folder: Annotated[Path, typer.Argument(metavar="DST", help="Folder to write; must be new.")],
-    shape: Annotated[str, typer.Option(help="mixtral-8x7b.")] = "mixtral-8x7b",
+    shape: Annotated[str, typer.Option(help="mixtral-8x7b, llama-3.1-8b.")] = "mixtral-8x7b",
     layers: Annotated[int | None, typer.Option(help="Layers instead of the shape's.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the weights.")] = 0,
 ) -> None:
     """Write a synthetic NF4 checkpoint in the published layout, marked as synthetic."""
-    from layersweep.checkpoint.synth import SHAPES, write_synthetic
+    from layersweep.checkpoint.synth import write_synthetic
+    from layersweep.checkpoint.synth_shapes import SHAPES
     from layersweep.progress import SweepProgress
 
     if shape not in SHAPES:
@@ -31,21 +31,21 @@ def synth(
             f"--shape: found '{shape}', needed one of {', '.join(SHAPES)}",
             hint=f"did you mean {close[0]}?" if close else "--shape mixtral-8x7b",
         )
-    config = SHAPES[shape]
+    published = SHAPES[shape]
     if layers is not None:
-        if not 1 <= layers <= config.num_hidden_layers:
+        there = published.decoder.num_hidden_layers
+        if not 1 <= layers <= there:
             raise InputError(
-                f"--layers: found {layers}, needed 1 to {config.num_hidden_layers}",
-                hint=f"--layers {config.num_hidden_layers}",
+                f"--layers: found {layers}, needed 1 to {there}", hint=f"--layers {there}"
             )
-        config = replace(config, num_hidden_layers=layers)
+        published = published.with_layers(layers)
     started = time.perf_counter()
     with SweepProgress(Console(stderr=True)) as progress:
-        size = write_synthetic(folder, config, seed=seed, progress=progress)
+        size = write_synthetic(folder, published, seed=seed, progress=progress)
     spent = format_seconds(time.perf_counter() - started)
     Console().print(
-        f"{folder}: {shape}, {config.num_hidden_layers} layers, {format_bytes(size)}, synthetic, "
-        f"written in {spent}",
+        f"{folder}: {shape}, {published.decoder.num_hidden_layers} layers, {format_bytes(size)}, "
+        f"synthetic, written in {spent}",
         highlight=False,
         soft_wrap=True,
     )

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from layersweep.checkpoint.config import ModelConfig
 from layersweep.errors import BudgetError, NoRoomTogether
+from layersweep.families.spec import Decoder
 from layersweep.generate.generation import Generation, Stage, Unit
 from layersweep.kv.arms import EXACT, Arm
 from layersweep.stream.blocks import BlockSpec, blocks_of
@@ -32,7 +32,7 @@ class Holder(Protocol):
     is only described."""
 
     @property
-    def config(self) -> ModelConfig: ...
+    def decoder(self) -> Decoder: ...
     @property
     def specs(self) -> list[BlockSpec]: ...
     @property
@@ -82,7 +82,7 @@ class _Way:
     def plan(self, model: Holder, layers: range) -> Plan:
         shapes = [_shape(model, tile) for tile in self.job.tiles]
         plan = make_plan(
-            model.config, blocks_of(model.specs, layers), shapes, self.machine(model), self.first,
+            model.decoder, blocks_of(model.specs, layers), shapes, self.machine(model), self.first,
             units=self.units, further=(NEW_TOKENS - 1) * len(self.units),
         )  # fmt: skip
         if self.offload:
@@ -167,14 +167,14 @@ def _placed(job: _Job, units: list[list[int]], offload: bool) -> Generation:
 
 def _on_one(way: _Way) -> Generation:
     (model,) = way.job.models
-    layers = range(model.config.num_hidden_layers)
+    layers = range(model.decoder.num_hidden_layers)
     return way.generation([Stage(layers, way.plan(model, layers))])
 
 
 def _over_layers(way: _Way) -> Generation:
     """Each device keeps its share of the layers."""
     models = way.job.models
-    every, specs = range(models[0].config.num_hidden_layers), models[0].specs
+    every, specs = range(models[0].decoder.num_hidden_layers), models[0].specs
     sizes = [sum(spec.nbytes for spec in blocks_of(specs, range(i, i + 1))) for i in every]
     parts = spread_layers(sizes, [_room(way, model, every) for model in models])
     if parts is None:
@@ -198,13 +198,11 @@ def _room(way: _Way, model: Holder, layers: range) -> int:
 
 def _shape(model: Holder, tile: Tile) -> TileShape:
     """Its shape, with the memory that the steps after the first sweep take."""
-    config = model.config
+    decoder = model.decoder
     columns, arms = _columns(tile), len(tile.sequences[0].branches)
-    at_once = arms_at_once(
-        len(tile.sequences), columns, config.num_key_value_heads * config.head_dim
-    )
+    at_once = arms_at_once(len(tile.sequences), columns, decoder.read_width // 2)
     columns *= min(arms, at_once) * len(tile.sequences)
-    shape = tile_shape(tile, config.num_attention_heads * config.head_dim)
+    shape = tile_shape(tile, decoder.query_width)
     return replace(shape, kept_columns=columns)
 
 
@@ -216,8 +214,8 @@ def _columns(tile: Tile) -> int:
 
 def _cache_bytes(model: Holder, tile: Tile, arms: Sequence[Arm]) -> int:
     """Upper bound of the keys and values that all branches of a tile keep."""
-    config, layers = model.config, model.config.num_hidden_layers
-    elements = 2 * layers * config.num_key_value_heads * config.head_dim
+    decoder, layers = model.decoder, model.decoder.num_hidden_layers
+    elements = sum(layer.attention.stream_width for layer in decoder.layers)
     exact = 8.0 * model.machine.element
     prefix = max(len(sequence.prefix) for sequence in tile.sequences)  # what all are padded to
     own = _columns(tile) - prefix

@@ -1,134 +1,261 @@
 """A KV cache for any Hugging Face model that goes through one of our codecs.
 
     cache = cache_for(model, "K3V2")
-    model.generate(**inputs, past_key_values=cache)
+    model.generate(**inputs, cache=cache)          # past_key_values=cache in older releases
 
 Every read goes through the codec, the first included: transformers' own quantized cache returns
 the original keys and values of its first call, so that a one-shot perplexity through it measures
-nothing. Models hand their keys over after RoPE; it is undone before encoding and done again after
-decoding, by the model's own tables and the token's index in the cache. Under left padding that
-index is not the position, which shifts all keys of a sequence alike and changes no score.
+nothing. Which layers keep a window, all tokens or a state is what transformers' DynamicCache makes
+of the model's config; states stay exact.
+
+Models hand their keys over after RoPE. For a codec it is undone and done again, by the model's own
+tables and functions and the token's index in the cache. Under left padding that index is not the
+position, which shifts all keys of a sequence alike and changes no score. A layer without RoPE that
+`config.no_rope_layers` does not name is turned all the same: what is undone is done again, but its
+codec does not see the keys as the projection made them.
 """
 
 from __future__ import annotations
 
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+)
 
 from layersweep.errors import InputError
 from layersweep.kv.arms import Arm, parse
+from layersweep.kv.size import KvSize
 from layersweep.kv.store import KvStore
-from layersweep.kv.stream import Stream, keys_and_values
+from layersweep.kv.stream import Rotation, Stream, keys_and_values, latent_streams
 
 MEAN_TOKENS = 128  # a channel mean comes from the first tokens that are coded, and is frozen
 
 
 def cache_for(model: Any, kv: str) -> Cache:
-    """A cache for `model.generate(past_key_values=...)` under the arm `kv`.
+    """A cache for `model.generate(cache=...)` or `model(..., cache=...)` under the arm `kv`.
 
-    Raises InputError for an unknown arm, for a model without rotary embeddings in the usual place
-    (model.model.rotary_emb), and for sliding windows, which drop tokens.
+    Full and sliding-window attention and latents (MLA) go through the arm. Linear attention,
+    convolutions and Mamba keep transformers' own state, exact; cache_size counts it apart.
+
+    Raises InputError for an unknown arm, for a model without one rotary table in the usual place,
+    and for layers that keep something else. What the arm's codec cannot take is refused with the
+    first token.
     """
-    arm = parse(kv)
-    rotary = getattr(getattr(model, "model", model), "rotary_emb", None)
-    if rotary is None:
+    arm, config = parse(kv), model.config.get_text_config() if hasattr(model, "config") else None
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    rotary = [name for name, _ in decoder.named_children() if "rotary_emb" in name]
+    if config is None or rotary != ["rotary_emb"]:
         raise InputError(
-            f"{type(model).__name__}: found no model.rotary_emb, needed it to undo RoPE",
-            hint="decoder models of transformers with one rotary table are supported",
+            f"{type(model).__name__}: found {', '.join(rotary) or 'no rotary_emb'}, needed one "
+            "rotary_emb in its decoder to undo RoPE",
+            hint="decoder models of transformers with one rotary module are supported",
         )
-    streams, count = _streams(model.config), model.config.get_text_config().num_hidden_layers
-    for stream in streams:
-        if stream.window is not None:
+    theirs = DynamicCache(config=config).layers
+    kinds = getattr(config, "layer_types", None) or [None] * len(theirs)
+    rotated = getattr(config, "no_rope_layers", None) or [1] * len(theirs)
+    layers: list[Any] = []
+    for index, layer in enumerate(theirs):
+        if isinstance(layer, CacheLayerMixin):
+            rope = Rope.of(decoder.rotary_emb, kinds[index]) if rotated[index] else None
+            window = _window(layer, type(model).__name__)
+            layer = CodedLayer(arm, rope, _latent(config), window, index, len(theirs))
+        layers.append(layer)
+    if not any(isinstance(layer, CodedLayer) for layer in layers):
+        raise InputError(f"{type(model).__name__}: found no layer that keeps keys, needed one")
+    return Cache(layers=layers)
+
+
+def cache_size(cache: Cache) -> KvSize:
+    """Measured: what all sequences in a cache of `cache_for` take together, and their tokens."""
+    coded = [layer for layer in cache.layers if isinstance(layer, CodedLayer)]
+    stores = [layer.store for layer in coded if layer.store is not None]
+    states = (part for layer in cache.layers for part in _state_tensors(layer))
+    return KvSize(
+        tokens=cache.get_seq_length() * coded[0].sequences,
+        nbytes=sum(store.nbits(0) for store in stores) / 8,
+        elements=sum(store.elements(0) for store in stores),
+        state_bytes=sum(part.nbytes for part in states),
+    )
+
+
+def _state_tensors(layer: Any) -> list[Tensor]:
+    states = (getattr(layer, name, {}) for name in ("conv_states", "recurrent_states"))
+    return [part for held in states for part in held.values() if part is not None]
+
+
+def _window(layer: Any, model: str) -> int | None:
+    """Of the layer that transformers would take: how many tokens it looks at, None for all."""
+    if type(layer) is DynamicLayer:
+        return None
+    if type(layer) is DynamicSlidingWindowLayer:
+        return int(layer.sliding_window)
+    raise InputError(
+        f"{model}: found a {type(layer).__name__} in its cache, needed full or sliding-window "
+        "attention, or a state without keys",
+        hint="run it with transformers' own cache",
+    )
+
+
+def _latent(config: Any) -> tuple[int, int] | None:
+    """Sizes of the latent and of its rotary part, where a model has multi-head latent attention."""
+    latent, rotary = (getattr(config, name, 0) for name in ("kv_lora_rank", "qk_rope_head_dim"))
+    return (latent, rotary) if latent and rotary else None
+
+
+@dataclass(frozen=True)
+class Rope:
+    """kv.stream.Rotation by a model's rotary module and the function of its file that applies it.
+
+    `arguments`: what the module needs besides x and positions, where it has a table for each type
+    of layer. `apply`: (x, cos, sin) -> x rotated; None where tables are complex. `size`: how many
+    of a vector's first numbers are rotated.
+    """
+
+    rotary: Any
+    arguments: tuple[str, ...]
+    apply: Callable[[Tensor, Tensor, Tensor], Tensor] | None
+    size: int
+
+    @classmethod
+    def of(cls, rotary: Any, layer_type: str | None) -> Rope:
+        by_type = "layer_type" in inspect.signature(rotary.forward).parameters
+        arguments = (layer_type,) if by_type and layer_type else ()
+        name = "_".join((*arguments, "inv_freq"))
+        frequencies = getattr(rotary, name, None)
+        if frequencies is None:
             raise InputError(
-                f"{type(model).__name__}: found sliding_window {stream.window}, needed none",
-                hint="set config.sliding_window = None where the context is shorter than it",
+                f"{type(rotary).__name__}: found no table {name}, needed it to undo RoPE",
+                hint="run this model with transformers' own cache",
             )
-    return Cache(layers=[CodedLayer(arm, rotary, streams, i, count) for i in range(count)])
+        start = torch.zeros(1, 1, dtype=torch.long, device=frequencies.device)
+        is_complex = isinstance(rotary(frequencies, start, *arguments), Tensor)
+        apply = None if is_complex else _applied_by(sys.modules[type(rotary).__module__])
+        return cls(rotary, arguments, apply, 2 * frequencies.numel())
+
+    def undo(self, x_BHTD: Tensor, positions: Tensor) -> Tensor:
+        return self._turned(x_BHTD, positions, back=True)
+
+    def redo(self, x_BHTD: Tensor, positions: Tensor) -> Tensor:
+        return self._turned(x_BHTD, positions, back=False)
+
+    def _turned(self, x_BHTD: Tensor, positions: Tensor, *, back: bool) -> Tensor:
+        table = self.rotary(x_BHTD, positions[:1], *self.arguments)
+        if self.apply is None:  # complex [1, T, D / 2], for pairs of neighbours
+            pairs = torch.view_as_complex(x_BHTD.reshape(*x_BHTD.shape[:-1], -1, 2))
+            factor = table.unsqueeze(1)
+            return torch.view_as_real(pairs / factor if back else pairs * factor).flatten(3)
+        cos, sin = (part.float() for part in table)  # [1, T, R], or R / 2 in some models
+        turned = self.apply(x_BHTD[..., : self.size], cos, -sin if back else sin)
+        if back:  # the inverse of a rotation that some models scale
+            square = (cos * cos + sin * sin).unsqueeze(1)
+            turned = turned / square.repeat(1, 1, 1, self.size // square.shape[3])
+        rest = x_BHTD[..., self.size :]
+        return torch.cat((turned, rest), dim=3) if rest.shape[3] else turned
 
 
-def _streams(config: Any) -> tuple[Stream, Stream]:
-    """What a layer keeps, by the names that configs of transformers have for it."""
-    config = config.get_text_config()
-    queries = config.num_attention_heads
-    heads = getattr(config, "num_key_value_heads", None) or queries
-    dim = getattr(config, "head_dim", None) or config.hidden_size // queries
-    window = getattr(config, "sliding_window", None) or None
-    if not getattr(config, "use_sliding_window", True):
-        window = None
-    return keys_and_values(heads, dim, window)
+def _applied_by(module: Any) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """See Rope.apply. Of what applies RoPE to a query and a key, or to one of them."""
+    function = getattr(module, "apply_rotary_pos_emb", None)
+    names = list(inspect.signature(function).parameters) if function else []
+    if names[1:3] == ["cos", "sin"]:
+        return lambda x, cos, sin: function(x, cos, sin)  # type: ignore[misc]
+    if names[2:4] == ["cos", "sin"]:
+        return lambda x, cos, sin: function(x, x, cos, sin)[1]  # type: ignore[misc]
+    raise InputError(
+        f"{module.__name__}: found no apply_rotary_pos_emb(q, k, cos, sin), needed it to undo RoPE"
+    )
 
 
 class CodedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers has no types
-    """One layer's keys and values as an arm keeps them. Everything that is read has gone through
-    the codec, the newest token included, except what `@sink`, `@window`, `@pb` and 16 bits keep
-    exact."""
+    """One layer's keys and values, or its latent, as an arm keeps them. Everything that is read has
+    gone through the codec, the newest token included, except what `@sink`, `@window`, `@pb` and 16
+    bits keep exact.
+
+    With a `window` W it holds what DynamicSlidingWindowLayer holds, the last W - 1 tokens, and
+    returns these and the new ones.
+    """
 
     is_compileable = False
-    is_sliding = False
 
     def __init__(
-        self, arm: Arm, rotary: Any, streams: tuple[Stream, Stream], layer: int, num_layers: int
-    ) -> None:
+        self, arm: Arm, rope: Rotation | None, latent: tuple[int, int] | None,
+        window: int | None, layer: int, num_layers: int,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.rotary, self.streams = rotary, streams
-        self.empty = KvStore.empty([(arm, streams)], layer, num_layers, MEAN_TOKENS)
-        self.store = self.empty
+        self.arm, self.rope, self.latent = arm, rope, latent
+        self.window, self.is_sliding = window, window is not None
+        self.place, self.sequences = (layer, num_layers), 0
+        self.streams: tuple[Stream, Stream] | None = None
+        self.store: KvStore | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """The layer's streams, from the first tokens that come."""
+        (self.sequences, heads, _, dim), value_dim = key_states.shape, value_states.shape[3]
+        if self.latent is None:
+            streams = keys_and_values(heads, dim, self.window, value_dim)
+        elif (heads, dim, value_dim) == (1, *self.latent):
+            streams = latent_streams(*self.latent, self.window)
+        else:
+            raise InputError(
+                f"KV codec cache: found keys [{heads}, {dim}] of a model with a latent of "
+                f"{self.latent[0]} + {self.latent[1]}, needed the latent itself",
+                hint="a later release of transformers caches it",
+            )
+        keys, values = (
+            replace(stream, rope=False)
+            if self.rope is None
+            else replace(stream, rotation=self.rope if stream.rope else None)
+            for stream in streams
+        )
+        self.streams = (keys, values)
+        self.store = KvStore.empty([(self.arm, self.streams)], *self.place, MEAN_TOKENS)
         self.is_initialized = True
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """Add new tokens; all keys (rotated) and values so far, as decoded from the codec."""
-        self.is_initialized = True
-        first, new = self.store.tokens, (key_states, value_states)
-        self.store = self.store.appended(self._rotated(new, first, back=True))
-        if key_states.shape[2] > 1:  # exact tokens are views: a copy lets go of the others
-            self.store = self.store.moved(torch.clone)
-        keys, values = self._rotated(self.store.decoded(0), 0, back=False)
+        """Add new tokens; all keys (rotated) and values that these may look at, as decoded from the
+        codec."""
+        if self.store is None:
+            self.lazy_initialization(key_states, value_states)
+        assert self.store is not None and self.streams is not None
+        store = self.store.appended((key_states, value_states))
+        keys, values = store.decoded(0)
+        store = store.since(self.streams[0].first_held(store.end))
+        # exact tokens are views: a copy lets go of the others
+        self.store = store.moved(torch.clone) if key_states.shape[2] > 1 else store
         return keys, values
-
-    def _rotated(self, tensors: tuple[Tensor, ...], first: int, *, back: bool) -> list[Tensor]:
-        """What the model rotates, at the positions from `first` on."""
-        return [
-            self._rotate(x, first, back=back) if stream.rope else x
-            for x, stream in zip(tensors, self.streams, strict=True)
-        ]
-
-    def _rotate(self, x_BHTD: Tensor, first: int, *, back: bool) -> Tensor:
-        """Rotate to the positions from `first` on, or back, in float32; also partial rotaries."""
-        at = torch.arange(first, first + x_BHTD.shape[2], device=x_BHTD.device)[None]
-        cos, sin = (table[0].float() for table in self.rotary(x_BHTD.float(), at))  # [T, R]
-        size, x = cos.shape[-1], x_BHTD.float()
-        rotated, rest, half = x[..., :size], x[..., size:], size // 2
-        turned = torch.cat((-rotated[..., half:], rotated[..., :half]), dim=-1)
-        if back:  # the inverse of a rotation that some models scale
-            rotated = (rotated * cos - turned * sin) / (cos * cos + sin * sin)
-        else:
-            rotated = rotated * cos + turned * sin
-        return torch.cat((rotated, rest), dim=-1).to(x_BHTD.dtype)
 
     def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
         """(keys that will be there, offset of the first), for the attention mask."""
         count = query_length if isinstance(query_length, int) else query_length.shape[0]
-        return self.get_seq_length() + count, 0
+        if self.store is None:
+            return count, 0
+        return self.store.tokens + count, self.store.end - self.store.tokens
 
     def get_seq_length(self) -> int:
-        return self.store.tokens
+        return 0 if self.store is None else self.store.end
 
     def get_max_length(self) -> int:
-        return -1
+        return -1 if self.window is None else self.window
 
     def get_max_cache_shape(self) -> int:
         """The same under the name that earlier releases of transformers 5 use."""
-        return -1
+        return self.get_max_length()
 
     def reset(self) -> None:
-        self.store, self.is_initialized = self.empty, False
+        self.store, self.is_initialized = None, False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         raise InputError(
@@ -138,5 +265,6 @@ class CodedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers has no 
 
     @property
     def bits_per_element(self) -> float:
-        """Measured, over keys and values so far."""
+        """Measured, over the keys and values that are held."""
+        assert self.store is not None
         return self.store.nbits(0) / self.store.elements(0)

@@ -91,7 +91,7 @@ def staged(repository: str, revision: str | None) -> Staged:
     a shard is too large.
     """
     from layersweep.checkpoint import hub
-    from layersweep.checkpoint.problems import problems_error
+    from layersweep.problems import problems_error
 
     found = hub.find(repository, revision)
     if found.files is None:

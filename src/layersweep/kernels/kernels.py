@@ -17,16 +17,24 @@ SCALARS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 LAYOUTS: dict[str, dict[str, str]] = {
     "nf4": {"nf4_wide": "6Pq2if", "nf4_any": "6P3qf"},
     "rows": {
-        "rms_norm": "4Pqif",
-        "swiglu": "Pi",
+        "rms_norm": "4Pqi2f",
+        "swiglu": "P2if",
+        "swiglu_pairs": "P2if",
         "add_rows": "4Pi",
         "add_rows_f32": "4Pi",
         "leave_layer": "4P2i",
     },
-    "rope": dict.fromkeys(("rope_wide", "rope_wide_f32", "rope_any", "rope_any_f32"), "4P6q2iq"),
+    "rope": {
+        f"rope{pairs}_{width}{source}": "4P6q2iq"
+        for pairs in ("", "_pairs")
+        for width in ("wide", "any")
+        for source in ("", "_f32")
+    },
     "score": {"score_exact": "3Pi", "score": "4Pi"},
     **CODEC_LAYOUTS,
 }
+# Numbers of rows.cu's enum.
+ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu2": 3, "swiglu_clamped": 4}
 _NF4_WIDE = 256 * 8 * 4
 
 Nested = tuple[Tensor, Tensor, int, float]
@@ -111,9 +119,16 @@ class Kernels(CodecKernels):
         )
 
     def rms_norm(
-        self, x: Tensor, weight: Tensor, eps: float, out: Tensor, rows: Tensor | None = None
+        self,
+        x: Tensor,
+        weight: Tensor,
+        eps: float,
+        out: Tensor,
+        rows: Tensor | None = None,
+        offset: float = 0.0,
     ) -> None:
-        """out [N, H] = maths.rms_norm(x[rows], weight, eps); without rows, of x's first N rows.
+        """out [N, H] = maths.rms_norm(x[rows], weight, eps, offset); without rows, of x's first N
+        rows.
 
         x [R, H] with contiguous last dimension, weight [H], rows int64 [N].
         """
@@ -129,11 +144,13 @@ class Kernels(CodecKernels):
         if count == 0:
             return
         threads = min(256, -(-width // 256) * 32)
-        args = (x, weight, rows, out, x.stride(0), width, eps)
+        args = (x, weight, rows, out, x.stride(0), width, eps, offset)
         self._module("rows").launch("rms_norm", (count, 1, 1), threads, args)
 
-    def swiglu_(self, gate_up: Tensor) -> Tensor:
-        """gate_up [N, 2I]: the first I columns become silu(gate) * up, as in maths.swiglu.
+    def swiglu_(
+        self, gate_up: Tensor, act: str = "silu", interleaved: bool = False, limit: float = 0.0
+    ) -> Tensor:
+        """gate_up [N, 2I]: the first I columns become act(gate) * up, as in maths.glu_.
 
         Returns them, a view [N, I] with row stride 2I.
         """
@@ -141,7 +158,12 @@ class Kernels(CodecKernels):
         inner = width // 2
         _rows(gate_up, self.dtype)
         assert inner % 8 == 0
-        self._columns("swiglu", count, inner, (gate_up, inner))
+        args = (gate_up, inner, ACTIVATIONS[act], limit)
+        if not interleaved:
+            self._columns("swiglu", count, inner, args)
+        elif count:
+            threads = min(256, -(-inner // 256) * 32)
+            self._module("rows").launch("swiglu_pairs", (count, 1, 1), threads, args)
         return gate_up[:, :inner]
 
     def add_rows_(self, update: Tensor, rows: Tensor, y: Tensor, weight: Tensor) -> None:
@@ -174,27 +196,38 @@ class Kernels(CodecKernels):
         assert update.shape == hidden.shape and len(unit) == count
         self._columns("leave_layer", count, width, (hidden, update, unit, first_bad, width, layer))
 
-    def rope(self, x: Tensor, out: Tensor, cos: Tensor, sin: Tensor, first: int = 0) -> None:
+    def rope(
+        self,
+        x: Tensor,
+        out: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        first: int = 0,
+        interleaved: bool = False,
+    ) -> None:
         """out = maths.rope(x.to(T), cos, sin) for tokens at positions first, first + 1, ...
 
         x (T or float32) and out (T) [B, heads, T, D], any strides with the last dimension
-        contiguous; D even, up to 256; out may be x. cos, sin (T) [S, D], S >= first + T.
+        contiguous; out may be x. cos, sin (T) [S, R], S >= first + T; R even, up to 256 and D.
         """
-        batch, heads, tokens, dim = x.shape
-        assert out.shape == x.shape and out.dtype == self.dtype and dim % 2 == 0
+        batch, heads, tokens, width = x.shape
+        dim = cos.shape[1]
+        assert out.shape == x.shape and out.dtype == self.dtype and dim % 2 == 0 and dim <= width
         assert x.dtype in (self.dtype, torch.float32) and x.stride(3) == out.stride(3) == 1
         assert heads < 65536 and batch < 65536 and dim <= MAX_VECTOR
         same(cos, self.dtype)
         same(sin, self.dtype)
-        assert cos.shape == sin.shape and cos.shape[1] == dim and len(cos) >= first + tokens
+        assert cos.shape == sin.shape and len(cos) >= first + tokens
         if x.numel() == 0:
             return
+        if dim < width and out.data_ptr() != x.data_ptr():
+            out[..., dim:] = x[..., dim:]
         strides = (*x.stride()[:3], *out.stride()[:3])
         pointers = (x, out, cos, sin)
         used = [step for size, step in zip(x.shape[:3] * 2, strides, strict=True) if size > 1]
         wide = dim % 16 == 0 and all(step % 8 == 0 for step in used)
         wide = wide and all(one.data_ptr() % 16 == 0 for one in pointers)
-        name = "rope_wide" if wide else "rope_any"
+        name = ("rope_pairs" if interleaved else "rope") + ("_wide" if wide else "_any")
         if x.dtype != self.dtype:
             name += "_f32"
         grid = -(-tokens * (dim // 16 if wide else dim // 2) // 256)

@@ -2,9 +2,11 @@
 // multiples of 8 and rows lie at 16-byte-aligned addresses.
 #include "common.cuh"
 
-// out[i] = weight * T(x[r] / rms(x[r])), r = rows[i] or i. One block per row.
+// out[i] = weight * T(x[r] / rms(x[r])), r = rows[i] or i; with an offset,
+// T((offset + weight) * x[r] / rms(x[r])). One block per row.
 extern "C" __global__ void __launch_bounds__(256) rms_norm(
-    const T* x, const T* weight, const i64* rows, T* out, i64 stride, int width, float eps
+    const T* x, const T* weight, const i64* rows, T* out, i64 stride, int width, float eps,
+    float offset
 ) {
     const T* row = x + (rows ? rows[blockIdx.x] : (i64)blockIdx.x) * stride;
     out += (i64)blockIdx.x * width;
@@ -22,13 +24,41 @@ extern "C" __global__ void __launch_bounds__(256) rms_norm(
         load(row + at, value);
         load(weight + at, share);
 #pragma unroll
-        for (int i = 0; i < 8; ++i) value[i] = share[i] * rounded(value[i] * scale);
+        for (int i = 0; i < 8; ++i) {
+            const float scaled = value[i] * scale;
+            value[i] = offset != 0.0f ? scaled * (offset + share[i]) : share[i] * rounded(scaled);
+        }
         store(out + at, value);
     }
 }
 
-// gate = T(T(silu(gate)) * up) in rows of [gate | up]; a block takes 8 blockDim columns of a row.
-extern "C" __global__ void __launch_bounds__(256) swiglu(T* gate_up, int inner) {
+// The activations of maths.glu_, in its order of roundings; NaN stays NaN.
+enum Act { SILU, GELU_TANH, GELU, RELU2, SWIGLU_CLAMPED };
+
+__device__ __forceinline__ float activated(float gate, int act) {
+    if (act == SILU) return gate / (1.0f + expf(-gate));
+    if (act == GELU_TANH) {
+        const float inner = 0.7978845608f * (gate + 0.044715f * gate * gate * gate);
+        return 0.5f * gate * (1.0f + tanhf(inner));
+    }
+    if (act == GELU) return 0.5f * gate * (1.0f + erff(gate * 0.7071067812f));
+    const float positive = gate <= 0.0f ? 0.0f : gate;
+    return positive * positive;
+}
+
+__device__ __forceinline__ float gated(float gate, float up, int act, float limit) {
+    if (act != SWIGLU_CLAMPED) return rounded(activated(gate, act)) * up;
+    gate = gate > limit ? limit : gate;
+    up = up > limit ? limit : up < -limit ? -limit : up;
+    const float slope = rounded(gate * 1.702f);
+    const float open = rounded(gate * rounded(1.0f / (1.0f + expf(-slope))));
+    return rounded(up + 1.0f) * open;
+}
+
+// gate = T(T(act(gate)) * up) in rows of [gate | up]; a block takes 8 blockDim columns of a row.
+extern "C" __global__ void __launch_bounds__(256) swiglu(
+    T* gate_up, int inner, int act, float limit
+) {
     const int at = 8 * (blockIdx.y * blockDim.x + threadIdx.x);
     if (at >= inner) return;
     T* row = gate_up + (i64)blockIdx.x * 2 * inner + at;
@@ -36,10 +66,32 @@ extern "C" __global__ void __launch_bounds__(256) swiglu(T* gate_up, int inner) 
     load(row, gate);
     load(row + inner, up);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-        gate[i] = rounded(gate[i] / (1.0f + expf(-gate[i]))) * up[i];
-    }
+    for (int i = 0; i < 8; ++i) gate[i] = gated(gate[i], up[i], act, limit);
     store(row, gate);
+}
+
+// The same in rows of [gate, up, gate, up ...]. One block per row: it writes where it has read
+// in this step or an earlier one, for what it writes lies in the first half.
+extern "C" __global__ void __launch_bounds__(256) swiglu_pairs(
+    T* gate_up, int inner, int act, float limit
+) {
+    T* row = gate_up + (i64)blockIdx.x * 2 * inner;
+    const int step = 8 * blockDim.x;
+    for (int start = 0; start < inner; start += step) {
+        const int at = start + 8 * threadIdx.x;
+        float both[2][8], result[8];
+        if (at < inner) {
+            load(row + 2 * at, both[0]);
+            load(row + 2 * at + 8, both[1]);
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                const int gate = 2 * i % 8;
+                result[i] = gated(both[i / 4][gate], both[i / 4][gate + 1], act, limit);
+            }
+        }
+        __syncthreads();
+        if (at < inner) store(row + at, result);
+    }
 }
 
 template <class Weight>

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from layersweep.kv.codec import Codec, wants_mean
-from layersweep.kv.stream import Stream
+from layersweep.kv.custom import FAILURES
+from layersweep.kv.stream import Stream, keys_and_values, latent_streams
 
-FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError,
-            ValueError)  # fmt: skip
 BATCH, HEADS, TOKENS = 3, 2, 70
 PIECES = (1, 33, 36)
 
@@ -28,22 +27,20 @@ class Verdict:
 
 
 def check(codec: Codec, *, dim: int = 128, seed: int = 0) -> list[Verdict]:
-    """All promises, for keys and values of head size `dim`. A codec that raises breaks that one."""
-    return [
-        verdict for role in ("key", "value") for verdict in _Checks(codec, role, dim, seed).run()
-    ]
+    """All promises, for keys, values and latents of head size `dim`. A codec that raises breaks
+    that one; only latents may be refused altogether."""
+    streams = *keys_and_values(HEADS, dim), replace(latent_streams(dim, dim)[0], heads=HEADS)
+    return [verdict for stream in streams for verdict in _Checks(codec, stream, seed).run()]
 
 
 class _Checks:
-    def __init__(self, codec: Codec, role: str, dim: int, seed: int) -> None:
+    def __init__(self, codec: Codec, stream: Stream, seed: int) -> None:
         self.simulated = codec.simulated
         # One's own codec itself: what stands around it keeps some promises for it.
         self.codec: Any = getattr(codec, "inner", codec)
-        self.role, self.dim = role, dim
-        is_key = role == "key"
-        self.stream = Stream(role, HEADS, dim, role="key" if is_key else "value", rope=is_key)
+        self.stream = stream
         generator = torch.Generator().manual_seed(seed)
-        self.x = torch.randn(BATCH, HEADS, TOKENS, dim, generator=generator) * 3 + 0.5
+        self.x = torch.randn(BATCH, HEADS, TOKENS, stream.dim, generator=generator) * 3 + 0.5
         self.at = torch.arange(TOKENS).expand(BATCH, TOKENS)
         self.mean = self.x.mean(2).half() if wants_mean(codec) else None
 
@@ -57,12 +54,24 @@ class _Checks:
             ("an infinity or NaN does not decode to a number", self.nonfinite),
             ("the error is below the signal", self.error),
         )
+        if self.stream.role == "latent" and (why := self.refusal()):
+            yield Verdict("latents: the role is taken", None, f"{why}: no models with MLA")
+            return
         for promise, look in promises:
             try:
                 kept, detail = look()
             except FAILURES as failure:  # of somebody else's code: what it raises is the finding
                 kept, detail = False, f"{type(failure).__name__}: {failure}"
-            yield Verdict(f"{self.role}s: {promise}", kept, detail)
+            yield Verdict(f"{self.stream.role}s: {promise}", kept, detail)
+
+    def refusal(self) -> str:
+        """What the codec raises for one vector of the stream, or nothing."""
+        try:
+            mean = None if self.mean is None else self.mean[:1]
+            self.through(self.x[:1, :, :1], self.at[:1, :1], mean)
+        except FAILURES as failure:
+            return f"{type(failure).__name__}: {failure}"
+        return ""
 
     def through(self, x: Tensor, at: Tensor, mean: Tensor | None) -> Tensor:
         decoded: Tensor = self.codec.decode(self.codec.encode(x, self.stream, at, mean), at)

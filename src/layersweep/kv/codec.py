@@ -199,7 +199,8 @@ def basis_for(codec: Codec, stream: Stream) -> Basis | None:
 
 
 def role_bits(codec: Codec, stream: Stream) -> int:
-    """Bits that `codec` spends on a stream. A latent serves as key and value: it gets key bits."""
+    """Bits that `codec` spends on a stream: value bits on values, key bits on keys, a latent, which
+    serves as key and value, and its rotary part."""
     return codec.value_bits if stream.role == "value" else codec.key_bits
 
 
@@ -224,13 +225,26 @@ def check_input(codec: Codec, x: Tensor, stream: Stream, mean: Tensor | None) ->
 def check_stream(codec: Codec, stream: Stream, device: torch.device, dtype: torch.dtype) -> None:
     """Raise InputError unless `codec` takes the stream, before anything is run: one zero goes
     through it, there and back. On a GPU that compiles the kernels, which a sweep would wait for.
-    A stream with 16 bits stays exact and never gets there."""
+    A stream with 16 bits stays exact and never gets there. Whatever else one's own codec raises
+    is a refusal, too."""
     import torch
 
-    if role_bits(codec, stream) < 16:
-        x, mean = torch.zeros(1, stream.heads, 1, stream.dim, dtype=dtype, device=device), None
-        if wants_mean(codec):
-            columns = stream.dim + wants_level(codec)
-            mean = torch.zeros(1, stream.heads, columns, dtype=torch.float16, device=device)
-        at = torch.zeros(1, 1, dtype=torch.long, device=device)
+    from layersweep.kv.custom import FAILURES, CustomCodec
+
+    if role_bits(codec, stream) == 16:
+        return
+    x, mean = torch.zeros(1, stream.heads, 1, stream.dim, dtype=dtype, device=device), None
+    if wants_mean(codec):
+        columns = stream.dim + wants_level(codec)
+        mean = torch.zeros(1, stream.heads, columns, dtype=torch.float16, device=device)
+    at = torch.zeros(1, 1, dtype=torch.long, device=device)
+    try:
         codec.decode(codec.encode(x, stream, at, mean), at)
+    except FAILURES as failure:
+        if isinstance(failure, InputError) or not isinstance(codec, CustomCodec):
+            raise
+        raise InputError(
+            f"{codec.method}: found {type(failure).__name__}: {failure}, needed it to take stream "
+            f"'{stream.name}' of role {stream.role} and head size {stream.dim}",
+            hint="`layersweep codec check` names what it does not keep",
+        ) from failure

@@ -4,8 +4,9 @@
     NAME:K3V2               an entry point NAME in the group layersweep.kv_codecs
 
 The class needs `encode(x, stream, positions, mean=None)` and `decode(packed, positions)`; what
-encode returns is its own affair. With `nbytes(packed)` its bits are measured, without it the arm
-is simulated and its bits are unknown. `append(packed, x, positions)` serves generation.
+encode returns is its own affair. `stream.role` is key, value or, in models with MLA, latent. With
+`nbytes(packed)` its bits are measured, without it the arm is simulated and its bits are unknown.
+`append(packed, x, positions)` serves generation.
 `layersweep codec check` tells whether it keeps the promises of `kv.codec.Codec`.
 """
 
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
 
 ENTRY_POINTS = "layersweep.kv_codecs"
 HINT = "see `layersweep codec check --help` and docs/codecs.md for an example of 30 lines"
+# What code that is not ours may raise.
+FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError,
+            ValueError)  # fmt: skip
 
 Maker = Callable[[int, int], Any]
 

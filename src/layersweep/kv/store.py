@@ -7,7 +7,7 @@ moved to where they wait. A transformers cache appends to one as it grows.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -41,10 +41,16 @@ class KvStore:
         layer: int,
         num_layers: int,
         mean_tokens: int | None = None,
+        first: int = 0,
     ) -> KvStore:
-        """Each arm with the streams of the layer as its codec wants them; see StoredStream."""
+        """Each arm with the streams of the layer as its codec wants them; see StoredStream. What
+        is appended starts at position `first` of the text: a layer with a window needs no more
+        than Stream.first_held."""
         return cls(
-            tuple(StoredStream.empty(arm, own, layer, num_layers, mean_tokens) for own in streams)
+            tuple(
+                StoredStream.empty(arm, own, layer, num_layers, mean_tokens, first)
+                for own in streams
+            )
             for arm, streams in arms
         )
 
@@ -55,6 +61,15 @@ class KvStore:
         return KvStore(
             tuple(own.appended(x, shared) for own, x in zip(streams, tensors, strict=True))
             for streams in self.arms
+        )
+
+    def since(self, first: int) -> KvStore:
+        """Without the tokens before position `first`, at which nobody looks any more. They are
+        neither decoded nor counted; a codec that encodes keys in groups holds them until their
+        group is out of sight, and one's own codec that cannot be sliced holds them all."""
+        shared: dict[Hashable, Encoded] = {}
+        return KvStore(
+            tuple(stream.since(first, shared) for stream in streams) for streams in self.arms
         )
 
     def decoded(self, arm: int) -> tuple[Tensor, ...]:
@@ -91,7 +106,13 @@ class KvStore:
 
     @property
     def tokens(self) -> int:
+        """How many are held for a reader."""
         return self.arms[0][0].tokens
+
+    @property
+    def end(self) -> int:
+        """Position of the token that comes next."""
+        return self.arms[0][0].end
 
     def nbits(self, arm: int) -> float:
         """Measured size under an arm, see StoredStream."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from layersweep.checkpoint import nf4
+from layersweep.families.spec import Activation
 from layersweep.model import maths
 
 if TYPE_CHECKING:
@@ -43,23 +44,44 @@ class TorchOps:
         return torch.mm(x_NH, head_VH.t(), out_dtype=torch.float32)
 
     def rms_norm(
-        self, x: Tensor, weight_H: Tensor, eps: float, memory: Tensor, rows: Tensor | None = None
+        self,
+        x: Tensor,
+        weight_H: Tensor,
+        eps: float,
+        memory: Tensor,
+        rows: Tensor | None = None,
+        *,
+        offset: float = 0.0,
     ) -> Tensor:
         """Normed rows of x, all or those of the index `rows`: [N, H]."""
-        return maths.rms_norm(x if rows is None else x[rows], weight_H, eps)
+        return maths.rms_norm(x if rows is None else x[rows], weight_H, eps, offset)
 
     def rope(
-        self, x_BHTD: Tensor, cos_SD: Tensor, sin_SD: Tensor, first: int, out: Tensor
+        self,
+        x_BHTD: Tensor,
+        cos_SR: Tensor,
+        sin_SR: Tensor,
+        first: int,
+        out: Tensor,
+        *,
+        interleaved: bool = False,
     ) -> Tensor:
-        """Heads rotated to the positions from `first` on, into `out` (which may be x)."""
+        """Heads rotated to the positions from `first` on, into `out` (which may be x); only
+        their first R coordinates turn."""
         last = first + x_BHTD.shape[2]
-        x = x_BHTD.to(out.dtype)
-        return out.copy_(maths.rope(x, cos_SD[first:last], sin_SD[first:last]))
+        x, tables = x_BHTD.to(out.dtype), (cos_SR[first:last], sin_SR[first:last])
+        return out.copy_(maths.rope(x, *tables, interleaved=interleaved))
 
-    def swiglu_(self, gate_up_N2I: Tensor) -> Tensor:
-        """silu(gate) * up over the gate's half; that half [N, I], a view."""
-        gate, up = gate_up_N2I.chunk(2, dim=-1)
-        return torch.nn.functional.silu(gate, inplace=True).mul_(up)
+    def swiglu_(
+        self,
+        gate_up_N2I: Tensor,
+        act: Activation = "silu",
+        *,
+        interleaved: bool = False,
+        limit: float = 0.0,
+    ) -> Tensor:
+        """act(gate) * up over the first I columns; those [N, I], a view. See maths.glu_."""
+        return maths.glu_(gate_up_N2I, act, interleaved=interleaved, limit=limit)
 
     def add_rows_(self, update: Tensor, rows: Tensor, y_NH: Tensor, weight_N: Tensor) -> None:
         """update[rows] += y * weight; rows are unique, so no order of additions is left open."""
@@ -118,20 +140,40 @@ class CudaOps(TorchOps):
         return torch.mm(x_NH, head_VH.t(), out_dtype=torch.float32, out=memory)
 
     def rms_norm(
-        self, x: Tensor, weight_H: Tensor, eps: float, memory: Tensor, rows: Tensor | None = None
+        self,
+        x: Tensor,
+        weight_H: Tensor,
+        eps: float,
+        memory: Tensor,
+        rows: Tensor | None = None,
+        *,
+        offset: float = 0.0,
     ) -> Tensor:
-        self.kernels.rms_norm(x, weight_H, eps, memory, rows)
+        self.kernels.rms_norm(x, weight_H, eps, memory, rows, offset)
         return memory
 
     def rope(
-        self, x_BHTD: Tensor, cos_SD: Tensor, sin_SD: Tensor, first: int, out: Tensor
+        self,
+        x_BHTD: Tensor,
+        cos_SR: Tensor,
+        sin_SR: Tensor,
+        first: int,
+        out: Tensor,
+        *,
+        interleaved: bool = False,
     ) -> Tensor:
-        self.kernels.rope(x_BHTD, out, cos_SD, sin_SD, first)
+        self.kernels.rope(x_BHTD, out, cos_SR, sin_SR, first, interleaved)
         return out
 
-    def swiglu_(self, gate_up_N2I: Tensor) -> Tensor:
-        self.kernels.swiglu_(gate_up_N2I)
-        return gate_up_N2I[:, : gate_up_N2I.shape[1] // 2]
+    def swiglu_(
+        self,
+        gate_up_N2I: Tensor,
+        act: Activation = "silu",
+        *,
+        interleaved: bool = False,
+        limit: float = 0.0,
+    ) -> Tensor:
+        return self.kernels.swiglu_(gate_up_N2I, act, interleaved, limit)
 
     def add_rows_(self, update: Tensor, rows: Tensor, y_NH: Tensor, weight_N: Tensor) -> None:
         self.kernels.add_rows_(update, rows, y_NH, weight_N)

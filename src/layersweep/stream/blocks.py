@@ -1,9 +1,9 @@
 """Blocks: the runs of weights that move and are used together.
 
-A block is an embedding, one layer's attention (with its norms and router), one expert, or
-the head. Its stored tensors lie in one arena, each at a 256-byte-aligned offset (packed
-tensors are only byte-aligned in their file), so that a block is one copy to the device and
-is dequantized there.
+A block is an embedding, one layer's attention (with its norms and router), a dense MLP, a shared
+or a routed expert, or the head. Its stored tensors lie in one arena, each at a 256-byte-aligned
+offset (packed tensors are only byte-aligned in their file), so that a block is one copy to the
+device and is dequantized there.
 
     file bytes --RunReader--> arena (uint8) --Block.dense--> one dense weight in a scratch
 """
@@ -18,15 +18,12 @@ import torch
 from torch import Tensor
 
 from layersweep.checkpoint import nf4
-from layersweep.checkpoint.config import ModelConfig
 from layersweep.checkpoint.header import StoredTensor
 from layersweep.checkpoint.layout import Checkpoint, Weight
+from layersweep.families.spec import Decoder
+from layersweep.families.weights import BlockShape, Role, blocks
 
 ALIGNMENT = 256
-ATTENTION_WEIGHTS = (
-    *("input_norm", "q_proj", "k_proj", "v_proj", "o_proj"),
-    *("post_attention_norm", "router"),
-)
 # (quantized, "nf4" or "fp4", out): fills `out` with the dense weight
 Decode = Callable[[nf4.QuantizedTensor, str, Tensor], None]
 STORED_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -71,49 +68,49 @@ class PlacedWeight:
 class BlockSpec:
     """What a block holds and where. `nbytes` is the arena, `stored_bytes` what is read."""
 
-    name: str
-    layer: int | None
+    shape: BlockShape
     weights: Mapping[str, PlacedWeight]
     nbytes: int
     stored_bytes: int
 
+    @property
+    def name(self) -> str:
+        return self.shape.name
+
+    @property
+    def role(self) -> Role:
+        return self.shape.role
+
+    @property
+    def layer(self) -> int | None:
+        return self.shape.layer
+
+    @property
+    def expert(self) -> int | None:
+        return self.shape.expert
+
 
 def block_specs(checkpoint: Checkpoint, *, quantize: bool = False) -> list[BlockSpec]:
     """All blocks of a checkpoint in sweep order; `quantize` turns float matrices into NF4."""
-    return specs_of(checkpoint.config, checkpoint.weights, quantize=quantize)
+    return specs_of(checkpoint.decoder, checkpoint.weights, quantize=quantize)
 
 
 def specs_of(
-    config: ModelConfig, weights: Mapping[str, Weight], *, quantize: bool = False
+    decoder: Decoder, weights: Mapping[str, Weight], *, quantize: bool = False
 ) -> list[BlockSpec]:
     """Blocks of a model's weights, by canonical name: embed, layers, head."""
-    specs = [_spec(weights, "embed", None, {"embed": "embed"}, False)]
-    for layer in range(config.num_hidden_layers):
-        at = f"layers.{layer}"
-        keys = {name: f"{at}.{name}" for name in ATTENTION_WEIGHTS}
-        specs.append(_spec(weights, f"{at}.attention", layer, keys, quantize))
-        for expert in range(config.num_local_experts):
-            keys = {w: f"{at}.experts.{expert}.{w}" for w in ("w1", "w3", "w2")}
-            specs.append(_spec(weights, f"{at}.experts.{expert}", layer, keys, quantize))
-    head = {"norm": "norm", "lm_head": "lm_head"}
-    return [*specs, _spec(weights, "head", None, head, False)]
+    return [_spec(block, weights, quantize) for block in blocks(decoder)]
 
 
-def _spec(
-    weights: Mapping[str, Weight],
-    name: str,
-    layer: int | None,
-    keys: Mapping[str, str],
-    quantize: bool,
-) -> BlockSpec:
+def _spec(block: BlockShape, weights: Mapping[str, Weight], quantize: bool) -> BlockSpec:
     placed, end = {}, 0
-    for key, canonical in keys.items():
-        weight = weights[canonical]
-        # the router is 0.02 % of a layer and decides where every token goes: never re-quantized
-        to_nf4 = quantize and weight.quant is None and len(weight.shape) == 2 and key != "router"
+    for key in block.weights:
+        weight = weights[block.canonical(key)]
+        # projections alone: a router is 0.02 % of a layer and decides where every token goes
+        to_nf4 = quantize and weight.quant is None and key.endswith("_proj")
         placed[key], end = _place(weight, end, to_nf4)
     stored = sum(read_bytes(p.weight) for p in placed.values())
-    return BlockSpec(name, layer, placed, end, stored)
+    return BlockSpec(block, placed, end, stored)
 
 
 def blocks_of(specs: Sequence[BlockSpec], layers: range) -> list[BlockSpec]:
@@ -195,7 +192,8 @@ class Block:
         """A float weight as it lies in the file (a view: dtype of the file)."""
         weight = self.spec.weights[key].weight
         dtype = STORED_DTYPES[weight.data.dtype]
-        return self._view(self.spec.weights[key].data, dtype).view(weight.shape)
+        found = self._view(self.spec.weights[key].data, dtype)
+        return found.view(weight.shape[::-1]).t() if weight.transposed else found.view(weight.shape)
 
     def dense(self, key: str, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         """The weight in `dtype`, in memory of its own: `out` (same shape and dtype) if given."""

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from layersweep.checkpoint.config import ModelConfig
 from layersweep.errors import BudgetError
+from layersweep.families.spec import Decoder
 from layersweep.stream.blocks import BlockSpec
 from layersweep.stream.runs import (
     Placement,
@@ -100,7 +100,7 @@ class Plan:
 
 
 def make_plan(
-    config: ModelConfig,
+    decoder: Decoder,
     specs: Sequence[BlockSpec],
     tiles: Sequence[TileShape],
     machine: Machine,
@@ -120,8 +120,8 @@ def make_plan(
     runs = runs_of(specs)
     whole = sum(run.nbytes for run in runs)
     host_ring = host_ring_bytes(runs, machine)
-    peaks = _peaks(config, runs, tiles, machine)
-    sizes = [tile_bytes(config, tile, machine.element) for tile in tiles]
+    peaks = _peaks(decoder, runs, tiles, machine)
+    sizes = [tile_bytes(decoder, tile, machine.element) for tile in tiles]
     fixed, biggest = sum(peaks.values()), max(sizes, default=0)
     if fixed + biggest > machine.vram:
         needed = format_bytes(fixed + biggest)
@@ -143,7 +143,7 @@ def make_plan(
     again = [run for run in runs if run.index not in placement.device]
     from_disk = [run for run in again if run.index not in placement.host]
     repeats = walks - 1
-    flops = [tile_flops(config, tile) for tile in tiles]
+    flops = [tile_flops(decoder, tile) for tile in tiles]
     copied = [whole, *[sum(run.nbytes for run in again)] * repeats]
     return Plan(
         sweeps=sweeps,
@@ -167,20 +167,20 @@ def make_plan(
 
 
 def _peaks(
-    config: ModelConfig, runs: Sequence[Run], tiles: Sequence[TileShape], machine: Machine
+    decoder: Decoder, runs: Sequence[Run], tiles: Sequence[TileShape], machine: Machine
 ) -> dict[str, int]:
     """Device memory besides hidden states, by what it is for."""
     peaks = {
-        "dense weights": dense_bytes(config, machine.element),
-        "scratch": scratch_bytes(config, tiles, machine),
-        "temporaries": temporary_bytes(config, tiles, machine),
+        "dense weights": dense_bytes(decoder, machine.element),
+        "scratch": scratch_bytes(decoder, tiles, machine),
+        "temporaries": temporary_bytes(decoder, tiles, machine),
         "fixed": CPU_FIXED_BYTES if machine.cpu else FIXED_BYTES,
     }
     if not machine.cpu:
         peaks["weights in flight"] = min(compute_ring(runs), sum(run.nbytes for run in runs))
         if machine.lanes:
             peaks["lanes"] = machine.lanes * LANE_BYTES
-            peaks["kept caches at work"] = kept_bytes(config, tiles, machine)
+            peaks["kept caches at work"] = kept_bytes(decoder, tiles, machine)
         if machine.context:
             peaks["CUDA context"] = machine.context
     return peaks

@@ -133,7 +133,9 @@ class RunReader:
         source = placed.weight.data
         raw = torch.empty(source.nbytes, dtype=torch.uint8)
         self._read([_Range(source, source.offset, raw)])
-        weight = raw.view(STORED_DTYPES[source.dtype]).view(placed.weight.shape)
+        shape = placed.weight.shape
+        weight = raw.view(STORED_DTYPES[source.dtype])
+        weight = weight.view(shape[::-1]).t() if placed.weight.transposed else weight.view(shape)
         quantized = nf4.quantize(weight, blocksize=64, nested=False)
         assert placed.absmax is not None
         for slot, made in ((placed.data, quantized.packed), (placed.absmax, quantized.absmax)):

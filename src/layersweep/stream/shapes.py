@@ -7,35 +7,55 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from layersweep.checkpoint.config import ModelConfig
+from layersweep.families.spec import Decoder, Feed, Layer
+from layersweep.families.weights import BlockShape, Role, blocks
 
 EXPERT_SPREAD = 1.25  # an expert's rows go through at most this many times its even share at once
+DENSE_ROWS = 12_800  # of an MLP that all rows go through: enough for full speed
 # On the CPU an expert's rows go through in pieces whose activations stay in the cache.
 CPU_EXPERT_ROWS = 2048
 SCRATCH_ALIGNMENT = 256
+VECTOR_ALIGNMENT = 8  # elements between places where dense weights start
 
 
 @dataclass(frozen=True)
 class TileShape:
     """What a plan must know of a tile.
 
-    `rows`: tokens; `longest`: keys of its longest sequence; `attention_keys`: sum over its rows
-    of the keys that a row attends to; `read_rows`: rows whose logits are read, `read_at_once`:
-    of one sequence; `branches`: most of one sequence; `sequences_at_once`, `rows_at_once`: of
-    one attention call; `kept_columns`: keys of all branches that a call attends to where their
-    answers are generated.
+    `rows`: tokens; `longest`: keys of its longest sequence; `spans`: (past, own, how often) of the
+    runs of tokens that attend to a past and to themselves, causally; `read_rows`: rows whose
+    logits are read, `read_at_once`: of one sequence; `branches`: most of one sequence;
+    `sequences_at_once`, `rows_at_once`: of one attention call; `kept_columns`: keys of all
+    branches that a call attends to where their answers are generated.
     """
 
     name: str
     rows: int
     longest: int
-    attention_keys: int
+    spans: tuple[tuple[int, int, int], ...]
     read_rows: int
     read_at_once: int
     branches: int
     sequences_at_once: int
     rows_at_once: int
     kept_columns: int = 0
+
+    def attended(self, window: int | None = None) -> int:
+        """Sum over all rows of the keys that a row attends to."""
+        return sum(count * _attended(past, own, window) for past, own, count in self.spans)
+
+    @property
+    def keys_read(self) -> int:
+        """Sum over all spans of the keys that are there."""
+        return sum(count * (past + own) for past, own, count in self.spans)
+
+
+def _attended(past: int, own: int, window: int | None) -> int:
+    """Keys of `own` tokens after `past` ones: past + 1, past + 2, ..., at most `window`."""
+    if window is None:
+        return own * past + own * (own + 1) // 2
+    below = min(own, max(0, window - past))  # tokens whose whole past is in the window
+    return below * past + below * (below + 1) // 2 + (own - below) * window
 
 
 @dataclass(frozen=True)
@@ -60,105 +80,170 @@ class Machine:
     lanes: int = 0
 
 
-def tile_flops(config: ModelConfig, tile: TileShape) -> float:
+def tile_flops(decoder: Decoder, tile: TileShape) -> float:
     """Multiply-adds counted twice: projections, routed experts, attention, head."""
-    heads = config.num_attention_heads * config.head_dim
-    kv = config.num_key_value_heads * config.head_dim
-    per_row = 2 * config.hidden_size * (2 * heads + 2 * kv + config.num_local_experts)
-    per_row += 6 * config.num_experts_per_tok * config.hidden_size * config.intermediate_size
-    layers = config.num_hidden_layers * (tile.rows * per_row + 4 * heads * tile.attention_keys)
-    return float(layers + 2 * config.hidden_size * config.vocab_size * tile.read_rows)
+    hidden = decoder.hidden_size
+    layers = sum(
+        count * _layer_flops(layer, hidden, tile)
+        for layer, count in decoder.distinct_layers.items()
+    )
+    return float(layers + 2 * hidden * decoder.vocab_size * tile.read_rows)
 
 
-def tile_bytes(config: ModelConfig, tile: TileShape, element: int) -> int:
+def _layer_flops(layer: Layer, hidden: int, tile: TileShape) -> int:
+    one, feed = layer.attention, layer.feed
+    width = one.query_width + one.out_width
+    projected, expanded = hidden * (width + one.key_width + one.value_width), 0
+    if one.latent:  # keys and values are products of the latent, once per span that reads it
+        latent = one.latent
+        queries = one.query_width * hidden
+        if latent.query_rank:
+            queries = latent.query_rank * (hidden + one.query_width)
+        projected = queries + hidden * (one.out_width + one.stream_width)
+        expanded = one.num_heads * (latent.nope_dim + one.value_dim) * latent.kv_rank
+    per_row = 2 * projected
+    if feed.router:
+        per_row += 2 * hidden * feed.experts + 6 * feed.router.top_k * hidden * feed.inner
+        per_row += 6 * hidden * feed.shared_inner
+    else:
+        per_row += 6 * hidden * feed.inner
+    attended = 2 * width * tile.attended(one.window)
+    return tile.rows * per_row + attended + 2 * expanded * tile.keys_read
+
+
+def tile_bytes(decoder: Decoder, tile: TileShape, element: int) -> int:
     """Memory that a tile holds through the whole sweep: hidden states, update, routing."""
-    routing = tile.rows * config.num_experts_per_tok * 12 + tile.rows * 4
-    return 2 * tile.rows * config.hidden_size * element + routing
+    routing = tile.rows * decoder.experts_per_token * 12 + tile.rows * 4
+    return 2 * tile.rows * decoder.hidden_size * element + routing
 
 
-def expert_piece(config: ModelConfig, rows: int, *, cpu: bool) -> int:
-    """Most rows of one expert and tile that are one product. A function of the tile alone, so
-    that budgets change no number."""
+def rows_at_once(feed: Feed, role: Role, rows: int, *, cpu: bool) -> int:
+    """Most rows of a tile of `rows` that go through an MLP or an expert in one product. A function
+    of the tile alone, so that budgets change no number."""
     if cpu:
         return CPU_EXPERT_ROWS
-    share = rows * config.num_experts_per_tok / config.num_local_experts
+    if role != "expert" or feed.router is None:
+        return DENSE_ROWS
+    share = rows * feed.router.top_k / feed.experts
     return max(64, math.ceil(EXPERT_SPREAD * share))
 
 
-def expert_bytes(config: ModelConfig, rows: int, element: int) -> int:
-    """Scratch of `rows` rows of one expert: its input, later its output, and gate and up."""
-    width = config.hidden_size + 2 * config.intermediate_size
-    return rows * width * element + 4 * SCRATCH_ALIGNMENT
+def feed_bytes(decoder: Decoder, tile: TileShape, *, cpu: bool, element: int) -> int:
+    """Scratch of the rows that go through an MLP at once: its input, later its output, and gate
+    and up."""
+    most = 0
+    for feed in {layer.feed for layer in decoder.distinct_layers}:
+        widths: list[tuple[Role, int]] = [("expert" if feed.experts else "mlp", feed.inner)]
+        if feed.shared_inner:
+            widths.append(("shared", feed.shared_inner))
+        for role, inner in widths:
+            rows = min(rows_at_once(feed, role, tile.rows, cpu=cpu), max(tile.rows, 64))
+            wide = (1 + feed.shared_gate) * decoder.hidden_size
+            wide += (3 if feed.interleaved else 2) * inner
+            most = max(most, rows * wide * element + 4 * SCRATCH_ALIGNMENT)
+    return most
 
 
-def attention_bytes(config: ModelConfig, tile: TileShape, element: int) -> int:
+def attention_bytes(decoder: Decoder, tile: TileShape, element: int) -> int:
     """Scratch of one attention call: normed rows, projections, outputs; keys and values of the
     prefix and of a branch. A step has a row of each branch (no more than are read), and keys and
     values of all of them."""
-    heads = config.num_attention_heads * config.head_dim
-    kv = config.num_key_value_heads * config.head_dim
-    row = config.hidden_size + 2 * heads + 2 * kv
-    first = tile.rows_at_once * row + 3 * tile.sequences_at_once * tile.longest * kv
-    step = tile.read_rows * row + 2 * tile.kept_columns * kv
-    return max(first, step) * element + 16 * SCRATCH_ALIGNMENT
+    most, at_once = 0, tile.sequences_at_once * tile.longest
+    for layer in decoder.distinct_layers:
+        one = layer.attention
+        row = decoder.hidden_size + one.query_width + one.out_width + one.stream_width
+        norm, added = layer.attention_out_norm is not None, 0
+        if norm or one.out_bias or layer.residual != 1.0:  # what is added is made on its own
+            added = (1 + norm) * decoder.hidden_size
+        keys, values = one.read_widths
+        seen, kept = at_once * (2 * keys + values), tile.kept_columns * (keys + values)
+        if one.latent:  # the latents of past and own tokens, and their product
+            row += one.latent.query_rank or 0
+            seen += at_once * (one.stream_width + keys + values)
+            kept += tile.kept_columns * (one.stream_width + keys + values)
+        first = tile.rows_at_once * row + max(seen, tile.rows_at_once * added)
+        step = tile.read_rows * row + max(kept, tile.read_rows * added)
+        most = max(most, first, step)
+    return most * element + 16 * SCRATCH_ALIGNMENT
 
 
-def head_bytes(config: ModelConfig, tile: TileShape, element: int) -> int:
+def head_bytes(decoder: Decoder, tile: TileShape, element: int) -> int:
     """Scratch of one sequence's logits, float32, and its normed rows."""
-    row = 4 * config.vocab_size + 2 * config.hidden_size * element
+    row = 4 * decoder.vocab_size + 2 * decoder.hidden_size * element
     return tile.read_at_once * row + 4 * SCRATCH_ALIGNMENT
 
 
-def scratch_bytes(config: ModelConfig, tiles: Sequence[TileShape], machine: Machine) -> int:
+def scratch_bytes(decoder: Decoder, tiles: Sequence[TileShape], machine: Machine) -> int:
     """The buffer that attention, experts and head take their memory from, one after the other."""
     element, most = machine.element, 0
     for tile in tiles:
-        rows = expert_piece(config, tile.rows, cpu=machine.cpu)
         most = max(
             most,
-            attention_bytes(config, tile, element),
-            expert_bytes(config, rows, element),
-            head_bytes(config, tile, element),
+            attention_bytes(decoder, tile, element),
+            feed_bytes(decoder, tile, cpu=machine.cpu, element=element),
+            head_bytes(decoder, tile, element),
         )
     return most
 
 
-def temporary_bytes(config: ModelConfig, tiles: Sequence[TileShape], machine: Machine) -> int:
+def temporary_bytes(decoder: Decoder, tiles: Sequence[TileShape], machine: Machine) -> int:
     """What torch's own allocator holds in one phase: outputs of attention kernels, repeated keys
     and values, codecs at work, sorting of the routing, statistics of logits."""
-    heads = config.num_attention_heads * config.head_dim
-    kv = config.num_key_value_heads * config.head_dim
+    width, streams = decoder.query_width, _stream_width(decoder)
     most = 0
     for tile in tiles:
         at_once = tile.sequences_at_once * tile.longest
-        attention = at_once * heads * machine.element
+        attention = at_once * width * machine.element
         if machine.repeats_kv or machine.cpu:
-            attention += 2 * at_once * heads * machine.element
-        codecs = at_once * kv * (4 + 4 + 2 * machine.element * (1 + tile.branches) // 2)
-        routing = tile.rows * config.num_experts_per_tok * 40
+            attention += 2 * at_once * width * machine.element
+        codecs = at_once * streams * (4 + 4 + 2 * machine.element * (1 + tile.branches) // 2) // 2
+        routing = tile.rows * (decoder.experts_per_token * 40 + decoder.num_experts * 12)
+        if decoder.routes_in_float32:
+            routing += 4 * tile.rows_at_once * decoder.hidden_size
         per_branch = tile.read_at_once // max(1, tile.branches)
-        logits = 4 * per_branch * 4 * config.vocab_size
+        logits = 4 * per_branch * 4 * decoder.vocab_size
         most = max(most, attention + codecs, routing, logits)
     if not machine.cpu and not machine.kernels:  # products and float32 norms beside the scratch
-        rows = max((expert_piece(config, tile.rows, cpu=False) for tile in tiles), default=0)
-        most += scratch_bytes(config, tiles, machine) + 16 * rows * config.hidden_size
+        rows = max((tile.rows for tile in tiles), default=0)
+        most += scratch_bytes(decoder, tiles, machine)
+        most += 16 * min(rows, DENSE_ROWS) * decoder.hidden_size
     return most
 
 
-def kept_bytes(config: ModelConfig, tiles: Sequence[TileShape], machine: Machine) -> int:
+def _stream_width(decoder: Decoder) -> int:
+    return max(layer.attention.stream_width for layer in decoder.distinct_layers)
+
+
+def kept_bytes(decoder: Decoder, tiles: Sequence[TileShape], machine: Machine) -> int:
     """What torch's allocator holds where kept caches are at work, beside what the first sweep left
     in it: exact keys and values that visit, keys as they are decoded (float32) and turned."""
-    kv = config.num_key_value_heads * config.head_dim
     each = 4 * machine.element + 3 * 4
     keys = max((tile.sequences_at_once * tile.longest for tile in tiles), default=0)
-    return keys * kv * each
+    return keys * decoder.read_width // 2 * each
 
 
-def dense_bytes(config: ModelConfig, element: int) -> int:
-    """Weights in the compute dtype: one layer's attention and one expert, or the head."""
-    hidden = config.hidden_size
-    heads = config.num_attention_heads * config.head_dim
-    kv = config.num_key_value_heads * config.head_dim
-    attention = hidden * (2 * heads + 2 * kv + config.num_local_experts + 2)
-    layer = 3 * hidden * config.intermediate_size + attention
-    return max(layer, (config.vocab_size + 1) * hidden) * element
+def dense_bytes(decoder: Decoder, element: int) -> int:
+    """Weights in the compute dtype: one layer's attention and one expert or MLP, or the head."""
+    attention: dict[int | None, int] = {}
+    feed: dict[int | None, int] = {}
+    most = 0
+    for block in blocks(decoder):
+        if block.layer is None:
+            most = max(most, dense_elements(block, element))
+        else:
+            part = attention if block.role == "attention" else feed
+            part[block.layer] = max(part.get(block.layer, 0), dense_elements(block, element))
+    return max(most, *(attention[layer] + feed[layer] for layer in feed)) * element
+
+
+def dense_elements(block: BlockShape, element: int) -> int:
+    """Numbers of `element` bytes that a block's dense weights take, each weight at a place where
+    kernels load vectors."""
+    aligned = VECTOR_ALIGNMENT
+    places = (dense_places(block, key, element) for key in block.weights)
+    return sum(-(-count // aligned) * aligned for count in places)
+
+
+def dense_places(block: BlockShape, key: str, element: int) -> int:
+    """The same of one weight: those in float32 take two places of 16 bits a number."""
+    return math.prod(block.weights[key]) * (4 // element if key in block.float32 else 1)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from layersweep.checkpoint.config import ModelConfig
 from layersweep.errors import NoRoomTogether
+from layersweep.families.spec import Decoder
 from layersweep.generate.generation import Generation
 from layersweep.generate.plan import plan_generation, wants_layers_shared
 from layersweep.kv.arms import Arm
@@ -41,7 +41,7 @@ class Forecast:
 
 
 def forecast(
-    config: ModelConfig,
+    decoder: Decoder,
     specs: list[BlockSpec],
     settings: EvalSettings,
     arms: Sequence[Arm],
@@ -52,11 +52,11 @@ def forecast(
     Raises InputError or BudgetError for what cannot run there.
     """
     kinds = asked(settings)
-    check_length(config, max(kind.task.longest(settings) for kind in kinds), SHORTEN)
+    check_length(decoder, max(kind.task.longest(settings) for kind in kinds), SHORTEN)
     swept = {kind.name: kind.task.placeholders(settings, arms) for kind in kinds}
     generated = {kind.name: swept.pop(kind.name) for kind in kinds if kind.generates(settings)}
     tiles = [tile for tiles in swept.values() for tile in tiles]
-    width = config.num_attention_heads * config.head_dim
+    width = decoder.query_width
     shapes = [tile_shape(tile, width) for tile in tiles]
     cpu = machine.device == "cpu"
     place = Machine(
@@ -65,7 +65,7 @@ def forecast(
     )  # fmt: skip
     rate = machine.gemm_flops * SWEEP_EFFICIENCY[machine.device]
     seconds = {
-        kind.name: sum(tile_flops(config, shape) for shape in shapes if shape.name == kind.name)
+        kind.name: sum(tile_flops(decoder, shape) for shape in shapes if shape.name == kind.name)
         / (rate * machine.devices)
         for kind in TASKS
     }
@@ -73,14 +73,14 @@ def forecast(
     first_read = total = stored / machine.disk
     plans, sweeps, generation, read = [], 0, "", 0
     if tiles:
-        costs = [tile_flops(config, shape) for shape in shapes]
+        costs = [tile_flops(decoder, shape) for shape in shapes]
         most = share(costs, machine.devices)[0]  # of the device with most to compute
-        plans.append(make_plan(config, specs, [shapes[index] for index in most], place))
+        plans.append(make_plan(decoder, specs, [shapes[index] for index in most], place))
         sweeps, read = len(plans[0].sweeps), plans[0].bytes_to_read
         again = (plans[0].bytes_to_read - stored) / machine.disk
         total = max(plans[0].flops / rate, first_read + again, plans[0].bytes_to_read / machine.h2d)
     for name, rest in generated.items():
-        found, generation = _generation(config, specs, rest, arms, machine, place, alone=not tiles)
+        found, generation = _generation(decoder, specs, rest, arms, machine, place, alone=not tiles)
         plans.append(found.stages[0].plan)
         read += sum(stage.plan.bytes_to_read for stage in found.stages)
         seconds[name] = found.seconds(machine.device, machine.gemm_flops, machine.h2d, machine.disk)
@@ -101,13 +101,13 @@ def forecast(
 class _Absent:
     """A model on a device that is not there: what planning asks of it."""
 
-    config: ModelConfig
+    decoder: Decoder
     specs: list[BlockSpec]
     machine: Machine
 
 
 def _generation(
-    config: ModelConfig,
+    decoder: Decoder,
     specs: list[BlockSpec],
     tiles: list[Tile],
     arms: Sequence[Arm],
@@ -118,7 +118,7 @@ def _generation(
 ) -> tuple[Generation, str]:
     """As `eval` does it: layers over the devices if answers are all there is to do and they fit,
     else each device its share of the tiles; of those, the one with most to do."""
-    whole = _Absent(config, specs, replace(place, ram=rates.ram, sharers=1))
+    whole = _Absent(decoder, specs, replace(place, ram=rates.ram, sharers=1))
     if alone and rates.devices > 1 and wants_layers_shared([whole]):
         try:
             found = plan_generation([whole] * rates.devices, tiles, arms)
@@ -126,7 +126,7 @@ def _generation(
         except NoRoomTogether:
             pass
     mine = [tiles[index] for index in share([float(tile.rows) for tile in tiles], rates.devices)[0]]
-    one = whole if rates.devices == 1 else _Absent(config, specs, place)
+    one = whole if rates.devices == 1 else _Absent(decoder, specs, place)
     found = plan_generation([one], mine, arms)
     each = " on each device" if rates.devices > 1 else ""
     return found, f"{_walks(found)}{each}"

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from layersweep.checkpoint.config import ModelConfig
 from layersweep.checkpoint.files import LocalFolder, read_small
-from layersweep.checkpoint.problems import FileProblem
 from layersweep.checkpoint.strict_json import UnusableJson, parse_json
 from layersweep.errors import GateError, InputError
+from layersweep.families.spec import Decoder
 from layersweep.kv.arms import EXACT
+from layersweep.problems import FileProblem
 from layersweep.study.gate_tokens import GateTokens
 from layersweep.sweep.loop import LayerHealth
 from layersweep.sweep.sequences import Branch, BranchedSequence, Tile
@@ -76,19 +76,19 @@ class Gate:
 
     def __init__(
         self,
-        config: ModelConfig,
+        decoder: Decoder,
         tokens: GateTokens,
         card: Card | None,
         *,
         half: bool = False,
     ) -> None:
-        self.config, self.tokens, self.half = config, tokens, half
+        self.decoder, self.tokens, self.half = decoder, tokens, half
         self.ids = tuple(tokens.ids + tokens.ids)
         self.tokens_sha = hash_ids(self.ids)
         known = card is not None and card.tokens_sha == self.tokens_sha
         self.card = card if known else None
         self.checks: list[Check] = []
-        self.experts_used: list[int] = []
+        self.experts_used: list[int | None] = []
         self.copies_nll: tuple[float, float] | None = None
 
     def tile(self) -> Tile:
@@ -98,7 +98,7 @@ class Gate:
     def check_layer(self, health: LayerHealth) -> None:
         """Finite everywhere, and a router that sends tokens to different places, where it has a
         choice."""
-        layer, limit = health.layer, float(self.config.num_experts_per_tok)
+        layer = health.layer
         self.experts_used.append(health.experts_used)
         largest = health.largest
         self._require(
@@ -112,16 +112,20 @@ class Gate:
                 f"layer {layer}: hidden states reach {largest:.0f}, float16 ends at 65504",
                 "--dtype bfloat16 or float32",
             )
-        if limit >= self.config.num_local_experts:
-            return
+        feed = self.decoder.layers[layer].feed
+        used, spread = health.experts_used, health.router_spread
+        if feed.router is None or feed.router.top_k >= feed.experts:
+            return  # nothing to choose
+        assert used is not None and spread is not None
+        limit = float(feed.router.top_k)
         self._require(
-            Check("experts used", health.experts_used > limit, health.experts_used, limit, layer),
-            f"layer {layer}: {health.experts_used} distinct experts for {len(self.ids)} tokens, "
+            Check("experts used", used > limit, used, limit, layer),
+            f"layer {layer}: {used} distinct experts for {len(self.ids)} tokens, "
             f"needed more than {limit:.0f}",
             f"the router of layer {layer} looks dead: see `layersweep inspect`",
         )
         self._require(
-            Check("router spread", health.router_spread > 0, health.router_spread, 0.0, layer),
+            Check("router spread", spread > 0, spread, 0.0, layer),
             f"layer {layer}: router logits are equal for all tokens",
             f"the router of layer {layer} looks dead: see `layersweep inspect`",
         )
@@ -130,14 +134,14 @@ class Gate:
         """Compare the two copies, and the first with its logits halved and doubled: a last norm
         or head of another model has them at another scale. Synthetic weights cannot pass this
         and are not asked to."""
-        if self.config.synthetic:
+        if self.decoder.synthetic:
             return
         target = torch.tensor(self.ids[1:], device=logits.device)
         nll = functional.cross_entropy(logits, target, reduction="none")
         half = len(self.ids) // 2
         first, second = nll[: half - 1].mean().item(), nll[half:].mean().item()
         self.copies_nll = first, second
-        limit = math.log(self.config.vocab_size) - 1
+        limit = math.log(self.decoder.vocab_size) - 1
         self._require(
             Check("first copy", first < limit, first, limit),
             f"the text's NLL is {first:.3f} nats, needed below {limit:.3f} = ln(vocabulary) - 1",

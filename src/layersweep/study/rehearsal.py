@@ -38,7 +38,7 @@ def rehearse(model: Model, settings: EvalSettings, layers: int) -> Rehearsal:
     Raises InputError for all that `prepare_study` refuses, and GateError for a layer whose hidden
     states are not finite or whose router is dead.
     """
-    whole = model.checkpoint.config.num_hidden_layers
+    whole = model.checkpoint.decoder.num_hidden_layers
     if not 1 <= layers <= whole:
         raise InputError(
             f"--rehearse: found {layers}, needed 1 to {whole} layers", hint="--rehearse 2"
@@ -71,8 +71,8 @@ def rehearse(model: Model, settings: EvalSettings, layers: int) -> Rehearsal:
 def first_layers(model: Model, layers: int) -> Model:
     """The model as if it ended after its first layers: real weights, no sensible logits."""
     checkpoint = model.checkpoint
-    config = replace(checkpoint.config, num_hidden_layers=layers)
-    shallow = replace(checkpoint, config=config)
+    decoder = replace(checkpoint.decoder, layers=checkpoint.decoder.layers[:layers])
+    shallow = replace(checkpoint, decoder=decoder)
     specs = block_specs(shallow, quantize=model.weights == "nf4")
     return replace(model, checkpoint=shallow, specs=specs)
 

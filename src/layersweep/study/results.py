@@ -52,20 +52,20 @@ def weights_of(study: Study) -> str:
     kind = checkpoint.weights_kind
     if study.model.weights == "nf4" and kind != "nf4":
         kind = f"nf4 made from {kind} while reading"
-    return "synthetic" if checkpoint.config.synthetic else kind
+    return "synthetic" if checkpoint.decoder.synthetic else kind
 
 
 def model_section(study: Study) -> Json:
     checkpoint = study.model.checkpoint
-    config = checkpoint.config
+    decoder = checkpoint.decoder
     return {
         "source": checkpoint.source,
         "revision": checkpoint.revision,
         "fingerprint": checkpoint.fingerprint,
-        "architecture": config.architecture,
-        "layers": config.num_hidden_layers,
-        "experts": config.num_local_experts,
-        "experts_per_token": config.num_experts_per_tok,
+        "architecture": decoder.architecture,
+        "layers": decoder.num_hidden_layers,
+        "experts": decoder.num_experts,
+        "experts_per_token": decoder.experts_per_token,
         "weights": weights_of(study),
         "router": checkpoint.router_kind,
         "bytes": checkpoint.nbytes,

@@ -44,9 +44,9 @@ def sized_plan(plan_of: Callable[[int], Plan], tiles: int, device: str, gemm_flo
 
 def gemm_rate(model: Model) -> float:
     """FLOP/s of this machine on the expert's own product, the ceiling that a run is held to."""
-    config = model.checkpoint.config
+    decoder = model.checkpoint.decoder
     if model.cpu:
-        shape = (CPU_EXPERT_ROWS, config.hidden_size, 2 * config.intermediate_size)
+        shape = (CPU_EXPERT_ROWS, decoder.hidden_size, 2 * decoder.widest_inner)
         return cpu_gemm_rate(shape)
-    shape = (TILE_ROWS, config.hidden_size, 2 * config.intermediate_size)
+    shape = (TILE_ROWS, decoder.hidden_size, 2 * decoder.widest_inner)
     return cuda_gemm_rate(str(model.compute.device), shape, 0.3)

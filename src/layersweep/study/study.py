@@ -18,7 +18,6 @@ from layersweep.errors import Fallback, InputError
 from layersweep.generate.generation import Generation
 from layersweep.generate.plan import plan_generation
 from layersweep.kv.arms import Arm, parse_arms
-from layersweep.kv.stream import keys_and_values
 from layersweep.kv.trellis_search import numba_refusal
 from layersweep.runs.finished import FinishedSweep
 from layersweep.runs.record import Record, TileKey
@@ -33,6 +32,7 @@ from layersweep.sweep.loop import Engine
 from layersweep.sweep.model import Model
 from layersweep.sweep.sequences import Tile
 from layersweep.sweep.shapes import check_length, length_limit
+from layersweep.sweep.streams import every_stream
 from layersweep.tasks.registry import asked
 from layersweep.tasks.settings import SHORTEN, EvalSettings
 from layersweep.tasks.task import GeneratedTask, Source, Task
@@ -243,30 +243,30 @@ def prepare_study(
             "--tasks niah --niah-mode generate shares the layers among them",
             hint="`layersweep eval --device cuda:0,cuda:1` starts a process for each",
         )
-    config = model.checkpoint.config
+    decoder = model.checkpoint.decoder
     if not arms and settings.gate != "only":
         raise InputError(
             f"--kv: found '{settings.kv}', needed an arm besides the exact baseline",
             hint="--kv K3V2,K4V2",
         )
-    streams = keys_and_values(config.num_key_value_heads, config.head_dim)
-    arms, left_out = fitting_arms(arms, streams, model.compute.device, model.compute.dtype)
+    streams, compute = every_stream(decoder), model.compute
+    arms, left_out = fitting_arms(arms, streams, compute.device, compute.dtype)
     tokenizer = TextTokenizer.load(model.checkpoint.folder)
     text = load_text(settings.text, model.checkpoint.source)
     bos_id = resolve_bos(tokenizer, settings.bos)
     encoded = EncodedText(text.text, tokenizer, model.ram.bytes)
-    source = Source(settings, encoded, arms, config, model.compute)
+    source = Source(settings, encoded, arms, decoder, model.compute)
     kinds = [] if settings.gate == "only" else asked(settings)
     longest = max((kind.task.longest(settings) for kind in kinds), default=0)
-    check_length(config, longest, SHORTEN)
+    check_length(decoder, longest, SHORTEN)
     tasks = [kind.task.prepare(source) for kind in kinds]
     gate = None
     if settings.gate != "off" and shard.has_gate:
-        count = min(COPY, length_limit(config)[0] // 2)
+        count = min(COPY, length_limit(decoder)[0] // 2)
         tokens = choose_tokens(text.text, tokenizer, bos_id, count)
-        check_ids(tokens.ids, config.vocab_size)
+        check_ids(tokens.ids, decoder.vocab_size)
         half = model.compute.dtype == torch.float16
-        gate = Gate(config, tokens, Card.beside(model.checkpoint.folder), half=half)
+        gate = Gate(decoder, tokens, Card.beside(model.checkpoint.folder), half=half)
     lead = [gate.tile()] if gate else []
     tiles = [tile for task in tasks for tile in task.tiles()]
     gemm_flops = gemm_rate(model) if kept else None

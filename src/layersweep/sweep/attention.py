@@ -8,13 +8,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from layersweep.families.spec import Norm
 from layersweep.kv.arms import Arm
 from layersweep.kv.codec import key_group
 from layersweep.kv.store import KvStore
-from layersweep.model import maths
-from layersweep.sweep.caches import Pair
-from layersweep.sweep.context import LayerContext
-from layersweep.sweep.sequences import Branch, Group, Tile
+from layersweep.model.routing import route
+from layersweep.sweep.context import LayerContext, Table
+from layersweep.sweep.heads import Projected, Streams, project, read, turned_queries
+from layersweep.sweep.sequences import Branch, BranchedSequence, Group, Tile
 from layersweep.sweep.state import Routing, TileState, attention_batch
 from layersweep.sweep.step import attend_step
 
@@ -30,96 +31,131 @@ def visit_attention(state: TileState, context: LayerContext) -> None:
     routed = []
     for group in state.groups:
         with context.scratch.frame():
-            routed.append(_visit_group(state, group, context))
-    logits, share, experts = (torch.cat(parts) for parts in zip(*routed, strict=True))
-    state.router_logits = logits
-    state.routing = Routing.of(experts, share, context.config.num_local_experts)
+            _attend_rows(state, group, context)
+        if context.layer.feed.router:
+            with context.scratch.frame():
+                routed.append(_route(state.hidden[group.start : group.stop], context))
+    if routed:
+        logits, share, experts = (torch.cat(parts) for parts in zip(*routed, strict=True))
+        state.router_logits = logits
+        state.routing = Routing.of(experts, share, context.layer.feed.experts)
 
 
-def _visit_group(state: TileState, group: Group, context: LayerContext) -> tuple[Tensor, ...]:
-    """Router logits, weights and experts of a group's rows, after their attention."""
-    config, weights = context.config, context.weights
-    ops, dtype = context.compute.ops, context.compute.dtype
-    hidden, eps = state.hidden[group.start : group.stop], config.rms_norm_eps
-    count, take = len(hidden), context.scratch.take
-    normed = take(count, config.hidden_size, dtype=dtype)
-    x = ops.rms_norm(hidden, weights.input_norm, eps, normed)
-    qkv = ops.linear(x, weights.qkv, take(count, len(weights.qkv), dtype=dtype))
-    del x
-    out = take(count, weights.o_proj.shape[1], dtype=dtype)
+def _attend_rows(state: TileState, group: Group, context: LayerContext) -> None:
+    """hidden += out_norm(o_proj(attention(in_norm(hidden)))) for a group's rows."""
+    layer, weights, ops = context.layer, context.weights, context.compute.ops
+    hidden = state.hidden[group.start : group.stop]
+    take, dtype = context.scratch.take, context.compute.dtype
+    x = hidden
+    if layer.attention_norm:
+        x = _normed(hidden, "attention_norm", layer.attention_norm, context)
+    projected = project(x, len(group.sequences), context)
+    out = take(len(hidden), layer.attention.out_width, dtype=dtype)
     attend = attend_step if group.sequences[0].past else attend_group
-    attend(state.tile, group, qkv, out, context)
-    del qkv
-    ops.add_linear_(hidden, out, weights.o_proj)
-    x = ops.rms_norm(hidden, weights.post_attention_norm, eps, normed)
-    keep_float = context.compute.router_float
-    return maths.route(x, weights.router, config.num_experts_per_tok, keep_float=keep_float)
+    attend(state.tile, group, projected, out, context)
+    bias = weights.get("o_bias")
+    if layer.attention_out_norm is None and bias is None and layer.residual == 1.0:
+        ops.add_linear_(hidden, out, weights["o_proj"])
+        return
+    added = ops.linear(out, weights["o_proj"], take(*hidden.shape, dtype=dtype))
+    if bias is not None:
+        added = added.add_(bias)
+    if layer.attention_out_norm:
+        added = _normed(added, "attention_out_norm", layer.attention_out_norm, context)
+    hidden.add_(added, alpha=layer.residual)
 
 
-def attend_group(tile: Tile, group: Group, qkv: Tensor, out: Tensor, context: LayerContext) -> None:
-    """Attention of a group of equal-shaped sequences.
+def _route(hidden: Tensor, context: LayerContext) -> tuple[Tensor, ...]:
+    """Router logits, weights and experts of a group's rows, after their attention."""
+    layer, weights = context.layer, context.weights
+    assert layer.feed.router is not None
+    x = hidden
+    if layer.feed_norm:
+        x = _normed(hidden, "feed_norm", layer.feed_norm, context)
+    return route(
+        x, weights["router"], layer.feed.router, keep_float=context.compute.router_float,
+        bias_E=weights.get("router_bias"), correction_E=weights.get("router_correction"),
+    )  # fmt: skip
 
-    qkv [rows, (Q + 2G) D] before RoPE, whose queries may be overwritten; out [rows, Q D]. Each
-    branch attends to its history (the prefix, decoded from the branch's arm) and to itself.
+
+def _normed(rows: Tensor, key: str, norm: Norm, context: LayerContext) -> Tensor:
+    memory = context.scratch.take(*rows.shape, dtype=context.compute.dtype)
+    weight = context.weights[key]
+    return context.compute.ops.rms_norm(rows, weight, norm.eps, memory, offset=norm.offset)
+
+
+def attend_group(
+    tile: Tile, group: Group, projected: Projected, out: Tensor, context: LayerContext
+) -> None:
+    """Attention of a group of equal-shaped sequences, into `out` [rows, Q D].
+
+    Each branch attends to its history (the prefix, decoded from the branch's arm) and to itself. A
+    layer with a window looks at the end of the prefix alone, which is what its cache holds.
     """
-    config, count = context.config, len(group.sequences)
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-    # [B, rows of a sequence, heads, D] -> [B, heads, rows, D]
-    parts, out = (
-        x.view(count, group.rows_each, -1, config.head_dim).transpose(1, 2) for x in (qkv, out)
-    )
-    q, k, v = torch.split(parts, [heads, kv_heads, kv_heads], dim=1)
+    count, q, streams = len(group.sequences), projected.q, projected.streams
+    out = out.view(count, group.rows_each, context.attention.num_heads, -1).transpose(1, 2)
     sequence = group.sequences[0]
-    prefix = len(sequence.prefix)
+    prefix, table = len(sequence.prefix), context.table(_reach(tile, sequence, context))
     if prefix:
         own = slice(0, prefix)
-        out[:, :, own] = _attend_prefix(q[:, :, own], k[:, :, own], v[:, :, own], context)
-    past = k[:, :, :prefix], v[:, :, :prefix]
+        with context.scratch.frame():
+            out[:, :, own] = _attend(q[:, :, own], [_some(streams, own)], 0, 0, table, context)
+    first = context.plain_streams[0].first_held(prefix)
+    past = _some(streams, slice(first, prefix))
     readers = [branch.arm for branch in sequence.branches if not branch.streaming]
-    store = _stored(readers, past, context) if prefix else None
+    store = _stored(readers, past, context, first=first) if first < prefix else None
     if store:
         _count(tile.name, readers, store, context)
     start, reader = prefix, 0
     for branch in sequence.branches:
         own = slice(start, start + len(branch.ids))
-        kv = (k[:, :, own], v[:, :, own])
+        mine = _some(streams, own)
         with context.scratch.frame():
             if branch.streaming:
-                attended = _attend_streaming(tile.name, branch, q[:, :, own], kv, context)
+                attended = _attend_streaming(tile.name, branch, q[:, :, own], mine, table, context)
             else:
-                seen = store.decoded(reader) if store else past
-                attended = _attend_branch(q[:, :, own], seen, kv, context)
+                seen = [store.decoded(reader), mine] if store else [mine]
+                attended = _attend(q[:, :, own], seen, first, prefix, table, context)
                 reader += 1
             out[:, :, own] = attended
         start = own.stop
     if context.caches is not None:
-        _keep(tile, group, store, (k[:, :, prefix:], v[:, :, prefix:]), context)
+        own = slice(prefix, None)
+        _keep(tile, group, first, store, _some(streams, own), table, context)
 
 
-def _attend_prefix(q: Tensor, k: Tensor, v: Tensor, context: LayerContext) -> Tensor:
-    with context.scratch.frame():
-        keys = context.rope(k, 0, context.take_like(k, k.shape[2]))
-        return context.compute.attention(context.rope(q, 0, q), keys, v)
+def _reach(tile: Tile, sequence: BranchedSequence, context: LayerContext) -> int:
+    """Tokens that RoPE is made for: all that the sequence will have."""
+    return context.caches.tile(tile).longest if context.caches else sequence.longest
 
 
-def _attend_branch(q: Tensor, past: tuple[Tensor, ...], own: Pair, context: LayerContext) -> Tensor:
-    """Queries over past and own keys, all rotated to their places, and values."""
-    before, count = past[0].shape[2], own[0].shape[2]
-    both = [context.take_like(x, before + count) for x in own]
-    for x, new, stream, out in zip(past, own, context.plain_streams, both, strict=True):
-        if before:
-            context.place(x, stream, 0, out[:, :, :before])
-        context.place(new, stream, before, out[:, :, before:])
-    return context.compute.attention(context.rope(q, before, q), *both)
+def _some(streams: Streams, tokens: slice) -> Streams:
+    return tuple(x[:, :, tokens] for x in streams)
+
+
+def _attend(
+    q: Tensor, parts: Sequence[Streams], first: int, at: int, table: Table | None,
+    context: LayerContext,
+) -> Tensor:  # fmt: skip
+    """Queries from position `at` on over all tokens of `parts`, which begin at `first`."""
+    keys, values = read(parts, first, table, context)
+    queries = turned_queries(q, at, table, context)
+    attention, rule, sinks = context.compute.attention, context.rule, context.sinks
+    return attention(queries, keys, values, rule=rule, sinks=sinks)
 
 
 def _stored(
-    arms: Sequence[Arm], kv: Pair, context: LayerContext, mean_tokens: int | None = None
-) -> KvStore:
-    """Keys and values as each arm keeps them."""
-    streams = [(arm, context.streams(arm)) for arm in arms]
-    layers = context.config.num_hidden_layers
-    return KvStore.empty(streams, context.layer, layers, mean_tokens).appended(kv)
+    arms: Sequence[Arm], streams: Streams, context: LayerContext, *, first: int = 0,
+    mean_tokens: int | None = None, whole: bool = False,
+) -> KvStore:  # fmt: skip
+    """Tokens from position `first` on as each arm keeps them; the `whole` of them, or those that
+    the next token can see."""
+    of_arms = [(arm, context.streams(arm)) for arm in arms]
+    if whole:
+        of_arms = [(arm, tuple(replace(one, window=None) for one in own)) for arm, own in of_arms]
+    layers = context.decoder.num_hidden_layers
+    empty = KvStore.empty(of_arms, context.index, layers, mean_tokens, first=first)
+    return empty.appended(streams)
 
 
 def _count(tile_name: str, arms: Sequence[Arm], store: KvStore, context: LayerContext) -> None:
@@ -130,52 +166,60 @@ def _count(tile_name: str, arms: Sequence[Arm], store: KvStore, context: LayerCo
 
 
 def _keep(
-    tile: Tile, group: Group, prefix: KvStore | None, own: Pair, context: LayerContext
-) -> None:
-    """Put away what each branch has seen. `own`: keys before RoPE and values of all branches."""
+    tile: Tile, group: Group, first: int, prefix: KvStore | None, own: Streams,
+    table: Table | None, context: LayerContext,
+) -> None:  # fmt: skip
+    """Put away what each branch has seen. `own`: streams of all branches, one after the other."""
     assert context.caches is not None
     before, branches = len(group.sequences[0].prefix), len(group.sequences[0].branches)
-    pairs: list[Pair] = []
     with context.scratch.frame():
-        for k, v in zip(*(x.chunk(branches, dim=2) for x in own), strict=True):
-            pairs.append((context.rope(k, before, context.take_like(k, k.shape[2])), v))
+        parts = zip(*(x.chunk(branches, dim=2) for x in own), strict=True)
+        pairs = [read([part], before, table, context) for part in parts]
         longest = max(sequence.longest for sequence in tile.sequences)
-        width = context.config.num_attention_heads * context.config.head_dim
-        at_once = attention_batch(longest, width)
-        context.caches.layer(tile, context.layer).keep(group, prefix, pairs, at_once)
+        at_once = attention_batch(longest, context.decoder.query_width)
+        context.caches.layer(tile, context.index).keep(group, first, prefix, pairs, at_once)
 
 
 def _attend_streaming(
-    tile_name: str, branch: Branch, q: Tensor, kv: Pair, context: LayerContext
-) -> Tensor:
-    """Every token reads the decoded K/V of every earlier token and of itself; with `@window=W`,
+    tile_name: str, branch: Branch, q: Tensor, streams: Streams, table: Table | None,
+    context: LayerContext,
+) -> Tensor:  # fmt: skip
+    """Every token reads the decoded streams of every earlier token and of itself; with `@window=W`,
     the last W tokens (itself included) exactly, and exactly too the keys that wait until a group
     of theirs is full."""
     tokens, arm = q.shape[2], branch.arm
     group = 1 if arm.codec is None else key_group(arm.codec)
-    attention = context.compute.attention
-    stored = _stored([arm], kv, context, STREAMING_MEAN)
-    _count(tile_name, [arm], stored, context)
-    q = context.rope(q, 0, q)
+    attention, rule, sinks = context.compute.attention, context.rule, context.sinks
+    stored = _stored([arm], streams, context, mean_tokens=STREAMING_MEAN, whole=True)
+    first = context.plain_streams[0].first_held(tokens)
+    held = stored
+    if first:  # all tokens are read here, each by those in whose window it is; a cache holds fewer
+        held = _stored([arm], _some(streams, slice(first, tokens)), context, first=first)
+    _count(tile_name, [arm], held, context)
+    q = turned_queries(q, 0, table, context)
     parts = 1 + (group > 1) + (arm.window > 0)
-    keys = context.take_like(kv[0], parts * tokens)
     if parts == 1:
-        coded_keys, coded_values = stored.decoded(0)
-        return attention(q, context.rope(coded_keys, 0, keys), coded_values)
-    coded = _stored([replace(arm, window=0)], kv, context, STREAMING_MEAN)
-    coded_keys, coded_values = coded.decoded(0)
-    values = [coded_values] * (1 + (group > 1)) + [kv[1]] * (arm.window > 0)
-    for part, own in enumerate(keys.chunk(parts, dim=2)):
-        context.rope(kv[0] if part else coded_keys, 0, own)
-    together = torch.cat(values, dim=2)
+        keys, values = read([stored.decoded(0)], 0, table, context)
+        return attention(q, keys, values, rule=rule, sinks=sinks)
+    every = replace(arm, window=0)
+    coded = _stored([every], streams, context, mean_tokens=STREAMING_MEAN, whole=True).decoded(0)
+    coded_keys, coded_values = read([coded], 0, table, context)
+    exact_keys, exact_values = read([streams], 0, table, context)
+    keys = torch.cat([coded_keys, *[exact_keys] * (parts - 1)], dim=2)
+    part_values = [coded_values] * (1 + (group > 1)) + [exact_values] * (arm.window > 0)
+    values = torch.cat(part_values, dim=2)
     key_at = torch.arange(tokens, device=q.device)
     pieces = []
     for first in range(0, tokens, QUERY_CHUNK):
         at = key_at[first : first + QUERY_CHUNK, None]
         left = (at + 1 - arm.sink - arm.window).clamp(min=0)  # tokens that have left the window
-        exact_keys, exact_values = arm.sink + left // group * group, arm.sink + left
-        far, near = key_at < exact_keys, key_at >= exact_values
+        keys_from, values_from = arm.sink + left // group * group, arm.sink + left
+        far, near = key_at < keys_from, key_at >= values_from
         masks = [far, ~far & ~near, near] if group > 1 else [far, near]
-        mask = torch.cat(masks[:parts], dim=1) & (key_at <= at).repeat(1, parts)
-        pieces.append(attention(q[:, :, first : first + QUERY_CHUNK], keys, together, mask))
+        seen = key_at <= at
+        if rule.window is not None:
+            seen &= key_at > at - rule.window
+        mask = torch.cat(masks[:parts], dim=1) & seen.repeat(1, parts)
+        some = q[:, :, first : first + QUERY_CHUNK]
+        pieces.append(attention(some, keys, values, mask, rule=rule.masked(), sinks=sinks))
     return torch.cat(pieces, dim=2)

@@ -22,7 +22,7 @@ from layersweep.sweep.sequences import Group, Tile
 from layersweep.sweep.state import kept_columns
 from layersweep.units import format_bytes
 
-Pair = tuple[Tensor, Tensor]  # keys, values
+Pair = tuple[Tensor, ...]  # keys, values
 
 
 def cache_memory(
@@ -70,6 +70,11 @@ class KeptCaches:
         return self._layers[at]
 
 
+def first_held(tokens: int, window: int | None) -> int:
+    """Position of the first of `tokens` that the next one can see."""
+    return 0 if window is None else max(tokens - window + 1, 0)
+
+
 @dataclass
 class KeptTile:
     """Tokens of each sequence's prefix and question, and what follows from them."""
@@ -78,7 +83,8 @@ class KeptTile:
     prefixes: list[int]
     questions: list[int]
     new_tokens: int
-    _now: tuple[int, Tensor, Tensor] | None = None
+    _step: int = -1
+    _now: dict[tuple[int | None, torch.device], tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, tile: Tile, new_tokens: int) -> KeptTile:
@@ -102,33 +108,50 @@ class KeptTile:
     def columns(self) -> int:
         return kept_columns(self.prefix, max(self.questions), self.new_tokens)
 
+    @property
+    def longest(self) -> int:
+        """Tokens that its longest sequence can reach."""
+        ends = (sum(pair) for pair in zip(self.prefixes, self.questions, strict=True))
+        return max(ends) + self.new_tokens
+
     def step_of(self, tile: Tile) -> int:
         """How many tokens have been generated before those that ride now."""
         return tile.sequences[0].past - self.prefixes[0] - self.questions[0]
 
-    def at(self, step: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    def at(self, step: int, window: int | None, like: Tensor) -> tuple[Tensor, Tensor]:
         """Of the token of `step`, its position [B] and what is added to its scores [B, columns]:
-        -inf where a column has no token of the sequence, or none yet."""
-        if self._now is None or self._now[0] != step or self._now[1].device != like.device:
-            prefix, question, new = (
-                torch.arange(count) for count in (self.prefix, self.question, self.new_tokens)
-            )
+        -inf where a column has no token of the sequence, none yet, or one behind the window."""
+        if step != self._step:
+            self._step, self._now = step, {}
+        key = window, like.device
+        if key not in self._now:
             pairs = list(zip(self.prefixes, self.questions, strict=True))
-            seen = torch.stack(
-                [torch.cat((prefix < before, question < own, new <= step)) for before, own in pairs]
-            )
+            seen = torch.stack([self._seen(*pair, step, window) for pair in pairs])
             bias = torch.zeros(seen.shape).masked_fill_(~seen, -torch.inf)
             position = torch.tensor([before + own + step for before, own in pairs])
-            self._now = step, position.to(like.device), bias.to(like.device, like.dtype)
-        return self._now[1:]
+            self._now[key] = position.to(like.device), bias.to(like.device, like.dtype)
+        return self._now[key]
+
+    def _seen(self, before: int, own: int, step: int, window: int | None) -> Tensor:
+        """[columns] True where the token of `step` looks."""
+        first = first_held(before, window)
+        prefix, question, new = (
+            torch.arange(count) for count in (self.prefix, self.question, self.new_tokens)
+        )
+        there = torch.cat((prefix < before - first, question < own, new <= step))
+        if window is None:
+            return there
+        position = torch.cat((first + prefix, before + question, before + own + new))
+        return there & (position > before + own + step - window)
 
 
 @dataclass(frozen=True)
 class Prefixes:
-    """Prefixes of consecutive sequences of a tile, padded to `length`; no store where they are
-    empty."""
+    """What is kept of the prefixes of consecutive sequences of a tile: `length` tokens, padded,
+    from position `first` on; no store where there are none."""
 
     rows: slice
+    first: int
     length: int
     store: KvStore | None
 
@@ -140,7 +163,7 @@ class Prefixes:
         if store is None:
             return None
         rows = slice(parts[0].rows.start, parts[-1].rows.stop)
-        return Prefixes(rows, max(part.length for part in parts), store)
+        return Prefixes(rows, parts[0].first, max(part.length for part in parts), store)
 
     def moved(self, move: Callable[[Tensor], Tensor], arms: slice = slice(None)) -> Prefixes:
         """Those of some arms elsewhere, nothing decoded."""
@@ -152,38 +175,44 @@ class KeptLayer:
     """One layer of a tile, whose sequences B have a branch for each arm A.
 
     prefixes    of sequences that are decoded together, under all arms
-    question    [2, A, B, G, columns, D] keys AFTER RoPE, and values
-    generated   [new tokens, 2, A, B, G, D] likewise
+    question    [A, B, G, columns, D] keys AFTER RoPE, and values
+    generated   [new tokens, A, B, G, D] likewise
     """
 
     shape: KeptTile
     waiting: Waiting
     prefixes: list[Prefixes] = field(default_factory=list)
     arriving: list[Prefixes] = field(default_factory=list)
-    question: Tensor = field(default_factory=lambda: torch.empty(0))
-    generated: Tensor = field(default_factory=lambda: torch.empty(0))
+    question: list[Tensor] = field(default_factory=list)
+    generated: list[Tensor] = field(default_factory=list)
 
-    def keep(self, group: Group, prefix: KvStore | None, own: Sequence[Pair], at_once: int) -> None:
-        """A group's prefix (None where that is empty) and own tokens, of each arm. Copies them.
+    def keep(
+        self, group: Group, first: int, prefix: KvStore | None, own: Sequence[Pair], at_once: int
+    ) -> None:
+        """A group's prefix from position `first` on (None where that is empty) and own tokens, of
+        each arm. Copies them.
 
         The groups of a tile come in order; those that are `at_once` sequences together are joined.
         """
-        if not self.prefixes and not self.arriving:
-            keys, shape = own[0][0], self.shape
-            sizes, dim = (2, shape.arms, len(shape.prefixes), keys.shape[1]), keys.shape[3]
-            self.question = keys.new_zeros(*sizes, shape.question, dim)
-            self.generated = self.waiting.zeros((shape.new_tokens, *sizes, dim), keys)
+        shape = self.shape
+        if not self.question:
+            for x in own[0]:
+                sizes, dim = (shape.arms, len(shape.prefixes), x.shape[1]), x.shape[3]
+                self.question.append(x.new_zeros(*sizes, shape.question, dim))
+                self.generated.append(self.waiting.zeros((shape.new_tokens, *sizes, dim), x))
         rows = slice(group.first, group.first + len(group.sequences))
-        if self.arriving and rows.stop - self.arriving[0].rows.start > at_once:
+        if self.arriving and (
+            rows.stop - self.arriving[0].rows.start > at_once or self.arriving[0].first != first
+        ):
             self._put_away()
-        arrived = Prefixes(rows, len(group.sequences[0].prefix), prefix)
-        self.arriving.append(arrived.moved(torch.clone))
+        length = len(group.sequences[0].prefix) - first
+        self.arriving.append(Prefixes(rows, first, length, prefix).moved(torch.clone))
         for arm, pair in enumerate(own):
             for kept, x in zip(self.question, pair, strict=True):
                 kept[arm, rows, :, : x.shape[2]] = x
-        if rows.stop == len(self.shape.prefixes):  # the last group
+        if rows.stop == len(shape.prefixes):  # the last group
             self._put_away()
-            self.question = self.waiting.put(self.question)
+            self.question = [self.waiting.put(kept) for kept in self.question]
 
     def _put_away(self) -> None:
         """What has arrived, joined if that can be."""
@@ -194,8 +223,8 @@ class KeptLayer:
 
     def extend(self, step: int, keys_AGBD: Tensor, values_AGBD: Tensor) -> None:
         """Keys (after RoPE) and values of the token of `step`; see Waiting.put."""
-        new = torch.stack((keys_AGBD.transpose(1, 2), values_AGBD.transpose(1, 2)))
-        self.generated[step].copy_(new, non_blocking=True)
+        for kept, x in zip(self.generated, (keys_AGBD, values_AGBD), strict=True):
+            kept[step].copy_(x.transpose(1, 2), non_blocking=True)
 
     def prefixes_on(self, device: torch.device, arms: slice) -> Iterator[Prefixes]:
         """Prefixes there, not decoded, one at a time; what they decode does not stay with what is
@@ -203,6 +232,7 @@ class KeptLayer:
         move = partial(self.waiting.on, device)
         return (prefixes.moved(move, arms) for prefixes in self.prefixes)
 
-    def exact_on(self, device: torch.device) -> Pair:
-        """`question` and `generated` there."""
-        return self.waiting.on(device, self.question), self.waiting.on(device, self.generated)
+    def exact_on(self, device: torch.device) -> list[Pair]:
+        """(`question`, `generated`) of keys and of values there."""
+        both = zip(self.question, self.generated, strict=True)
+        return [(self.waiting.on(device, a), self.waiting.on(device, b)) for a, b in both]

@@ -2,30 +2,55 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
-from layersweep.checkpoint.config import ModelConfig
+from layersweep.families.spec import Attention, Decoder, Layer, Norm, Rope
 from layersweep.kv.arms import Arm
 from layersweep.kv.basis import Basis, key_basis
 from layersweep.kv.codec import wants_basis
-from layersweep.kv.stream import Stream, keys_and_values
+from layersweep.kv.stream import Stream
+from layersweep.model.attention import Rule
 from layersweep.model.compute import Compute, Scratch
+from layersweep.model.rope import rope_table
 from layersweep.sweep.caches import KeptCaches
-from layersweep.sweep.dense import DenseWeights
+from layersweep.sweep.dense import Views
+from layersweep.sweep.streams import streams_of
+
+Table = tuple[Tensor, Tensor]  # cos and sin [positions, dim]
+
+
+@dataclass
+class RopeTables:
+    """cos and sin of a sweep's positions, made once for each RoPE and, where it depends on that,
+    length of the sequence."""
+
+    longest: int
+    compute: Compute
+    _made: dict[tuple[Rope, int], Table] = field(default_factory=dict)
+
+    def of(self, rope: Rope, length: int) -> Table:
+        """For a sequence of `length` tokens."""
+        depends = rope.kind in ("dynamic", "longrope")
+        at = (rope, length if depends else self.longest)
+        if at not in self._made:
+            positions = torch.arange(self.longest, device=self.compute.device)
+            cos, sin = rope_table(rope, positions, at[1])
+            self._made[at] = cos.to(self.compute.dtype), sin.to(self.compute.dtype)
+        return self._made[at]
 
 
 @dataclass
 class LayerContext:
     """Of one visit of a layer."""
 
-    config: ModelConfig
-    layer: int
-    weights: DenseWeights
-    cos: Tensor
-    sin: Tensor
+    decoder: Decoder
+    index: int
+    weights: Views
+    tables: RopeTables
     compute: Compute
     scratch: Scratch
     # (tile name, arm) -> [bits stored, elements they stand for]
@@ -33,33 +58,63 @@ class LayerContext:
     # None in evaluations, which drop a layer's keys and values
     caches: KeptCaches | None = None
 
-    @cached_property
-    def plain_streams(self) -> tuple[Stream, Stream]:
-        """Keys and values, in the coordinates that they come in."""
-        config = self.config
-        return keys_and_values(config.num_key_value_heads, config.head_dim, config.sliding_window)
+    @property
+    def layer(self) -> Layer:
+        return self.decoder.layers[self.index]
 
-    def streams(self, arm: Arm) -> tuple[Stream, Stream]:
-        """Keys, with the layer's own coordinates where the arm asks for them, and values."""
-        keys, values = self.plain_streams
+    @property
+    def attention(self) -> Attention:
+        return self.layer.attention
+
+    @property
+    def inner_norm(self) -> Norm:
+        """Of what attention norms within: queries, keys, latents."""
+        return self.attention.norm or self.decoder.norm
+
+    @cached_property
+    def rule(self) -> Rule:
+        return Rule.of(self.attention)
+
+    @property
+    def sinks(self) -> Tensor | None:
+        return self.weights.get("sinks")
+
+    @cached_property
+    def plain_streams(self) -> tuple[Stream, ...]:
+        """What a token leaves in the cache, in the coordinates that it comes in."""
+        return streams_of(self.attention)
+
+    def streams(self, arm: Arm) -> tuple[Stream, ...]:
+        """The same with the layer's own coordinates for keys, where the arm asks for them and
+        they follow from the weights."""
+        keys, *others = self.plain_streams
         wanted = arm.codec is not None and wants_basis(arm.codec)
-        return (replace(keys, basis=self.basis) if wanted else keys), values
+        if not wanted or self.basis is None:
+            return self.plain_streams
+        return (replace(keys, basis=self.basis), *others)
 
     @cached_property
-    def basis(self) -> Basis:
+    def basis(self) -> Basis | None:
+        """None where keys are more than a projection of normed rows."""
+        one, norm = self.attention, self.layer.attention_norm
+        if one.latent or one.qk_norm or one.bias or one.clip or norm is None or norm.offset:
+            return None
         weights = self.weights
-        return key_basis(weights.q_proj, weights.k_proj, weights.input_norm, self.config.head_dim)
+        return key_basis(
+            weights["q_proj"], weights["k_proj"], weights["attention_norm"], one.head_dim
+        )
 
-    def rope(self, x_BHTD: Tensor, first: int, out: Tensor) -> Tensor:
-        return self.compute.ops.rope(x_BHTD, self.cos, self.sin, first, out)
+    def table(self, length: int) -> Table | None:
+        """cos and sin for a sequence of `length` tokens; None where the layer turns nothing."""
+        rope = self.attention.rope
+        return None if rope is None else self.tables.of(rope, length)
 
-    def place(self, x_BGTD: Tensor, stream: Stream, first: int, out: Tensor) -> None:
-        """Copy tokens to where attention reads them, turned to positions from `first` on if the
-        model turns that stream."""
-        if stream.rope:
-            self.rope(x_BGTD, first, out)
-        else:
-            out.copy_(x_BGTD)
+    def turn(self, x_BHTD: Tensor, table: Table | None, first: int, out: Tensor) -> Tensor:
+        """Copy heads to `out` (which may be x), turned to positions from `first` on."""
+        rope = self.attention.rope
+        if rope is None or table is None:
+            return out if out is x_BHTD else out.copy_(x_BHTD)
+        return self.compute.ops.rope(x_BHTD, *table, first, out, interleaved=rope.interleaved)
 
     def take_like(self, x_BGTD: Tensor, tokens: int) -> Tensor:
         """Scratch for keys or values of `tokens` tokens."""

@@ -2,68 +2,95 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Mapping
+
 import torch
 from torch import Tensor
 
-from layersweep.checkpoint.config import ModelConfig
+from layersweep.families.spec import Decoder
+from layersweep.families.weights import BlockShape
 from layersweep.model.compute import Compute
 from layersweep.stream.blocks import Block
-from layersweep.stream.shapes import dense_bytes
+from layersweep.stream.shapes import VECTOR_ALIGNMENT, dense_bytes, dense_elements, dense_places
+
+# Matrices that have the same rows as input are one product: they lie side by side.
+JOINED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "qkv_bias": ("q_bias", "k_bias", "v_bias"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "gate_up_bias": ("gate_bias", "up_bias"),
+}
+Views = Mapping[str, Tensor]
 
 
 class DenseWeights:
-    """One layer's attention weights and one expert's, or the head's, in one buffer.
+    """One layer's attention weights and one expert's or MLP's, or the head's, in one buffer.
 
-    qkv [(Q + 2G) D, H]: query, key and value projections as one product; w13 [2I, H] likewise.
-    Filling is ordered with the products on the stream, so the buffer is reused at once.
+    `attention`, `feed` and `head` are views by key, those of JOINED besides those of the block:
+    qkv_proj [(Q + 2G) D, H], gate_up_proj [2I, H]. Filling is ordered with the products on the
+    stream, so the buffer is reused at once.
     """
 
-    def __init__(self, config: ModelConfig, compute: Compute) -> None:
-        self.config = config
-        count = dense_bytes(config, compute.dtype.itemsize) // compute.dtype.itemsize
+    def __init__(self, decoder: Decoder, compute: Compute) -> None:
+        count = dense_bytes(decoder, compute.dtype.itemsize) // compute.dtype.itemsize
         self._memory = torch.empty(count, dtype=compute.dtype, device=compute.device)
-        hidden, inner = config.hidden_size, config.intermediate_size
-        heads = config.num_attention_heads * config.head_dim
-        kv = config.num_key_value_heads * config.head_dim
-        shapes = {
-            "w13": (2 * inner, hidden), "w2": (hidden, inner), "qkv": (heads + 2 * kv, hidden),
-            "o_proj": (hidden, heads), "router": (config.num_local_experts, hidden),
-            "input_norm": (hidden,), "post_attention_norm": (hidden,),
-        }  # fmt: skip
-        views, end = {}, 0
-        for name, shape in shapes.items():
-            start, end = end, end + torch.Size(shape).numel()
-            views[name] = self._memory[start:end].view(shape)
-        self.w13, self.w2 = views["w13"], views["w2"]
-        self.qkv, self.o_proj, self.router = views["qkv"], views["o_proj"], views["router"]
-        self.q_proj, self.k_proj = self.qkv[:heads], self.qkv[heads : heads + kv]
-        self.v_proj = self.qkv[heads + kv :]
-        self.input_norm = views["input_norm"]
-        self.post_attention_norm = views["post_attention_norm"]
-        vocabulary = (config.vocab_size, hidden)
-        self.lm_head = self._memory[: torch.Size(vocabulary).numel()].view(vocabulary)
-        last = self.lm_head.numel()
-        self.norm = self._memory[last : last + hidden]
+        self._table = decoder.vocab_size, decoder.hidden_size
+        self._known: dict[tuple[object, ...], Views] = {}
+        self._attention_starts = 0
+        self.attention: Views = {}
+        self.feed: Views = {}
+        self.head: Views = {}
 
-    def fill_attention(self, block: Block) -> None:
-        keys = ("q_proj", "k_proj", "v_proj", "o_proj", "router", "input_norm")
-        self._fill(block, {key: getattr(self, key) for key in (*keys, "post_attention_norm")})
+    def fill_attention(self, block: Block, feeds: Iterable[BlockShape]) -> None:
+        """Of a new layer, which the blocks `feeds` belong to, too."""
+        element = self._memory.itemsize
+        self._attention_starts = max(dense_elements(feed, element) for feed in feeds)
+        self.attention = self._filled(block, self._attention_starts)
 
-    def fill_expert(self, block: Block) -> None:
-        inner = self.w2.shape[1]
-        parts = {"w1": self.w13[:inner], "w3": self.w13[inner:], "w2": self.w2}
-        self._fill(block, parts)
+    def fill_feed(self, block: Block) -> None:
+        """An expert or MLP of the layer."""
+        self.feed = self._filled(block, 0)
 
     def fill_head(self, block: Block) -> None:
         """Takes the place of everything else."""
-        self._fill(block, {"lm_head": self.lm_head, "norm": self.norm})
+        self.head = self._filled(block, 0)
 
     def embedding(self, block: Block) -> Tensor:
         """The table [V, H]: as stored where it is float, else decoded into the buffer."""
         if not block.spec.weights["embed"].packed:
             return block.stored("embed")
-        return block.dense("embed", self._memory.dtype, out=self.lm_head)
+        out = self._memory[: math.prod(self._table)].view(self._table)
+        return block.dense("embed", self._memory.dtype, out=out)
 
-    def _fill(self, block: Block, parts: dict[str, Tensor]) -> None:
-        for key, out in parts.items():
-            block.dense(key, out.dtype, out=out)
+    def _filled(self, block: Block, start: int) -> Views:
+        shape = block.spec.shape
+        at = (start, shape.float32, *shape.weights.items())
+        if at not in self._known:
+            self._known[at] = self._views(shape, start)
+        views = self._known[at]
+        for key in shape.weights:
+            view, dtype = views[key], self._memory.dtype
+            if view.dtype != dtype and block.spec.weights[key].packed:
+                view.copy_(block.dense(key, dtype))  # kernels decode to the compute dtype alone
+            else:
+                block.dense(key, view.dtype, out=view)
+        return views
+
+    def _views(self, block: BlockShape, start: int) -> Views:
+        views: dict[str, Tensor] = {}
+        places: dict[str, int] = {}
+        shapes, memory = block.weights, self._memory
+        for key, shape in shapes.items():
+            if not any(key in keys[1:] for keys in JOINED.values()):
+                start = -(-start // VECTOR_ALIGNMENT) * VECTOR_ALIGNMENT
+            places[key], end = start, start + dense_places(block, key, memory.itemsize)
+            dtype = torch.float32 if key in block.float32 else memory.dtype
+            views[key], start = memory[start:end].view(dtype).view(shape), end
+        for joined, keys in JOINED.items():
+            if all(key in views for key in keys):
+                rows, rest = sum(len(views[key]) for key in keys), shapes[keys[0]][1:]
+                first = places[keys[0]]
+                joint = memory[first : first + rows * math.prod(rest)]
+                views[joined] = joint.view(rows, *rest)
+        return views

@@ -1,6 +1,6 @@
 """The sweep: embed, visit every layer once with all tiles, read the logits.
 
-for each layer:   attention of every tile -> for each expert: all tiles -> leave
+for each layer:   attention of every tile -> for each expert, or MLP: all tiles -> leave
 the lead tile (the gate) goes ahead of the others through attention and each expert, and what it
 looked like as it left a layer is read in the middle of the next, where the host waits for the
 device anyway: a broken model stops there.
@@ -16,17 +16,17 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from layersweep.checkpoint.config import ModelConfig
-from layersweep.model import maths
+from layersweep.families.spec import Decoder
+from layersweep.families.weights import layer_blocks
 from layersweep.model.compute import Compute, Scratch
 from layersweep.stream.blocks import Block
 from layersweep.stream.store import BlockStore
 from layersweep.sweep.attention import visit_attention
 from layersweep.sweep.caches import KeptCaches
 from layersweep.sweep.clock import PhaseClock
-from layersweep.sweep.context import LayerContext
+from layersweep.sweep.context import LayerContext, RopeTables
 from layersweep.sweep.dense import DenseWeights
-from layersweep.sweep.experts import visit_expert
+from layersweep.sweep.feed import FeedVisit, leave_feed
 from layersweep.sweep.sequences import BranchedSequence, Tile
 from layersweep.sweep.state import Routing, TileState, read_rows
 from layersweep.sweep.turn import HostTurn
@@ -34,20 +34,21 @@ from layersweep.sweep.turn import HostTurn
 
 @dataclass(frozen=True)
 class LayerHealth:
-    """What the lead tile looked like as it left a layer. `largest` may be infinite or NaN."""
+    """What the lead tile looked like as it left a layer. `largest` may be infinite or NaN;
+    `experts_used` and `router_spread` are None in a layer that routes nothing."""
 
     layer: int
     largest: float
-    experts_used: int
-    router_spread: float
+    experts_used: int | None
+    router_spread: float | None
 
 
 @dataclass(frozen=True)
 class _Left:
-    """LayerHealth that is still on the device: float32 [2]."""
+    """LayerHealth that is still on the device: float32 [2], or [1] without a router."""
 
     layer: int
-    experts_used: int
+    experts_used: int | None
     largest_and_spread: Tensor
 
 
@@ -67,7 +68,7 @@ class SweepRecord:
 
     cache_bits: dict[tuple[str, str], list[float]] = field(default_factory=dict)
     nonfinite: dict[tuple[int, int, int], int] = field(default_factory=dict)
-    experts_used: list[int] = field(default_factory=list)
+    experts_used: list[int | None] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     moved_bytes: int = 0
 
@@ -94,16 +95,16 @@ class Engine:
 
     def __init__(
         self,
-        config: ModelConfig,
+        decoder: Decoder,
         store: BlockStore,
         compute: Compute,
         scratch_bytes: int,
         layers: range | None = None,
     ) -> None:
-        self.config, self.store, self.compute = config, store, compute
-        self.layers = layers or range(config.num_hidden_layers)
+        self.decoder, self.store, self.compute = decoder, store, compute
+        self.layers = layers or range(decoder.num_hidden_layers)
         self._visiting = threading.Lock()
-        self.weights = DenseWeights(config, compute)
+        self.weights = DenseWeights(decoder, compute)
         self.scratch = Scratch(scratch_bytes, compute.device)
 
     @contextmanager
@@ -141,13 +142,13 @@ def run_sweep(
     in a thread, share one `turn`.
     """
     record, turn = SweepRecord(), turn or HostTurn()
-    config = engine.config
-    width = config.num_attention_heads * config.head_dim
+    decoder = engine.decoder
     groups = [
-        [TileState(tile, width) for tile in group] for group in ([lead] if lead else [], tiles)
+        [TileState(tile, decoder.query_width) for tile in group]
+        for group in ([lead] if lead else [], tiles)
     ]
     every = [*groups[0], *groups[1]]
-    visits = _Visits(progress, config, len(tiles))
+    visits = _Visits(progress, decoder, len(tiles))
     with torch.inference_mode(), engine.compute.numerics(), ExitStack() as leave:
         before = ExitStack()
         for stage in (engine, *then):
@@ -167,7 +168,7 @@ def run_sweep(
                 for layer in stage.layers:
                     sweep.visit_layer(layer, groups[0], groups[1], check)
                 sweep.report(check)
-                if stage.layers[-1] == config.num_hidden_layers - 1:
+                if stage.layers[-1] == decoder.num_hidden_layers - 1:
                     sweep.read_head(every, read_logits)
             for phase, seconds in sweep.clock.seconds().items():
                 record.seconds[phase] = record.seconds.get(phase, 0.0) + seconds
@@ -178,11 +179,14 @@ def run_sweep(
 
 
 class _Visits:
-    """Progress: a visit is a tile's attention, or an expert with all tiles."""
+    """Progress: a visit is a tile's attention, or an expert or MLP with all tiles."""
 
-    def __init__(self, progress: Progress, config: ModelConfig, tiles: int) -> None:
+    def __init__(self, progress: Progress, decoder: Decoder, tiles: int) -> None:
         self.progress, self.done = progress, 0
-        self.total = config.num_hidden_layers * (tiles + config.num_local_experts)
+        self.total = decoder.num_hidden_layers * tiles + sum(
+            len(list(layer_blocks(decoder, index))) - 1
+            for index in range(decoder.num_hidden_layers)
+        )
 
     def __call__(self) -> None:
         self.done += 1
@@ -190,7 +194,7 @@ class _Visits:
 
 
 class _Sweep:
-    """One walk over an engine's blocks. They are numbered in sweep order: embed, layers, head."""
+    """One walk over an engine's blocks, which the store numbers in sweep order."""
 
     def __init__(
         self,
@@ -202,52 +206,50 @@ class _Sweep:
         turn: HostTurn,
     ) -> None:
         self.visited, self.turn = visited, turn
-        self.config, self.store, self.compute = engine.config, engine.store, engine.compute
+        self.decoder, self.store, self.compute = engine.decoder, engine.store, engine.compute
         self.weights, self.scratch = engine.weights, engine.scratch
         self.record, self.caches = record, caches
-        self.per_layer = 1 + self.config.num_local_experts
-        # of the first layer here: after the embedding, where that is here, too
-        self.first = 1 if engine.layers[0] == 0 else -engine.layers[0] * self.per_layer
+        # the first of them is attention's
+        self.of_layer: dict[int | None, list[int]] = {}
+        for number, spec in enumerate(self.store.specs):
+            self.of_layer.setdefault(spec.layer, []).append(number)
         self.clock = PhaseClock(self.compute.device)
         self._left: _Left | None = None
         sequences = [sequence for state in states for sequence in state.tile.sequences]
         longest = max((sequence.longest for sequence in sequences), default=0)
-        positions = torch.arange(longest, device=self.compute.device)
-        cos, sin = maths.rope_table(self.config.rope_theta, self.config.head_dim, positions)
-        self.cos, self.sin = cos.to(self.compute.dtype), sin.to(self.compute.dtype)
+        self.tables = RopeTables(longest, self.compute)
 
     def embed(self, states: list[TileState]) -> None:
         device, dtype = self.compute.device, self.compute.dtype
+        # rounded as transformers rounds it
+        scale = torch.tensor(self.decoder.embedding_scale, dtype=dtype).item()
         ids = [torch.from_numpy(state.tile.ids()) for state in states]  # while the table is read
         with self.clock.phase("embedding"):
-            table = self.weights.embedding(self._block(0))
+            number = self.of_layer[None][0]
+            table = self.weights.embedding(self._block(number))
             for state, rows in zip(states, ids, strict=True):
-                state.start(table[rows.to(device)].to(dtype))
-            self.store.release(0)
+                hidden = table[rows.to(device)].to(dtype)
+                state.start(hidden if scale == 1.0 else hidden.mul_(scale))
+            self.store.release(number)
 
     def visit_layer(
         self, layer: int, lead: list[TileState], rest: list[TileState], check: LayerCheck | None
     ) -> None:
-        first = self.first + layer * self.per_layer
-        self.weights.fill_attention(self._block(first))
+        attention, *feeds = self.of_layer[layer]
+        specs = [self.store.specs[number].shape for number in feeds]
+        self.weights.fill_attention(self._block(attention), specs)
         if lead:
             with self.clock.phase("gate"):
                 self._attend(layer, lead, None)
         with self.clock.phase("attention"):
             self._attend(layer, rest, self.caches, self.visited)
-            self.store.release(first)
+            self.store.release(attention)
             with self.turn.away():  # the one place in a layer where the host waits for the device
                 Routing.settle([state.routing for state in (*lead, *rest) if state.routing])
         self.report(check)
         with self.clock.phase("experts"):
-            for expert in range(self.config.num_local_experts):
-                self.weights.fill_expert(self._block(first + 1 + expert))
-                if lead:
-                    with self.clock.phase("gate"):
-                        self._experts(expert, lead)
-                self._experts(expert, rest)
-                self.store.release(first + 1 + expert)
-                self.visited()
+            for number in feeds:
+                self._feed(number, layer, lead, rest)
             if lead:
                 with self.clock.phase("gate"):
                     self._leave(layer, lead)
@@ -256,6 +258,22 @@ class _Sweep:
             self._leave(layer, rest)
         for state in (*lead, *rest):  # their memory is the next layer's
             state.routing = state.router_logits = None
+
+    def _feed(self, number: int, layer: int, lead: list[TileState], rest: list[TileState]) -> None:
+        """One expert or MLP with all tiles."""
+        block = self._block(number)
+        self.weights.fill_feed(block)
+        visit = FeedVisit(
+            block.spec.shape, self.decoder.layers[layer], self.weights, self.compute, self.scratch
+        )
+        if lead:
+            with self.clock.phase("gate"):
+                for state in lead:
+                    visit(state)
+        for state in rest:
+            visit(state)
+        self.store.release(number)
+        self.visited()
 
     def _block(self, index: int) -> Block:
         if not self.store.waits_for(index):  # the turn is not handed over for nothing
@@ -271,32 +289,29 @@ class _Sweep:
         done: Callable[[], None] = lambda: None,
     ) -> None:
         context = LayerContext(
-            self.config, layer, self.weights, self.cos, self.sin, self.compute, self.scratch,
+            self.decoder, layer, self.weights.attention, self.tables, self.compute, self.scratch,
             self.record.cache_bits, caches,
         )  # fmt: skip
         for state in states:
             visit_attention(state, context)
             done()
 
-    def _experts(self, expert: int, states: list[TileState]) -> None:
-        for state in states:
-            visit_expert(
-                state, expert, self.weights, self.config, self.compute, self.scratch
-            )  # fmt: skip
-
     def _leave(self, layer: int, states: list[TileState]) -> None:
-        """Add the experts' sums once, and note who has become non-finite; no wait."""
+        """Add what the layer's second half found once, and note who has become non-finite; no
+        wait."""
         for state in states:
+            leave_feed(state, self.decoder.layers[layer], self.weights, self.compute)
             self.compute.ops.leave_layer_(
                 state.hidden, state.update, state.unit_of_row, state.first_bad_layer, layer
             )
 
     def _look(self, layer: int, state: TileState) -> _Left:
         """What `report` will say; no wait."""
-        assert state.routing is not None and state.router_logits is not None
-        start = state.routing.start
-        used = sum(start[e + 1] > start[e] for e in range(self.config.num_local_experts))
         largest = state.hidden.abs().max().float()
+        if state.routing is None or state.router_logits is None:
+            return _Left(layer, None, largest[None])
+        start = state.routing.start
+        used = sum(start[e + 1] > start[e] for e in range(len(start) - 1))
         spread = state.router_logits.std(0).max().float()
         return _Left(layer, used, torch.stack((largest, spread)))
 
@@ -304,12 +319,12 @@ class _Sweep:
         """Show the lead tile, as it left the layer before, to `check`. Waits for the device."""
         if check and self._left:
             left, self._left = self._left, None
-            largest, spread = left.largest_and_spread.tolist()
+            largest, *spread = left.largest_and_spread.tolist()
             self.record.experts_used.append(left.experts_used)
-            check(LayerHealth(left.layer, largest, left.experts_used, spread))
+            check(LayerHealth(left.layer, largest, left.experts_used, *(spread or [None])))
 
     def read_head(self, states: list[TileState], read_logits: LogitsReader) -> None:
-        index = len(self.store.specs) - 1
+        (*_, index) = self.of_layer[None]
         total = sum(len(state.tile.sequences) for state in states)
         done = 0
         with self.clock.phase("logits"):
@@ -327,10 +342,16 @@ class _Sweep:
 
     def _logits(self, hidden: Tensor, ranges: list[tuple[int, int]]) -> list[Tensor]:
         """Logits [rows, V] float32 of row ranges of a tile."""
-        ops, config = self.compute.ops, self.config
+        ops, decoder = self.compute.ops, self.decoder
         rows = torch.cat([hidden[first:last] for first, last in ranges])
         memory = self.scratch.take(*rows.shape, dtype=self.compute.dtype)
-        x = ops.rms_norm(rows, self.weights.norm, config.rms_norm_eps, memory)
-        memory = self.scratch.take(len(rows), config.vocab_size, dtype=torch.float32)
-        logits = ops.logits(x, self.weights.lm_head, memory)
+        norm, head = decoder.norm, self.weights.head
+        x = ops.rms_norm(rows, head["norm"], norm.eps, memory, offset=norm.offset)
+        memory = self.scratch.take(len(rows), decoder.vocab_size, dtype=torch.float32)
+        logits = ops.logits(x, head["lm_head"], memory)
+        if decoder.logit_scale != 1.0:
+            logits = logits.mul_(decoder.logit_scale)
+        if decoder.logit_softcap is not None:
+            cap = decoder.logit_softcap
+            logits = logits.div_(cap).tanh_().mul_(cap)
         return list(torch.split(logits, [last - first for first, last in ranges]))

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from layersweep.checkpoint.config import ModelConfig
 from layersweep.checkpoint.layout import Checkpoint, open_checkpoint
 from layersweep.environment import Budget, context_bytes, ram_budget, vram_budget
 from layersweep.errors import Fallback, InputError
+from layersweep.families.spec import Decoder, describe_decoder
 from layersweep.kv.arms import EXACT
 from layersweep.model.compute import Compute, choose_compute
 from layersweep.model.ops import CudaOps
@@ -63,12 +63,11 @@ class Model:
     def __repr__(self) -> str:
         """What it is, how it is computed, and what it may take: a line each."""
         dtype = str(self.compute.dtype).removeprefix("torch.")
-        config = self.checkpoint.config
+        decoder = self.checkpoint.decoder
         return "\n".join(
             [
-                f"{self.checkpoint.source}: {config.architecture}, {config.num_hidden_layers} "
-                f"layers, {config.num_local_experts} experts ({config.num_experts_per_tok} per "
-                f"token), {self.checkpoint.weights_kind}, {format_bytes(self.checkpoint.nbytes)}",
+                f"{self.checkpoint.source}: {describe_decoder(decoder)}, "
+                f"{self.checkpoint.weights_kind}, {format_bytes(self.checkpoint.nbytes)}",
                 f"device {self.compute.device}, {dtype}; kernels: {self.paths.kernels}; "
                 f"attention: {self.paths.attention}",
                 f"vram {format_bytes(self.vram.bytes)} ({self.vram.source}), "
@@ -81,15 +80,15 @@ class Model:
         return self.compute.cpu
 
     @property
-    def config(self) -> ModelConfig:
-        return self.checkpoint.config
+    def decoder(self) -> Decoder:
+        return self.checkpoint.decoder
 
     @property
     def paths(self) -> Paths:
         kernels = self.compute.ops.name
         return Paths(
             dequant="torch table lookup" if kernels == "torch" else kernels,
-            experts="one dense expert at a time, all tiles",
+            experts="one dense expert at a time, all tiles" if self.decoder.num_experts else "none",
             attention=self.compute.attention.name,
             kernels=kernels,
         )
@@ -110,18 +109,17 @@ class Model:
 
     def shape(self, tile: Tile) -> TileShape:
         """What a plan must know of a tile."""
-        config = self.checkpoint.config
-        return tile_shape(tile, config.num_attention_heads * config.head_dim)
+        return tile_shape(tile, self.decoder.query_width)
 
     def plan(self, tiles: Sequence[Tile], at_least: int = 1) -> Plan:
         """Where `tiles` and weights go, in `at_least` sweeps if there are so many tiles. Raises
         BudgetError for what cannot fit."""
         shapes = [self.shape(tile) for tile in tiles]
-        return make_plan(self.checkpoint.config, self.specs, shapes, self.machine, at_least)
+        return make_plan(self.checkpoint.decoder, self.specs, shapes, self.machine, at_least)
 
     def flops(self, tile: Tile) -> float:
         """Operations of a tile in one sweep."""
-        return tile_flops(self.checkpoint.config, self.shape(tile))
+        return tile_flops(self.checkpoint.decoder, self.shape(tile))
 
     def open(
         self,
@@ -133,7 +131,7 @@ class Model:
 
         Fallbacks are told to `say` as they happen.
         """
-        layers = layers or range(self.checkpoint.config.num_hidden_layers)
+        layers = layers or range(self.checkpoint.decoder.num_hidden_layers)
         if not self.cpu:  # memory that is free in torch's cache must not count towards the peak
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.compute.device)
@@ -146,7 +144,7 @@ class Model:
         )
         with ExitStack() as undo:
             undo.callback(store.close)
-            engine = Engine(self.checkpoint.config, store, self.compute, plan.scratch, layers)
+            engine = Engine(self.checkpoint.decoder, store, self.compute, plan.scratch, layers)
             undo.pop_all()
         return engine
 
@@ -157,16 +155,16 @@ class Model:
         InputError for a sequence shorter than 2 tokens or longer than the model's limit, and for
         an id beyond the vocabulary.
         """
-        config = self.checkpoint.config
+        decoder = self.checkpoint.decoder
         for index, ids in enumerate(sequences):
-            if len(ids) < 2 or not all(0 <= token < config.vocab_size for token in ids):
+            if len(ids) < 2 or not all(0 <= token < decoder.vocab_size for token in ids):
                 raise InputError(
                     f"sequence {index}: found {len(ids)} ids up to {max(ids, default=0)}, needed "
-                    f"2 or more ids from 0 to {config.vocab_size - 1}",
+                    f"2 or more ids from 0 to {decoder.vocab_size - 1}",
                     hint="tokenize with this model's own tokenizer",
                 )
         longest = max((len(ids) for ids in sequences), default=0)
-        check_length(config, longest, "cut it into pieces")
+        check_length(decoder, longest, "cut it into pieces")
         rides = [
             BranchedSequence((), (Branch(EXACT, tuple(ids), (0, len(ids) - 1)),))
             for ids in sequences
@@ -206,7 +204,7 @@ def load(
     assume_capability: str | None = None,
     sharers: int = 1,
 ) -> Model:
-    """Open a checkpoint: headers, config and budgets; no weights are read.
+    """Open a checkpoint: headers, decoder and budgets; no weights are read.
 
     `source`: a folder, a hub id, or "demo". Sizes as "14GiB". `device` "cuda:0,cuda:1": see
     `beside`. `assume_capability` ("7.5") takes the paths of an older GPU than the one at hand.

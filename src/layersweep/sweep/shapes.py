@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-from layersweep.checkpoint.config import ModelConfig
+from collections import Counter
+
 from layersweep.errors import InputError
+from layersweep.families.spec import Decoder
 from layersweep.stream.shapes import TileShape
 from layersweep.sweep.sequences import BranchedSequence, Tile
 from layersweep.sweep.state import attention_batch
 
 
-def length_limit(config: ModelConfig) -> tuple[int, str]:
-    """Most tokens of a sequence, and the field of config.json that says so.
-
-    Attention here sees the whole past, so that a sliding window may not be shorter than that.
-    """
-    limits = [(config.max_position_embeddings, "max_position_embeddings")]
-    if config.sliding_window is not None:
-        limits.append((config.sliding_window, "sliding_window"))
-    return min(limits)
+def length_limit(decoder: Decoder) -> tuple[int, str]:
+    """Most tokens of a sequence, and the field of config.json that says so."""
+    return decoder.max_position_embeddings, "max_position_embeddings"
 
 
-def check_length(config: ModelConfig, longest: int, shorten: str) -> None:
+def check_length(decoder: Decoder, longest: int, shorten: str) -> None:
     """Raises InputError where the longest sequence has more tokens than the model's limit;
     `shorten` is how to ask for less."""
-    limit, field = length_limit(config)
+    limit, field = length_limit(decoder)
     if longest > limit:
         raise InputError(
             f"the longest sequence: found {longest} tokens, needed at most {limit}, the model's "
@@ -40,7 +36,7 @@ def tile_shape(tile: Tile, heads_times_dim: int) -> TileShape:
         name=tile.name,
         rows=tile.rows,
         longest=longest,
-        attention_keys=sum(_attended(sequence) for sequence in tile.sequences),
+        spans=_spans(tile),
         read_rows=sum(_read(sequence) for sequence in tile.sequences),
         read_at_once=max(_read(sequence) for sequence in tile.sequences),
         branches=max(len(sequence.branches) for sequence in tile.sequences),
@@ -54,14 +50,16 @@ def _rows_at_once(tile: Tile, longest: int, heads_times_dim: int) -> int:
     return max(group.stop - group.start for group in groups)
 
 
-def _attended(sequence: BranchedSequence) -> int:
-    """Keys that all rows of a sequence attend to, together."""
-    prefix = len(sequence.prefix)
-    total = prefix * (prefix + 1) // 2
-    for branch in sequence.branches:
-        own = len(branch.ids)
-        total += own * (prefix + sequence.past) + own * (own + 1) // 2
-    return total
+def _spans(tile: Tile) -> tuple[tuple[int, int, int], ...]:
+    """(past, own, how often) of prefixes and branches."""
+    found: Counter[tuple[int, int]] = Counter()
+    for sequence in tile.sequences:
+        prefix = len(sequence.prefix)
+        if prefix:
+            found[0, prefix] += 1
+        for branch in sequence.branches:
+            found[prefix + sequence.past, len(branch.ids)] += 1
+    return tuple((past, own, count) for (past, own), count in found.items())
 
 
 def _read(sequence: BranchedSequence) -> int:

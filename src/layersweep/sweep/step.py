@@ -6,41 +6,43 @@ branches of a tile, all sequences and arms, are one call, padded to the longest 
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from layersweep.model.attention import attend_one
 from layersweep.sweep.caches import KeptLayer, Pair
 from layersweep.sweep.context import LayerContext
+from layersweep.sweep.heads import Projected, Streams, read, turned_queries
 from layersweep.sweep.sequences import Group, Tile
 from layersweep.sweep.state import arms_at_once
 
 
-def attend_step(tile: Tile, group: Group, qkv: Tensor, out: Tensor, context: LayerContext) -> None:
-    """qkv [B A, (Q + 2G) D] before RoPE, whose queries are overwritten; out [B A, Q D].
+def attend_step(
+    tile: Tile, group: Group, projected: Projected, out: Tensor, context: LayerContext
+) -> None:
+    """Queries and streams of a row [B A] each, the next token of one branch; into `out` [B A, Q D].
 
-    A row is the next token of one branch. It attends to all that its branch has seen, and to
-    itself; its keys and values are kept. `group` is the whole tile.
+    A row attends to all that its branch has seen, and to itself; its keys and values are kept.
+    `group` is the whole tile.
     """
     assert context.caches is not None
-    config, kept = context.config, context.caches.layer(tile, context.layer)
-    heads, kv_heads, dim = (
-        config.num_attention_heads, config.num_key_value_heads, config.head_dim,
-    )  # fmt: skip
+    one, kept = context.attention, context.caches.layer(tile, context.index)
     arms, count = kept.shape.arms, len(group.sequences)
-    # [B, A, heads, D] -> [A, heads, B, D]: RoPE turns each sequence to a place of its own
-    q, k, v = (
-        x.permute(1, 2, 0, 3)
-        for x in torch.split(qkv.view(count, arms, -1, dim), [heads, kv_heads, kv_heads], dim=2)
-    )
     step = kept.shape.step_of(tile)
-    position, bias = kept.shape.at(step, qkv)
-    rope, at = context.compute.ops.rope, (context.cos[position], context.sin[position])
-    rope(q, *at, 0, q)
-    kept.extend(step, rope(k, *at, 0, k), v)
-    exact = kept.exact_on(qkv.device)
-    attended = out.view(count, arms, heads, dim).transpose(0, 1)
-    size = arms_at_once(count, kept.shape.columns, kv_heads * dim)
+    position, bias = kept.shape.at(step, one.window, projected.q)
+    table = context.table(kept.shape.longest)
+    if table is not None:  # each sequence has a place of its own
+        table = table[0][position], table[1][position]
+    # [B, heads, A, D] -> [A, heads, B, D]
+    q, *streams = (x.transpose(0, 2) for x in (projected.q, *projected.streams))
+    turned_queries(q, 0, table, context)
+    with context.scratch.frame():
+        kept.extend(step, *read([tuple(streams)], 0, table, context))
+    exact = kept.exact_on(q.device)
+    attended = out.view(count, arms, one.num_heads, -1).transpose(0, 1)
+    width = sum(x.shape[2] * x.shape[4] for x in kept.question) // 2
+    size = arms_at_once(count, kept.shape.columns, width)
     for first in range(0, arms, size):
         some = slice(first, min(first + size, arms))
         with context.scratch.frame():
@@ -48,28 +50,31 @@ def attend_step(tile: Tile, group: Group, qkv: Tensor, out: Tensor, context: Lay
             queries = q[some].transpose(1, 2)
             found = attend_one(
                 queries.flatten(0, 1), keys.flatten(0, 1), values.flatten(0, 1),
-                bias.repeat(len(queries), 1),
+                bias.repeat(len(queries), 1), context.rule.masked(), context.sinks,
             )  # fmt: skip
-            attended[some] = found.view(queries.shape)
+            attended[some] = found.view(*queries.shape[:3], -1)
 
 
-def _columns(kept: KeptLayer, arms: slice, exact: Pair, context: LayerContext) -> Pair:
+def _columns(kept: KeptLayer, arms: slice, exact: Sequence[Pair], context: LayerContext) -> Streams:
     """Keys (after RoPE) and values [A, B, G, columns, D] of some arms, finite in the padding, which
     would otherwise spoil what it adds nothing to."""
-    shape, (question, generated) = kept.shape, (exact[0][:, arms], exact[1][:, :, arms])
-    sizes = (*question.shape[1:4], shape.columns, question.shape[5])
-    both = [context.scratch.take(*sizes, dtype=question.dtype) for _ in range(2)]
-    for prefixes in kept.prefixes_on(question.device, arms):
+    shape = kept.shape
+    both = []
+    for question, _ in exact:
+        sizes = (*question[arms].shape[:3], shape.columns, question.shape[4])
+        both.append(context.scratch.take(*sizes, dtype=question.dtype))
+    table = context.table(shape.longest)
+    for prefixes in kept.prefixes_on(both[0].device, arms):
         rows, length, store = prefixes.rows, prefixes.length, prefixes.store
-        for arm, streams in enumerate(store.arms if store else ()):
+        for arm in range(len(store.arms) if store else 0):
             assert store is not None
-            for x, stream, out in zip(store.decoded(arm), streams, both, strict=True):
-                context.place(x, stream.stream, 0, out[arm, rows, :, :length])
-        for x in both:
-            if length < shape.prefix:
-                x[:, rows, :, length : shape.prefix] = 0
+            with context.scratch.frame():
+                places = tuple(out[arm, rows, :, :length] for out in both)
+                read([store.decoded(arm)], prefixes.first, table, context, places)
+        for out in both:
+            out[:, rows, :, length : shape.prefix] = 0
     behind = shape.prefix + shape.question
-    for index, x in enumerate(both):
-        x[..., shape.prefix : behind, :] = question[index]
-        x[..., behind:, :] = generated[:, index].permute(1, 2, 3, 0, 4)
-    return both[0], both[1]
+    for out, (question, generated) in zip(both, exact, strict=True):
+        out[..., shape.prefix : behind, :] = question[arms]
+        out[..., behind:, :] = generated[:, arms].permute(1, 2, 3, 0, 4)
+    return tuple(both)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from layersweep.checkpoint.config import ModelConfig
+    from layersweep.families.spec import Decoder
     from layersweep.kv.arms import Arm
     from layersweep.model.compute import Compute
     from layersweep.sweep.loop import LogitsReader
@@ -70,7 +70,7 @@ class Source:
     settings: EvalSettings
     encoded: EncodedText
     arms: list[Arm]
-    config: ModelConfig
+    decoder: Decoder
     compute: Compute
 
 

@@ -64,16 +64,16 @@ class NeedleTask:
 
     @classmethod
     def prepare(cls, source: Source) -> NeedleTask:
-        settings, config = source.settings, source.config
+        settings, decoder = source.settings, source.decoder
         trials = make_trials(
             source.encoded, contexts=settings.niah_contexts,
             depths=settings.niah_depths, per_depth=settings.niah_per_depth,
             keys=settings.niah_keys, bos=settings.bos, seed=settings.seed,
-            max_context=config.max_position_embeddings,
+            max_context=decoder.max_position_embeddings,
         )  # fmt: skip
         for trial in trials:
-            check_ids(trial.prefix_ids, config.vocab_size)
-            check_ids(trial.branch_ids, config.vocab_size)
+            check_ids(trial.prefix_ids, decoder.vocab_size)
+            check_ids(trial.branch_ids, decoder.vocab_size)
         return cls(trials, source.arms, source.encoded.tokenizer, settings)
 
     @classmethod

@@ -72,13 +72,13 @@ class PerplexityTask:
 
     @classmethod
     def prepare(cls, source: Source) -> PerplexityTask:
-        settings, config = source.settings, source.config
+        settings, decoder = source.settings, source.decoder
         windows = cut_windows(
             source.encoded, segments=settings.segments, prefix=settings.prefix,
             continuation=settings.continuation, bos=settings.bos,
         )  # fmt: skip
         for window in windows:
-            check_ids(window.ids, config.vocab_size)
+            check_ids(window.ids, decoder.vocab_size)
         compute = source.compute
         return cls(
             windows, source.arms, settings.streaming, compute.device, compute.ops.score_branches

@@ -1,4 +1,4 @@
-"""Fields of config.json that `config.py` does not read: harmless, foreign, or unknown and listed.
+"""Fields of config.json that a family does not read: harmless, foreign, or unknown and listed.
 
 Tokenizer and decoding fields that old releases of transformers wrote there are unknown here too:
 `layersweep inspect` lists what is not looked at.
@@ -6,7 +6,7 @@ Tokenizer and decoding fields that old releases of transformers wrote there are 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 
 # They change no number of a forward pass: where a model comes from, what is returned, how it was
 # trained (dropout, router noise and losses act in training alone), which dtype the file has (each
@@ -16,11 +16,12 @@ HARMLESS = frozenset({
     *("use_cache", "return_dict", "output_attentions", "output_hidden_states"),
     *("output_router_logits", "chunk_size_feed_forward", "torchscript", "is_decoder"),
     *("attention_dropout", "router_jitter_noise", "router_aux_loss_coef", "initializer_range"),
+    *("pretraining_tp", "embd_pdrop", "resid_pdrop", "residual_dropout"),
     *("torch_dtype", "dtype", "pad_token_id"),
     *("id2label", "label2id", "num_labels", "problem_type", "task_specific_params"),
 })  # fmt: skip
 
-# They change the maths of other families: the values, beside null, with which a Mixtral is plain.
+# They change the maths of some families: the values, beside null, with which the others are plain.
 NOTHING, OFF, ONE, NONE_OF_THEM = (), (False,), (1,), (0,)
 FOREIGN: Mapping[str, tuple[object, ...]] = {
     # biases: llama, qwen, phi
@@ -44,7 +45,7 @@ FOREIGN: Mapping[str, tuple[object, ...]] = {
     "attention_chunk_size": NOTHING,
     "use_bidirectional_attention": OFF,
     # activations: gemma, gpt_oss
-    "hidden_activation": ("silu",),
+    "hidden_activation": NOTHING,
     "swiglu_limit": NOTHING,
     # scales and caps of embedding, residual and logits: granite, minicpm, cohere, gemma2
     "embedding_multiplier": ONE,
@@ -75,10 +76,12 @@ FOREIGN: Mapping[str, tuple[object, ...]] = {
 }
 
 
-def foreign_fields(fields: Mapping[str, object]) -> Iterator[tuple[str, tuple[object, ...]]]:
-    """(field, the values it may have) of every field by which this is no plain Mixtral."""
+def foreign_fields(
+    fields: Mapping[str, object], read: Container[str]
+) -> Iterator[tuple[str, tuple[object, ...]]]:
+    """(field, the values it may have) of every field that is not `read` and not plain."""
     for name, plain in FOREIGN.items():
-        value = fields.get(name)
+        value = None if name in read else fields.get(name)
         if value is not None and not any(value == one for one in plain):
             yield name, plain
 

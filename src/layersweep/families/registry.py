@@ -1,0 +1,107 @@
+"""From a config.json's fields to the decoder they describe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from layersweep.families.deepseek import V2, V3
+from layersweep.families.ernie import ERNIE, ERNIE_MOE
+from layersweep.families.family import Family
+from layersweep.families.fields import Fields, spell
+from layersweep.families.foreign import foreign_fields, unused_fields
+from layersweep.families.gemma import GEMMA, GEMMA2, GEMMA3
+from layersweep.families.glm import GLM, GLM4, GLM4_MOE
+from layersweep.families.gpt_oss import GPT_OSS
+from layersweep.families.granite import GRANITE, GRANITE_MOE, GRANITE_MOE_SHARED
+from layersweep.families.llama import LLAMA, MISTRAL, SEED_OSS
+from layersweep.families.mixtral import MIXTRAL
+from layersweep.families.names import Names
+from layersweep.families.olmo import OLMO2, OLMOE
+from layersweep.families.phi3 import PHI3
+from layersweep.families.qwen import QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE
+from layersweep.families.smollm3 import SMOLLM3
+from layersweep.families.spec import Decoder
+from layersweep.problems import Problem
+
+FAMILIES = {
+    family.model_type: family
+    for family in (
+        *(LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE, OLMO2, OLMOE, PHI3),
+        *(GEMMA, GEMMA2, GEMMA3, GPT_OSS, GLM, GLM4, GLM4_MOE, V2, V3),
+        *(SMOLLM3, SEED_OSS, ERNIE, ERNIE_MOE, GRANITE, GRANITE_MOE, GRANITE_MOE_SHARED),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Description:
+    """`decoder` and `names` are None where there are `problems`; `unused`: fields that nothing
+    looks at."""
+
+    decoder: Decoder | None
+    names: Names | None
+    problems: list[Problem]
+    unused: tuple[str, ...] = ()
+
+
+def describe(fields: Mapping[str, object], file: str) -> Description:
+    """The decoder of the fields of a config.json, or everything that is wrong with them."""
+    f = Fields(fields, file)
+    family = _family(f)
+    if family is None:
+        return Description(None, None, f.problems)
+    f.defaults, f.aliases = family.defaults, family.aliases
+    decoder = family.read(f)
+    _check_aliases(f)
+    _check_foreign(f)
+    if f.problems:
+        return Description(None, None, f.problems)
+    decoder = replace(decoder, architecture=family.architecture, model_type=family.model_type)
+    unused = (*unused_fields(fields, f.read), *f.unused)
+    return Description(decoder, family.names, [], unused)
+
+
+def _family(f: Fields) -> Family | None:
+    """By `architectures` and by `model_type`, which transformers goes by; both must agree."""
+    names, model_type = f.get("architectures"), f.get("model_type")
+    known = {family.architecture: family for family in FAMILIES.values()}
+    found = None
+    if names is None:
+        found = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    elif isinstance(names, list) and len(names) == 1 and isinstance(names[0], str):
+        found = known.get(names[0])
+    if found is None:
+        if f.fields.get("auto_map") is not None:
+            hint = "a model that brings its own code is run only where transformers has it, too"
+            f.problem("auto_map", f.fields["auto_map"], "nothing: such code is never run", hint)
+        hint = f"these can be run: {', '.join(FAMILIES)}"
+        if names is None:
+            f.problem("model_type", model_type, f"one of {', '.join(FAMILIES)}", hint)
+        else:
+            f.problem("architectures", names, f"one of {', '.join(known)}", hint)
+    elif model_type is not None and model_type != found.model_type:
+        f.problem("model_type", model_type, f"{spell(found.model_type)}, as architectures has it")
+    return found
+
+
+def _check_aliases(f: Fields) -> None:
+    for field, other in f.aliases.items():
+        found, same = f.get(field), f.fields.get(other)
+        f.read.add(other)
+        if same is not None and same != found:
+            f.problem(other, same, f"{field} = {spell(found)}, or nothing")
+
+
+def _check_foreign(f: Fields) -> None:
+    for name, plain in foreign_fields(f.fields, f.read):
+        needed = " or ".join(["nothing", *map(spell, plain)])
+        hint = f"{name} changes the maths in a way that this family is not computed with so far"
+        f.problem(name, f.fields[name], needed, hint)
+    types = [] if "layer_types" in f.read else f.get("layer_types") or []
+    if not isinstance(types, list) or any(kind != "full_attention" for kind in types):
+        f.problem("layer_types", types, 'nothing, or "full_attention" for all')
+    quantization = f.get("quantization_config") or {}  # the tensors say how they are stored
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+    if method not in (None, "bitsandbytes"):
+        f.problem("quantization_config.quant_method", method, '"bitsandbytes"')

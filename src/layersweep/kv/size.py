@@ -1,0 +1,96 @@
+"""How large a cache is at a context that nobody has to compute: 4K or 32K tokens, by arithmetic."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from layersweep.kv.arms import Arm
+from layersweep.kv.codec import key_group, role_bits
+from layersweep.kv.methods import EXACT_BITS
+from layersweep.kv.stream import State, Stream
+
+Keeps = Sequence[Stream | State]  # what one layer keeps
+
+# Vectors of a probe: sizes are rounded up to bytes once per tensor, which spread over so many
+# tokens is below a part in ten thousand.
+_PROBE = 64
+
+
+@dataclass(frozen=True)
+class KvSize:
+    """What a cache of `tokens` tokens takes in all its layers.
+
+    nbytes       of the streams, by the arm; NaN for a codec of one's own that cannot say
+    elements     numbers that these streams have uncompressed: tokens beyond a window do not count
+    state_bytes  of the states, which are exact
+    """
+
+    tokens: int
+    nbytes: float
+    elements: int
+    state_bytes: float
+
+    @property
+    def bits_per_element(self) -> float:
+        """Over the streams alone. NaN where a model has none."""
+        return 8 * self.nbytes / self.elements if self.elements else math.nan
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Over everything that the cache holds."""
+        return (self.nbytes + self.state_bytes) / self.tokens
+
+
+def kv_size(arm: Arm, layers: Sequence[Keeps], tokens: int) -> KvSize:
+    """Size after `tokens` >= 1 tokens, whose next one is still to come: a layer with a window W
+    holds the last W - 1. `layers`: of the whole model, in order. InputError for a stream that the
+    codec cannot take."""
+    bits, elements, state_bits = 0.0, 0, 0
+    known: dict[tuple[Stream, bool], float] = {}
+    for layer, keeps in enumerate(layers):
+        exact = arm.is_exact_layer(layer, len(layers))
+        for kept in keeps:
+            if isinstance(kept, State):
+                state_bits += kept.elements * kept.bits
+                continue
+            if (kept, exact) not in known:
+                known[kept, exact] = _stream_bits(arm, kept, tokens, exact)
+            bits += known[kept, exact]
+            elements += kept.heads * kept.dim * (tokens - kept.first_held(tokens))
+    return KvSize(tokens, bits / 8, elements, state_bits / 8)
+
+
+def _stream_bits(arm: Arm, stream: Stream, tokens: int, exact: bool) -> float:
+    """Bits of one stream of one sequence, counted as StoredStream.nbits."""
+    first, element_bits = stream.first_held(tokens), stream.heads * stream.dim * EXACT_BITS
+    codec = None if exact else arm.codec
+    if codec is None or (arm.method != "identity" and role_bits(codec, stream) == EXACT_BITS):
+        return (tokens - first) * element_bits
+    coded = max(tokens - arm.window - max(first, arm.sink), 0)
+    return (tokens - first - coded) * element_bits + _coded_bits(arm, stream, coded)
+
+
+def _coded_bits(arm: Arm, stream: Stream, tokens: int) -> float:
+    """Bits of `tokens` tokens in the codec: means are counted once, groups of tokens are alike."""
+    assert arm.codec is not None
+    group = 1 if stream.role == "value" else key_group(arm.codec)
+    step = group * -(-_PROBE // group)
+    few = step + tokens % step
+    if tokens <= few:
+        return 8 * _probe(arm, stream, tokens) if tokens else 0.0
+    low, high = _probe(arm, stream, few), _probe(arm, stream, few + step)
+    return 8 * (low + (tokens - few) // step * (high - low))
+
+
+def _probe(arm: Arm, stream: Stream, tokens: int) -> float:
+    """Bytes that the codec counts for so many vectors of zeros."""
+    import torch
+
+    from layersweep.kv.means import mean_for
+
+    assert arm.codec is not None
+    x = torch.zeros(1, stream.heads, tokens, stream.dim)
+    at = torch.arange(tokens)[None]
+    return arm.codec.nbytes(arm.codec.encode(x, stream, at, mean_for(arm.codec, x)))

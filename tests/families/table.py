@@ -1,0 +1,36 @@
+"""TINY: a small config.json for each decoder, with everything that its family can do switched on.
+
+A name is a model type, or `model_type:variant`. What is not said comes from `small.SMALL` and from
+the type's own defaults.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import pytest
+
+from families.dense import DENSE
+from families.experts import EXPERTS
+from families.hybrids import HYBRIDS
+from families.small import Tiny
+
+TINY: Mapping[str, Tiny] = {**DENSE, **EXPERTS, **HYBRIDS}
+
+# What every run of the tests takes; the others are marked `families`.
+CORE = frozenset({
+    *("llama", "llama:bias", "llama:tied", "llama:llama3", "llama:linear", "llama:yarn"),
+    *("mistral", "qwen2", "qwen2:window", "qwen3", "olmo2", "olmo3", "phi3", "phi3:longrope"),
+    *("gemma", "gemma2", "gemma3_text", "glm4", "granite", "cohere2", "starcoder2", "stablelm"),
+    *("smollm3", "ernie4_5", "exaone4", "seed_oss", "nemotron", "arcee", "gpt_neox", "phi"),
+    *("mixtral", "qwen3_moe", "qwen2_moe", "olmoe", "gpt_oss", "glm4_moe", "deepseek_v2"),
+    *("deepseek_v2:groups", "deepseek_v3", "granitemoe", "ernie4_5_moe", "minimax_m2"),
+    *("glm4_moe_lite", "qwen3_next", "lfm2"),
+})  # fmt: skip
+
+
+def parameters(names: Iterable[str]) -> list[object]:
+    """Names for pytest.mark.parametrize, those beyond CORE marked."""
+    return [
+        name if name in CORE else pytest.param(name, marks=pytest.mark.families) for name in names
+    ]

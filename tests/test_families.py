@@ -1,0 +1,93 @@
+"""Every family of decoders beside transformers: float32 losses of windows and of a needle.
+
+pytest -m families      all the variants of tests/families, with their fields changed
+"""
+
+from __future__ import annotations
+
+import pytest
+from families.checks import TOLERANCE, Subject, complaints, exact, generated, through_arm
+from families.dense import DENSE
+from families.hybrids import HYBRIDS
+from families.oracle import effects
+from families.table import CORE, TINY, parameters
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+ATTENTION_KINDS = {
+    "full": "qwen2",
+    "window": "mistral",
+    "softcap": "gemma2",
+    "sinks": "gpt_oss",
+    "q and k norm": "qwen3",
+    "part of the head": "glm4",
+    "two thetas": "gemma3_text",
+    "latent": "deepseek_v2",
+}
+# Not run on tiny models: what they are. tools/measure_families.py tries them, too.
+OTHER_KINDS = {
+    "an encoder, or a decoder that reads one": {
+        *("bart", "bert", "bert-generation", "big_bird", "bigbird_pegasus", "blenderbot"),
+        *("blenderbot-small", "camembert", "data2vec-text", "electra", "ernie", "marian"),
+        *("mbart", "megatron-bert", "mvp", "pegasus", "plbart", "prophetnet", "reformer"),
+        *("rembert", "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "trocr"),
+        *("whisper", "xlm", "xlm-roberta", "xlm-roberta-xl", "xlnet", "xmod"),
+    },
+    "more than text": {
+        *("dots3_note", "emu3", "fuyu", "gemma3", "gemma3n", "gemma4", "gemma4_unified", "git"),
+        *("gemma4_assistant", "gemma4_unified_assistant", "got_ocr2", "llama4", "mllama"),
+        *("moshi", "moss_transcribe_diarize", "musicgen", "musicgen_melody", "phi4_multimodal"),
+        *("qwen3_5", "qwen3_5_moe", "qwen4_exp"),
+    },
+    "a decoder that nobody has asked for": {
+        *("apertus1p5_text", "axk2", "bailing_hybrid", "beam", "biogpt", "blt", "cpmant"),
+        *("cohere_compass_text", "ctrl", "deepseek_v32", "deepseek_v4", "dory", "hrm_text"),
+        *("dots3_note_text", "gemma3n_text", "gemma4_text", "gemma4_unified_text"),
+        *("glm_moe_dsa", "gpt-sw3", "gpt_neox_japanese", "hy_v4", "inkling2_loop_text"),
+        *("inkling2_text", "inkling_text", "kimi_linear", "lara_mini", "modernbert-decoder"),
+        *("openai-gpt", "qwen4_exp_text", "rwkv", "xglm", "xlstm", "zamba", "zaya"),
+    },
+}
+
+
+each = pytest.mark.parametrize("family", parameters({**DENSE, **HYBRIDS}), indirect=True)
+kinds = pytest.mark.parametrize(
+    "family", ATTENTION_KINDS.values(), ids=ATTENTION_KINDS, indirect=True
+)
+
+
+@each
+def test_losses_equal_transformers(family: Subject) -> None:
+    assert exact(family).largest < TOLERANCE
+
+
+@each
+def test_a_changed_field_moves_the_losses_as_transformers_do(family: Subject) -> None:
+    assert complaints(family) == []
+
+
+@kinds
+@pytest.mark.parametrize("arm", ["lloyd:K3V2", "e8:K4V2"])
+def test_an_arm_equals_transformers_with_an_overwritten_cache(family: Subject, arm: str) -> None:
+    difference, effect = through_arm(family, arm)
+    assert difference < TOLERANCE
+    assert effect > 1e-3
+
+
+@kinds
+def test_a_token_at_a_time_equals_transformers(family: Subject) -> None:
+    assert generated(family) < TOLERANCE
+
+
+@pytest.mark.families
+@pytest.mark.parametrize("family", TINY, indirect=True)
+def test_every_tensor_moves_the_losses_of_transformers(family: Subject) -> None:
+    """A tensor that moves nothing could be left out, or read wrongly, and no test would see it."""
+    unseen = [name for name, moved in effects(family.model).items() if moved < TOLERANCE]
+    assert [name for name in unseen if not name.endswith(family.tiny.still)] == []
+
+
+def test_every_model_type_of_the_installed_transformers_has_been_looked_at() -> None:
+    """A new one: try `python tools/measure_families.py TYPE`, then add it to a table."""
+    seen = {tiny.model_type for tiny in TINY.values()}.union(*OTHER_KINDS.values())
+    assert set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - seen == set()
+    assert len({TINY[name].model_type for name in CORE}) >= 30
