@@ -16,45 +16,50 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from layersweep.checkpoint import read_config
 from layersweep.checkpoint.config import parse_config
-from layersweep.checkpoint.config_fields import HARMLESS
 from layersweep.errors import CheckpointError
+from layersweep.families.foreign import HARMLESS
+from layersweep.families.spec import Norm, Rope, Router
 
 
 def parsed(**changes: Any) -> Any:
     read = parse_config(json.dumps(tiny_config() | changes).encode(), "config.json")
-    return read.config or [problem.sentence() for problem in read.problems]
+    return read.decoder or [problem.sentence() for problem in read.problems]
 
 
 def test_fields(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(tiny_config()))
-    config = read_config(tmp_path)
-    assert config == read_config(tmp_path / "config.json")
-    assert config.architecture == "MixtralForCausalLM"
-    assert (config.vocab_size, config.hidden_size) == (128, 64)
-    assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (4, 2, 16)
-    assert (config.num_local_experts, config.num_experts_per_tok) == (4, 2)
-    assert (config.rope_theta, config.rms_norm_eps) == (10000.0, 1e-5)
-    assert config.sliding_window is None
-    assert not config.tie_word_embeddings
-    assert not config.synthetic
-    assert (config.bos_token_id, config.eos_token_id) == (1, 2)
+    decoder = read_config(tmp_path)
+    assert decoder == read_config(tmp_path / "config.json")
+    assert decoder.architecture == "MixtralForCausalLM"
+    assert (decoder.vocab_size, decoder.hidden_size) == (128, 64)
+    assert decoder.norm == Norm(1e-5)
+    assert len(decoder.layers) == 2 and decoder.layers[0] == decoder.layers[1]
+    attention, feed = decoder.layers[0].attention, decoder.layers[0].feed
+    assert (attention.num_heads, attention.num_kv_heads, attention.head_dim) == (4, 2, 16)
+    assert (attention.rope, attention.window) == (Rope(10000.0, 16), None)
+    assert (feed.experts, feed.router) == (4, Router(2))
+    assert not decoder.tie_word_embeddings
+    assert not decoder.synthetic
+    assert (decoder.bos_token_id, decoder.eos_token_id) == (1, 2)
 
 
 def test_flat_rope_theta_and_null_head_dim() -> None:
-    config = parsed(rope_parameters=None, rope_theta=5e5, head_dim=None)
-    assert (config.rope_theta, config.head_dim) == (5e5, 16)
+    attention = parsed(rope_parameters=None, rope_theta=5e5, head_dim=None).layers[0].attention
+    assert (attention.rope, attention.head_dim) == (Rope(5e5, 16), 16)
 
 
 def test_optional_fields() -> None:
-    config = parsed(sliding_window=4096, eos_token_id=[2, 7], layersweep_synthetic=True)
-    assert (config.sliding_window, config.eos_token_id, config.synthetic) == (4096, 2, True)
+    decoder = parsed(sliding_window=4096, eos_token_id=[2, 7], layersweep_synthetic=True)
+    assert decoder.layers[0].attention.window == 4096
+    assert (decoder.eos_token_id, decoder.synthetic) == (2, True)
 
 
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
         ({"architectures": ["GPT2LMHeadModel"]}, 'architectures = ["GPT2LMHeadModel"]'),
-        ({"architectures": None, "model_type": "llama"}, 'architectures = "llama"'),
+        ({"architectures": None, "model_type": "gpt2"}, 'model_type = "gpt2"'),
+        ({"architectures": None, "model_type": "x", "auto_map": {"A": "x.Y"}}, "auto_map = {"),
         ({"hidden_size": "64"}, 'hidden_size = "64", needed a positive integer'),
         ({"hidden_size": True}, "hidden_size = true, needed a positive integer"),
         ({"vocab_size": 0}, "vocab_size = 0, needed a positive integer"),
@@ -66,24 +71,24 @@ def test_optional_fields() -> None:
         ({"num_experts_per_tok": 5}, "needed at most num_local_experts = 4"),
         ({"head_dim": None, "hidden_size": 66}, "hidden_size = 66, needed a multiple of the 4"),
         ({"head_dim": 15}, "head_dim = 15, needed an even number"),
-        ({"hidden_act": "gelu"}, 'hidden_act = "gelu", needed "silu"'),
+        ({"hidden_act": "tanh"}, 'hidden_act = "tanh", needed "silu"'),
         ({"attention_bias": True}, "attention_bias = true"),
         ({"tie_word_embeddings": "no"}, 'tie_word_embeddings = "no", needed true or false'),
         ({"bos_token_id": -1}, "bos_token_id = -1"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, 'rope_type = "yarn", needed "default"'),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_scaling.factor = nothing, needed a"),
         (
-            {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2}},
-            'rope_type = "linear"',
+            {"rope_parameters": None, "rope_scaling": {"type": "ntk", "factor": 2}},
+            'rope_type = "ntk", needed "default"',
         ),
         ({"rope_theta": 5.0}, "rope_theta = 5.0, needed the rope_theta of rope_parameters"),
         ({"rope_parameters": [1]}, "rope_parameters = [1], needed an object"),
-        ({"rope_scaling": {"rope_type": "linear", "factor": 4.0}}, 'rope_type = "linear"'),
+        ({"rope_scaling": {"rope_type": "linear", "factor": -4.0}}, "rope_scaling.factor = -4.0"),
         (
             {"rope_scaling": {"type": "default"}},  # transformers computes with its default
             "rope_parameters.rope_theta = 10000.0, needed 1000000.0",
         ),
         ({"rope_parameters": {"full_attention": {"rope_theta": 7.0}}}, "needed one RoPE for all"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5, needed nothing or 1"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5, needed 1.0"),
         ({"per_layer_config": {"0": {"hidden_act": "gelu"}}}, "per_layer_config = {"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types = ["),
         ({"model_type": "llama"}, 'model_type = "llama", needed "mixtral"'),
@@ -135,14 +140,16 @@ def test_rope_is_what_transformers_makes_of_the_same_file_or_is_refused(tmp_path
         written = {name: value for name, value in fields.items() if value is not ...}
         plain = {k: v for k, v in tiny_config().items() if k != "rope_parameters"}
         raw = json.dumps(plain | written)
-        ours = parse_config(raw.encode(), "config.json").config
-        if ours is None:
+        decoder = parse_config(raw.encode(), "config.json").decoder
+        if decoder is None:
             continue
+        ours = decoder.layers[0].attention.rope
         accepted += 1
         (tmp_path / "config.json").write_text(raw)
         theirs = MixtralConfig.from_pretrained(tmp_path).rope_parameters
-        assert theirs["rope_type"] == "default", written
-        assert theirs["rope_theta"] == ours.rope_theta, written
+        assert theirs["rope_type"] == ours.kind, written
+        assert theirs["rope_theta"] == ours.theta, written
+        assert ours.kind == "default" or theirs["factor"] == ours.factor, written
         assert theirs.get("partial_rotary_factor", 1.0) == 1.0, written
     assert accepted == 97
 
@@ -197,4 +204,4 @@ json_values = st.recursive(
 @given(field=st.sampled_from(sorted(tiny_config())), value=json_values)
 def test_any_value_is_read_or_refused(field: str, value: Any) -> None:
     read = parse_config(json.dumps(tiny_config() | {field: value}).encode(), "c")
-    assert (read.config is None) == bool(read.problems)
+    assert (read.decoder is None) == bool(read.problems)

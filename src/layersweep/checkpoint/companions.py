@@ -54,7 +54,8 @@ class Classifier:
         data = self.tensors[base]
         companions = self._companions(base)
         state = next((kind for kind in KINDS if STATE + kind in companions), None)
-        float_shaped = data.dtype in FLOATS and data.shape == shape
+        row = len(shape) == 1 and data.shape == (1, *shape)  # a vector may be stored as one
+        float_shaped = data.dtype in FLOATS and (data.shape == shape or row)
         if float_shaped and not companions:
             return Weight(name, shape, data, None)
         if not is_packed(data, shape):

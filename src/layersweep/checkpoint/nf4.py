@@ -36,8 +36,10 @@ __all__ = [
     "dequantize",
     "dynamic_map",
     "expand_absmax",
+    "level_bounds",
     "quantize",
     "to_tensors",
+    "with_scales",
 ]
 
 NESTED_BLOCKSIZE = 256
@@ -45,7 +47,7 @@ NESTED_BLOCKSIZE = 256
 # this many elements, 0.9 over a whole 8 M element weight, and 0.1 by masking nibbles.
 _PIECE = 1 << 20
 _GRID = 65535.0
-_SMALLEST_SCALE = 1e-38  # blocks of zeros are divided by this
+SMALLEST_SCALE = 1e-38  # blocks of zeros are divided by this
 
 
 @dataclass(frozen=True)
@@ -158,17 +160,31 @@ def quantize(weight: Tensor, blocksize: int = 64, nested: bool = True) -> Quanti
     full = count - count % blocksize
     blocks = flat[:full].view(-1, blocksize)
     absmax = blocks.abs().amax(dim=1) if full else flat.new_empty(0)
-    scaled = blocks * (1.0 / absmax.clamp(min=_SMALLEST_SCALE))[:, None]
+    scaled = blocks * (1.0 / absmax.clamp(min=SMALLEST_SCALE))[:, None]
     scaled = scaled.clamp_(-1.0, 1.0).reshape(-1)
     if full < count:  # a last partial block is divided, not multiplied by a reciprocal
-        last = flat[full:].abs().max().clamp(min=_SMALLEST_SCALE)
+        last = flat[full:].abs().max().clamp(min=SMALLEST_SCALE)
         absmax = torch.cat([absmax, last[None]])
         scaled = torch.cat([scaled, (flat[full:] / last).clamp_(-1.0, 1.0)])
     if count % 2:
         scaled = torch.nn.functional.pad(scaled, (0, 1))
-    code = torch.tensor(NF4_CODE, dtype=torch.float32, device=weight.device)
-    levels = torch.bucketize(scaled, (code[:-1] + code[1:]) / 2, out_int32=True).to(torch.uint8)
+    bounds = level_bounds().to(weight.device)
+    levels = torch.bucketize(scaled, bounds, out_int32=True).to(torch.uint8)
     packed = (levels[::2] << 4) | levels[1::2]
+    return with_scales(packed, absmax, blocksize, nested)
+
+
+def level_bounds() -> Tensor:
+    """The midpoints between neighbouring levels, f32 [15], ascending."""
+    code = torch.tensor(NF4_CODE, dtype=torch.float32)
+    return (code[:-1] + code[1:]) / 2
+
+
+def with_scales(packed: Tensor, absmax: Tensor, blocksize: int, nested: bool) -> QuantizedTensor:
+    """Packed levels u8 and their scales f32 [blocks], which are quantized too if `nested`.
+
+    Their mean is torch's, so its last bit depends on torch's number of threads, here as there.
+    """
     if not nested:
         return QuantizedTensor(packed, absmax, blocksize, None)
     offset = absmax.mean()

@@ -30,10 +30,16 @@ import torch
 from layersweep.checkpoint import nf4
 from layersweep.checkpoint.layout import demo_folder
 from layersweep.checkpoint.synth_shapes import PublishedShape
-from layersweep.checkpoint.writer import Pieces, PlannedTensor, bytes_of, cut_shards, write_shards
+from layersweep.checkpoint.writer import (
+    Pieces,
+    PlannedTensor,
+    bytes_of,
+    cut_shards,
+    make_folder,
+    write_shards,
+)
 from layersweep.errors import InputError
 from layersweep.families.weights import BlockShape, blocks
-from layersweep.units import format_bytes
 
 POOL_BYTES = 64 * 2**20
 NORMAL_PIECE = 2**20  # values drawn at once
@@ -116,7 +122,8 @@ def write_synthetic(
     folder that was left early opens nowhere; what was written is taken away again if it fails.
     Raises InputError for a folder in use, one that cannot be made, or a disk that is too small.
     """
-    _check_folder(folder, shape)
+    hint = "name a folder on a larger disk, or fewer --layers"
+    make_folder(folder, synthetic_bytes(shape), hint)
     shards = cut_shards(_tensors(shape, Pool.draw(seed)), shard_bytes)
     files = {f"model-{number:05d}.safetensors": shard for number, shard in enumerate(shards, 1)}
     total = sum(tensor.like.nbytes for shard in shards for tensor in shard)
@@ -148,26 +155,6 @@ def _write_beside(
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     for name, fields in zip(BESIDE[2:], (index, shape.config_json()), strict=True):
         (folder / name).write_text(json.dumps(fields, indent=1) + "\n")
-
-
-def _check_folder(folder: Path, shape: PublishedShape) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder}: found a file, needed a folder", hint="name another folder")
-    if folder.is_dir() and any(folder.iterdir()):
-        raise InputError(f"{folder}: found files in it, needed an empty folder",
-                         hint="name a folder that does not exist yet")  # fmt: skip
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(folder).free
-    except OSError as failure:
-        raise InputError(f"{folder}: cannot be made ({failure.strerror})",
-                         hint="name a folder that you may write to") from failure  # fmt: skip
-    needed = synthetic_bytes(shape)
-    if free < needed:
-        raise InputError(
-            f"{folder}: found {format_bytes(free)} of free disk, needed {format_bytes(needed)}",
-            hint="name a folder on a larger disk, or fewer --layers",
-        )
 
 
 def synthetic_bytes(shape: PublishedShape) -> int:

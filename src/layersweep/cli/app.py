@@ -17,6 +17,7 @@ from layersweep.cli.inspect import inspect
 from layersweep.cli.kaggle import kaggle
 from layersweep.cli.merge import merge
 from layersweep.cli.plan import plan
+from layersweep.cli.quantize import quantize
 from layersweep.cli.report import compare, report
 from layersweep.cli.synth import synth
 from layersweep.notebook import in_notebook_shell
@@ -42,6 +43,7 @@ app.command("merge")(merge)
 app.command("report")(report)
 app.command("compare")(compare)
 app.command("synth")(synth)
+app.command("quantize")(quantize)
 app.command("kaggle")(kaggle)
 app.add_typer(bench)
 app.add_typer(codec)

@@ -40,12 +40,13 @@ ACTIVATIONS: Mapping[str, Activation] = {
 
 
 class Fields:
-    """`defaults`: of the family, for fields that the file leaves out. A wrong field reads as 1,
-    so that the next one can be looked at."""
+    """`defaults`: of the family, for fields that the file leaves out; `aliases`: other names under
+    which it may have them. A wrong field reads as 1, so that the next one can be looked at."""
 
     def __init__(self, fields: Mapping[str, object], file: str) -> None:
         self.fields, self.file = fields, file
         self.defaults: Mapping[str, object] = {}
+        self.aliases: Mapping[str, str] = {}
         self.problems: list[Problem] = []
         self.read: set[str] = set()
         self.unused: list[str] = []
@@ -55,10 +56,15 @@ class Fields:
 
     def get(self, field: str, default: object = None) -> Any:
         """As it stands in the file, else the family's default, else `default`."""
-        self.read.add(field)
-        if field in self.fields:
-            return self.fields[field]
+        for name in filter(None, (field, self.aliases.get(field))):
+            self.read.add(name)
+            if name in self.fields:
+                return self.fields[name]
         return self.defaults.get(field, default)
+
+    def ignore(self, *fields: str) -> None:
+        """These change nothing in this family, whatever they are."""
+        self.read.update(fields)
 
     def count(self, field: str, most: int = LARGEST_COUNT) -> int:
         value = self.get(field)
@@ -132,6 +138,16 @@ class Fields:
             self.problem("hidden_size", hidden, f"a multiple of the {heads} attention heads")
         return max(1, hidden // heads)
 
+    def integers(self, field: str) -> list[int]:
+        """A list; an empty one where there is none."""
+        value = self.get(field)
+        if value is None:
+            return []
+        if isinstance(value, list) and all(type(one) is int for one in value):
+            return value
+        self.problem(field, value, "a list of integers or null")
+        return []
+
     def layer_types(self, layers: int, *known: str) -> list[str] | None:
         """`layer_types`, an entry per layer; None where there is none, or it is wrong."""
         types = self.get("layer_types")
@@ -143,17 +159,19 @@ class Fields:
         return None
 
     def rope(
-        self, head_dim: int, *, layer_type: str | None = None, partial: bool = False,
-        interleaved: bool = False,
+        self, head_dim: int, *, parts: Mapping[str, Any] | None = None, theta: str = "rope_theta",
+        partial: bool = False, interleaved: bool = False,
     ) -> Rope:  # fmt: skip
-        """RoPE of heads of `head_dim`, in layers of a type where the family tells them apart.
+        """RoPE of heads of `head_dim`.
 
         As transformers decides: `rope_scaling` goes before `rope_parameters`, and the theta in that
-        object before the flat one. What is overruled must not disagree. `partial`: the family reads
+        object before the flat one. What is overruled must not disagree. `parts` takes their place
+        and `theta` names the flat one where a family has several RoPEs. `partial`: the family reads
         partial_rotary_factor.
         """
-        parts = self._rope_parts(layer_type)
-        theta = self._theta(parts, layer_type)
+        if parts is None:
+            parts = self._rope_parts()
+        base = self._theta(parts, theta)
         kind = parts.get("rope_type", parts.get("type", "default"))
         kind = ROPE_ALIASES.get(kind, kind) if isinstance(kind, str) else kind
         if kind not in ROPE_NUMBERS:
@@ -176,23 +194,27 @@ class Fields:
             if parts.get(name) is not None:
                 numbers[name] = self.positive(f"rope_scaling.{name}", parts[name])
         others: dict[str, Any] = {}
-        if kind in ("llama3", "yarn", "longrope", "dynamic"):
+        if kind in ("llama3", "yarn", "longrope"):
             others["original_length"] = self._original_length(parts)
+        if kind == "dynamic":
+            others["original_length"] = self.count("max_position_embeddings")
         if kind == "yarn" and parts.get("truncate") is False:
             others["truncate"] = False
         if kind == "longrope":
             others |= {name: self._factors(parts, name, dim) for name in (
                 "short_factor", "long_factor")}  # fmt: skip
+            longest, original = self.count("max_position_embeddings"), others["original_length"]
+            numbers.setdefault("factor", longest / original)
         known = {
             *("rope_theta", "rope_type", "type", "partial_rotary_factor", "truncate"),
             *("original_max_position_embeddings", "short_factor", "long_factor"),
             *ROPE_NUMBERS[kind], *ROPE_OPTIONS.get(kind, ()),
         }  # fmt: skip
         self.unused += [f"rope_parameters.{key}" for key in parts if key not in known]
-        return Rope(theta=theta, dim=dim, kind=kind, interleaved=interleaved, **numbers, **others)
+        return Rope(theta=base, dim=dim, kind=kind, interleaved=interleaved, **numbers, **others)
 
-    def _rope_parts(self, layer_type: str | None) -> Mapping[str, Any]:
-        objects = [self._object(name) for name in ("rope_scaling", "rope_parameters")]
+    def _rope_parts(self) -> Mapping[str, Any]:
+        objects = [self.object(name) for name in ("rope_scaling", "rope_parameters")]
         decides = next((parts for parts in objects if parts), {})
         for name, parts in zip(("rope_scaling", "rope_parameters"), objects, strict=True):
             theta = decides.get("rope_theta")
@@ -201,20 +223,18 @@ class Fields:
                 self.problem(f"{name}.rope_theta", other, f"{spell(theta)}, as rope_scaling has it")
         if not any(isinstance(part, dict) for part in decides.values()):
             return decides
-        own = decides.get(layer_type or "")
-        if isinstance(own, dict):
-            return own
         self.problem("rope_parameters", decides, "one RoPE for all layers", ROPE_HINT)
         return {}
 
-    def _theta(self, parts: Mapping[str, Any], layer_type: str | None) -> float:
-        flat = self.get("rope_theta")
+    def _theta(self, parts: Mapping[str, Any], field: str) -> float:
+        flat = self.get(field)
         theta = parts.get("rope_theta", flat)
-        if "rope_theta" in self.fields and flat is not None and flat != theta and not layer_type:
-            self.problem("rope_theta", flat, f"the rope_theta of rope_parameters, {spell(theta)}")
-        return self.positive("rope_theta", theta)
+        if field in self.fields and flat is not None and flat != theta:
+            self.problem(field, flat, f"the rope_theta of rope_parameters, {spell(theta)}")
+        return self.positive(field, theta)
 
-    def _object(self, name: str) -> Mapping[str, Any]:
+    def object(self, name: str) -> Mapping[str, Any]:
+        """An object of the file; an empty one where there is none."""
         parts = self.get(name)
         if parts is None:
             return {}
@@ -224,8 +244,13 @@ class Fields:
         return {}
 
     def _original_length(self, parts: Mapping[str, Any]) -> int:
+        """The flat field goes before the one in `parts`, as transformers has it; both must agree
+        where the file has both."""
         name = "original_max_position_embeddings"
-        length = parts.get(name, self.get(name))
+        flat, inner = self.get(name), parts.get(name)
+        if flat is not None and inner is not None and flat != inner:
+            self.problem(name, flat, f"that of rope_parameters, {spell(inner)}")
+        length = inner if flat is None else flat
         if length is None:
             length = self.get("max_position_embeddings")
         if type(length) is int and 0 < length < LARGEST_COUNT:

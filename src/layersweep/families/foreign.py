@@ -16,6 +16,7 @@ HARMLESS = frozenset({
     *("use_cache", "return_dict", "output_attentions", "output_hidden_states"),
     *("output_router_logits", "chunk_size_feed_forward", "torchscript", "is_decoder"),
     *("attention_dropout", "router_jitter_noise", "router_aux_loss_coef", "initializer_range"),
+    *("pretraining_tp", "embd_pdrop", "resid_pdrop", "residual_dropout"),
     *("torch_dtype", "dtype", "pad_token_id"),
     *("id2label", "label2id", "num_labels", "problem_type", "task_specific_params"),
 })  # fmt: skip

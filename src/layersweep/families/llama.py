@@ -16,6 +16,16 @@ def read(f: Fields) -> Decoder:
     return assemble(f, sizes, repeated(pre_norm(attention, feed, sizes.norm), sizes))
 
 
+def read_seed_oss(f: Fields) -> Decoder:
+    sizes = read_sizes(f)
+    attention = grouped(
+        sizes, f.rope(sizes.head_dim), bias=f.flag("attention_bias"),
+        out_bias=f.flag("attention_out_bias"),
+    )  # fmt: skip
+    feed = Feed(f.count("intermediate_size"), f.activation(), bias=f.flag("mlp_bias"))
+    return assemble(f, sizes, repeated(pre_norm(attention, feed, sizes.norm), sizes))
+
+
 def read_mistral(f: Fields) -> Decoder:
     sizes = read_sizes(f)
     attention = grouped(sizes, f.rope(sizes.head_dim), window=f.optional_count("sliding_window"))
@@ -25,4 +35,11 @@ def read_mistral(f: Fields) -> Decoder:
 
 DEFAULTS = {"rope_theta": 1e4, "hidden_act": "silu", "rms_norm_eps": 1e-6}
 LLAMA = Family("llama", "LlamaForCausalLM", read, NAMES, DEFAULTS)
-MISTRAL = Family("mistral", "MistralForCausalLM", read_mistral, NAMES, DEFAULTS)
+MISTRAL = Family(
+    "mistral", "MistralForCausalLM", read_mistral, NAMES,
+    {**DEFAULTS, "num_key_value_heads": 8, "sliding_window": 4096},
+)  # fmt: skip
+SEED_OSS = Family(
+    "seed_oss", "SeedOssForCausalLM", read_seed_oss, NAMES,
+    {**DEFAULTS, "num_key_value_heads": 8, "head_dim": 128, "attention_bias": True},
+)  # fmt: skip

@@ -19,9 +19,6 @@ from layersweep.families.spec import Decoder, Feed, Router
 def read(f: Fields) -> Decoder:
     sizes = read_sizes(f)
     experts, top_k = read_top_k(f, "num_local_experts")
-    same = f.get("num_experts")  # transformers takes this one
-    if same is not None and same != experts:
-        f.problem("num_experts", same, f"num_local_experts = {experts}, or nothing")
     attention = grouped(sizes, f.rope(sizes.head_dim), window=f.optional_count("sliding_window"))
     feed = Feed(f.count("intermediate_size"), f.activation(), experts=experts, router=Router(top_k))
     return assemble(f, sizes, repeated(pre_norm(attention, feed, sizes.norm), sizes))
@@ -55,4 +52,5 @@ MIXTRAL = Family(
         _whole(("down_proj",), "down_proj"),
     ),
     defaults={"rope_theta": 1e6, "hidden_act": "silu", "num_key_value_heads": 8},
+    aliases={"num_local_experts": "num_experts"},
 )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from layersweep.families.fields import MOST_EXPERTS, MOST_LAYERS, Fields
@@ -22,8 +22,8 @@ class Sizes:
     norm: Norm
 
 
-def read_sizes(f: Fields, *, offset: float = 0.0) -> Sizes:
-    """`offset`: of the norms' weights."""
+def read_sizes(f: Fields, *, offset: float = 0.0, head_dim: int | None = None) -> Sizes:
+    """`offset`: of the norms' weights; `head_dim` where the family does not ask its field."""
     hidden, heads = f.count("hidden_size"), f.count("num_attention_heads")
     shared = f.get("num_key_value_heads")
     kv_heads = heads if shared is None else f.count("num_key_value_heads")
@@ -31,7 +31,7 @@ def read_sizes(f: Fields, *, offset: float = 0.0) -> Sizes:
         f.problem("num_key_value_heads", kv_heads, f"a divisor of the {heads} heads")
     return Sizes(
         hidden, f.count("num_hidden_layers", MOST_LAYERS), heads, kv_heads,
-        f.head_dim(hidden, heads), Norm(f.number("rms_norm_eps"), offset),
+        head_dim or f.head_dim(hidden, heads), Norm(f.number("rms_norm_eps"), offset),
     )  # fmt: skip
 
 
@@ -47,6 +47,37 @@ def grouped(sizes: Sizes, rope: Rope | None, **others: Any) -> Attention:
 def pre_norm(attention: Attention, feed: Feed, norm: Norm) -> Layer:
     """A layer whose norms come before its halves."""
     return Layer(attention, feed, norm, norm)
+
+
+def read_windows(
+    f: Fields, sizes: Sizes, slides: Callable[[int], bool], *, used: bool = True
+) -> list[int | None]:
+    """The window of each layer: of those that `layer_types` names, else of those that `slides`.
+    Where it is not `used`, sliding_window counts for nothing."""
+    window = f.optional_count("sliding_window") if used else None
+    types = f.layer_types(sizes.layers, "full_attention", "sliding_attention")
+    if types is None:
+        sliding = [slides(index) for index in range(sizes.layers)]
+    else:
+        sliding = [kind == "sliding_attention" for kind in types]
+    if any(sliding) and window is None:
+        needed = "a window, which layer_types names" if types else "a positive integer"
+        f.problem("sliding_window", f.get("sliding_window") if used else None, needed)
+    f.ignore("sliding_window")
+    return [window if one else None for one in sliding]
+
+
+def windowed(layers: Sequence[Layer], windows: Sequence[int | None]) -> list[Layer]:
+    """The same layers, each with its window."""
+    return [
+        replace(layer, attention=replace(layer.attention, window=window))
+        for layer, window in zip(layers, windows, strict=True)
+    ]
+
+
+def mixed(attention: Attention, sizes: Sizes, feeds: Sequence[Feed]) -> list[Layer]:
+    """Layers that differ in their feed alone, norms before both halves."""
+    return [pre_norm(attention, feed, sizes.norm) for feed in feeds]
 
 
 def repeated(layer: Layer, sizes: Sizes) -> tuple[Layer, ...]:
@@ -75,9 +106,11 @@ def assemble(f: Fields, sizes: Sizes, layers: Sequence[Layer], **others: Any) ->
     return decoder
 
 
-def read_top_k(f: Fields, experts_field: str) -> tuple[int, int]:
+def read_top_k(
+    f: Fields, experts_field: str, top_k_field: str = "num_experts_per_tok"
+) -> tuple[int, int]:
     """The experts of a layer, and how many of them a token goes to."""
-    experts, top_k = f.count(experts_field, MOST_EXPERTS), f.count("num_experts_per_tok")
+    experts, top_k = f.count(experts_field, MOST_EXPERTS), f.count(top_k_field)
     if top_k > experts:
-        f.problem("num_experts_per_tok", top_k, f"at most {experts_field} = {experts}")
+        f.problem(top_k_field, top_k, f"at most {experts_field} = {experts}")
     return experts, top_k

@@ -5,16 +5,33 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from layersweep.families.deepseek import V2, V3
+from layersweep.families.ernie import ERNIE, ERNIE_MOE
 from layersweep.families.family import Family
 from layersweep.families.fields import Fields, spell
 from layersweep.families.foreign import foreign_fields, unused_fields
-from layersweep.families.llama import LLAMA, MISTRAL
+from layersweep.families.gemma import GEMMA, GEMMA2, GEMMA3
+from layersweep.families.glm import GLM, GLM4, GLM4_MOE
+from layersweep.families.gpt_oss import GPT_OSS
+from layersweep.families.granite import GRANITE, GRANITE_MOE, GRANITE_MOE_SHARED
+from layersweep.families.llama import LLAMA, MISTRAL, SEED_OSS
 from layersweep.families.mixtral import MIXTRAL
 from layersweep.families.names import Names
+from layersweep.families.olmo import OLMO2, OLMOE
+from layersweep.families.phi3 import PHI3
+from layersweep.families.qwen import QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE
+from layersweep.families.smollm3 import SMOLLM3
 from layersweep.families.spec import Decoder
 from layersweep.problems import Problem
 
-FAMILIES = {family.model_type: family for family in (LLAMA, MISTRAL, MIXTRAL)}
+FAMILIES = {
+    family.model_type: family
+    for family in (
+        *(LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE, OLMO2, OLMOE, PHI3),
+        *(GEMMA, GEMMA2, GEMMA3, GPT_OSS, GLM, GLM4, GLM4_MOE, V2, V3),
+        *(SMOLLM3, SEED_OSS, ERNIE, ERNIE_MOE, GRANITE, GRANITE_MOE, GRANITE_MOE_SHARED),
+    )
+}
 
 
 @dataclass(frozen=True)
@@ -34,8 +51,9 @@ def describe(fields: Mapping[str, object], file: str) -> Description:
     family = _family(f)
     if family is None:
         return Description(None, None, f.problems)
-    f.defaults = family.defaults
+    f.defaults, f.aliases = family.defaults, family.aliases
     decoder = family.read(f)
+    _check_aliases(f)
     _check_foreign(f)
     if f.problems:
         return Description(None, None, f.problems)
@@ -65,6 +83,14 @@ def _family(f: Fields) -> Family | None:
     elif model_type is not None and model_type != found.model_type:
         f.problem("model_type", model_type, f"{spell(found.model_type)}, as architectures has it")
     return found
+
+
+def _check_aliases(f: Fields) -> None:
+    for field, other in f.aliases.items():
+        found, same = f.get(field), f.fields.get(other)
+        f.read.add(other)
+        if same is not None and same != found:
+            f.problem(other, same, f"{field} = {spell(found)}, or nothing")
 
 
 def _check_foreign(f: Fields) -> None:

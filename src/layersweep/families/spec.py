@@ -78,7 +78,8 @@ class Attention:
     scores; `softcap` c: scores become c tanh(scores / c); `sinks`: a learned score per head that
     takes part in the softmax and has no value. `qk_norm`: of each head, or of all heads at once.
     `rope` None: no positions. `value_dim`: of a value head. `bias`: of q, k, v; `out_bias`: of o.
-    `norm`: of q, k and latents, the decoder's own by default.
+    `norm`: of q, k and latents, the decoder's own by default. `clip`: q, k and v are kept within
+    plus and minus it, after their norms.
     """
 
     num_heads: int
@@ -95,6 +96,7 @@ class Attention:
     out_bias: bool = False
     latent: Latent | None = None
     norm: Norm | None = None
+    clip: float | None = None
 
     @property
     def query_width(self) -> int:
@@ -136,7 +138,8 @@ class Router:
     `bias`: of the logits; `correction`: added where experts are chosen, not to their weights.
     With `groups` > 1 only experts of the best `top_groups` groups can be chosen, a group judged
     by its best expert or by the sum of its best two. `normalize`: the weights of a token are
-    divided by their sum; `scale` multiplies them afterwards.
+    divided by their sum; `scale` multiplies them afterwards. `float32`: logits are computed so,
+    whatever the layer is computed in.
     """
 
     top_k: int
@@ -148,6 +151,7 @@ class Router:
     groups: int = 1
     top_groups: int = 1
     group_score: GroupScore = "max"
+    float32: bool = False
 
 
 @dataclass(frozen=True)
@@ -193,7 +197,8 @@ class Decoder:
     """A decoder-only language model.
 
     `embedding_scale` multiplies embeddings, `logit_scale` logits, before `logit_softcap`.
-    `synthetic`: the weights were never trained. `limit`: most tokens of a sequence.
+    `synthetic`: the weights were never trained. `draft_layers`: layers for multi-token prediction
+    that files may hold behind the last one; they are not run.
     """
 
     architecture: str
@@ -210,6 +215,7 @@ class Decoder:
     bos_token_id: int | None = None
     eos_token_id: int | None = None
     synthetic: bool = False
+    draft_layers: int = 0
 
     @property
     def num_hidden_layers(self) -> int:
@@ -247,6 +253,11 @@ class Decoder:
         """Of the layers that have experts; 0 for a dense model."""
         routers = (layer.feed.router for layer in self.distinct_layers)
         return max((router.top_k for router in routers if router), default=0)
+
+    @cached_property
+    def routes_in_float32(self) -> bool:
+        routers = (layer.feed.router for layer in self.distinct_layers)
+        return any(router.float32 for router in routers if router)
 
 
 def describe_decoder(decoder: Decoder) -> str:

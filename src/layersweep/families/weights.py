@@ -21,12 +21,14 @@ Shape = tuple[int, ...]
 @dataclass(frozen=True)
 class BlockShape:
     """`weights`: key within the block -> dense shape, those that are one product side by side.
-    `expert` is set where the role is "expert"."""
+    `expert` is set where the role is "expert". `float32`: keys that are computed with in float32,
+    whatever the others are computed with in."""
 
     role: Role
     layer: int | None
     weights: Mapping[str, Shape]
     expert: int | None = None
+    float32: frozenset[str] = frozenset()
 
     @property
     def name(self) -> str:
@@ -68,8 +70,10 @@ def layer_blocks(decoder: Decoder, index: int) -> Iterator[BlockShape]:
     """Attention with norms and router; then the dense MLP, or the shared expert and the routed
     ones in order."""
     layer, hidden = decoder.layers[index], decoder.hidden_size
-    yield BlockShape("attention", index, attention_weights(layer, hidden))
     feed = layer.feed
+    exact = {"router", "router_correction"} if feed.router and feed.router.float32 else set()
+    weights = attention_weights(layer, hidden)
+    yield BlockShape("attention", index, weights, float32=frozenset(exact & weights.keys()))
     if not feed.experts:
         yield BlockShape("mlp", index, mlp_weights(feed, feed.inner, hidden))
         return

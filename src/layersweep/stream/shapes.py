@@ -152,15 +152,17 @@ def attention_bytes(decoder: Decoder, tile: TileShape, element: int) -> int:
     for layer in decoder.distinct_layers:
         one = layer.attention
         row = decoder.hidden_size + one.query_width + one.out_width + one.stream_width
-        if layer.attention_out_norm:
-            row += decoder.hidden_size
-        if one.latent:
-            row += one.latent.query_rank or 0
+        norm, added = layer.attention_out_norm is not None, 0
+        if norm or one.out_bias or layer.residual != 1.0:  # what is added is made on its own
+            added = (1 + norm) * decoder.hidden_size
         keys, values = one.read_widths
-        first = tile.rows_at_once * row + at_once * (2 * keys + values)
+        seen, kept = at_once * (2 * keys + values), tile.kept_columns * (keys + values)
         if one.latent:  # the latents of past and own tokens, and their product
-            first += at_once * (one.stream_width + keys + values)
-        step = tile.read_rows * row + tile.kept_columns * (keys + values)
+            row += one.latent.query_rank or 0
+            seen += at_once * (one.stream_width + keys + values)
+            kept += tile.kept_columns * (one.stream_width + keys + values)
+        first = tile.rows_at_once * row + max(seen, tile.rows_at_once * added)
+        step = tile.read_rows * row + max(kept, tile.read_rows * added)
         most = max(most, first, step)
     return most * element + 16 * SCRATCH_ALIGNMENT
 
@@ -196,6 +198,8 @@ def temporary_bytes(decoder: Decoder, tiles: Sequence[TileShape], machine: Machi
             attention += 2 * at_once * width * machine.element
         codecs = at_once * streams * (4 + 4 + 2 * machine.element * (1 + tile.branches) // 2) // 2
         routing = tile.rows * (decoder.experts_per_token * 40 + decoder.num_experts * 12)
+        if decoder.routes_in_float32:
+            routing += 4 * tile.rows_at_once * decoder.hidden_size
         per_branch = tile.read_at_once // max(1, tile.branches)
         logits = 4 * per_branch * 4 * decoder.vocab_size
         most = max(most, attention + codecs, routing, logits)
@@ -225,14 +229,21 @@ def dense_bytes(decoder: Decoder, element: int) -> int:
     most = 0
     for block in blocks(decoder):
         if block.layer is None:
-            most = max(most, dense_elements(block))
+            most = max(most, dense_elements(block, element))
         else:
             part = attention if block.role == "attention" else feed
-            part[block.layer] = max(part.get(block.layer, 0), dense_elements(block))
+            part[block.layer] = max(part.get(block.layer, 0), dense_elements(block, element))
     return max(most, *(attention[layer] + feed[layer] for layer in feed)) * element
 
 
-def dense_elements(block: BlockShape) -> int:
-    """Numbers of a block's dense weights, each at a place where kernels load vectors."""
+def dense_elements(block: BlockShape, element: int) -> int:
+    """Numbers of `element` bytes that a block's dense weights take, each weight at a place where
+    kernels load vectors."""
     aligned = VECTOR_ALIGNMENT
-    return sum(-(-math.prod(shape) // aligned) * aligned for shape in block.weights.values())
+    places = (dense_places(block, key, element) for key in block.weights)
+    return sum(-(-count // aligned) * aligned for count in places)
+
+
+def dense_places(block: BlockShape, key: str, element: int) -> int:
+    """The same of one weight: those in float32 take two places of 16 bits a number."""
+    return math.prod(block.weights[key]) * (4 // element if key in block.float32 else 1)

@@ -152,7 +152,7 @@ def _stored(
     the next token can see."""
     of_arms = [(arm, context.streams(arm)) for arm in arms]
     if whole:
-        of_arms = [(arm, [replace(one, window=None) for one in own]) for arm, own in of_arms]
+        of_arms = [(arm, tuple(replace(one, window=None) for one in own)) for arm, own in of_arms]
     layers = context.decoder.num_hidden_layers
     empty = KvStore.empty(of_arms, context.index, layers, mean_tokens, first=first)
     return empty.appended(streams)

@@ -97,7 +97,7 @@ class LayerContext:
     def basis(self) -> Basis | None:
         """None where keys are more than a projection of normed rows."""
         one, norm = self.attention, self.layer.attention_norm
-        if one.latent or one.qk_norm or one.bias or norm is None or norm.offset:
+        if one.latent or one.qk_norm or one.bias or one.clip or norm is None or norm.offset:
             return None
         weights = self.weights
         return key_basis(

@@ -12,7 +12,7 @@ from layersweep.families.spec import Decoder
 from layersweep.families.weights import BlockShape
 from layersweep.model.compute import Compute
 from layersweep.stream.blocks import Block
-from layersweep.stream.shapes import VECTOR_ALIGNMENT, dense_bytes, dense_elements
+from layersweep.stream.shapes import VECTOR_ALIGNMENT, dense_bytes, dense_elements, dense_places
 
 # Matrices that have the same rows as input are one product: they lie side by side.
 JOINED = {
@@ -44,7 +44,8 @@ class DenseWeights:
 
     def fill_attention(self, block: Block, feeds: Iterable[BlockShape]) -> None:
         """Of a new layer, which the blocks `feeds` belong to, too."""
-        self._attention_starts = max(map(dense_elements, feeds))
+        element = self._memory.itemsize
+        self._attention_starts = max(dense_elements(feed, element) for feed in feeds)
         self.attention = self._filled(block, self._attention_starts)
 
     def fill_feed(self, block: Block) -> None:
@@ -63,27 +64,33 @@ class DenseWeights:
         return block.dense("embed", self._memory.dtype, out=out)
 
     def _filled(self, block: Block, start: int) -> Views:
-        shapes = block.spec.shape.weights
-        at = (start, *shapes.items())
+        shape = block.spec.shape
+        at = (start, shape.float32, *shape.weights.items())
         if at not in self._known:
-            self._known[at] = self._views(shapes, start)
+            self._known[at] = self._views(shape, start)
         views = self._known[at]
-        for key in shapes:
-            block.dense(key, self._memory.dtype, out=views[key])
+        for key in shape.weights:
+            view, dtype = views[key], self._memory.dtype
+            if view.dtype != dtype and block.spec.weights[key].packed:
+                view.copy_(block.dense(key, dtype))  # kernels decode to the compute dtype alone
+            else:
+                block.dense(key, view.dtype, out=view)
         return views
 
-    def _views(self, shapes: Mapping[str, tuple[int, ...]], start: int) -> Views:
+    def _views(self, block: BlockShape, start: int) -> Views:
         views: dict[str, Tensor] = {}
         places: dict[str, int] = {}
+        shapes, memory = block.weights, self._memory
         for key, shape in shapes.items():
             if not any(key in keys[1:] for keys in JOINED.values()):
                 start = -(-start // VECTOR_ALIGNMENT) * VECTOR_ALIGNMENT
-            places[key], end = start, start + math.prod(shape)
-            views[key], start = self._memory[start:end].view(shape), end
+            places[key], end = start, start + dense_places(block, key, memory.itemsize)
+            dtype = torch.float32 if key in block.float32 else memory.dtype
+            views[key], start = memory[start:end].view(dtype).view(shape), end
         for joined, keys in JOINED.items():
             if all(key in views for key in keys):
                 rows, rest = sum(len(views[key]) for key in keys), shapes[keys[0]][1:]
                 first = places[keys[0]]
-                joint = self._memory[first : first + rows * math.prod(rest)]
+                joint = memory[first : first + rows * math.prod(rest)]
                 views[joined] = joint.view(rows, *rest)
         return views

@@ -52,7 +52,7 @@ class FeedVisit:
         with self.scratch.frame():
             x, y = self._mlp(state.hidden[some], None, some.stop - some.start)
             if "gate" in self.weights.feed:
-                y = y * torch.sigmoid(self.compute.ops.linear(x, self.weights.feed["gate"]))
+                y.mul_(torch.sigmoid(self.compute.ops.linear(x, self.weights.feed["gate"])))
             state.update[some] += y
 
     def _mlp(self, hidden: Tensor, rows: Tensor | None, count: int) -> tuple[Tensor, Tensor]:

@@ -101,6 +101,8 @@ def _grouped(x_NH: Tensor, sequences: int, context: LayerContext) -> Projected:
     else:
         qkv = _product(x_NH, "qkv", context)
         q, k, v = torch.split(qkv, [one.query_width, one.key_width, one.value_width], dim=1)
+    if one.clip is not None:
+        q, k, v = (x.clamp_(-one.clip, one.clip) for x in (q, k, v))
     counts = (one.num_heads, one.num_kv_heads, one.num_kv_heads)
     q, k, v = (_heads(x, sequences, n) for x, n in zip((q, k, v), counts, strict=True))
     return Projected(q, (k, v))

@@ -1,0 +1,81 @@
+"""GLM-4.5 (2025, arXiv:2508.06471): experts by sigmoid, a shared one, first layers dense; half of
+each head turns. GLM-4 before it is dense, with norms on both sides of its halves."""
+
+from __future__ import annotations
+
+from layersweep.families.deepseek import ALIASES, draft_layers, read_feeds, read_v3_router
+from layersweep.families.family import Family
+from layersweep.families.fields import Fields
+from layersweep.families.names import LLAMA, Whole
+from layersweep.families.parts import (
+    Sizes,
+    assemble,
+    grouped,
+    mixed,
+    pre_norm,
+    read_sizes,
+    repeated,
+)
+from layersweep.families.spec import Attention, Decoder, Feed, Layer
+
+
+def read_glm(f: Fields) -> Decoder:
+    sizes = read_sizes(f)
+    layer = pre_norm(_turned_in_pairs(f, sizes), _feed(f), sizes.norm)
+    return assemble(f, sizes, repeated(layer, sizes))
+
+
+def read_glm4(f: Fields) -> Decoder:
+    sizes = read_sizes(f)
+    norm = sizes.norm
+    layer = Layer(_turned_in_pairs(f, sizes), _feed(f), norm, norm, norm, norm)
+    return assemble(f, sizes, repeated(layer, sizes))
+
+
+def read_glm4_moe(f: Fields) -> Decoder:
+    sizes = read_sizes(f)
+    attention = grouped(
+        sizes, f.rope(sizes.head_dim, partial=True), bias=f.flag("attention_bias"),
+        qk_norm="head" if f.flag("use_qk_norm") else None,
+    )  # fmt: skip
+    feeds = read_feeds(f, sizes, *read_v3_router(f))
+    return assemble(f, sizes, mixed(attention, sizes, feeds), draft_layers=draft_layers(f))
+
+
+def _turned_in_pairs(f: Fields, sizes: Sizes) -> Attention:
+    rope = f.rope(sizes.head_dim, partial=True, interleaved=True)
+    return grouped(sizes, rope, bias=f.flag("attention_bias"))
+
+
+def _feed(f: Fields) -> Feed:
+    return Feed(f.count("intermediate_size"), f.activation())
+
+
+DEFAULTS = {"rope_theta": 1e4, "hidden_act": "silu", "partial_rotary_factor": 0.5}
+GATE_AND_UP = Whole("mlp", ("gate_proj", "up_proj"), ("mlp.gate_up_proj.weight",))
+DENSE = {
+    **DEFAULTS, "head_dim": 128, "num_key_value_heads": 2, "rms_norm_eps": 1.5625e-7,
+    "attention_bias": True,
+}  # fmt: skip
+GLM = Family("glm", "GlmForCausalLM", read_glm, LLAMA.with_({}, GATE_AND_UP), DENSE)
+GLM4 = Family(
+    "glm4", "Glm4ForCausalLM", read_glm4,
+    LLAMA.with_(
+        {
+            "attention_out_norm": ("post_self_attn_layernorm.weight",),
+            "feed_out_norm": ("post_mlp_layernorm.weight",),
+        },
+        GATE_AND_UP,
+    ),
+    DENSE,
+)  # fmt: skip
+GLM4_MOE = Family(
+    "glm4_moe", "Glm4MoeForCausalLM", read_glm4_moe, LLAMA,
+    {
+        **DEFAULTS, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "n_routed_experts": 128,
+        "num_experts_per_tok": 8, "n_shared_experts": 1, "moe_intermediate_size": 1408,
+        "routed_scaling_factor": 1.0, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
+        "norm_topk_prob": True, "num_nextn_predict_layers": 1,
+    },
+    {"n_routed_experts": "num_local_experts", **ALIASES},
+)  # fmt: skip
