@@ -51,10 +51,6 @@ class BlockShape:
 
 def blocks(decoder: Decoder) -> Iterator[BlockShape]:
     """All blocks in sweep order: embedding, layers, head."""
-    if decoder.generic:
-        there = range(decoder.num_hidden_layers)
-        yield from (one for one in decoder.generic.blocks if one.layer in (None, *there))
-        return
     yield embed_block(decoder)
     for index in range(decoder.num_hidden_layers):
         yield from layer_blocks(decoder, index)
@@ -62,10 +58,16 @@ def blocks(decoder: Decoder) -> Iterator[BlockShape]:
 
 
 def embed_block(decoder: Decoder) -> BlockShape:
+    """Of transformers' decoders, all that computes before the first layer."""
+    if decoder.generic:
+        return decoder.generic.blocks[0]
     return BlockShape("embed", None, {"embed": (decoder.vocab_size, decoder.hidden_size)})
 
 
 def head_block(decoder: Decoder) -> BlockShape:
+    """Of transformers' decoders, all that computes after the last layer."""
+    if decoder.generic:
+        return decoder.generic.blocks[-1]
     hidden = decoder.hidden_size
     return BlockShape("head", None, {"norm": (hidden,), "lm_head": (decoder.vocab_size, hidden)})
 

@@ -80,10 +80,7 @@ class TileRows:
         out = q_1QND.new_empty(rows, heads * width)
         for group in self._now:
             own = slice(group.start - self._rows.start, group.stop - self._rows.start)
-            q, k, v = (
-                x[0, :, own].unflatten(1, (len(group.sequences), group.rows_each)).transpose(0, 1)
-                for x in (q_1QND, k_1GND, v_1GND)
-            )
+            q, k, v = (_sequences(x[0, :, own], group) for x in (q_1QND, k_1GND, v_1GND))
             with context.scratch.frame():
                 attend_group(self.tile, group, Projected(q, (k, v)), out[own], context)
         return out.view(1, rows, heads, width).transpose(1, 2)
@@ -136,6 +133,12 @@ class TileRows:
             return x if axis is None else x.narrow(axis, start, some.stop - some.start)
 
         return forward(*mapped(args, cut), **mapped(kwargs, cut))
+
+
+def _sequences(x_HND: Tensor, group: Group) -> Tensor:
+    """[H, rows, D] of a group -> [B, H, rows of a sequence, D], a view where x is one in memory."""
+    heads, _, width = x_HND.shape
+    return x_HND.reshape(heads, len(group.sequences), group.rows_each, width).transpose(0, 1)
 
 
 def _row_axis(x: Tensor, whole: slice) -> int | None:

@@ -57,13 +57,11 @@ class GenericNames:
         """Whether a file may hold this tensor for others."""
         return name.endswith(IGNORED_SUFFIX) or any(one.search(name) for one in self._ignored)
 
-    def outside(self, decoder: Decoder, there: Mapping[str, object]) -> Iterator[Wanted]:
-        """Embedding, head, and what is beside the layers."""
-        for block in self._blocks:
-            if block.layer is None:
-                wants = self._wants(block, "", there)
-                assert not wants.fused, "rows of a tensor beside the layers"
-                yield from wants.single
+    def outside(self, block: BlockShape, there: Mapping[str, object]) -> Iterator[Wanted]:
+        """See families/names.py."""
+        wants = self._wants(block, "", there)
+        assert not wants.fused, "rows of a tensor beside the layers"
+        yield from wants.single
 
     def layer(self, decoder: Decoder, index: int, there: Mapping[str, object]) -> Wants:
         """See families/names.py."""
