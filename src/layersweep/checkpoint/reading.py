@@ -7,6 +7,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from layersweep.checkpoint.beside import ADAPTER, adapter_note, unused_files
 from layersweep.checkpoint.companions import SUFFIXES, Classifier
@@ -18,22 +19,26 @@ from layersweep.checkpoint.shards import Shards, open_shards
 from layersweep.checkpoint.strict_json import UnusableJson, parse_json
 from layersweep.checkpoint.weights import Checkpoint, Weight
 from layersweep.families.names import LAYERS, Fused, Wanted
-from layersweep.families.registry import AnyNames, Description
+from layersweep.families.registry import Description
 from layersweep.families.spec import Decoder
 from layersweep.families.weights import embed_block, head_block
 from layersweep.problems import FileProblem, Problem
+
+if TYPE_CHECKING:
+    from layersweep.families.registry import AnyNames
 
 DISAGREE = "config.json and the tensors disagree; take both from the same model"
 _PLACE = re.compile(re.escape(LAYERS) + r"(\d+)\.(?:\w+\.experts\.(\d+)\.)?")
 
 
 def scan_folder(
-    folder: Folder, source: str, revision: str | None, path: Path
+    folder: Folder, source: str, revision: str | None, path: Path, *, generic: bool = False
 ) -> tuple[Checkpoint | None, list[Problem]]:
-    """The checkpoint in `folder` (a local one is at `path`), or everything that is wrong."""
+    """The checkpoint in `folder` (a local one is at `path`), or everything that is wrong.
+    `generic`: see families/registry.describe."""
     problems: list[Problem] = []
     notes: list[str] = []
-    described, raw_config = _open_config(folder, problems)
+    described, raw_config = _open_config(folder, problems, generic=generic)
     decoder, names = described.decoder, described.names
     shards = open_shards(folder, problems, notes)
     if decoder is None or names is None or problems:
@@ -63,7 +68,9 @@ def scan_folder(
     return checkpoint, []
 
 
-def _open_config(folder: Folder, problems: list[Problem]) -> tuple[Description, bytes]:
+def _open_config(
+    folder: Folder, problems: list[Problem], *, generic: bool
+) -> tuple[Description, bytes]:
     where = f"{folder.label}/config.json"
     if "config.json" not in folder.names():
         needed = "the model's config.json"
@@ -77,7 +84,7 @@ def _open_config(folder: Folder, problems: list[Problem]) -> tuple[Description, 
     except FileProblem as error:
         problems.append(error.problem)
         return Description(None, None, problems), b""
-    described = parse_config(raw, where)
+    described = parse_config(raw, where, generic=generic)
     problems.extend(described.problems)
     return described, raw
 
