@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from families.weights import randomize
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from families.weights import randomize
 from layersweep.sweep import model as opening
 from layersweep.sweep.loop import SweepRecord, run_sweep
 from layersweep.sweep.model import Model
@@ -62,7 +62,6 @@ def opened(folder: Path, *, vram: str = "1GiB") -> Model:
     return opening.load(str(folder), device="cpu", vram=vram, ram="1GiB", program="generic")
 
 
-
 def swept(model: Model, tiles: list[Tile]) -> tuple[list[list[list[Tensor]]], SweepRecord]:
     """Logits by tile, sequence and branch, and what the sweep recorded."""
     found: list[list[list[Tensor]]] = [[] for _ in tiles]
@@ -79,9 +78,7 @@ def swept(model: Model, tiles: list[Tile]) -> tuple[list[list[list[Tensor]]], Sw
     return found, record
 
 
-def difference(
-    model: PreTrainedModel, tiles: list[Tile], found: list[list[list[Tensor]]]
-) -> float:
+def difference(model: PreTrainedModel, tiles: list[Tile], found: list[list[list[Tensor]]]) -> float:
     """Largest difference of a branch's logits to transformers' plain forward of prefix + branch, in
     standard deviations of its logits."""
     worst = 0.0
@@ -94,4 +91,3 @@ def difference(
                 wanted = wanted[slice(*branch.read)]
                 worst = max(worst, float((logits - wanted).abs().max() / wanted.std()))
     return worst
-

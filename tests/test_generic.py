@@ -111,9 +111,7 @@ def test_how_keys_turn_is_read_off_them(kind: str, pairs: int, first: list[int])
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt_oss", "glm4_moe"])
-def test_codecs_see_keys_before_rope(
-    kind: str, make: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_codecs_see_keys_before_rope(kind: str, make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a codec gets is what the key projection made, up to a factor of yarn's."""
     theirs, ours = make(kind)
     tile = Tile("t", (ride(30, 6, arm=parse("fp8")),))
@@ -141,9 +139,7 @@ def test_codecs_see_keys_before_rope(
 
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt_oss", "qwen3_next"])
-def test_identity_arms_change_nothing_but_rounding(
-    kind: str, streaming: bool, make: Any
-) -> None:
+def test_identity_arms_change_nothing_but_rounding(kind: str, streaming: bool, make: Any) -> None:
     theirs, ours = make(kind)
     arm = parse("identity")
     sequence = ride(0, 40, arm=arm, streaming=True) if streaming else ride(31, 9, 9, arm=arm)

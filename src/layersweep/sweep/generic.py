@@ -20,6 +20,7 @@ from layersweep.model.generic.experts import ExpertSums
 from layersweep.model.generic.walk import AtExperts, AtLayer, Done, Halt
 from layersweep.model.ops import NEVER
 from layersweep.stream.blocks import Block
+from layersweep.stream.generic_shapes import HEAD_ROWS
 from layersweep.stream.shapes import rows_at_once
 from layersweep.stream.store import BlockStore
 from layersweep.sweep.clock import PhaseClock
@@ -213,14 +214,19 @@ class _Sweep:
             ranges = read_rows(sequence, start)
             rows = torch.cat([halt.hidden_NH[first:last] for first, last in ranges])
             with self.engine.scratch.frame():
-                logits = self.modules.logits(rows, self._product)
+                vocabulary = self.engine.decoder.vocab_size
+                logits = self.engine.scratch.take(len(rows), vocabulary, dtype=torch.float32)
+                for some, into in zip(
+                    torch.split(rows, HEAD_ROWS), torch.split(logits, HEAD_ROWS), strict=True
+                ):
+                    into.copy_(self.modules.logits(some, self._product))
                 parts = torch.split(logits, [last - first for first, last in ranges])
                 read_logits(walking.tile, number, sequence, list(parts))
             start += sequence.rows
         walking.halt = None
 
     def _product(self, x_NH: Tensor, weight_VH: Tensor) -> Tensor:
-        memory = self.engine.scratch.take(len(x_NH), len(weight_VH), dtype=torch.float32)
+        memory = x_NH.new_empty(len(x_NH), len(weight_VH), dtype=torch.float32)
         return self.engine.compute.ops.logits(x_NH, weight_VH, memory)
 
     def _filled(self, number: int, prefix: str = "", feeds: Sequence[int] = ()) -> Views:

@@ -37,10 +37,19 @@ def config_of(fields: Mapping[str, Any]) -> PreTrainedConfig:
         hint = f"did you mean '{near[0]}'?" if near else "a newer transformers may know it"
         raise Unsupported("model_type", f"'{kind}'", "one that transformers knows", hint=hint)
     try:
-        return CONFIG_MAPPING[kind].from_dict(dict(fields))
+        return CONFIG_MAPPING[kind].from_dict(_with_floats(dict(fields)))
     except FOREIGN_FAILURES as failure:
         found = first_line(failure)
         raise Unsupported("config.json", found, "fields that transformers takes") from failure
+
+
+def _with_floats(value: Any) -> Any:
+    """transformers writes infinity as {"__float__": "Infinity"}."""
+    if isinstance(value, dict):
+        if value.keys() == {"__float__"}:
+            return float(value["__float__"])
+        return {key: _with_floats(part) for key, part in value.items()}
+    return [_with_floats(part) for part in value] if isinstance(value, list) else value
 
 
 def build(config: PreTrainedConfig) -> PreTrainedModel:

@@ -41,6 +41,11 @@ class Modules:
             if known.attends_in:
                 self._called((known.attends_in,), lambda rows: rows.by_group)
         layers[-1].register_forward_hook(_halts_behind(count))
+        after = {self.parameter(key).rpartition(".")[0] for key in parts.blocks[-1].weights}
+        base = {
+            name for name, module in self._by_name.items() if module in set(self._base.modules())
+        }
+        self._called(tuple(after & base), lambda rows: rows.by_row)
 
     def _called(self, names: tuple[str, ...], how: Callable[[Rows], Any]) -> None:
         for name in names:
