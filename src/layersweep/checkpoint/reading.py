@@ -7,6 +7,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from layersweep.checkpoint.beside import ADAPTER, adapter_note, unused_files
 from layersweep.checkpoint.companions import SUFFIXES, Classifier
@@ -18,10 +19,13 @@ from layersweep.checkpoint.shards import Shards, open_shards
 from layersweep.checkpoint.strict_json import UnusableJson, parse_json
 from layersweep.checkpoint.weights import Checkpoint, Weight
 from layersweep.families.names import LAYERS, Fused, Wanted
-from layersweep.families.registry import AnyNames, Description
+from layersweep.families.registry import Description
 from layersweep.families.spec import Decoder
 from layersweep.families.weights import embed_block, head_block
 from layersweep.problems import FileProblem, Problem
+
+if TYPE_CHECKING:
+    from layersweep.families.registry import AnyNames
 
 DISAGREE = "config.json and the tensors disagree; take both from the same model"
 _PLACE = re.compile(re.escape(LAYERS) + r"(\d+)\.(?:\w+\.experts\.(\d+)\.)?")
