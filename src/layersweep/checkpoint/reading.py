@@ -17,8 +17,8 @@ from layersweep.checkpoint.header import StoredTensor
 from layersweep.checkpoint.shards import Shards, open_shards
 from layersweep.checkpoint.strict_json import UnusableJson, parse_json
 from layersweep.checkpoint.weights import Checkpoint, Weight
-from layersweep.families.names import IGNORED_SUFFIX, LAYERS, Fused, Names, Wanted
-from layersweep.families.registry import Description
+from layersweep.families.names import LAYERS, Fused, Wanted
+from layersweep.families.registry import AnyNames, Description
 from layersweep.families.spec import Decoder
 from layersweep.families.weights import embed_block, head_block
 from layersweep.problems import FileProblem, Problem
@@ -90,7 +90,7 @@ class _Layout:
         folder: Folder,
         shards: Shards,
         decoder: Decoder,
-        names: Names,
+        names: AnyNames,
         problems: list[Problem],
         notes: list[str],
     ) -> None:
@@ -104,9 +104,9 @@ class _Layout:
 
     def weights(self) -> dict[str, Weight]:
         weights: dict[str, Weight] = {}
-        if not self._counts_fit():
+        if self.decoder.generic is None and not self._counts_fit():
             return weights
-        for wanted in self.names.block(embed_block(self.decoder)):
+        for wanted in self.names.outside(embed_block(self.decoder), self.tensors):
             self._add(weights, wanted)
         for layer in range(self.decoder.num_hidden_layers):
             wants = self.names.layer(self.decoder, layer, self.tensors)
@@ -114,7 +114,7 @@ class _Layout:
                 self._add_fused(weights, fused)
             for wanted in wants.single:
                 self._add(weights, wanted)
-        for wanted in self.names.block(head_block(self.decoder)):
+        for wanted in self.names.outside(head_block(self.decoder), self.tensors):
             if wanted.name != "lm_head" or not self._tied(wanted):
                 self._add(weights, wanted)
         if "lm_head" not in weights and "embed" in weights and self.decoder.tie_word_embeddings:
@@ -199,7 +199,7 @@ class _Layout:
 
     def _check_leftovers(self) -> None:
         for name, tensor in self.tensors.items():
-            if name in self.used or name.endswith(IGNORED_SUFFIX):
+            if name in self.used or self.names.ignores(name):
                 continue
             if name == "lm_head.weight" and self.decoder.tie_word_embeddings:
                 continue

@@ -233,7 +233,7 @@ def dense_bytes(decoder: Decoder, element: int) -> int:
         else:
             part = attention if block.role == "attention" else feed
             part[block.layer] = max(part.get(block.layer, 0), dense_elements(block, element))
-    return max(most, *(attention[layer] + feed[layer] for layer in feed)) * element
+    return max(most, *(attention[layer] + feed.get(layer, 0) for layer in attention)) * element
 
 
 def dense_elements(block: BlockShape, element: int) -> int:

@@ -45,7 +45,8 @@ class DenseWeights:
     def fill_attention(self, block: Block, feeds: Iterable[BlockShape]) -> None:
         """Of a new layer, which the blocks `feeds` belong to, too."""
         element = self._memory.itemsize
-        self._attention_starts = max(dense_elements(feed, element) for feed in feeds)
+        starts = (dense_elements(feed, element) for feed in feeds)
+        self._attention_starts = max(starts, default=0)
         self.attention = self._filled(block, self._attention_starts)
 
     def fill_feed(self, block: Block) -> None:

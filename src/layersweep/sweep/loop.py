@@ -141,6 +141,11 @@ def run_sweep(
     keys and values of `tiles` (of one name) are kept between sweeps. Sweeps that run at once, each
     in a thread, share one `turn`.
     """
+    if engine.decoder.generic:
+        from layersweep.sweep.generic import GenericEngine, run_modules
+
+        assert isinstance(engine, GenericEngine) and caches is None and not then
+        return run_modules(engine, tiles, read_logits, lead, check, progress)
     record, turn = SweepRecord(), turn or HostTurn()
     decoder = engine.decoder
     groups = [
