@@ -23,6 +23,8 @@ LAYOUTS: dict[str, dict[str, str]] = {
         **{f"glu{pairs}_{act}": "Pif" for pairs in ("", "_pairs") for act in ACTIVATIONS},
         "add_rows": "4Pi",
         "add_rows_f32": "4Pi",
+        "add_places": "4P4i",
+        "add_places_f32": "4P4i",
         "leave_layer": "4P2i",
     },
     "rope": {
@@ -181,6 +183,22 @@ class Kernels(CodecKernels):
         assert weight.dtype in (self.dtype, torch.float32)
         name = "add_rows" if weight.dtype == self.dtype else "add_rows_f32"
         self._columns(name, count, width, (update, rows, y, weight, width))
+
+    def add_places_(
+        self, update: Tensor, places: Tensor, first: int, y: Tensor, weight: Tensor
+    ) -> None:
+        """See TorchOps.add_places_: update [N, H], places int32 [N, K] ascending, y [P, H],
+        weight [P], T or float32."""
+        count, width = y.shape
+        _rows(update, self.dtype)
+        _rows(y, self.dtype)
+        same(places, torch.int32)
+        same(weight, weight.dtype)
+        assert places.shape[0] == update.shape[0] and update.shape[1] == width
+        assert weight.dtype in (self.dtype, torch.float32) and weight.numel() == count
+        name = "add_places" if weight.dtype == self.dtype else "add_places_f32"
+        args = (update, places, y, weight, width, first, count, places.shape[1])
+        self._columns(name, len(update), width, args)
 
     def leave_layer_(
         self, hidden: Tensor, update: Tensor, unit: Tensor, first_bad: Tensor, layer: int

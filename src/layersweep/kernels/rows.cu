@@ -146,6 +146,44 @@ extern "C" __global__ void __launch_bounds__(256) add_rows_f32(
     add_row(update, rows, y, weight, width);
 }
 
+template <class Weight>
+__device__ void add_placed(
+    T* update, const int* places, const T* y, const Weight* weight, int width, int first,
+    int count, int per_row
+) {
+    const int at = 8 * (blockIdx.y * blockDim.x + threadIdx.x);
+    if (at >= width) return;
+    T* row = update + (i64)blockIdx.x * width + at;
+    float sum[8], add[8];
+    bool read = false;
+    for (int k = 0; k < per_row; ++k) {
+        const int place = places[(i64)blockIdx.x * per_row + k] - first;
+        if (place < 0 || place >= count) continue;
+        if (!read) load(row, sum);
+        read = true;
+        load(y + (i64)place * width + at, add);
+        const float share = to_float(weight[place]);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) sum[i] = rounded(sum[i] + rounded(add[i] * share));
+    }
+    if (read) store(row, sum);
+}
+
+// update[n] += T(y[p - first] * weight[p - first]) for each p of places[n] that is in range, in
+// their order: as add_rows would, once per k. One block row per n, so no two blocks meet.
+extern "C" __global__ void __launch_bounds__(256) add_places(
+    T* update, const int* places, const T* y, const T* weight, int width, int first, int count,
+    int per_row
+) {
+    add_placed(update, places, y, weight, width, first, count, per_row);
+}
+extern "C" __global__ void __launch_bounds__(256) add_places_f32(
+    T* update, const int* places, const T* y, const float* weight, int width, int first, int count,
+    int per_row
+) {
+    add_placed(update, places, y, weight, width, first, count, per_row);
+}
+
 // hidden += update; update = 0; the first layer after which a unit was not finite is kept.
 extern "C" __global__ void __launch_bounds__(256) leave_layer(
     T* hidden, T* update, const int* unit, int* first_bad, int width, int layer
