@@ -13,13 +13,14 @@ from layersweep.kernels.nvrtc import KernelError, compile_cubin, read_source
 from layersweep.kernels.runtime import Argument, Module
 
 SCALARS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu2", "swiglu_clamped")
 # Parameters of every kernel in the order of its declaration; see Module.
 LAYOUTS: dict[str, dict[str, str]] = {
     "nf4": {"nf4_wide": "6Pq2if", "nf4_any": "6P3qf"},
     "rows": {
-        "rms_norm": "4Pqi2f",
-        "swiglu": "P2if",
-        "swiglu_pairs": "P2if",
+        "rms_norm": "4Pqif",
+        "rms_norm_offset": "4Pqi2f",
+        **{f"glu{pairs}_{act}": "Pif" for pairs in ("", "_pairs") for act in ACTIVATIONS},
         "add_rows": "4Pi",
         "add_rows_f32": "4Pi",
         "add_places": "4P4i",
@@ -36,8 +37,6 @@ LAYOUTS: dict[str, dict[str, str]] = {
     "capped": {"attend_capped": "6P12q4i2f"},
     **CODEC_LAYOUTS,
 }
-# Numbers of rows.cu's enum.
-ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu2": 3, "swiglu_clamped": 4}
 _NF4_WIDE = 256 * 8 * 4
 
 Nested = tuple[Tensor, Tensor, int, float]
@@ -147,8 +146,9 @@ class Kernels(CodecKernels):
         if count == 0:
             return
         threads = min(256, -(-width // 256) * 32)
-        args = (x, weight, rows, out, x.stride(0), width, eps, offset)
-        self._module("rows").launch("rms_norm", (count, 1, 1), threads, args)
+        name, more = ("rms_norm_offset", (offset,)) if offset else ("rms_norm", ())
+        args = (x, weight, rows, out, x.stride(0), width, eps, *more)
+        self._module("rows").launch(name, (count, 1, 1), threads, args)
 
     def swiglu_(
         self, gate_up: Tensor, act: str = "silu", interleaved: bool = False, limit: float = 0.0
@@ -160,13 +160,13 @@ class Kernels(CodecKernels):
         count, width = gate_up.shape
         inner = width // 2
         _rows(gate_up, self.dtype)
-        assert inner % 8 == 0
-        args = (gate_up, inner, ACTIVATIONS[act], limit)
+        assert inner % 8 == 0 and act in ACTIVATIONS
+        args = (gate_up, inner, limit)
         if not interleaved:
-            self._columns("swiglu", count, inner, args)
+            self._columns(f"glu_{act}", count, inner, args)
         elif count:
             threads = min(256, -(-inner // 256) * 32)
-            self._module("rows").launch("swiglu_pairs", (count, 1, 1), threads, args)
+            self._module("rows").launch(f"glu_pairs_{act}", (count, 1, 1), threads, args)
         return gate_up[:, :inner]
 
     def add_rows_(self, update: Tensor, rows: Tensor, y: Tensor, weight: Tensor) -> None:
