@@ -94,6 +94,9 @@ def check_rms_norm(
     alone = torch.empty(1, width, dtype=kernels.dtype, device=device)
     kernels.rms_norm(x[count - 1 :], weight, 1e-5, alone)
     exactly(alone[0], out[count - 1], seed)
+    own = x[:count].contiguous()
+    kernels.rms_norm(own, weight, 1e-5, own)
+    exactly(own, out, seed)
 
 
 def check_swiglu(kernels: Kernels, device: torch.device, count: int, inner: int, seed: int) -> None:

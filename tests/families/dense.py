@@ -38,7 +38,7 @@ DENSE: Mapping[str, Tiny] = {
     "qwen2:window": Tiny("qwen2", {"use_sliding_window": True, "max_window_layers": 1}),
     "qwen3": Tiny("qwen3", biased()),
     "olmo": Tiny("olmo", {"clip_qkv": 1.5}),
-    "olmo2": Tiny("olmo2"),
+    "olmo2": Tiny("olmo2", published=True),
     "olmo3": Tiny(
         "olmo3",
         two_ropes(STRETCHED, 50_000.0),
@@ -76,6 +76,11 @@ DENSE: Mapping[str, Tiny] = {
         "gemma3_text",
         {"query_pre_attn_scalar": 20, **two_ropes({"rope_type": "linear", "factor": 2.0})},
     ),
+    "gemma3_text:published": Tiny(
+        "gemma3_text",
+        {"query_pre_attn_scalar": 20, **two_ropes({"rope_type": "linear", "factor": 2.0})},
+        published=True,
+    ),
     "vaultgemma": Tiny(
         "vaultgemma",
         {
@@ -86,8 +91,8 @@ DENSE: Mapping[str, Tiny] = {
         },
     ),
     "glm": Tiny("glm", rope(partial_rotary_factor=0.5)),
-    "glm4": Tiny("glm4", rope(partial_rotary_factor=0.5)),
-    "granite": Tiny("granite", biased(mlp_bias=True, **MULTIPLIERS)),
+    "glm4": Tiny("glm4", rope(partial_rotary_factor=0.5), published=True),
+    "granite": Tiny("granite", biased(mlp_bias=True, **MULTIPLIERS), published=True),
     "cohere": Tiny("cohere", {"logit_scale": 0.8, "use_qk_norm": True}),
     "cohere2": Tiny("cohere2", {"logit_scale": 0.8, **WINDOWS}),
     "starcoder2": Tiny("starcoder2"),

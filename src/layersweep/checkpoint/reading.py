@@ -20,6 +20,7 @@ from layersweep.checkpoint.weights import Checkpoint, Weight
 from layersweep.families.names import IGNORED_SUFFIX, LAYERS, Fused, Names, Wanted
 from layersweep.families.registry import Description
 from layersweep.families.spec import Decoder
+from layersweep.families.weights import embed_block, head_block
 from layersweep.problems import FileProblem, Problem
 
 DISAGREE = "config.json and the tensors disagree; take both from the same model"
@@ -105,14 +106,16 @@ class _Layout:
         weights: dict[str, Weight] = {}
         if not self._counts_fit():
             return weights
-        for wanted in self.names.outside(self.decoder):
-            if wanted.name != "lm_head" or not self._tied(wanted):
-                self._add(weights, wanted)
+        for wanted in self.names.block(embed_block(self.decoder)):
+            self._add(weights, wanted)
         for layer in range(self.decoder.num_hidden_layers):
             wants = self.names.layer(self.decoder, layer, self.tensors)
             for fused in wants.fused:
                 self._add_fused(weights, fused)
             for wanted in wants.single:
+                self._add(weights, wanted)
+        for wanted in self.names.block(head_block(self.decoder)):
+            if wanted.name != "lm_head" or not self._tied(wanted):
                 self._add(weights, wanted)
         if "lm_head" not in weights and "embed" in weights and self.decoder.tie_word_embeddings:
             embed = weights["embed"]

@@ -214,17 +214,23 @@ class Fields:
         return Rope(theta=base, dim=dim, kind=kind, interleaved=interleaved, **numbers, **others)
 
     def _rope_parts(self) -> Mapping[str, Any]:
-        objects = [self.object(name) for name in ("rope_scaling", "rope_parameters")]
-        decides = next((parts for parts in objects if parts), {})
-        for name, parts in zip(("rope_scaling", "rope_parameters"), objects, strict=True):
-            theta = decides.get("rope_theta")
-            other = parts.get("rope_theta", theta)
-            if theta is not None and other != theta:
-                self.problem(f"{name}.rope_theta", other, f"{spell(theta)}, as rope_scaling has it")
-        if not any(isinstance(part, dict) for part in decides.values()):
-            return decides
-        self.problem("rope_parameters", decides, "one RoPE for all layers", ROPE_HINT)
-        return {}
+        scaling, parameters = self.object("rope_scaling"), self.object("rope_parameters")
+        decides = scaling or parameters
+        if any(isinstance(part, dict) for part in decides.values()):
+            self.problem("rope_parameters", decides, "one RoPE for all layers", ROPE_HINT)
+            return {}
+        if scaling:
+            self._check_overruled(scaling, parameters)
+        return decides
+
+    def _check_overruled(self, scaling: Mapping[str, Any], parameters: Mapping[str, Any]) -> None:
+        kind = scaling.get("rope_type", scaling.get("type", "default"))
+        decided = {"rope_theta": self.get("rope_theta"), **scaling, "rope_type": kind}
+        for key, value in parameters.items():
+            name = "rope_type" if key == "type" else key
+            if value != decided.get(name):
+                needed = f"{spell(decided.get(name))}, as rope_scaling has it"
+                self.problem(f"rope_parameters.{key}", value, needed)
 
     def _theta(self, parts: Mapping[str, Any], field: str) -> float:
         flat = self.get(field)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 
 from layersweep.families.spec import Decoder
-from layersweep.families.weights import BlockShape, Role, Shape, blocks, layer_blocks
+from layersweep.families.weights import BlockShape, Role, Shape, layer_blocks
 
 Spellings = tuple[str, ...]
 LAYERS = "model.layers."
@@ -66,12 +66,11 @@ class Names:
         """These names with others for some weights, and `wholes` in place of these."""
         return Names({**self.spellings, **spellings}, wholes or self.wholes)
 
-    def outside(self, decoder: Decoder) -> Iterator[Wanted]:
-        """Embedding, last norm and head."""
-        for block in blocks(decoder):
-            if block.layer is None:
-                for key, shape in block.weights.items():
-                    yield Wanted(key, self.bases(block, key), shape)
+    def block(self, block: BlockShape, without: Container[str] = ()) -> Iterator[Wanted]:
+        """The weights of a block, but for keys that other tensors hold."""
+        for key, shape in block.weights.items():
+            if key not in without:
+                yield Wanted(block.canonical(key), self.bases(block, key), shape)
 
     def layer(self, decoder: Decoder, index: int, there: Mapping[str, object]) -> Wants:
         """What the files must hold of a layer, as single or as fused tensors: whichever of them is
@@ -87,10 +86,9 @@ class Names:
                 fused.append(_fused(whole, members, bases))
                 taken |= {(whole.role, key) for key in whole.keys}
         single = [
-            Wanted(block.canonical(key), self.bases(block, key), shape)
+            wanted
             for block in found
-            for key, shape in block.weights.items()
-            if (block.role, key) not in taken
+            for wanted in self.block(block, [key for role, key in taken if role == block.role])
         ]
         return Wants(single, fused)
 

@@ -31,6 +31,7 @@ LAYOUTS: dict[str, dict[str, str]] = {
         for source in ("", "_f32")
     },
     "score": {"score_exact": "3Pi", "score": "4Pi"},
+    "capped": {"attend_capped": "6P12q4i2f"},
     **CODEC_LAYOUTS,
 }
 # Numbers of rows.cu's enum.
@@ -233,6 +234,42 @@ class Kernels(CodecKernels):
         grid = -(-tokens * (dim // 16 if wide else dim // 2) // 256)
         args: list[Argument] = [*pointers, *strides, tokens, dim, first]
         self._module("rope").launch(name, (grid, heads, batch), 256, args)
+
+    def attend_capped(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float,
+        softcap: float,
+        window: int | None = None,
+        mask_TS: Tensor | None = None,
+        sinks_Q: Tensor | None = None,
+    ) -> Tensor:
+        """Causal attention [B, Q, T, D] with scores softcap * tanh(scale * q.k / softcap).
+
+        q [B, Q, T, D] at the last T of S places; k, v [B, G, S, D]; D a multiple of 8 up to 256,
+        any strides that are multiples of 8. Oracle: model.attention.PlainAttention. With a mask,
+        True where a query may look, that is the rule, else the newest `window` keys.
+        """
+        batch, heads, queries, dim = q.shape
+        keys = k.shape[2]
+        out = torch.empty(batch, queries, heads, dim, dtype=self.dtype, device=q.device)
+        out = out.transpose(1, 2)
+        assert k.shape == v.shape and dim % 8 == 0 and dim <= MAX_VECTOR
+        for one in (q, k, v):
+            assert one.dtype == self.dtype and one.stride(3) == 1 and one.data_ptr() % 16 == 0
+            assert all(step % 8 == 0 for step in one.stride()[:3])
+        mask = None if mask_TS is None else mask_TS.contiguous().view(torch.uint8)
+        assert mask is None or (window is None and mask.shape == (queries, keys))
+        strides = [step for one in (q, k, v, out) for step in one.stride()[:3]]
+        sizes = (queries, keys, keys if window is None else window, heads // k.shape[1])
+        sinks = None if sinks_Q is None else sinks_Q.float()
+        args: list[Argument] = [q, k, v, out, mask, sinks, *strides, *sizes, scale, softcap]
+        grid = (-(-queries // 64), heads, batch)
+        self._module("capped", dim).launch("attend_capped", grid, 256, args)
+        return out
 
     def score_exact(self, exact: Tensor, target: Tensor, out: Tensor) -> None:
         """out float32 [T, 1] = -log_softmax(exact [T, V] float32)[target int64 [T]]."""
