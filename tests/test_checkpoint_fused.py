@@ -40,7 +40,6 @@ PARTS = {  # tensor, first row, rows
 }
 
 
-
 def fused_name(layer: int, tensor: str) -> str:
     return f"model.layers.{layer}.mlp.experts.{tensor}"
 
@@ -126,9 +125,7 @@ def test_windows_score_as_with_the_same_weights_one_by_one(tmp_path: Path, neste
 def one_by_one(fused: Path, folder: Path) -> Path:
     """The packed bytes of `fused` expert by expert, with the scales they have there, plain."""
     tensors = read_tensors(fused)
-    stored = {
-        name: tensor for name, tensor in tensors.items() if ".experts." not in name
-    }
+    stored = {name: tensor for name, tensor in tensors.items() if ".experts." not in name}
     for layer in range(LAYERS):
         for part, (tensor, _, rows) in PARTS.items():
             name = fused_name(layer, tensor)
