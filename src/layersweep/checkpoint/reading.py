@@ -138,7 +138,8 @@ class _Layout:
             return False
         for layer in range(self.decoder.num_hidden_layers):
             experts, own = self.decoder.layers[layer].feed.experts, len(there[str(layer)])
-            if experts > own and not self.names.has_fused_experts(layer, self.tensors):
+            fused = self.names.has_fused_experts(layer, self.tensors)
+            if experts > own and not fused:
                 self._too_many(f"{experts} experts of layer {layer}", f"{own}")
                 return False
         return True
