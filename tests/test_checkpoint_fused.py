@@ -33,7 +33,11 @@ from layersweep.sweep.model import load
 
 UP, DOWN = "gate_up_proj", "down_proj"
 SHAPES = {UP: (EXPERTS, 2 * FFN, HIDDEN), DOWN: (EXPERTS, HIDDEN, FFN)}
-PARTS = {"w1": (UP, 0, FFN), "w3": (UP, FFN, FFN), "w2": (DOWN, 0, HIDDEN)}  # first row, rows
+PARTS = {  # tensor, first row, rows
+    "gate_proj": (UP, 0, FFN),
+    "up_proj": (UP, FFN, FFN),
+    "down_proj": (DOWN, 0, HIDDEN),
+}
 
 
 def fused_name(layer: int, tensor: str) -> str:
@@ -48,7 +52,7 @@ def write(folder: Path, tensors: dict[str, Tensor]) -> Path:
 
 
 def slices(part: str) -> Iterator[tuple[int, slice]]:
-    """(expert, its elements in the flat fused tensor) of every expert's w1, w2 or w3."""
+    """(expert, its elements in the flat fused tensor) of every expert's weight of that part."""
     tensor, first, count = PARTS[part]
     _, rows, columns = SHAPES[tensor]
     for expert in range(EXPERTS):
@@ -121,17 +125,13 @@ def test_windows_score_as_with_the_same_weights_one_by_one(tmp_path: Path, neste
 def one_by_one(fused: Path, folder: Path) -> Path:
     """The packed bytes of `fused` expert by expert, with the scales they have there, plain."""
     tensors = read_tensors(fused)
-    stored = {
-        name.replace("mlp.gate", "block_sparse_moe.gate"): tensor
-        for name, tensor in tensors.items()
-        if ".experts." not in name
-    }
+    stored = {name: tensor for name, tensor in tensors.items() if ".experts." not in name}
     for layer in range(LAYERS):
         for part, (tensor, _, rows) in PARTS.items():
             name = fused_name(layer, tensor)
             packed, scales = tensors[name].reshape(-1), plain_scales(name, tensors)
             for expert, elements in slices(part):
-                new = f"model.layers.{layer}.block_sparse_moe.experts.{expert}.{part}.weight"
+                new = f"model.layers.{layer}.mlp.experts.{expert}.{part}.weight"
                 stored |= pack(new, torch.ones(rows, SHAPES[tensor][2]), nested=False)
                 at, end = elements.start, elements.stop
                 stored[new] = packed[at // 2 : end // 2, None].clone()

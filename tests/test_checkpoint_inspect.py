@@ -23,9 +23,10 @@ def test_identical_layers_and_experts_share_rows(
     inspect(str(tiny_checkpoint(tmp_path)))
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert "weights nf4, router nf4, 161.32 KiB in 1 file" in lines
-    assert any(line.startswith("0-1 input_norm: bfloat16 64 64") for line in lines)
+    assert any(line.startswith("0-1 q_proj: nf4 1x2048 64x64 nested") for line in lines)
+    assert any(line.startswith("attention_norm: bfloat16 64 64") for line in lines)
     assert "router: nf4 1x128 4x64 nested, blocks of 64 1.36 KiB" in lines
-    assert any(line.startswith("experts 0-3 w1: nf4 1x3072 96x64") for line in lines)
+    assert any(line.startswith("experts 0-3 gate_proj: nf4 1x3072 96x64") for line in lines)
     assert "note: the router is stored in 4 bits" in lines
     assert sum("router" in line and "1x128" in line for line in lines) == 1
 
@@ -40,8 +41,8 @@ def test_float_router_and_a_layer_that_differs(
     inspect(str(tmp_path))
     out = capsys.readouterr().out
     assert out.count("router: float16 4x64") == 2
-    assert "experts 0-1,3 w1: bfloat16 96x64" in out
-    assert "experts 2 w1: float32 96x64" in out
+    assert "experts 0-1,3 gate_proj: bfloat16 96x64" in out
+    assert "experts 2 gate_proj: float32 96x64" in out
     assert "weights mixed, router float16" in out
 
 

@@ -72,16 +72,16 @@ def expected_weights(folder: Path) -> dict[str, Tensor]:
     }
     for layer in range(LAYERS):
         old, new = f"model.layers.{layer}", f"layers.{layer}"
-        expected[f"{new}.input_norm"] = state[f"{old}.input_layernorm.weight"]
-        expected[f"{new}.post_attention_norm"] = state[f"{old}.post_attention_layernorm.weight"]
+        expected[f"{new}.attention_norm"] = state[f"{old}.input_layernorm.weight"]
+        expected[f"{new}.feed_norm"] = state[f"{old}.post_attention_layernorm.weight"]
         for part in ("q_proj", "k_proj", "v_proj", "o_proj"):
             expected[f"{new}.{part}"] = state[f"{old}.self_attn.{part}.weight"]
         expected[f"{new}.router"] = state[f"{old}.mlp.gate.weight"]
         up, down = state[f"{old}.mlp.experts.gate_up_proj"], state[f"{old}.mlp.experts.down_proj"]
         for expert in range(EXPERTS):
-            expected[f"{new}.experts.{expert}.w1"] = up[expert, :FFN]
-            expected[f"{new}.experts.{expert}.w3"] = up[expert, FFN:]
-            expected[f"{new}.experts.{expert}.w2"] = down[expert]
+            expected[f"{new}.experts.{expert}.gate_proj"] = up[expert, :FFN]
+            expected[f"{new}.experts.{expert}.up_proj"] = up[expert, FFN:]
+            expected[f"{new}.experts.{expert}.down_proj"] = down[expert]
     return expected
 
 
@@ -134,9 +134,9 @@ def test_descriptions_and_bytes(tmp_path: Path) -> None:
     weights = open_checkpoint(str(tmp_path)).weights
     assert weights["layers.0.router"].describe() == f"float16 {EXPERTS}x{HIDDEN}"
     assert weights["layers.1.q_proj"].describe() == "nf4 1x2048"
-    w1 = weights["layers.0.experts.3.w1"]
+    gate_proj = weights["layers.0.experts.3.gate_proj"]
     state = read_tensors(tmp_path)[f"model.layers.0.block_sparse_moe.experts.3.w1.weight{STATE}"]
-    assert w1.nbytes == 3072 + 96 + 64 + 4 + 1024 + state.nbytes
+    assert gate_proj.nbytes == 3072 + 96 + 64 + 4 + 1024 + state.nbytes
 
 
 def test_quant_storage_other_than_uint8(tmp_path: Path) -> None:

@@ -25,8 +25,9 @@ SOURCE = PROJECT / "src/layersweep"
 
 # Data flows from left to right; nothing imports from its right.
 ORDER = (
-    *("errors", "units", "notebook", "progress", "environment", "demo", "kernels", "checkpoint"),
-    *("stream", "probes", "model", "kv", "sweep", "text", "statistics", "tasks", "runs"),
+    *("errors", "problems", "units", "notebook", "progress", "environment", "demo", "kernels"),
+    *("families", "checkpoint", "stream", "probes", "model", "kv", "sweep", "text"),
+    *("statistics", "tasks", "runs"),
     *("generate", "study", "report", "api", "integrations", "bench", "kaggle", "cli", "__main__"),
 )
 
@@ -65,15 +66,15 @@ def test_every_folder_has_its_place_in_the_order() -> None:
         path.name for path in SOURCE.iterdir() if path.is_dir() and any(path.glob("*.py"))
     }
     assert there - {"__init__"} <= set(ORDER)
-    rooms = {"checkpoint", "stream", "model", "kv", "sweep", "text", "tasks", "statistics", "runs"}
-    assert rooms | {"generate", "study", "report", "bench", "kaggle", "cli"} <= there
+    rooms = {"families", "checkpoint", "stream", "model", "kv", "sweep", "text", "tasks", "runs"}
+    assert rooms | {"statistics", "generate", "study", "report", "bench", "kaggle", "cli"} <= there
 
 
 def test_folders_import_only_from_earlier_ones() -> None:
     assert violations(SOURCE, ORDER) == []
 
 
-ENGINE = ("checkpoint", "stream", "model", "kv", "sweep")
+ENGINE = ("families", "checkpoint", "stream", "model", "kv", "sweep")
 FRONTENDS = ("notebook", "progress", "probes", "cli")
 
 
@@ -88,6 +89,18 @@ def test_key_value_codecs_know_nothing_of_the_engine() -> None:
     engine_after_codecs = tuple(name for name in ORDER if name not in ("stream", "model"))
     stricter = (*engine_after_codecs, "stream", "model")
     found = [line for line in violations(SOURCE, stricter) if line.startswith("kv/")]
+    assert found == []
+
+
+def test_a_family_is_read_without_torch() -> None:
+    """Plans of any machine and the login node's inspection read configs."""
+    found = [
+        f"{path.name} imports {module}"
+        for path in sorted((SOURCE / "families").glob("*.py"))
+        for module in imported_modules(ast.parse(path.read_text("utf-8")), ["layersweep"])
+        if module.split(".")[0] not in sys.stdlib_module_names
+        and module.split(".")[:2] not in (["layersweep", "families"], ["layersweep", "problems"])
+    ]
     assert found == []
 
 

@@ -10,7 +10,8 @@ from layersweep.families.spec import Activation, Rope, RopeKind
 from layersweep.problems import Problem, show
 
 LARGEST_COUNT = 1 << 31
-MOST_LAYERS, MOST_EXPERTS = 4096, 65_536  # more than that is no model, and would be looked for
+# More than that is no model, and would be looked for one by one; experts of all layers together.
+MOST_LAYERS, MOST_EXPERTS = 4096, 65_536
 SMALLEST_FLOAT32, LARGEST_FLOAT32 = 1.2e-38, 3.4e38  # what is computed with, without denormals
 HINT = "config.json must describe the tensors beside it; download both again"
 ROPE_HINT = "this RoPE cannot be computed so far"
@@ -172,11 +173,7 @@ class Fields:
         if parts is None:
             parts = self._rope_parts()
         base = self._theta(parts, theta)
-        kind = parts.get("rope_type", parts.get("type", "default"))
-        kind = ROPE_ALIASES.get(kind, kind) if isinstance(kind, str) else kind
-        if kind not in ROPE_NUMBERS:
-            self.problem("rope_type", kind, " or ".join(map(spell, ROPE_NUMBERS)), ROPE_HINT)
-            kind = "default"
+        kind = self._rope_kind(parts)
         share = parts.get("partial_rotary_factor", self.get("partial_rotary_factor", 1.0))
         if share is None or (not partial and share != 1.0):
             self.problem("partial_rotary_factor", share, "1.0", ROPE_HINT)
@@ -213,18 +210,33 @@ class Fields:
         self.unused += [f"rope_parameters.{key}" for key in parts if key not in known]
         return Rope(theta=base, dim=dim, kind=kind, interleaved=interleaved, **numbers, **others)
 
+    def _rope_kind(self, parts: Mapping[str, Any]) -> RopeKind:
+        found = parts.get("rope_type", parts.get("type", "default"))
+        if isinstance(found, str):
+            for kind in ROPE_NUMBERS:
+                if ROPE_ALIASES.get(found, found) == kind:
+                    return kind
+        self.problem("rope_type", found, " or ".join(map(spell, ROPE_NUMBERS)), ROPE_HINT)
+        return "default"
+
     def _rope_parts(self) -> Mapping[str, Any]:
-        objects = [self.object(name) for name in ("rope_scaling", "rope_parameters")]
-        decides = next((parts for parts in objects if parts), {})
-        for name, parts in zip(("rope_scaling", "rope_parameters"), objects, strict=True):
-            theta = decides.get("rope_theta")
-            other = parts.get("rope_theta", theta)
-            if theta is not None and other != theta:
-                self.problem(f"{name}.rope_theta", other, f"{spell(theta)}, as rope_scaling has it")
-        if not any(isinstance(part, dict) for part in decides.values()):
-            return decides
-        self.problem("rope_parameters", decides, "one RoPE for all layers", ROPE_HINT)
-        return {}
+        scaling, parameters = self.object("rope_scaling"), self.object("rope_parameters")
+        decides = scaling or parameters
+        if any(isinstance(part, dict) for part in decides.values()):
+            self.problem("rope_parameters", decides, "one RoPE for all layers", ROPE_HINT)
+            return {}
+        if scaling:
+            self._check_overruled(scaling, parameters)
+        return decides
+
+    def _check_overruled(self, scaling: Mapping[str, Any], parameters: Mapping[str, Any]) -> None:
+        kind = scaling.get("rope_type", scaling.get("type", "default"))
+        decided = {"rope_theta": self.get("rope_theta"), **scaling, "rope_type": kind}
+        for key, value in parameters.items():
+            name = "rope_type" if key == "type" else key
+            if value != decided.get(name):
+                needed = f"{spell(decided.get(name))}, as rope_scaling has it"
+                self.problem(f"rope_parameters.{key}", value, needed)
 
     def _theta(self, parts: Mapping[str, Any], field: str) -> float:
         flat = self.get(field)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 
 from layersweep.families.spec import Decoder
-from layersweep.families.weights import BlockShape, Role, Shape, blocks, layer_blocks
+from layersweep.families.weights import BlockShape, Role, Shape, layer_blocks
 
 Spellings = tuple[str, ...]
 LAYERS = "model.layers."
@@ -66,12 +66,19 @@ class Names:
         """These names with others for some weights, and `wholes` in place of these."""
         return Names({**self.spellings, **spellings}, wholes or self.wholes)
 
-    def outside(self, decoder: Decoder) -> Iterator[Wanted]:
-        """Embedding, last norm and head."""
-        for block in blocks(decoder):
-            if block.layer is None:
-                for key, shape in block.weights.items():
-                    yield Wanted(key, self.bases(block, key), shape)
+    def ignores(self, name: str) -> bool:
+        """Whether a file may hold this tensor for others."""
+        return name.endswith(IGNORED_SUFFIX)
+
+    def outside(self, block: BlockShape, there: Mapping[str, object]) -> Iterator[Wanted]:
+        """The weights of the embedding or of the head."""
+        return self.block(block)
+
+    def block(self, block: BlockShape, without: Container[str] = ()) -> Iterator[Wanted]:
+        """The weights of a block, but for keys that other tensors hold."""
+        for key, shape in block.weights.items():
+            if key not in without:
+                yield Wanted(block.canonical(key), self.bases(block, key), shape)
 
     def layer(self, decoder: Decoder, index: int, there: Mapping[str, object]) -> Wants:
         """What the files must hold of a layer, as single or as fused tensors: whichever of them is
@@ -80,19 +87,23 @@ class Names:
         fused: list[Fused] = []
         taken: set[tuple[Role, str]] = set()
         for whole in self.wholes:
-            bases = tuple(f"{LAYERS}{index}.{name}" for name in whole.spellings)
+            bases = _bases(whole, index)
             members = [block for block in found if block.role == whole.role]
             keys_there = members and all(key in members[0].weights for key in whole.keys)
             if keys_there and any(base in there for base in bases):
                 fused.append(_fused(whole, members, bases))
                 taken |= {(whole.role, key) for key in whole.keys}
         single = [
-            Wanted(block.canonical(key), self.bases(block, key), shape)
+            wanted
             for block in found
-            for key, shape in block.weights.items()
-            if (block.role, key) not in taken
+            for wanted in self.block(block, [key for role, key in taken if role == block.role])
         ]
         return Wants(single, fused)
+
+    def has_fused_experts(self, index: int, there: Container[str]) -> bool:
+        """Whether a tensor of several experts of this layer is `there`."""
+        wholes = (whole for whole in self.wholes if whole.role == "expert")
+        return any(base in there for whole in wholes for base in _bases(whole, index))
 
     def bases(self, block: BlockShape, key: str) -> Spellings:
         """The names that files have for a weight of a block; the first is the published one."""
@@ -109,6 +120,10 @@ class Names:
 class Wants:
     single: list[Wanted]
     fused: list[Fused]
+
+
+def _bases(whole: Whole, index: int) -> Spellings:
+    return tuple(f"{LAYERS}{index}.{name}" for name in whole.spellings)
 
 
 def _fused(whole: Whole, members: list[BlockShape], bases: Spellings) -> Fused:
