@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
+from layersweep.sweep.foreign import TileRows, tile_positions
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -15,7 +16,6 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from layersweep.model.generic.decoder import Decoder
 from layersweep.model.generic.experts import ExpertSums
 from layersweep.model.generic.walk import AtExperts, AtLayer, Done, Halt, Walk
-from layersweep.sweep.foreign import TileRows, tile_positions
 from layersweep.sweep.sequences import Tile
 
 SMALL: dict[str, Any] = {
