@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import tempfile
 import time
@@ -94,7 +95,8 @@ def _fields(subject: checks.Subject) -> dict[str, object]:
 
 
 def _short(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).strip()}".replace("\n", " ")[:300]
+    words = re.sub(r"\S*config\.json: ", "", str(error).strip())  # of a temporary folder
+    return (words or type(error).__name__).replace("\n", " ")[:300]
 
 
 def names() -> Iterator[str]:
@@ -112,7 +114,7 @@ def table(lines: list[dict[str, object]]) -> str:
     for line in lines:
         if "path" not in line:
             continue
-        marks = [_mark(line, key) for key in ("prefill", "nf4", "streaming", "needle", "generate")]
+        marks = [_mark(line, key) for key in COLUMNS]
         changed = f"{line.get('fields_equal', 0)}"
         if refused := line.get("fields_refused"):
             changed += f", refused: {', '.join(f'`{field}`' for field in refused)}"

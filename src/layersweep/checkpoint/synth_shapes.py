@@ -49,7 +49,7 @@ class PublishedShape:
     @cached_property
     def _described(self) -> tuple[Decoder, Names]:
         found = describe(self.config_json(), "shape")
-        assert found.decoder is not None and found.names is not None, found.problems
+        assert found.decoder is not None and isinstance(found.names, Names), found.problems
         return found.decoder, found.names
 
     @property
