@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from layersweep.families.names import LAYERS
 from layersweep.families.registry import Description, describe
 from layersweep.families.spec import Decoder
 from layersweep.families.weights import embed_block, head_block
@@ -41,15 +42,22 @@ def decoder_of(model_type: str, fields: Mapping[str, object] = SMALL, **more: ob
     return found.decoder
 
 
-def tensors_of(model_type: str, fields: Mapping[str, object]) -> dict[str, Tensor]:
-    """A tensor of zeros for every weight, under its published name."""
+def tensors_of(
+    model_type: str, fields: Mapping[str, object], *, fused: bool = False
+) -> dict[str, Tensor]:
+    """A tensor of zeros for every weight, under its published name; `fused`: those that the family
+    has for several weights at once."""
     found = described(model_type, fields)
     assert found.decoder is not None and found.names is not None
-    ends = embed_block(found.decoder), head_block(found.decoder)
-    wanted = [one for block in ends for one in found.names.block(block)]
+    shapes: dict[str, tuple[int, ...]] = {}
+    for block in (embed_block(found.decoder), head_block(found.decoder)):
+        shapes |= {one.bases[0]: one.shape for one in found.names.block(block)}
     for index in range(found.decoder.num_hidden_layers):
-        wanted += found.names.layer(found.decoder, index, {}).single
-    return {one.bases[0]: torch.zeros(one.shape, dtype=torch.bfloat16) for one in wanted}
+        wholes = found.names.wholes if fused else ()
+        there = {f"{LAYERS}{index}.{whole.spellings[0]}": None for whole in wholes}
+        wants = found.names.layer(found.decoder, index, there)
+        shapes |= {one.bases[0]: one.shape for one in (*wants.single, *wants.fused)}
+    return {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
 
 
 def written(folder: Path, fields: Mapping[str, object], tensors: dict[str, Tensor]) -> str:

@@ -53,7 +53,7 @@ def random_checkpoint(folder: Path, model_type: str, fields: Mapping[str, object
     generator = torch.Generator().manual_seed(0)
     tensors = {
         name: torch.randn(zeros.shape, generator=generator) * 0.2
-        for name, zeros in tensors_of(model_type, fields).items()
+        for name, zeros in tensors_of(model_type, fields, fused=model_type == "gpt_oss").items()
     }
     return written(folder, {**fields, "model_type": model_type}, tensors)
 
