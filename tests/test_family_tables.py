@@ -171,3 +171,14 @@ def test_deepseek_v3_as_published() -> None:
     assert routed.attention.scale == pytest.approx(16**-0.5 * spread**2)
     assert routed.attention.norm is not None
     assert routed.attention.norm.eps == 1e-6
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_gpt_oss_with_a_tensor_for_each_expert_and_with_one_for_all(
+    tmp_path: Path, fused: bool
+) -> None:
+    fields = {**SMALL, "model_type": "gpt_oss", "num_local_experts": 4, "num_experts_per_tok": 2}
+    tensors = tensors_of("gpt_oss", fields, fused=fused)
+    checkpoint = open_checkpoint(written(tmp_path, fields, tensors))
+    assert checkpoint.weights["layers.1.experts.3.gate_up_proj"].shape == (48, 16)
+    assert checkpoint.weights["layers.1.experts.3.down_bias"].shape == (16,)
