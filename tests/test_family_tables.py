@@ -3,48 +3,18 @@ config.json, and what is refused."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
+from family_builders import GLM_MOE, LATENT, SMALL, decoder_of, described, tensors_of, written
 
 from layersweep.checkpoint.layout import open_checkpoint
 from layersweep.errors import CheckpointError
 from layersweep.families.family import Family
-from layersweep.families.registry import FAMILIES, Description, describe
-from layersweep.families.spec import Decoder
-from layersweep.families.weights import embed_block, head_block
-
-SMALL: Mapping[str, object] = {
-    "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-5,
-}  # fmt: skip
-GLM_MOE: Mapping[str, object] = {
-    **SMALL, "model_type": "glm4_moe", "moe_intermediate_size": 8, "n_routed_experts": 4,
-    "num_experts_per_tok": 2, "first_k_dense_replace": 1,
-}  # fmt: skip
-LATENT: Mapping[str, object] = {
-    **SMALL, "num_key_value_heads": 4, "kv_lora_rank": 8, "q_lora_rank": None,
-    "qk_nope_head_dim": 4, "qk_rope_head_dim": 4, "v_head_dim": 4, "moe_intermediate_size": 8,
-    "n_routed_experts": 8, "num_experts_per_tok": 2,
-}  # fmt: skip
-
-
-def described(model_type: str, fields: Mapping[str, object] = SMALL, **more: object) -> Description:
-    return describe({**fields, "model_type": model_type, **more}, "config.json")
-
-
-def decoder_of(model_type: str, fields: Mapping[str, object] = SMALL, **more: object) -> Decoder:
-    found = described(model_type, fields, **more)
-    assert found.problems == []
-    assert found.decoder is not None
-    return found.decoder
+from layersweep.families.registry import FAMILIES
 
 
 def complaint(model_type: str, fields: Mapping[str, object] = SMALL, **more: object) -> str:
@@ -67,23 +37,6 @@ def test_what_a_file_leaves_out_is_what_transformers_takes(family: Family) -> No
     assert MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family.model_type] == family.architecture
     whole = CONFIG_MAPPING[family.model_type](**SIZES).to_dict()
     assert decoder_of(family.model_type, SIZES) == decoder_of(family.model_type, whole)
-
-
-def tensors_of(model_type: str, fields: Mapping[str, object]) -> dict[str, Tensor]:
-    """A tensor of zeros for every weight, under its published name."""
-    found = described(model_type, fields)
-    assert found.decoder is not None and found.names is not None
-    ends = embed_block(found.decoder), head_block(found.decoder)
-    wanted = [one for block in ends for one in found.names.block(block)]
-    for index in range(found.decoder.num_hidden_layers):
-        wanted += found.names.layer(found.decoder, index, {}).single
-    return {one.bases[0]: torch.zeros(one.shape, dtype=torch.bfloat16) for one in wanted}
-
-
-def written(folder: Path, fields: Mapping[str, object], tensors: dict[str, Tensor]) -> str:
-    (folder / "config.json").write_text(json.dumps(fields))
-    save_file(tensors, folder / "model.safetensors")
-    return str(folder)
 
 
 def test_layers_for_multi_token_prediction_are_left_out_and_said(tmp_path: Path) -> None:
@@ -215,6 +168,17 @@ def test_deepseek_v3_as_published() -> None:
     assert (router.score, router.group_score, router.scale) == ("sigmoid", "top2", 2.5)
     assert (router.groups, router.top_groups, router.float32) == (4, 2, True)
     spread = 0.1 * math.log(40) + 1
-    assert routed.attention.scale == pytest.approx(8**-0.5 * spread**2)
+    assert routed.attention.scale == pytest.approx(16**-0.5 * spread**2)
     assert routed.attention.norm is not None
     assert routed.attention.norm.eps == 1e-6
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_gpt_oss_with_a_tensor_for_each_expert_and_with_one_for_all(
+    tmp_path: Path, fused: bool
+) -> None:
+    fields = {**SMALL, "model_type": "gpt_oss", "num_local_experts": 4, "num_experts_per_tok": 2}
+    tensors = tensors_of("gpt_oss", fields, fused=fused)
+    checkpoint = open_checkpoint(written(tmp_path, fields, tensors))
+    assert checkpoint.weights["layers.1.experts.3.gate_up_proj"].shape == (48, 16)
+    assert checkpoint.weights["layers.1.experts.3.down_bias"].shape == (16,)

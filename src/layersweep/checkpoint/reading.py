@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from layersweep.families.registry import AnyNames
 
 DISAGREE = "config.json and the tensors disagree; take both from the same model"
-_PLACE = re.compile(re.escape(LAYERS) + r"(\d+)\.(?:\w+\.experts\.(\d+)\.)?")
+_PLACE = re.compile(re.escape(LAYERS) + r"(\d+)\.(?:\w+\.experts\.(?:\w+\.)?(\d+)\.)?")
 
 
 def scan_folder(

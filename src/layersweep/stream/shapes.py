@@ -157,8 +157,7 @@ def feed_bytes(decoder: Decoder, tile: TileShape, *, cpu: bool, element: int) ->
             rows = min(rows_at_once(feed, role, tile.rows, cpu=cpu), max(tile.rows, 64))
             if role == "expert":
                 rows *= experts_at_once(decoder, layer, element, cpu=cpu)
-            wide = (1 + feed.shared_gate) * decoder.hidden_size
-            wide += (3 if feed.interleaved else 2) * inner
+            wide = (1 + feed.shared_gate) * decoder.hidden_size + 2 * inner
             most = max(most, rows * wide * element + 4 * SCRATCH_ALIGNMENT)
     return most
 
