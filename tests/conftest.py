@@ -19,5 +19,9 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     """The tiny model named by the parameter, and transformers' reading of it."""
     from families.checks import Subject
     from families.table import TINY
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    return Subject.of(TINY[request.param], tmp_path_factory.mktemp("family"))
+    tiny = TINY[request.param]
+    if tiny.model_type not in CONFIG_MAPPING:
+        pytest.skip(f"the installed transformers has no {tiny.model_type}")
+    return Subject.of(tiny, tmp_path_factory.mktemp("family"))

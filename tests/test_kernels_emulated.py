@@ -7,12 +7,14 @@ import random
 import kernel_checks as check
 import pytest
 import torch
+from capped_checks import check_capped
 from cuda_on_cpu.emulated import COMPILER, Workshop
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layersweep.kernels import KernelError, Kernels, load_kernels
 from layersweep.kv.lloyd_tables import POSITIVE_LEVELS
+from layersweep.model.attention import Rule
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="g++ is not installed")
 
@@ -84,6 +86,11 @@ def test_add_rows(kernels: Kernels, width: int, seed: int) -> None:
     check.check_add_rows(kernels, CPU, 9, 6, width, seed)
 
 
+@pytest.mark.parametrize("width", [8, 264])
+def test_add_places(kernels: Kernels, width: int, seed: int) -> None:
+    check.check_add_places(kernels, CPU, 9, 6, 3, width, seed)
+
+
 @pytest.mark.parametrize("width", [8, 264, 2056])
 def test_leave_layer(kernels: Kernels, width: int, seed: int) -> None:
     check.check_leave_layer(kernels, CPU, 10, width, seed)
@@ -96,6 +103,23 @@ def test_leave_layer(kernels: Kernels, width: int, seed: int) -> None:
 )
 def test_rope(kernels: Kernels, shape: tuple[int, int, int, int], seed: int) -> None:
     check.check_rope(kernels, CPU, shape, seed)
+
+
+@pytest.mark.parametrize(
+    "scalar, shape, rule, masked",
+    [
+        (0, (1, 2, 1, 66, 70, 40), Rule(0.3, softcap=2.0), False),
+        (0, (1, 1, 1, 3, 134, 40), Rule(window=66, softcap=2.0), False),
+        (2, (2, 2, 2, 1, 1, 24), Rule(softcap=2.0), False),
+        (2, (1, 2, 1, 5, 66, 24), Rule(softcap=2.0), True),
+    ],
+    ids=str,
+)
+def test_capped_attention(
+    workshop: Workshop, scalar: int, shape: tuple[int, int, int, int, int, int], rule: Rule,
+    masked: bool, seed: int,
+) -> None:  # fmt: skip
+    check_capped(workshop.kernels(DTYPES[scalar]), CPU, shape, rule, seed, masked)
 
 
 @pytest.mark.parametrize("bits", POSITIVE_LEVELS)

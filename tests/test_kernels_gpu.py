@@ -9,11 +9,13 @@ from types import ModuleType
 import kernel_checks as check
 import pytest
 import torch
+from capped_checks import check_capped
 
 from layersweep.kernels import Kernels, load_kernels
 from layersweep.kv import lloyd, trellis
 from layersweep.kv.lloyd_tables import POSITIVE_LEVELS
 from layersweep.kv.stream import Stream
+from layersweep.model.attention import Rule
 
 pytestmark = [
     pytest.mark.gpu,
@@ -68,6 +70,11 @@ def test_add_rows(kernels: Kernels, width: int, seed: int) -> None:
     check.check_add_rows(kernels, DEVICE, 51200, 12800, width, seed)
 
 
+@pytest.mark.parametrize("width", [2048, 8])
+def test_add_places(kernels: Kernels, width: int, seed: int) -> None:
+    check.check_add_places(kernels, DEVICE, 5120, 128, 8, width, seed)
+
+
 @pytest.mark.parametrize("width", [4096, 256, 8])
 def test_leave_layer(kernels: Kernels, width: int, seed: int) -> None:
     check.check_leave_layer(kernels, DEVICE, 51200, width, seed)
@@ -76,6 +83,16 @@ def test_leave_layer(kernels: Kernels, width: int, seed: int) -> None:
 @pytest.mark.parametrize("shape", [(8, 32, 513, 128), (2, 8, 100, 80), (2, 3, 50, 24)], ids=str)
 def test_rope(kernels: Kernels, shape: tuple[int, int, int, int], seed: int) -> None:
     check.check_rope(kernels, DEVICE, shape, seed)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("window", [None, 100])
+@pytest.mark.parametrize("dim", [64, 80, 128, 256])
+def test_capped_attention(
+    kernels: Kernels, dim: int, window: int | None, masked: bool, seed: int
+) -> None:
+    rule = Rule(0.1, None if masked else window, 4.0)
+    check_capped(kernels, DEVICE, (2, 8, 2, 300, 701, dim), rule, seed, masked)
 
 
 @pytest.mark.parametrize("bits", POSITIVE_LEVELS)

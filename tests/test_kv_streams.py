@@ -183,6 +183,9 @@ def test_a_window_that_moves_hides_and_frees_what_is_gone(
         assert moving.elements(0) == 2 * 2 * 2 * 64 * min(start, 15)
         pairs = zip(moving.decoded(0), everything.decoded(0), strict=True)
         assert all(torch.equal(a, b[:, :, -a.shape[2] :]) for a, b in pairs)
+    for middle in [stream.middle for stream in moving.arms[0] if stream.middle]:
+        end, count = start - arm.window, middle.packed.tokens
+        assert middle.positions.tolist() == [list(range(end - count, end))] * 2
     exact = arm.codec is None
     assert moving.nbits(0) <= 16 * moving.elements(0) * (1 if exact else 1.2)
     held = sum(stream.held_bytes for stream in moving.arms[0])

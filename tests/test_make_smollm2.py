@@ -1,26 +1,27 @@
-"""tools/make_smollm2.py: a dense Llama as GGUF has it becomes a Mixtral that computes the same."""
+"""tools/make_smollm2.py: a Llama out of a GGUF, as transformers opens it, and in NF4."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-import layersweep
-from layersweep.checkpoint import open_checkpoint
-from layersweep.text.tokenizer import TextTokenizer
+from layersweep.checkpoint import nf4
+from layersweep.study.gate import COPY, Card
+from layersweep.study.gate_tokens import choose_tokens
+from layersweep.text.source import headings
+from layersweep.text.tokenizer import TextTokenizer, hash_ids
 
 TOOLS = str(Path(__file__).resolve().parent.parent / "tools")
-with pytest.MonkeyPatch.context() as patch:  # the tool imports another one
+with pytest.MonkeyPatch.context() as patch:
     patch.syspath_prepend(TOOLS)
     import make_smollm2 as tool
-
-    sys.modules.pop("make_demo", None)
 
 LAYERS, HIDDEN, HEADS, KV_HEADS, INNER = 2, 64, 4, 2, 96
 WORDS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -49,9 +50,8 @@ def dense() -> LlamaForCausalLM:
 def source(dense: LlamaForCausalLM) -> tool.Source:
     weights = {"output_norm.weight": dense.model.norm.weight.detach()}
     weights["token_embd.weight"] = dense.model.embed_tokens.weight.detach()
-    names = tool.LAYER | {f"ffn_{name}": f"mlp.{name}_proj" for name in ("gate", "down", "up")}
     for layer, module in enumerate(dense.model.layers):
-        for theirs, ours in names.items():
+        for theirs, ours in tool.LAYER.items():
             weights[f"blk.{layer}.{theirs}.weight"] = module.get_parameter(
                 f"{ours}.weight"
             ).detach()
@@ -74,59 +74,103 @@ def source(dense: LlamaForCausalLM) -> tool.Source:
     return tool.Source(fields, weights)
 
 
-@pytest.fixture(scope="module", params=[1, 2, 4])
-def folder(
-    source: tool.Source, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
-) -> Path:
-    made = tmp_path_factory.mktemp(f"experts{request.param}")
-    tool.write(source, made, request.param)
+@pytest.fixture(scope="module")
+def folder(source: tool.Source, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("smollm2")
+    tool.write(source, made)
     return made
 
 
-def test_it_computes_what_the_dense_model_computes(folder: Path, dense: LlamaForCausalLM) -> None:
-    """The dense model's own rows: a wrong order of q and k would turn other pairs."""
-    with torch.no_grad():
-        expected = LlamaForCausalLM(dense.config).eval()
-        expected.load_state_dict(
-            {
-                name: tool.through_nf4(weight)
-                if weight.ndim == 2 and "layers" in name
-                else weight.to(torch.bfloat16).float()
-                for name, weight in dense.state_dict().items()
-            }
-        )
-    ids = torch.randint(len(TOKENS), (1, 40), generator=torch.Generator().manual_seed(1))
+def ids() -> Tensor:
+    return torch.randint(len(TOKENS), (1, 40), generator=torch.Generator().manual_seed(1))
+
+
+def test_transformers_opens_the_model_that_was_in_the_gguf(
+    folder: Path, dense: LlamaForCausalLM
+) -> None:
+    """Its weights, and its logits: a wrong order of q and k would turn other pairs."""
+    found = AutoModelForCausalLM.from_pretrained(folder / "smollm2-bf16", dtype=torch.float32)
+    assert type(found) is LlamaForCausalLM
+    assert found.lm_head.weight is found.model.embed_tokens.weight
+    expected = {name: w.to(torch.bfloat16).float() for name, w in dense.state_dict().items()}
+    assert all(torch.equal(found.state_dict()[name], expected[name]) for name in expected)
+    rounded = LlamaForCausalLM(dense.config).eval()
+    rounded.load_state_dict(expected)
     with torch.inference_mode():
-        scores = expected(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
-    found = layersweep.load(str(folder), device="cpu").score([ids[0].tolist()])[0]
-    assert (found - scores).abs().max() < 1e-4
+        assert torch.equal(found.eval()(ids()).logits, rounded(ids()).logits)
+    settings = ("rms_norm_eps", "max_position_embeddings", "bos_token_id", "eos_token_id")
+    assert [getattr(found.config, name) for name in settings] == [1e-5, 512, 1, 2]
+    assert found.config.rope_parameters["rope_theta"] == 1e4
 
 
-def test_the_layout_is_the_published_one(folder: Path) -> None:
-    checkpoint = open_checkpoint(str(folder))
-    assert (checkpoint.weights_kind, checkpoint.router_kind) == ("nf4", "bfloat16")
-    assert checkpoint.config.tie_word_embeddings
-    assert checkpoint.config.rms_norm_eps == 1e-5
-    stored = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
-    assert not any("lm_head" in name for name in stored)  # tied: kept once
-    assert "Apache-2.0" in (folder / "MODEL_CARD.md").read_text()
+def test_the_other_folder_is_what_quantize_makes_of_it(folder: Path) -> None:
+    dense, packed = (load_file(folder / name / "model.safetensors") for name in tool.CARDS)
+    assert len(dense) == 2 + 9 * LAYERS
+    assert not any("lm_head" in name for name in dense)  # tied: kept once
+    model = tool.dense_model(folder / "smollm2-nf4").state_dict()
+    for name, weight in dense.items():
+        if weight.ndim == 2 and "layers" in name:
+            quantized = nf4.quantize(weight)
+            scales = quantized.scales()
+            weight = nf4.dequantize(quantized.packed, scales, 64, weight.shape, torch.float32)
+            assert packed[name].dtype == torch.uint8
+        assert torch.equal(model[name], weight.float()), name
+    config = json.loads((folder / "smollm2-nf4/config.json").read_text())
+    assert config["quantization_config"]["bnb_4bit_use_double_quant"]
 
 
-def test_its_own_check_passes(source: tool.Source, folder: Path, capsys) -> None:
-    tool.check(source, folder, "the cat, the 12 hats. " * 40, windows=2, tokens=30)
-    assert capsys.readouterr().out.count("difference") == 2
+def test_each_folder_is_whole(folder: Path) -> None:
+    common = {"config.json", "generation_config.json", "model.safetensors", "card.json"}
+    common |= {"tokenizer.json", "tokenizer_config.json"}
+    dense, packed = ({path.name for path in (folder / name).iterdir()} for name in tool.CARDS)
+    assert (dense, packed) == (common | {"MODEL_CARD.md"}, common)
+    assert "Apache-2.0" in (folder / "smollm2-bf16/MODEL_CARD.md").read_text()
+    for name in tool.CARDS:
+        card = Card.beside(folder / name)
+        assert card == Card(tool.CARD_TOKENS, *tool.CARDS[name])
+
+
+def test_the_card_is_checked_against_transformers(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    packed, text = folder / "smollm2-nf4", "the cat, the 12 hats of a thin man. " * 40
+    dense = tool.dense_model(packed)
+    tool.check_card(packed, text, dense)  # the card is of another text
+    assert capsys.readouterr().out == ""
+    once = choose_tokens(text, TextTokenizer.load(packed), None, COPY).ids
+    losses = tool.losses(dense, once + once)
+    for apart, fails in ((0.0, False), (0.001, True)):
+        first, second = losses[:255].mean().item(), losses[256:].mean().item() + apart
+        card = Card(hash_ids(once + once), first, second)
+        monkeypatch.setattr(tool.Card, "beside", lambda folder, card=card: card)
+        if fails:
+            with pytest.raises(SystemExit, match="promises another nll_repeated"):
+                tool.check_card(packed, text, dense)
+        else:
+            tool.check_card(packed, text, dense)
+            assert capsys.readouterr().out.count("transformers") == 2
 
 
 def test_digits_stay_alone_and_chats_have_special_tokens(folder: Path) -> None:
-    tokenizer = TextTokenizer.load(folder)
+    tokenizer = TextTokenizer.load(folder / "smollm2-nf4")
     words = [TOKENS[token] for token in tokenizer.encode("the cat the 12")]
     assert words == ["the", "\u0120", "c", "a", "t", "\u0120the", "\u0120", "1", "2"]
     assert (tokenizer.bos_id, tokenizer.bos_by_default) == (1, False)
     assert tokenizer.render_chat("the cat") == "the cat"
     assert [TOKENS[token] for token in tokenizer.encode_chat("<|im_start|>a")[0]] == [WORDS[1], "a"]
+    theirs = AutoTokenizer.from_pretrained(folder / "smollm2-nf4")
+    assert theirs("the cat the 12")["input_ids"] == tokenizer.encode("the cat the 12")
 
 
 def test_another_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(b"GGUF")
     with pytest.raises(SystemExit, match=r"found sha256 .* needed"):
         tool.find_gguf(tmp_path / "x.gguf", tmp_path)
+
+
+def test_the_text_of_demo_real_is_the_one_that_its_source_describes() -> None:
+    folder = Path(TOOLS) / "prose"
+    text, source = (folder / "handbook.txt").read_bytes(), (folder / "SOURCE.md").read_text()
+    assert hashlib.sha256(text).hexdigest() in source
+    assert f"{len(text):,} bytes" in source
+    assert len(headings(text.decode())) == 8

@@ -11,8 +11,9 @@ from transformers.models.gemma2 import modeling_gemma2
 from transformers.models.gpt_oss import modeling_gpt_oss
 
 from layersweep.families import spec
+from layersweep.kernels import KernelError
 from layersweep.model import attention as attentions
-from layersweep.model import maths
+from layersweep.model import fused, maths
 from layersweep.model.attention import (
     PLAIN,
     FlashAttention,
@@ -178,19 +179,34 @@ def test_a_window_beside_a_mask_is_never_dropped_in_silence() -> None:
     close(kept, eager(q, k, v, PLAIN, None, mask))
 
 
-def test_what_a_gpu_cannot_do_is_known_before_it_is_asked() -> None:
+def test_what_a_gpu_cannot_do_is_known_before_it_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     capped, narrow = Rule(softcap=50.0), Rule(scale=0.1, window=128)
-    assert PlainAttention().refusal(capped, 512) is None
-    efficient, flash = MemoryEfficientAttention(), FlashAttention()
-    assert efficient.refusal(narrow, 192) is None and flash.refusal(narrow, 256) is None
-    why = efficient.refusal(capped, 128)
-    assert why == (
-        "capped scores (softcap) need a GPU of sm_80 or newer and 16-bit weights, or the CPU"
+    plain, efficient, flash = PlainAttention(), MemoryEfficientAttention(), FlashAttention()
+    monkeypatch.setattr(attentions, "_has_triton", lambda: True)
+    monkeypatch.setattr(attentions, "load_nvrtc", lambda: None)
+    for attention in (plain, efficient, flash):
+        assert attention.refusal(narrow, 192) is None and attention.refusal(capped, 256) is None
+    assert plain.refusal(capped, 512) is None and efficient.refusal(narrow, 512) is None
+    limit = "takes heads of a multiple of 8 up to 256 numbers, not"
+    assert flash.refusal(narrow, 512) == f"flash attention {limit} 512"
+    assert efficient.refusal(capped, 12) == f"the kernel for capped scores (softcap) {limit} 12"
+    monkeypatch.setattr(attentions, "_has_triton", lambda: False)
+    why = "capped scores (softcap) need Triton, which is not installed"
+    assert flash.refusal(capped, 128) == why and flash.refusal(narrow, 128) is None
+    with pytest.raises(AssertionError, match="need Triton"):
+        flash(*inputs(3, 3), rule=capped)
+
+
+def test_without_nvrtc_an_older_gpu_caps_no_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> None:
+        raise KernelError("no libnvrtc")
+
+    monkeypatch.setattr(attentions, "load_nvrtc", missing)
+    efficient = MemoryEfficientAttention()
+    assert efficient.refusal(Rule(softcap=50.0), 128) == (
+        "capped scores (softcap) need a kernel that cannot be compiled here: no libnvrtc"
     )
-    with pytest.raises(AssertionError, match="capped scores"):
-        efficient(*inputs(3, 3), rule=capped)
-    wide = "heads of 512 numbers are wider than flash attention's 256"
-    assert flash.refusal(narrow, 512) == wide
+    assert efficient.refusal(PLAIN, 128) is None
 
 
 def test_the_rule_of_a_layer() -> None:
@@ -224,5 +240,5 @@ def test_a_sink_takes_its_share_afterwards() -> None:
     hidden = ~torch.ones(20, 20, dtype=torch.bool).tril()
     sums = scores.masked_fill(hidden, float("-inf")).logsumexp(-1)
     padded = torch.nn.functional.pad(sums, (0, 12), value=float("nan"))
-    found = attentions._with_sinks(PlainAttention()(q, k, v), padded, sinks)
+    found = fused.with_sinks(PlainAttention()(q, k, v), padded, sinks)
     close(found, PlainAttention()(q, k, v, sinks=sinks))

@@ -117,13 +117,6 @@ def test_kinds_differ_from_the_default_and_two_depend_on_the_length() -> None:
     assert changing == {"dynamic", "longrope"}
 
 
-def test_the_default_table_is_that_of_the_plain_formula() -> None:
-    positions = torch.arange(300)
-    ours = rope_table(Rope(1e6, 64), positions, 300)
-    for one, other in zip(ours, maths.rope_table(1e6, 64, positions), strict=True):
-        assert torch.equal(one, other)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("dim", [HEAD, 32])

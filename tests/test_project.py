@@ -236,6 +236,21 @@ def test_make_demo_installs_torch_first_and_runs_the_study() -> None:
 
 
 @needs_make
+def test_make_demo_real_makes_the_model_first_and_once(tmp_path: Path) -> None:
+    lines = planned("demo-real", "REAL=no-models-yet")
+    steps = [
+        position(lines, "pip", "install", "--constraint constraints.txt", "--editable ."),
+        position(lines, "pip", "install", "--constraint constraints.txt", " gguf"),
+        position(lines, "bin/python tools/make_smollm2.py no-models-yet"),
+        position(lines, "layersweep eval no-models-yet/smollm2-nf4", "--segments 16"),
+    ]
+    assert steps == sorted(steps)
+    assert "--text tools/prose/handbook.txt" in lines[steps[-1]]
+    ignored = (PROJECT / ".gitignore").read_text("utf-8").splitlines()
+    assert {"/real-models/", "/demo-real-results/"} <= set(ignored)
+
+
+@needs_make
 def test_make_test_runs_every_check_and_ci_runs_make_test() -> None:
     lines = planned("test")
     checks = [position(lines, f"no-venv-yet/bin/{check}") for check in ("ruff check", "mypy")]

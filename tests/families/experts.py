@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from families.parts import (
     GROUPS,
+    INDEXER,
     LATE_EXPERTS,
     LATENT,
     MULTIPLIERS,
@@ -25,17 +26,25 @@ EXPERTS: Mapping[str, Tiny] = {
     "qwen3_moe": Tiny("qwen3_moe", {"mlp_only_layers": [1]}, published=True),
     "qwen3_moe:plain": Tiny("qwen3_moe", {"norm_topk_prob": False, "decoder_sparse_step": 2}),
     "qwen2_moe": Tiny("qwen2_moe", {"norm_topk_prob": False}),
-    "olmoe": Tiny("olmoe", {"clip_qkv": 1.5, "norm_topk_prob": False}),
+    "olmoe": Tiny("olmoe", {"clip_qkv": 1.5, "norm_topk_prob": False}, published=True),
     "flex_olmo": Tiny("flex_olmo", still=("norm_topk_prob",)),  # a norm follows the experts
     "gpt_oss": Tiny(
-        "gpt_oss", {"num_hidden_layers": 4, "swiglu_limit": 1.5, **YARN}, still=("hidden_act",)
+        "gpt_oss",
+        {"num_hidden_layers": 4, "swiglu_limit": 1.5, **YARN},
+        published=True,
+        still=("hidden_act",),
     ),
-    "glm4_moe": Tiny("glm4_moe", biased(use_qk_norm=True, **rope(partial_rotary_factor=0.5))),
+    "glm4_moe": Tiny(
+        "glm4_moe",
+        biased(use_qk_norm=True, **rope(partial_rotary_factor=0.5)),
+        published=True,
+    ),
     "glm4_moe:groups": Tiny("glm4_moe", GROUPS),
     "glm4_moe_lite": Tiny("glm4_moe_lite", {**LATENT, **LATE_EXPERTS}),
     "deepseek_v2": Tiny(
         "deepseek_v2",
         {**LATENT, "q_lora_rank": None, "norm_topk_prob": False},
+        published=True,
         still=("norm_topk_prob",),
         unfit=("topk_method",),
     ),
@@ -50,7 +59,7 @@ EXPERTS: Mapping[str, Tiny] = {
         },
         still=("norm_topk_prob",),
     ),
-    "deepseek_v3": Tiny("deepseek_v3", {**LATENT, **GROUPS}),
+    "deepseek_v3": Tiny("deepseek_v3", {**LATENT, **GROUPS}, published=True),
     "deepseek_v3:halves": Tiny(
         "deepseek_v3",
         {
@@ -153,5 +162,20 @@ EXPERTS: Mapping[str, Tiny] = {
             },
         },
         still=("attn_config.rope_theta",),
+    ),
+    "deepseek_v32": Tiny("deepseek_v32", {**LATENT, **GROUPS, **INDEXER}),
+    "glm_moe_dsa": Tiny("glm_moe_dsa", {**LATENT, **INDEXER}),
+    "axk2": Tiny("axk2", {**LATENT, **INDEXER, "gated_norm_rank": 8}),
+    "gemma4_text": Tiny(
+        "gemma4_text",
+        {
+            **WINDOWS,
+            "vocab_size_per_layer_input": 256,
+            "hidden_size_per_layer_input": 16,
+            "final_logit_softcapping": 6.0,
+            "enable_moe_block": True,
+            "top_k_experts": 2,
+        },
+        unfit=("layer_types",),
     ),
 }

@@ -24,11 +24,19 @@ from layersweep.sweep.caches import KeptCaches
 from layersweep.sweep.model import Model, load
 from layersweep.sweep.sequences import Branch, BranchedSequence, Tile
 
-Ids = tuple[int, ...]
 
-
-def opened(folder: Path, weights: str = "auto") -> Model:
-    return load(str(folder), device="cpu", vram="1GiB", ram="1GiB", weights=weights)
+def opened(
+    folder: Path,
+    weights: str = "auto",
+    *,
+    device: str = "cpu",
+    dtype: str = "auto",
+    capability: str | None = None,
+) -> Model:
+    return load(
+        str(folder), vram="1GiB", ram="1GiB", weights=weights, device=device, dtype=dtype,
+        assume_capability=capability,
+    )  # fmt: skip
 
 
 def losses(model: Model, arm: Arm = EXACT, *, streaming: bool = False) -> Losses:
@@ -54,7 +62,7 @@ def token_losses(model: Model, rides: list[BranchedSequence]) -> list[Tensor]:
         branch = sequence.branches[-1]
         start, stop = branch.read
         target = torch.tensor(branch.ids[start + 1 : stop + 1])
-        found.append(-logits[-1].log_softmax(-1).gather(-1, target[:, None])[:, 0])
+        found.append(-logits[-1].cpu().log_softmax(-1).gather(-1, target[:, None])[:, 0])
 
     model.run([Tile("probe", tuple(rides))], read)
     return found

@@ -8,6 +8,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -99,9 +100,13 @@ class Tiny:
 
 def write_config(folder: Path, fields: Mapping[str, object]) -> PreTrainedConfig:
     """config.json with `fields`, as transformers reads it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(fields, indent=1))
+    write_json(folder, fields)
     return AutoConfig.from_pretrained(folder)
+
+
+def write_json(folder: Path, fields: Mapping[str, object]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(fields, indent=1, default=str))
 
 
 def read_fields(folder: Path) -> dict[str, object]:
@@ -110,12 +115,17 @@ def read_fields(folder: Path) -> dict[str, object]:
 
 
 def as_published(fields: Mapping[str, object]) -> dict[str, object]:
-    """One RoPE for all layers in the fields of transformers 4: rope_theta, rope_scaling,
-    partial_rotary_factor."""
+    """RoPE in the fields of transformers 4: rope_theta, rope_scaling with its `type` (Llama 3 and
+    Gemma 3: `rope_type`), partial_rotary_factor; rope_local_base_freq for windows of Gemma 3."""
     old = {name: value for name, value in fields.items() if name != "rope_parameters"}
-    rope = dict(fields["rope_parameters"])  # type: ignore[call-overload]
+    parameters: dict[str, Any] = dict(fields["rope_parameters"])  # type: ignore[call-overload]
+    rope = dict(parameters.get("full_attention", parameters))
+    if "sliding_attention" in parameters:
+        old["rope_local_base_freq"] = parameters["sliding_attention"]["rope_theta"]
     old["rope_theta"] = rope.pop("rope_theta")
     if "partial_rotary_factor" in rope:
         old["partial_rotary_factor"] = rope.pop("partial_rotary_factor")
-    old["rope_scaling"] = None if rope["rope_type"] == "default" else rope
+    kind = rope.pop("rope_type")
+    spelling = "rope_type" if kind == "llama3" or "sliding_attention" in parameters else "type"
+    old["rope_scaling"] = None if kind == "default" else {spelling: kind, **rope}
     return old

@@ -19,12 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from layersweep.families.spec import Rope
 from layersweep.kv.arms import Arm
 from layersweep.kv.codec import Packed
 from layersweep.kv.means import mean_for
 from layersweep.kv.stored import StoredStream
 from layersweep.kv.stream import Stream
 from layersweep.model import maths
+from layersweep.model.rope import rope_table
 
 Json = dict[str, Any]
 KEY_TOKENS, QUERIES, OUTLIERS, OUTLIER_SIZE, THETA = 4096, 256, 4, 8.0, 1e6
@@ -110,7 +112,7 @@ def key_divergence(arm: Arm, bench: Bench) -> float:
     stored = StoredStream.empty(arm, bench.stream("key")).appended(keys)
     queries = bench.normal(1, HEADS, QUERIES, bench.dim, seed=2)
     everywhere = bench.positions(KEY_TOKENS + QUERIES)[0]
-    cos, sin = maths.rope_table(THETA, bench.dim, everywhere)
+    cos, sin = rope_table(Rope(THETA, bench.dim), everywhere, len(everywhere))
     q = maths.rope(queries, cos[KEY_TOKENS:], sin[KEY_TOKENS:])
 
     def weights(k: Tensor) -> Tensor:

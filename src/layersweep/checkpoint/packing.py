@@ -20,9 +20,9 @@ from layersweep.checkpoint.companions import STATE
 from layersweep.checkpoint.header import FLOAT_NAMES, ITEM_BYTES, StoredTensor
 from layersweep.checkpoint.linear import Planned
 from layersweep.checkpoint.nf4_numba import pack_blocks
-from layersweep.checkpoint.problems import DOWNLOAD_AGAIN, FileProblem, Problem
 from layersweep.checkpoint.shard_file import Row, ShardFile
 from layersweep.checkpoint.writer import DTYPE_NAMES, bytes_of
+from layersweep.problems import DOWNLOAD_AGAIN, FileProblem, Problem
 
 PIECE = 1 << 20  # elements: a multiple of two blocks of any size
 _STATE_PART = f".{STATE}nf4"

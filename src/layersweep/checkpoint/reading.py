@@ -7,6 +7,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from layersweep.checkpoint.beside import ADAPTER, adapter_note, unused_files
 from layersweep.checkpoint.companions import SUFFIXES, Classifier
@@ -17,11 +18,14 @@ from layersweep.checkpoint.header import StoredTensor
 from layersweep.checkpoint.shards import Shards, open_shards
 from layersweep.checkpoint.strict_json import UnusableJson, parse_json
 from layersweep.checkpoint.weights import Checkpoint, Weight
-from layersweep.families.names import IGNORED_SUFFIX, LAYERS, Fused, Names, Wanted
+from layersweep.families.names import LAYERS, Fused, Wanted
 from layersweep.families.registry import Description
 from layersweep.families.spec import Decoder
 from layersweep.families.weights import embed_block, head_block
 from layersweep.problems import FileProblem, Problem
+
+if TYPE_CHECKING:
+    from layersweep.families.registry import AnyNames
 
 DISAGREE = "config.json and the tensors disagree; take both from the same model"
 _PLACE = re.compile(re.escape(LAYERS) + r"(\d+)\.(?:\w+\.experts\.(\d+)\.)?")
@@ -90,7 +94,7 @@ class _Layout:
         folder: Folder,
         shards: Shards,
         decoder: Decoder,
-        names: Names,
+        names: AnyNames,
         problems: list[Problem],
         notes: list[str],
     ) -> None:
@@ -104,9 +108,9 @@ class _Layout:
 
     def weights(self) -> dict[str, Weight]:
         weights: dict[str, Weight] = {}
-        if not self._counts_fit():
+        if self.decoder.generic is None and not self._counts_fit():
             return weights
-        for wanted in self.names.block(embed_block(self.decoder)):
+        for wanted in self.names.outside(embed_block(self.decoder), self.tensors):
             self._add(weights, wanted)
         for layer in range(self.decoder.num_hidden_layers):
             wants = self.names.layer(self.decoder, layer, self.tensors)
@@ -114,7 +118,7 @@ class _Layout:
                 self._add_fused(weights, fused)
             for wanted in wants.single:
                 self._add(weights, wanted)
-        for wanted in self.names.block(head_block(self.decoder)):
+        for wanted in self.names.outside(head_block(self.decoder), self.tensors):
             if wanted.name != "lm_head" or not self._tied(wanted):
                 self._add(weights, wanted)
         if "lm_head" not in weights and "embed" in weights and self.decoder.tie_word_embeddings:
@@ -134,7 +138,8 @@ class _Layout:
             return False
         for layer in range(self.decoder.num_hidden_layers):
             experts, own = self.decoder.layers[layer].feed.experts, len(there[str(layer)])
-            if experts > own and not self.names.has_fused_experts(layer, self.tensors):
+            fused = self.names.has_fused_experts(layer, self.tensors)
+            if experts > own and not fused:
                 self._too_many(f"{experts} experts of layer {layer}", f"{own}")
                 return False
         return True
@@ -198,8 +203,9 @@ class _Layout:
         weights.update((one.name, one) for one in weights_of(whole, fused))
 
     def _check_leftovers(self) -> None:
+        drafts = self._draft_layers()
         for name, tensor in self.tensors.items():
-            if name in self.used or name.endswith(IGNORED_SUFFIX):
+            if name in self.used or self.names.ignores(name) or name.startswith(drafts):
                 continue
             if name == "lm_head.weight" and self.decoder.tie_word_embeddings:
                 continue
@@ -207,6 +213,15 @@ class _Layout:
             self.problems.append(
                 Problem(str(tensor.file), name, f"unexpected {tensor.describe()}", needed, DISAGREE)
             )
+
+    def _draft_layers(self) -> tuple[str, ...]:
+        """How names of layers for multi-token prediction begin."""
+        first, there = self.decoder.num_hidden_layers, _experts_by_layer(self.tensors)
+        last = first + self.decoder.draft_layers
+        found = [str(layer) for layer in range(first, last) if str(layer) in there]
+        for layer in found:
+            self.notes.append(f"layer {layer} is for multi-token prediction: it is not run")
+        return tuple(f"{LAYERS}{layer}." for layer in found)
 
     def _note_what_was_seen(self, weights: dict[str, Weight]) -> None:
         for note, names in self.seen.items():

@@ -49,7 +49,7 @@ class PublishedShape:
     @cached_property
     def _described(self) -> tuple[Decoder, Names]:
         found = describe(self.config_json(), "shape")
-        assert found.decoder is not None and found.names is not None, found.problems
+        assert found.decoder is not None and isinstance(found.names, Names), found.problems
         return found.decoder, found.names
 
     @property
@@ -100,4 +100,88 @@ LLAMA_3_1_8B = PublishedShape(
         "bos_token_id": 128_000, "eos_token_id": 128_001,
     },
 )  # fmt: skip
-SHAPES = {"mixtral-8x7b": MIXTRAL_8X7B, "llama-3.1-8b": LLAMA_3_1_8B}
+MIXTRAL_8X22B = MIXTRAL_8X7B.with_fields(
+    {
+        "vocab_size": 32_768, "hidden_size": 6144, "intermediate_size": 16_384,
+        "num_hidden_layers": 56, "num_attention_heads": 48, "max_position_embeddings": 65_536,
+    }
+)  # fmt: skip
+QWEN3_30B_A3B = PublishedShape(
+    {
+        "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "vocab_size": 151_936,
+        "hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768,
+        "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4,
+        "head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True,
+        "decoder_sparse_step": 1, "mlp_only_layers": [], "hidden_act": "silu",
+        "rms_norm_eps": 1e-6, "rope_theta": 1e6, "rope_scaling": None,
+        "max_position_embeddings": 40_960, "max_window_layers": 48, "use_sliding_window": False,
+        "sliding_window": None, "attention_bias": False, "tie_word_embeddings": False,
+        "bos_token_id": 151_643, "eos_token_id": 151_645,
+    },
+)  # fmt: skip
+GPT_OSS_20B = PublishedShape(
+    {
+        "architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "vocab_size": 201_088,
+        "hidden_size": 2880, "intermediate_size": 2880, "num_hidden_layers": 24,
+        "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64,
+        "num_local_experts": 32, "num_experts_per_tok": 4, "experts_per_token": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 12, "sliding_window": 128,
+        "attention_bias": True, "swiglu_limit": 7.0, "hidden_act": "silu", "rms_norm_eps": 1e-5,
+        "rope_theta": 150_000, "initial_context_length": 4096,
+        "rope_scaling": {
+            "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0,
+            "truncate": False, "original_max_position_embeddings": 4096,
+        },
+        "max_position_embeddings": 131_072, "tie_word_embeddings": False,
+        "eos_token_id": 200_002,
+    },
+)  # fmt: skip
+GPT_OSS_120B = GPT_OSS_20B.with_fields(
+    {
+        "num_hidden_layers": 36, "num_local_experts": 128,
+        "layer_types": ["sliding_attention", "full_attention"] * 18,
+    }
+)  # fmt: skip
+GLM_4_5_AIR = PublishedShape(
+    {
+        "architectures": ["Glm4MoeForCausalLM"], "model_type": "glm4_moe", "vocab_size": 151_552,
+        "hidden_size": 4096, "intermediate_size": 10_944, "moe_intermediate_size": 1408,
+        "num_hidden_layers": 46, "num_attention_heads": 96, "num_key_value_heads": 8,
+        "head_dim": 128, "partial_rotary_factor": 0.5, "attention_bias": True,
+        "use_qk_norm": False, "n_routed_experts": 128, "n_shared_experts": 1,
+        "num_experts_per_tok": 8, "n_group": 1, "topk_group": 1, "norm_topk_prob": True,
+        "routed_scaling_factor": 1.0, "first_k_dense_replace": 1, "hidden_act": "silu",
+        "rms_norm_eps": 1e-5, "rope_theta": 1e6, "rope_scaling": None,
+        "max_position_embeddings": 131_072, "tie_word_embeddings": False,
+        "eos_token_id": [151_329, 151_336, 151_338],
+    },
+)  # fmt: skip
+DEEPSEEK_V2_LITE = PublishedShape(
+    {
+        "architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2",
+        "vocab_size": 102_400, "hidden_size": 2048, "intermediate_size": 10_944,
+        "moe_intermediate_size": 1408, "num_hidden_layers": 27, "num_attention_heads": 16,
+        "num_key_value_heads": 16, "q_lora_rank": None, "kv_lora_rank": 512,
+        "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+        "n_routed_experts": 64, "n_shared_experts": 2, "num_experts_per_tok": 6,
+        "n_group": 1, "topk_group": 1, "topk_method": "greedy", "scoring_func": "softmax",
+        "norm_topk_prob": False, "routed_scaling_factor": 1.0, "first_k_dense_replace": 1,
+        "moe_layer_freq": 1, "hidden_act": "silu", "rms_norm_eps": 1e-6, "rope_theta": 10_000,
+        "rope_scaling": {
+            "type": "yarn", "factor": 40, "beta_fast": 32, "beta_slow": 1, "mscale": 0.707,
+            "mscale_all_dim": 0.707, "original_max_position_embeddings": 4096,
+        },
+        "attention_bias": False, "max_position_embeddings": 163_840, "tie_word_embeddings": False,
+        "bos_token_id": 100_000, "eos_token_id": 100_001,
+    },
+)  # fmt: skip
+SHAPES = {
+    "mixtral-8x7b": MIXTRAL_8X7B,
+    "mixtral-8x22b": MIXTRAL_8X22B,
+    "llama-3.1-8b": LLAMA_3_1_8B,
+    "qwen3-30b-a3b": QWEN3_30B_A3B,
+    "gpt-oss-20b": GPT_OSS_20B,
+    "gpt-oss-120b": GPT_OSS_120B,
+    "glm-4.5-air": GLM_4_5_AIR,
+    "deepseek-v2-lite": DEEPSEEK_V2_LITE,
+}

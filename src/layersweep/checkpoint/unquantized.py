@@ -12,7 +12,10 @@ from typing import Any
 from layersweep.checkpoint.companions import SUFFIXES
 from layersweep.checkpoint.files import LocalFolder, read_small
 from layersweep.checkpoint.header import StoredTensor
-from layersweep.checkpoint.problems import (
+from layersweep.checkpoint.shards import open_shards
+from layersweep.checkpoint.strict_json import UnusableJson, parse_json
+from layersweep.errors import CheckpointError
+from layersweep.problems import (
     DOWNLOAD_AGAIN,
     TWICE,
     FileProblem,
@@ -20,9 +23,6 @@ from layersweep.checkpoint.problems import (
     problems_error,
     show,
 )
-from layersweep.checkpoint.shards import open_shards
-from layersweep.checkpoint.strict_json import UnusableJson, parse_json
-from layersweep.errors import CheckpointError
 
 CONFIG = "config.json"
 # Tokenizer, chat template, generation settings, licence. Not card.json: its losses are those of

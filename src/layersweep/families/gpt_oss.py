@@ -42,12 +42,13 @@ GPT_OSS = Family(
     read,
     LLAMA.with_(
         {
-            "router": ("mlp.router.weight",),
-            "router_bias": ("mlp.router.bias",),
+            "router": ("mlp.router.weight", "mlp.router.linear.weight"),
+            "router_bias": ("mlp.router.bias", "mlp.router.linear.bias"),
+            # a linear layer of each expert, as the published 4-bit files have them
             **{
-                f"experts.{key}_{part}": (f"{EXPERTS}.{key}_proj{end}",)
+                f"experts.{key}_{part}": (f"{EXPERTS}.{key}_projs.{{expert}}.{end}",)
                 for key in ("gate_up", "down")
-                for part, end in (("proj", ""), ("bias", "_bias"))
+                for part, end in (("proj", "weight"), ("bias", "bias"))
             },
         },
         # all experts of a layer in one tensor, matrices transposed: gate and up take turns

@@ -66,6 +66,14 @@ class Names:
         """These names with others for some weights, and `wholes` in place of these."""
         return Names({**self.spellings, **spellings}, wholes or self.wholes)
 
+    def ignores(self, name: str) -> bool:
+        """Whether a file may hold this tensor for others."""
+        return name.endswith(IGNORED_SUFFIX)
+
+    def outside(self, block: BlockShape, there: Mapping[str, object]) -> Iterator[Wanted]:
+        """The weights of the embedding or of the head."""
+        return self.block(block)
+
     def block(self, block: BlockShape, without: Container[str] = ()) -> Iterator[Wanted]:
         """The weights of a block, but for keys that other tensors hold."""
         for key, shape in block.weights.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from layersweep.families.deepseek import V2, V3
 from layersweep.families.ernie import ERNIE, ERNIE_MOE
@@ -24,6 +25,11 @@ from layersweep.families.smollm3 import SMOLLM3
 from layersweep.families.spec import Decoder
 from layersweep.problems import Problem
 
+if TYPE_CHECKING:
+    from layersweep.families.generic.wanted import GenericNames
+
+    AnyNames = Names | GenericNames
+
 FAMILIES = {
     family.model_type: family
     for family in (
@@ -40,17 +46,20 @@ class Description:
     looks at."""
 
     decoder: Decoder | None
-    names: Names | None
+    names: AnyNames | None
     problems: list[Problem]
     unused: tuple[str, ...] = ()
 
 
-def describe(fields: Mapping[str, object], file: str) -> Description:
-    """The decoder of the fields of a config.json, or everything that is wrong with them."""
+def describe(fields: Mapping[str, object], file: str, *, generic: bool = False) -> Description:
+    """The decoder of the fields of a config.json, or everything that is wrong with them.
+
+    `generic`: computed by transformers' own modules, as what is no family here always is.
+    """
     f = Fields(fields, file)
-    family = _family(f)
+    family = None if generic else _family(f)
     if family is None:
-        return Description(None, None, f.problems)
+        return _by_modules(fields, f)
     f.defaults, f.aliases = family.defaults, family.aliases
     decoder = family.read(f)
     _check_aliases(f)
@@ -60,6 +69,27 @@ def describe(fields: Mapping[str, object], file: str) -> Description:
     decoder = replace(decoder, architecture=family.architecture, model_type=family.model_type)
     unused = (*unused_fields(fields, f.read), *f.unused)
     return Description(decoder, family.names, [], unused)
+
+
+def _by_modules(fields: Mapping[str, object], f: Fields) -> Description:
+    """As transformers computes it, if that knows it and it can run layer by layer."""
+    kind = fields.get("model_type")
+    if f.fields.get("auto_map") is not None or not isinstance(kind, str):
+        return Description(None, None, f.problems)
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    if kind not in CONFIG_MAPPING_NAMES:
+        return Description(None, None, f.problems)
+    from layersweep.families.generic.describe import describe_modules
+    from layersweep.families.generic.interfaces import Unsupported
+
+    try:
+        decoder, names = describe_modules(fields)
+    except Unsupported as why:
+        found = f"model_type '{kind}', where {why.where} has {why.found}"
+        hint = why.hint or f"families of this package: {', '.join(FAMILIES)}"
+        return Description(None, None, [Problem(f.file, None, found, why.needed, hint)])
+    return Description(decoder, names, [], ())
 
 
 def _family(f: Fields) -> Family | None:

@@ -10,7 +10,10 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from layersweep.families.generic.parts import GenericParts
 
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope", "proportional"]
 Activation = Literal["silu", "gelu_tanh", "gelu", "relu2", "swiglu_clamped"]
@@ -198,7 +201,8 @@ class Decoder:
 
     `embedding_scale` multiplies embeddings, `logit_scale` logits, before `logit_softcap`.
     `synthetic`: the weights were never trained. `draft_layers`: layers for multi-token prediction
-    that files may hold behind the last one; they are not run.
+    that files may hold behind the last one; they are not run. `generic`: what is known of the
+    modules of transformers that compute it; None where a program of this package does.
     """
 
     architecture: str
@@ -216,6 +220,7 @@ class Decoder:
     eos_token_id: int | None = None
     synthetic: bool = False
     draft_layers: int = 0
+    generic: GenericParts | None = None
 
     @property
     def num_hidden_layers(self) -> int:

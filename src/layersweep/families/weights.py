@@ -58,17 +58,26 @@ def blocks(decoder: Decoder) -> Iterator[BlockShape]:
 
 
 def embed_block(decoder: Decoder) -> BlockShape:
+    """Of transformers' decoders, all that computes before the first layer."""
+    if decoder.generic:
+        return decoder.generic.blocks[0]
     return BlockShape("embed", None, {"embed": (decoder.vocab_size, decoder.hidden_size)})
 
 
 def head_block(decoder: Decoder) -> BlockShape:
+    """Of transformers' decoders, all that computes after the last layer."""
+    if decoder.generic:
+        return decoder.generic.blocks[-1]
     hidden = decoder.hidden_size
     return BlockShape("head", None, {"norm": (hidden,), "lm_head": (decoder.vocab_size, hidden)})
 
 
 def layer_blocks(decoder: Decoder, index: int) -> Iterator[BlockShape]:
     """Attention with norms and router; then the dense MLP, or the shared expert and the routed
-    ones in order."""
+    ones in order. Of transformers' layers, all but the routed experts is the first block."""
+    if decoder.generic:
+        yield from (one for one in decoder.generic.blocks if one.layer == index)
+        return
     layer, hidden = decoder.layers[index], decoder.hidden_size
     feed = layer.feed
     exact = {"router", "router_correction"} if feed.router and feed.router.float32 else set()

@@ -171,7 +171,7 @@ def _applied_by(module: Any) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     if names[1:3] == ["cos", "sin"]:
         return lambda x, cos, sin: function(x, cos, sin)  # type: ignore[misc]
     if names[2:4] == ["cos", "sin"]:
-        return lambda x, cos, sin: function(x, x, cos, sin)[1]  # type: ignore[misc]
+        return lambda x, cos, sin: function(x[:1, :1], x, cos, sin)[1]  # type: ignore[misc]
     raise InputError(
         f"{module.__name__}: found no apply_rotary_pos_emb(q, k, cos, sin), needed it to undo RoPE"
     )

@@ -44,9 +44,9 @@ _PAIR = re.compile(r"k([0-9]+)(?:-([0-9]+))?v([0-9]+)(?:-([0-9]+))?", re.IGNOREC
 class Arm:
     """One way to keep keys and values. `name` is resolved, `requested` what the user wrote.
 
-    The first and last `protect` layers, the first `sink` and the last `window` tokens stay exact.
-    A stream with 16 bits is exact. `options` are the codec's own, defaults left out. `source` is
-    where somebody's own codec comes from, as the user wrote it.
+    The first and last `protect` layers, the first `sink` tokens of the text and the last `window`
+    tokens stay exact. A stream with 16 bits is exact. `options` are the codec's own, defaults left
+    out. `source` is where somebody's own codec comes from, as the user wrote it.
     """
 
     name: str

@@ -112,7 +112,7 @@ def pad_tokens(parts: Sequence[Tensor]) -> Tensor:
 
 
 class Codec(Protocol):
-    """Turns the keys or values of one layer into bytes and back.
+    """Turns one stream of a layer, its keys, values or latent, into bytes and back.
 
         layer's projection                                attention
              |                                                ^
@@ -122,8 +122,8 @@ class Codec(Protocol):
                                             |   ^
                         nbytes(packed) <----'   '---- append(packed, x, positions)
 
-    B sequences, H KV heads, T tokens, D head size; positions [B, T] are absolute token positions,
-    for codecs that need them. What every codec promises:
+    B sequences, T tokens, H heads and D numbers as the stream says; positions [B, T] are absolute
+    token positions, for codecs that need them. What every codec promises:
 
     - decode sees the packed form alone; nothing is carried beside it.
     - encoding a batch is encoding each sequence alone, and append is encoding at once, bit for

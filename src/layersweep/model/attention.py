@@ -7,7 +7,9 @@ raises, and that is an error, never a fallback; what is known to be missing says
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib.util import find_spec
 from typing import Protocol
 
@@ -17,15 +19,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from layersweep.families import spec
-from layersweep.model import maths
+from layersweep.kernels import KernelError, load_kernels
+from layersweep.kernels.nvrtc import load_nvrtc
+from layersweep.model import fused, maths
 
-# The causal mask whose last query looks at all keys. `scaled_dot_product_attention` aligns the
-# first query with the first key, wrong for a branch. torch.nn.attention.bias calls the kernels that
-# are called here, but brings torch's compiler along: 4 seconds of every run.
-LOWER_RIGHT = 2
-FLASH_WIDEST = 256  # head size; flash takes multiples of 8
+WIDEST = 256  # head size of flash attention, and of our kernels for capped scores
 SCORE_BYTES = 64 << 20  # most scores that the CPU holds at once, where it holds any
-MASK_ALIGNMENT = 16  # elements between rows of a mask that the memory-efficient kernel takes
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,7 @@ class PlainAttention:
             return self._by_scores(q_BQTD, k_BGSD, v_BGSD, mask_TS, rule, sinks)
         if mask_TS is None and (queries < keys or rule.window is not None):
             mask_TS = self._mask(queries, keys, rule.window, q_BQTD.device)
-        q, k, v, scale = _one_width(q_BQTD, k_BGSD, v_BGSD, rule.scale)
+        q, k, v, scale = fused.one_width(q_BQTD, k_BGSD, v_BGSD, rule.scale)
         return maths.attend(q, k, v, mask_TS, scale)[..., : v_BGSD.shape[-1]]
 
     def _by_scores(
@@ -157,7 +156,11 @@ class MemoryEfficientAttention:
     def refusal(self, rule: Rule, head_dim: int) -> str | None:
         if rule.softcap is None:
             return None
-        return "capped scores (softcap) need a GPU of sm_80 or newer and 16-bit weights, or the CPU"
+        try:
+            load_nvrtc()
+        except KernelError as error:
+            return f"capped scores (softcap) need a kernel that cannot be compiled here: {error}"
+        return _too_wide(head_dim, "the kernel for capped scores (softcap)")
 
     def __call__(
         self,
@@ -169,22 +172,15 @@ class MemoryEfficientAttention:
         rule: Rule = PLAIN,
         sinks: Tensor | None = None,
     ) -> Tensor:
-        queries, keys = q_BQTD.shape[2], k_BGSD.shape[2]
-        rule = _checked(rule, keys, mask_TS)
+        rule = _checked(rule, k_BGSD.shape[2], mask_TS)
         _refuse(self, rule, q_BQTD.shape[-1])
-        k, v = _repeated(q_BQTD, k_BGSD), _repeated(q_BQTD, v_BGSD)
+        if rule.softcap is not None:
+            attend_capped = load_kernels(q_BQTD.device, q_BQTD.dtype).attend_capped
+            return _capped(attend_capped, q_BQTD, k_BGSD, v_BGSD, mask_TS, rule, sinks)
+        k, v = fused.repeated(q_BQTD, k_BGSD), fused.repeated(q_BQTD, v_BGSD)
         if mask_TS is not None:
-            return _masked(q_BQTD, k, v, mask_TS, rule.scale, sinks)
-        if queries == keys and rule.window is None and sinks is None:
-            return F.scaled_dot_product_attention(q_BQTD, k, v, is_causal=True, scale=rule.scale)
-        efficient = torch.ops.aten._efficient_attention_forward
-        found, lse, *_ = efficient(
-            *(x.transpose(1, 2) for x in (q_BQTD, k, v)),
-            None, None, None, None, None, 0.0, LOWER_RIGHT, sinks is not None,
-            scale=rule.scale, window_size=rule.window,
-        )  # fmt: skip
-        found = found.transpose(1, 2)
-        return found if sinks is None else _with_sinks(found, lse, sinks)
+            return fused.masked(q_BQTD, k, v, mask_TS, rule.scale, sinks)
+        return fused.memory_efficient(q_BQTD, k, v, rule.scale, rule.window, sinks)
 
 
 class FlashAttention:
@@ -198,11 +194,9 @@ class FlashAttention:
     repeats_kv = False
 
     def refusal(self, rule: Rule, head_dim: int) -> str | None:
-        if head_dim > FLASH_WIDEST:
-            return f"heads of {head_dim} numbers are wider than flash attention's {FLASH_WIDEST}"
-        if rule.softcap is not None and find_spec("triton") is None:
+        if rule.softcap is not None and not _has_triton():
             return "capped scores (softcap) need Triton, which is not installed"
-        return None
+        return _too_wide(head_dim, "flash attention")
 
     def __call__(
         self,
@@ -214,30 +208,16 @@ class FlashAttention:
         rule: Rule = PLAIN,
         sinks: Tensor | None = None,
     ) -> Tensor:
-        queries, keys = q_BQTD.shape[2], k_BGSD.shape[2]
-        rule = _checked(rule, keys, mask_TS)
+        rule = _checked(rule, k_BGSD.shape[2], mask_TS)
         _refuse(self, rule, q_BQTD.shape[-1])
         if rule.softcap is not None:
-            from layersweep.kernels.softcap import attend_capped  # brings Triton
+            from layersweep.kernels.capped_triton import attend_capped  # brings Triton
 
-            return attend_capped(
-                q_BQTD, k_BGSD, v_BGSD, scale=rule.scale or q_BQTD.shape[-1] ** -0.5,
-                softcap=rule.softcap, window=rule.window, mask_TS=mask_TS, sinks_Q=sinks,
-            )  # fmt: skip
+            return _capped(attend_capped, q_BQTD, k_BGSD, v_BGSD, mask_TS, rule, sinks)
         if mask_TS is not None:
-            k, v = _repeated(q_BQTD, k_BGSD), _repeated(q_BQTD, v_BGSD)
-            return _masked(q_BQTD, k, v, mask_TS, rule.scale, sinks)
-        width = v_BGSD.shape[-1]
-        q, k, v, scale = _one_width(q_BQTD, k_BGSD, v_BGSD, rule.scale)
-        if rule.window is not None or sinks is not None:
-            return _flash_with_sums(q, k, v, scale, rule.window, sinks)[..., :width]
-        if queries == keys:
-            return F.scaled_dot_product_attention(
-                q, k, v, is_causal=True, scale=scale, enable_gqa=True
-            )[..., :width]
-        flash = torch.ops.aten._scaled_dot_product_flash_attention  # see LOWER_RIGHT
-        found: Tensor = flash(q, k, v, is_causal=True, scale=scale)[0]
-        return found[..., :width]
+            k, v = fused.repeated(q_BQTD, k_BGSD), fused.repeated(q_BQTD, v_BGSD)
+            return fused.masked(q_BQTD, k, v, mask_TS, rule.scale, sinks)
+        return fused.flash(q_BQTD, k_BGSD, v_BGSD, rule.scale, rule.window, sinks)
 
 
 def choose_attention(
@@ -292,63 +272,33 @@ def _checked(rule: Rule, keys: int, mask: Tensor | None) -> Rule:
     return rule.over(keys)
 
 
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def _too_wide(head_dim: int, what: str) -> str | None:
+    if head_dim <= WIDEST and head_dim % 8 == 0:
+        return None
+    return f"{what} takes heads of a multiple of 8 up to {WIDEST} numbers, not {head_dim}"
+
+
+def _capped(
+    kernel: Callable[..., Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    rule: Rule,
+    sinks: Tensor | None,
+) -> Tensor:
+    scale = rule.scale or q.shape[-1] ** -0.5
+    return kernel(
+        q, k, v, scale=scale, softcap=rule.softcap, window=rule.window, mask_TS=mask, sinks_Q=sinks
+    )
+
+
 def _refuse(attention: Attention, rule: Rule, head_dim: int) -> None:
     """Models are refused when they are loaded; this is for who forgot to ask."""
     why = attention.refusal(rule, head_dim)
     assert why is None, why
-
-
-def _flash_with_sums(
-    q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int | None, sinks: Tensor | None
-) -> Tensor:
-    """The kernel below torch's front door, which knows no window and keeps the sums to itself."""
-    flash = torch.ops.aten._flash_attention_forward
-    found, lse, *_ = flash(
-        *(x.transpose(1, 2) for x in (q, k, v)),
-        None, None, q.shape[2], k.shape[2], 0.0, True, False,
-        scale=scale, window_size_left=None if window is None else window - 1,
-        window_size_right=None if window is None else 0,
-    )  # fmt: skip
-    found = found.transpose(1, 2)
-    return found if sinks is None else _with_sinks(found, lse, sinks)
-
-
-def _masked(
-    q: Tensor, k: Tensor, v: Tensor, mask_TS: Tensor, scale: float | None, sinks: Tensor | None
-) -> Tensor:
-    if sinks is None:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask_TS, scale=scale)
-    queries, keys = mask_TS.shape
-    width = -(-keys // MASK_ALIGNMENT) * MASK_ALIGNMENT
-    bias = torch.zeros(queries, width, dtype=q.dtype, device=q.device)[:, :keys]
-    bias = bias.masked_fill_(~mask_TS, float("-inf")).expand(*q.shape[:2], -1, -1)
-    efficient = torch.ops.aten._scaled_dot_product_efficient_attention
-    found, lse, *_ = efficient(q, k, v, bias, True, scale=scale)
-    return _with_sinks(found, lse, sinks)
-
-
-def _with_sinks(found_BQTD: Tensor, lse_BQT: Tensor, sinks_Q: Tensor) -> Tensor:
-    """A sink takes its share of each softmax: sums of e^score grow by e^sink. `lse` may be padded
-    behind T."""
-    lse_BQT = lse_BQT[..., : found_BQTD.shape[2]].float()
-    share = torch.sigmoid(lse_BQT - sinks_Q.float()[:, None])
-    return found_BQTD.mul_(share[..., None])
-
-
-def _one_width(
-    q: Tensor, k: Tensor, v: Tensor, scale: float | None
-) -> tuple[Tensor, Tensor, Tensor, float | None]:
-    """Values as wide as keys, zeros behind them, for kernels that take one head size (MLA: 192 and
-    128). Nothing is copied where they are."""
-    dim, width = q.shape[-1], v.shape[-1]
-    if dim == width:
-        return q, k, v, scale
-    if width < dim:
-        return q, k, F.pad(v, (0, dim - width)), scale
-    q, k = (F.pad(x, (0, width - dim)) for x in (q, k))
-    return q, k, v, scale or dim**-0.5
-
-
-def _repeated(q_BQTD: Tensor, x_BGSD: Tensor) -> Tensor:
-    repeats = q_BQTD.shape[1] // x_BGSD.shape[1]
-    return x_BGSD.repeat_interleave(repeats, dim=1) if repeats > 1 else x_BGSD

@@ -51,14 +51,6 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x, weight)
 
 
-def rope_table(theta: float, dim: int, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin [len(positions), D], float32 (Su et al., 2021; halves, not interleaved)."""
-    exponent = torch.arange(0, dim, 2, dtype=torch.float32, device=positions.device) / dim
-    angle = positions.float()[:, None] * (1.0 / theta**exponent)
-    angle = torch.cat((angle, angle), dim=-1)
-    return angle.cos(), angle.sin()
-
-
 def rope(x_BHTD: Tensor, cos_TR: Tensor, sin_TR: Tensor, *, interleaved: bool = False) -> Tensor:
     """Rotate query or key heads to their positions: the first R coordinates, the rest is kept.
 
@@ -152,17 +144,6 @@ def branch_mask(queries: int, keys: int, device: torch.device, window: int | Non
     past = keys - queries
     mask = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(past)
     return mask if window is None else mask.triu(past - window + 1)
-
-
-def route(x_NH: Tensor, router_EH: Tensor, k: int, *, keep_float: bool) -> tuple[Tensor, ...]:
-    """Router logits [N, E] (float32), weights [N, K] that sum to 1, and experts [N, K].
-
-    `keep_float` leaves the weights in float32 (transformers 5), else they take x's dtype.
-    """
-    logits = linear(x_NH, router_EH).float()
-    weights, experts = logits.softmax(-1).topk(k, dim=-1)
-    weights = weights / weights.sum(-1, keepdim=True)
-    return logits, weights if keep_float else weights.to(x_NH.dtype), experts
 
 
 def glu_(

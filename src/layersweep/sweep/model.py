@@ -144,7 +144,13 @@ class Model:
         )
         with ExitStack() as undo:
             undo.callback(store.close)
-            engine = Engine(self.checkpoint.decoder, store, self.compute, plan.scratch, layers)
+            decoder = self.checkpoint.decoder
+            if decoder.generic:
+                from layersweep.sweep.generic import GenericEngine
+
+                engine: Engine = GenericEngine(decoder, store, self.compute, plan.scratch)
+            else:
+                engine = Engine(decoder, store, self.compute, plan.scratch, layers)
             undo.pop_all()
         return engine
 

@@ -16,5 +16,6 @@ def streams_of(attention: Attention) -> tuple[Stream, ...]:
 
 def every_stream(decoder: Decoder) -> list[Stream]:
     """The different streams of all layers."""
-    found = (stream for one in decoder.distinct_layers for stream in streams_of(one.attention))
+    keeping = (one.attention for one in decoder.distinct_layers if one.attention.num_kv_heads)
+    found = (stream for attention in keeping for stream in streams_of(attention))
     return list(dict.fromkeys(found))

@@ -1,0 +1,138 @@
+"""What files hold of a decoder that transformers' modules compute; see families/names.py."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Container, Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from layersweep.families.generic.interfaces import Unsupported
+from layersweep.families.generic.names import Weight, parts_of_an_expert, weights_of
+from layersweep.families.generic.parts import GenericLayer
+from layersweep.families.names import IGNORED_SUFFIX, Fused, Part, Wanted, Wants
+from layersweep.families.spec import Decoder
+from layersweep.families.weights import BlockShape, Shape
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_MATRIX = ".weight"
+
+
+def short(name: str) -> str:
+    """A parameter's name in a block: that of a matrix without its last part."""
+    return name.removesuffix(_MATRIX)
+
+
+def pieces_of(
+    model: PreTrainedModel, experts: str, shapes: Mapping[str, Shape]
+) -> Iterator[tuple[str, Shape]]:
+    """Keys and shapes of one expert's weights: "down_proj", or "0.gate_up_proj" and
+    "1.gate_up_proj" where files hold them apart."""
+    for key, shape in shapes.items():
+        parts = parts_of_an_expert(model, f"{experts}.{key}")
+        if parts == 1:
+            yield key, shape
+        else:
+            each = (shape[0] // parts, *shape[1:])
+            yield from ((f"{part}.{key}", each) for part in range(parts))
+
+
+class GenericNames:
+    """Names by transformers' table of conversions. `model` on the meta device."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        layers: tuple[GenericLayer, ...],
+        blocks: tuple[BlockShape, ...],
+    ) -> None:
+        self._model, self._layers, self._blocks = model, layers, blocks
+        self._shapes = {name: tuple(x.shape) for name, x in model.state_dict().items()}
+        self._found: dict[str, list[Weight]] = {}
+        patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+        self._ignored = [re.compile(pattern) for pattern in patterns]
+
+    def ignores(self, name: str) -> bool:
+        """Whether a file may hold this tensor for others."""
+        return name.endswith(IGNORED_SUFFIX) or any(one.search(name) for one in self._ignored)
+
+    def outside(self, block: BlockShape, there: Mapping[str, object]) -> Iterator[Wanted]:
+        """See families/names.py."""
+        wants = self._wants(block, "", there)
+        assert not wants.fused, "rows of a tensor beside the layers"
+        yield from wants.single
+
+    def layer(self, decoder: Decoder, index: int, there: Mapping[str, object]) -> Wants:
+        """See families/names.py."""
+        layer = self._layers[index]
+        own = [block for block in self._blocks if block.layer == index]
+        wants = self._wants(own[0], f"{layer.module}.", there)
+        for key in {key.lstrip("0123456789.") for block in own[1:] for key in block.weights}:
+            members = [
+                [name for name in block.weights if name.lstrip("0123456789.") == key]
+                for block in own[1:]
+            ]
+            found = self._find(f"{layer.experts}.{key}", there)
+            if found[0].expert is None:
+                wants.fused.append(_all_experts(own[1:], members, found[0]))
+                continue
+            for block, keys, weight in zip(own[1:], members, found, strict=True):
+                wants.single.extend(
+                    Wanted(block.canonical(name), (source.stored,), block.weights[name])
+                    for name, source in zip(keys, weight.sources, strict=True)
+                )
+        return wants
+
+    def _wants(self, block: BlockShape, prefix: str, there: Mapping[str, object]) -> Wants:
+        """Of a block that is no expert."""
+        wants, shared = Wants([], []), dict[str, list[tuple[Part, Shape]]]()
+        for key, shape in block.weights.items():
+            name = f"{prefix}{key}"
+            (weight,) = self._find(name if name in self._shapes else f"{name}{_MATRIX}", there)
+            if len(weight.sources) > 1:
+                stored = ", ".join(source.stored for source in weight.sources)
+                raise Unsupported(weight.name, f"{stored} in its place", "one tensor")
+            (source,) = weight.sources
+            if source.rows is None:
+                wants.single.append(Wanted(block.canonical(key), (source.stored,), shape))
+                continue
+            first, stop = source.rows
+            part = Part(block.canonical(key), shape, first, stop - first)
+            shared.setdefault(source.stored, []).append((part, shape))
+        for stored, parts in shared.items():
+            whole = (sum(part.rows for part, _ in parts), *parts[0][1][1:])
+            wants.fused.append(Fused((stored,), whole, tuple(part for part, _ in parts)))
+        return wants
+
+    def has_fused_experts(self, index: int, there: Container[str]) -> bool:
+        """What is stored is compared with the modules, name by name."""
+        return True
+
+    def _find(self, name: str, there: Mapping[str, object]) -> list[Weight]:
+        if not self._found:
+            # what belongs to a quantized tensor is named after it
+            whole = [key for key in there if not any(at in there for at in _shorter(key))]
+            kept = [key for key in whole if not self.ignores(key)]
+            self._found = weights_of(self._model, kept)
+        return self._found[name]
+
+
+def _all_experts(blocks: list[BlockShape], members: list[list[str]], weight: Weight) -> Fused:
+    """All experts in one stored tensor, rows of each below those of the one before."""
+    experts, *one = weight.shape
+    parts, rows = [], 0
+    for block, keys in zip(blocks, members, strict=True):
+        for key in keys:
+            shape = block.weights[key]
+            own = shape[0] if len(one) > 1 else 1
+            parts.append(Part(block.canonical(key), shape, rows, own))
+            rows += own
+    return Fused((weight.sources[0].stored,), (experts, *one), tuple(parts))
+
+
+def _shorter(name: str) -> Iterator[str]:
+    """ "a.b" and "a" of "a.b.c"."""
+    while "." in name:
+        name = name.rpartition(".")[0]
+        yield name

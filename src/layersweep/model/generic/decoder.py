@@ -1,0 +1,138 @@
+"""A decoder of transformers that computes layer by layer, with weights from elsewhere."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from layersweep.families.generic.build import base_of, build, config_of, fill_buffers, layers_of
+from layersweep.families.generic.interfaces import current
+from layersweep.families.generic.parts import GenericParts
+from layersweep.model.generic.walk import AtLayer, Rows, Walk
+
+Product = Callable[[Tensor, Tensor], Tensor]  # x [N, H], weight [V, H] -> [N, V]
+
+
+class Modules:
+    """transformers' modules, unchanged, without weights until somebody binds some; the first
+    `count` layers of them."""
+
+    def __init__(self, parts: GenericParts, count: int, device: torch.device) -> None:
+        self.layers = parts.layers[:count]
+        self.model = build(config_of(json.loads(parts.config)))
+        fill_buffers(self.model, device)
+        self.device = device
+        _, self._base = base_of(self.model)
+        decoder = self.model.get_decoder()
+        self._bases = {self._base} if decoder is self.model else {self._base, decoder}
+        layers = layers_of(self.model)
+        self._by_name = dict(self.model.named_modules())
+        self._parameters = frozenset(self.model.state_dict())
+        del layers[count:]
+        for index, (layer, known) in enumerate(zip(layers, self.layers, strict=True)):
+            layer.register_forward_pre_hook(_halts_at(index), with_kwargs=True)
+            self._called(known.mixers, lambda rows: rows.by_sequence)
+            self._called(known.rowwise, lambda rows: rows.by_row)
+            if known.attends_in:
+                self._called((known.attends_in,), lambda rows: rows.by_group)
+        layers[-1].register_forward_hook(_halts_behind(count))
+
+    def _called(self, names: tuple[str, ...], how: Callable[[Rows], Any]) -> None:
+        for name in names:
+            module = self._by_name[name]
+            module.forward = _calling(module.forward, how)
+
+    def parameter(self, name: str) -> str:
+        """Its whole name, of one in a block."""
+        return name if name in self._parameters else f"{name}.weight"
+
+    def module(self, name: str) -> nn.Module:
+        found: nn.Module = self._by_name[name]
+        return found
+
+    def walk(self, ids: Tensor, positions: Tensor, rows: Rows) -> Walk:
+        """The forward pass of rows with `ids` [N] at `positions` [N]. It takes the embedding at
+        once, halts before each layer and behind the last, and then takes the rest of the base."""
+
+        def forward() -> Tensor:
+            found = self._base(input_ids=ids[None], position_ids=positions[None], use_cache=False)
+            return found[0]  # type: ignore[no-any-return]
+
+        return Walk(forward, rows, self.device)
+
+    @contextmanager
+    def bound(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """Parameters and buffers of the checkpoint, by their names in the model, in place."""
+        taken: list[tuple[dict[str, Any], str, Any]] = []
+        try:
+            for name, tensor in weights.items():
+                owner, _, key = name.rpartition(".")
+                module = self._by_name[owner]
+                held = module._parameters if key in module._parameters else module._buffers
+                taken.append((held, key, held[key]))
+                parameter = held is module._parameters
+                held[key] = nn.Parameter(tensor, requires_grad=False) if parameter else tensor
+            yield
+        finally:
+            for held, key, before in reversed(taken):
+                held[key] = before
+
+    def logits(self, hidden_NH: Tensor, product: Product) -> Tensor:
+        """Logits [N, V] float32 of what a walk came to, with the head's weights bound.
+
+        The causal model's own forward, so that scales and caps are its own, around hidden states
+        that are there already. `product` takes the place of the last matrix.
+        """
+        head: Any = self.model.get_output_embeddings()
+        for base in self._bases:
+            base.forward = lambda *args, **kwargs: _Output(hidden_NH[None])
+        if head is not None and head.bias is None:
+            head.forward = lambda x: product(x[0], head.weight)[None]
+        try:
+            ids = torch.zeros(1, len(hidden_NH), dtype=torch.long, device=hidden_NH.device)
+            found: Tensor = self.model(input_ids=ids, use_cache=False).logits
+        finally:
+            for module in (*self._bases, *([head] if head is not None else [])):
+                module.__dict__.pop("forward", None)
+        return found[0].float()
+
+
+class _Output:
+    """Hidden states, and None for all else that an output may have."""
+
+    def __init__(self, hidden_1NH: Tensor) -> None:
+        self.last_hidden_state = hidden_1NH
+
+    def __getitem__(self, index: int) -> Tensor | None:
+        return self.last_hidden_state if index == 0 else None
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+def _halts_at(index: int) -> Any:
+    def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        current().halt(AtLayer(index, hidden[0]))
+
+    return hook
+
+
+def _halts_behind(index: int) -> Any:
+    def hook(module: nn.Module, args: Any, found: Any) -> None:
+        hidden = found if isinstance(found, Tensor) else found[0]
+        current().halt(AtLayer(index, hidden[0]))
+
+    return hook
+
+
+def _calling(forward: Callable[..., Any], how: Callable[[Rows], Any]) -> Callable[..., Any]:
+    def called(*args: Any, **kwargs: Any) -> Any:
+        return how(current().rows)(forward, args, kwargs)
+
+    return called
