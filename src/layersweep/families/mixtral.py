@@ -58,6 +58,6 @@ MIXTRAL = Family(
         "num_key_value_heads": 8,
         "num_local_experts": 8,
         "num_experts_per_tok": 2,
-    },  # fmt: skip
+    },
     aliases={"num_local_experts": "num_experts"},
 )
