@@ -2,10 +2,11 @@
 
     python tests/fuzz_checkpoint.py --seconds 600 [--seed N] [--out DIR]
 
-Coverage-guided: an input that reaches lines of `layersweep.checkpoint` which no other did is kept
-and mutated further. JSON (header, index, config, quant_state) is mutated as a tree, so that most
-inputs stay JSON; bytes are flipped, cut and moved too. What is accepted is read and decoded. Every
-finding is written to DIR as a checkpoint, with `why.txt`, to become a case of the corpus.
+Coverage-guided: an input that reaches lines of `layersweep.checkpoint` or `layersweep.families`
+which no other did is kept and mutated further. JSON (header, index, config, quant_state) is mutated
+as a tree, so that most inputs stay JSON; bytes are flipped, cut and moved too. What is accepted is
+read and decoded. Every finding is written to DIR as a checkpoint, with `why.txt`, to become a case
+of the corpus.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from hostile_damages import CONFIG, FIRST, INDEX, SECOND, SINGLE, Shard
 from safetensors.torch import save
 
 import layersweep.checkpoint
+import layersweep.families
 from layersweep.checkpoint import Checkpoint, scan_checkpoint
 from layersweep.errors import CheckpointError, InputError
 from layersweep.problems import problems_error
@@ -39,7 +41,9 @@ from layersweep.stream.blocks import Block, block_specs
 from layersweep.stream.reader import RunReader
 from layersweep.stream.runs import runs_of
 
-WATCHED = str(Path(layersweep.checkpoint.__file__).parent)
+WATCHED = tuple(
+    str(Path(package.__file__).parent) for package in (layersweep.checkpoint, layersweep.families)
+)
 SLOW_S, HANGS_S, LARGE_MB = 1.0, 5.0, 200.0
 LONGEST_MESSAGE = 4000
 

@@ -339,7 +339,7 @@ CONFIGS = {
     ),
     "config-architecture-number": case(config(architectures=7), CONFIG, "architectures = 7"),
     "config-remote-code": case(
-        both(remote_code, config(architectures=["X"], model_type="x")), CONFIG, "architectures"
+        both(remote_code, config(architectures=["X"], model_type="x")), CONFIG, "auto_map"
     ),
     **number("vocab_size", 0, -1, 2**40, 128.0, "128", True, None, math.nan),
     **number("hidden_size", 0, 10**30, math.inf),
@@ -368,7 +368,7 @@ CONFIGS = {
         config(rope_parameters=[1e4]), CONFIG, "rope_parameters = [10000.0]"
     ),
     "config-rope-scaling-beside-parameters": case(
-        config(rope_scaling={"type": "linear", "factor": 4.0}), CONFIG, 'rope_type = "linear"'
+        config(rope_scaling={"type": "linear", "factor": 4.0}), CONFIG, "rope_parameters.rope_"
     ),
     "config-rope-scaling-number": case(config(rope_scaling=4), CONFIG, "rope_scaling = 4"),
     "config-layer-types-number": case(config(layer_types=7), CONFIG, "layer_types = 7"),
@@ -381,12 +381,15 @@ CONFIGS = {
     "config-rope-type-unknown": case(
         config(rope_parameters={"rope_type": "eval(1)"}), CONFIG, 'rope_type = "eval(1)"'
     ),
+    "config-rope-type-list": case(
+        config(rope_parameters={"rope_type": [[]]}), CONFIG, "rope_type = [[]]"
+    ),
     "config-hidden-act": case(config(hidden_act="__import__"), CONFIG, 'hidden_act = "__import__"'),
     "config-other-shapes": case(
         config(hidden_size=128), SINGLE, "model.embed_tokens.weight", "float [128, 128]"
     ),
     "config-more-layers": case(config(num_hidden_layers=3), CONFIG, "num_hidden_layers = 3"),
-    "config-more-experts": case(config(num_local_experts=5), CONFIG, "num_local_experts = 5"),
+    "config-more-experts": case(config(num_local_experts=5), CONFIG, "5 experts of layer 0"),
     "config-fewer-layers": case(
         config(num_hidden_layers=1), SINGLE, "model.layers.1.", "unexpected"
     ),
@@ -541,7 +544,12 @@ FUSED_EXPERTS = {
     "fused-packed-short": case(
         tensor_of(FUSED, b"\0" * 24575, "U8", [24575, 1]), SINGLE, FUSED, "U8 [24575, 1]"
     ),
-    "fused-more-experts": case(config(num_local_experts=5), SINGLE, "mlp.gate.weight", "[5, 64]"),
+    "fused-more-experts": case(
+        config(num_local_experts=5), SINGLE, "experts.gate_up_proj", "[5, 192, 64]"
+    ),
+    "fused-many-experts": case(
+        config(num_local_experts=2**16), CONFIG, "num_local_experts = 65536", "up to 32768"
+    ),
     "fused-and-one-by-one": case(
         shard(
             lambda opened: opened.header.update(

@@ -21,7 +21,9 @@ from layersweep.kv.packing import pack_bits, unpack_bits
 from layersweep.kv.rotate import rotate_back, rotation_weights
 from layersweep.kv.trellis_search import search_oracle, states_of
 from layersweep.model import maths
+from layersweep.model.ops import TorchOps
 from layersweep.model.rope import rope_table
+from layersweep.sweep.state import Routing
 
 INT32_MAX = 2**31 - 1
 _WORDS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32}
@@ -141,6 +143,31 @@ def check_add_rows(
         wanted[rows] += (y * weight[:, None]).to(y.dtype)
         kernels.add_rows_(update, rows, y, weight)
         exactly(update, wanted, seed)
+
+
+def check_add_places(
+    kernels: Kernels, device: torch.device, tokens: int, experts: int, per_row: int, width: int,
+    seed: int,
+) -> None:  # fmt: skip
+    """Some experts of a routing at once: equal to one after the other, bit for bit."""
+    scores = draw(seed, tokens, experts, device=device)
+    weights, chosen = scores.softmax(-1).topk(per_row, dim=-1)
+    routing = Routing.of(chosen, weights, experts)
+    Routing.settle([routing])
+    for share in (routing.weights, routing.weights.to(kernels.dtype)):
+        first, last = routing.start[1], routing.start[experts - 1]
+        y = draw(seed + 1, last - first, width, device=device).to(kernels.dtype)
+        update = draw(seed + 2, tokens, width, device=device).to(kernels.dtype)
+        wanted = update.clone()
+        for expert in range(1, experts - 1):
+            own = slice(routing.start[expert], routing.start[expert + 1])
+            part = y[own.start - first : own.stop - first]
+            kernels.add_rows_(wanted, routing.rows[own], part, share[own].contiguous())
+        other = update.clone()
+        kernels.add_places_(update, routing.places, first, y, share[first:last].contiguous())
+        exactly(update, wanted, seed)
+        TorchOps().add_places_(other, routing.places, first, y, share[first:last])
+        within(other, wanted, 2, seed, 0.99)
 
 
 def check_leave_layer(

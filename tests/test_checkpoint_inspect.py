@@ -23,7 +23,8 @@ def test_identical_layers_and_experts_share_rows(
     inspect(str(tiny_checkpoint(tmp_path)))
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert "weights nf4, router nf4, 161.32 KiB in 1 file" in lines
-    assert any(line.startswith("0-1 attention_norm: bfloat16 64 64") for line in lines)
+    assert any(line.startswith("0-1 q_proj: nf4 1x2048 64x64 nested") for line in lines)
+    assert any(line.startswith("attention_norm: bfloat16 64 64") for line in lines)
     assert "router: nf4 1x128 4x64 nested, blocks of 64 1.36 KiB" in lines
     assert any(line.startswith("experts 0-3 gate_proj: nf4 1x3072 96x64") for line in lines)
     assert "note: the router is stored in 4 bits" in lines

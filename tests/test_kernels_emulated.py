@@ -86,6 +86,11 @@ def test_add_rows(kernels: Kernels, width: int, seed: int) -> None:
     check.check_add_rows(kernels, CPU, 9, 6, width, seed)
 
 
+@pytest.mark.parametrize("width", [8, 264])
+def test_add_places(kernels: Kernels, width: int, seed: int) -> None:
+    check.check_add_places(kernels, CPU, 9, 6, 3, width, seed)
+
+
 @pytest.mark.parametrize("width", [8, 264, 2056])
 def test_leave_layer(kernels: Kernels, width: int, seed: int) -> None:
     check.check_leave_layer(kernels, CPU, 10, width, seed)

@@ -70,6 +70,11 @@ def test_add_rows(kernels: Kernels, width: int, seed: int) -> None:
     check.check_add_rows(kernels, DEVICE, 51200, 12800, width, seed)
 
 
+@pytest.mark.parametrize("width", [2048, 8])
+def test_add_places(kernels: Kernels, width: int, seed: int) -> None:
+    check.check_add_places(kernels, DEVICE, 5120, 128, 8, width, seed)
+
+
 @pytest.mark.parametrize("width", [4096, 256, 8])
 def test_leave_layer(kernels: Kernels, width: int, seed: int) -> None:
     check.check_leave_layer(kernels, DEVICE, 51200, width, seed)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from mixtral_shapes import MIXTRAL, mixtral_specs
 
 from layersweep.errors import BudgetError, InputError
+from layersweep.families.weights import BlockShape
 from layersweep.kv import parse
 from layersweep.stream.blocks import BlockSpec
 from layersweep.stream.plan import Plan, cut, make_plan
@@ -175,7 +176,7 @@ def test_runs_of_mixtral_are_attention_with_an_expert_then_experts() -> None:
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 200)), min_size=1, max_size=40))
 def test_runs_cover_every_block_once_and_stay_in_their_layer(blocks: list[tuple[int, int]]) -> None:
     blocks.sort(key=lambda block: block[0])
-    specs = [BlockSpec(str(i), layer, {}, size, size) for i, (layer, size) in enumerate(blocks)]
+    specs = [BlockSpec(BlockShape("mlp", layer, {}), {}, size, size) for layer, size in blocks]
     runs = runs_of(specs, least=100)
     assert [block for run in runs for block in run.blocks] == list(range(len(specs)))
     for run in runs:

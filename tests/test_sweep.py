@@ -247,13 +247,13 @@ def test_one_dense_expert_at_a_time(tiny: Path, monkeypatch: pytest.MonkeyPatch)
     """Every expert of every layer is dequantized into the same memory, once per sweep."""
     model = load(str(tiny), device="cpu")
     filled: list[tuple[int, str]] = []
-    fill = DenseWeights.fill_expert
+    fill = DenseWeights.fill_feed
 
     def spy(weights: DenseWeights, block: Block) -> None:
-        filled.append((weights.w13.data_ptr(), block.spec.name))
         fill(weights, block)
+        filled.append((weights.feed["gate_up_proj"].data_ptr(), block.spec.name))
 
-    monkeypatch.setattr(DenseWeights, "fill_expert", spy)
+    monkeypatch.setattr(DenseWeights, "fill_feed", spy)
     sweep_logits(model, tiles_of("t", windows(model, 5, [EXACT, parse("K3V2")]), 2))
     assert len({memory for memory, _ in filled}) == 1
     names = [f"layers.{layer}.experts.{expert}" for layer in range(2) for expert in range(4)]

@@ -34,7 +34,7 @@ def needles(model: layersweep.Model, tokenizer: TextTokenizer, text: str, keys: 
     trials = make_trials(
         EncodedText(text, tokenizer),
         contexts=(4096,), depths=DEPTHS, per_depth=6, keys=keys, bos="auto",
-        seed=0, max_context=model.checkpoint.config.max_position_embeddings,
+        seed=0, max_context=model.checkpoint.decoder.max_position_embeddings,
     )  # fmt: skip
     job = NeedleTask(trials, [], tokenizer, EvalSettings(niah_keys=keys))
     model.run(job.tiles(), job.read)
@@ -61,7 +61,7 @@ def main() -> None:
     model.run(job.tiles(), job.read)
     job.settle()
     nll = float(job.numbers.nll["exact"].mean())
-    gate = Gate(model.checkpoint.config, choose_tokens(text, tokenizer, None, COPY), None)
+    gate = Gate(model.checkpoint.decoder, choose_tokens(text, tokenizer, None, COPY), None)
     model.run([gate.tile()], lambda tile, number, sequence, logits: gate.check_logits(logits[0]))
     assert gate.copies_nll is not None
     first, second = (round(value, 5) for value in gate.copies_nll)

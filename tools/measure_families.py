@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import tempfile
 import time
@@ -67,6 +68,8 @@ def _measured(subject: checks.Subject, *, experts: bool, cached: bool) -> dict[s
         model = ours.opened(subject.folder)
     except InputError as error:
         return {"refused": _short(error)}
+    except FAILURES as error:
+        return {"crashed": _short(error)}
     found: dict[str, object] = {"path": getattr(model.paths, "model", "own")}
     asked = {"exact": lambda: vars(checks.exact(subject))}
     if cached:
@@ -94,7 +97,8 @@ def _fields(subject: checks.Subject) -> dict[str, object]:
 
 
 def _short(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).strip()}".replace("\n", " ")[:300]
+    words = re.sub(r"\S*config\.json: ", "", str(error).strip())  # of a temporary folder
+    return (words or type(error).__name__).replace("\n", " ")[:300]
 
 
 def names() -> Iterator[str]:
@@ -112,7 +116,7 @@ def table(lines: list[dict[str, object]]) -> str:
     for line in lines:
         if "path" not in line:
             continue
-        marks = [_mark(line, key) for key in ("prefill", "nf4", "streaming", "needle", "generate")]
+        marks = [_mark(line, key) for key in COLUMNS]
         changed = f"{line.get('fields_equal', 0)}"
         if refused := line.get("fields_refused"):
             changed += f", refused: {', '.join(f'`{field}`' for field in refused)}"
@@ -120,7 +124,8 @@ def table(lines: list[dict[str, object]]) -> str:
     rows += ["", "| refused or not tried | reason |", "|---|---|"]
     for line in lines:
         if "path" not in line:
-            rows.append(f"| `{line['model']}` | {line.get('refused') or line.get('untried')} |")
+            reason = line.get("refused") or line.get("crashed") or line.get("untried")
+            rows.append(f"| `{line['model']}` | {reason} |")
     return "\n".join(rows)
 
 

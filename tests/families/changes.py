@@ -91,6 +91,7 @@ OTHER: Mapping[str, Callable[[Any], Any]] = {
     "local_attention": times(2.0),
     "attention_chunk_size": times(1.5),
     "keep_window_size": times(0.005),
+    "index_topk": times(2.0),
     "index_block_size": times(0.1),
     "index_topk_blocks": times(0.1),
     "index_local_blocks": times(2.0),
@@ -119,6 +120,7 @@ OTHER: Mapping[str, Callable[[Any], Any]] = {
     "hidden_act": other_activation,
     "hidden_activation": other_activation,
     "activation_function": other_activation,
+    "afn": other_activation,
     "activation": other_activation,
     "mlp_hidden_act": other_activation,
     "mamba_hidden_act": other_activation,
@@ -135,6 +137,7 @@ OTHER: Mapping[str, Callable[[Any], Any]] = {
     "lm_head_multiplier": MORE,
     "final_logit_softcapping": LESS,
     "logits_soft_cap": LESS,
+    "scale_embedding": flipped,
     "scale_emb": MORE,
     "scale_depth": MORE,
     "dim_model_base": MORE,
@@ -155,6 +158,10 @@ OTHER: Mapping[str, Callable[[Any], Any]] = {
     "num_experts_per_tok": times(1.5),
     "moe_k": times(1.5),
     "moe_topk": times(1.5),
+    "num_experts_per_token": times(1.5),
+    "top_k_experts": times(1.5),
+    "moe_renormalize": flipped,
+    "num_expert_group": halved,
     "moe_top_k": times(1.5),
     "norm_topk_prob": flipped,
     "moe_normalize_expert_weights": to(2.0),
@@ -173,6 +180,10 @@ OTHER: Mapping[str, Callable[[Any], Any]] = {
     "shared_expert_combination_strategy": either("average", "sum"),
     # linear attention and state spaces
     "time_step_limit": to([0.2, 0.6]),
+    "kda_lower_bound": LESS,
+    "kda_safe_gate": flipped,
+    "altup_correct_scale": flipped,
+    "activation_sparsity_pattern": lambda layers: [0.7 for _ in layers],
     "linear_allow_neg_eigval": flipped,
     "mamba_norm_before_gate": flipped,
 }
@@ -211,6 +222,11 @@ SHAPE = frozenset({
     *("layer_norm_elementwise_affine", "do_layer_norm_before", "_remove_final_layer_norm"),
     *("moe_num_experts", "is_moe", "use_sandwich_norm", "use_attention_gate", "use_post_norm"),
     *("qk_ln", "attn_type", "prefix_lm", "mamba_headdim", "num_query_groups", "hybrid_layer_ids"),
+    *("attention_k_eq_v", "enable_moe_block", "num_kv_shared_layers", "use_double_wide_mlp"),
+    *("hidden_size_per_layer_input", "vocab_size_per_layer_input", "altup_active_idx"),
+    *("altup_num_inputs", "laurel_rank", "attention_heads", "router_hidden_size", "cca_time0"),
+    *("cca_time1", "linear_head_dim", "linear_num_heads", "short_conv_kernel_size"),
+    *("gated_norm_rank", "layer_group_size", "indexer_types"),
     *("index_head_dim", "index_n_heads", "position_embedding_type", "add_cross_attention"),
 })  # fmt: skip
 
@@ -237,6 +253,8 @@ INERT = frozenset({
     # layer_types says it for each layer
     *("max_window_layers", "use_sliding_window", "sliding_window_pattern"),
     *("no_rope_layer_interval", "global_attn_every_n_layers", "full_attention_interval"),
+    *("activation_dropout", "attention_probs_dropout_prob", "hidden_dropout_prob"),
+    *("decoder_start_token_id", "model_max_length", "mtp_loss_scaling_factor", "altup_coef_clip"),
     *("use_bidirectional_attention", "_sliding_window_pattern", "attention_types"),
     # of mamba's initialization
     *("time_step_scale", "final_w_init_variance_scale"),

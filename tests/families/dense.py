@@ -163,4 +163,27 @@ DENSE: Mapping[str, Tiny] = {
     ),
     "minicpm3": Tiny("minicpm3", {"scale_emb": 3, "scale_depth": 1.0, "dim_model_base": 40}),
     "youtu": Tiny("youtu", LATENT),
+    "gemma3n_text": Tiny(
+        "gemma3n_text",
+        {
+            **WINDOWS,
+            "vocab_size_per_layer_input": 256,
+            "hidden_size_per_layer_input": 16,
+            "num_kv_shared_layers": 0,
+            "laurel_rank": 8,
+            "final_logit_softcapping": 6.0,
+        },
+    ),
+    "gemma4_unified_text": Tiny("gemma4_unified_text", WINDOWS, unfit=("layer_types",)),
+    "apertus1p5_text": Tiny(
+        "apertus1p5_text", LLAMA3, still=("act_fn.eps",), unfit=("hidden_act",)
+    ),
+    "gpt_neox_japanese": Tiny("gpt_neox_japanese"),
+    "openai-gpt": Tiny("openai-gpt"),
+    "biogpt": Tiny("biogpt", still=("layer_norm_eps", "k_proj.bias")),
+    "xglm": Tiny(
+        "xglm",
+        {"d_model": 64, "ffn_dim": 96, "num_layers": 3, "attention_heads": 4},
+        still=("k_proj.bias",),
+    ),
 }

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from families.parts import (
     GROUPS,
+    INDEXER,
     LATE_EXPERTS,
     LATENT,
     MULTIPLIERS,
@@ -161,5 +162,20 @@ EXPERTS: Mapping[str, Tiny] = {
             },
         },
         still=("attn_config.rope_theta",),
+    ),
+    "deepseek_v32": Tiny("deepseek_v32", {**LATENT, **GROUPS, **INDEXER}),
+    "glm_moe_dsa": Tiny("glm_moe_dsa", {**LATENT, **INDEXER}),
+    "axk2": Tiny("axk2", {**LATENT, **INDEXER, "gated_norm_rank": 8}),
+    "gemma4_text": Tiny(
+        "gemma4_text",
+        {
+            **WINDOWS,
+            "vocab_size_per_layer_input": 256,
+            "hidden_size_per_layer_input": 16,
+            "final_logit_softcapping": 6.0,
+            "enable_moe_block": True,
+            "top_k_experts": 2,
+        },
+        unfit=("layer_types",),
     ),
 }

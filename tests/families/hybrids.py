@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from families.parts import LINEAR, MAMBA, MULTIPLIERS
+from families.parts import GROUPS, LINEAR, MAMBA, MULTIPLIERS
 from families.small import WINDOW, Tiny
 
 HYBRIDS: Mapping[str, Tiny] = {
@@ -76,5 +76,17 @@ HYBRIDS: Mapping[str, Tiny] = {
             "mamba_d_state": 16,
             "chunk_size": 32,
         },
+    ),
+    "kimi_linear": Tiny("kimi_linear", {**LINEAR, "linear_head_dim": 16, "linear_num_heads": 4}),
+    "bailing_hybrid": Tiny("bailing_hybrid", {**LINEAR, **GROUPS}, still=("rope_theta",)),
+    "lara_mini": Tiny("lara_mini"),
+    "zaya": Tiny(
+        "zaya",
+        {"num_experts_per_tok": 1, "router_hidden_size": 16},
+        still=(
+            "sliding_window",
+            "rope_parameters.hybrid_sliding.rope_theta",
+            "rope_parameters.hybrid_sliding.partial_rotary_factor",
+        ),
     ),
 }

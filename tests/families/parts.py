@@ -51,6 +51,8 @@ LATENT = rope(
     "yarn", factor=8.0, mscale=0.8, mscale_all_dim=0.6, beta_fast=32.0, beta_slow=1.0,
     original_max_position_embeddings=64,
 )  # fmt: skip
+# attention to the tokens that an indexer chooses
+INDEXER = {"index_topk": 12, "index_head_dim": 16, "index_n_heads": 2}
 GROUPS = {"n_group": 4, "topk_group": 2}
 MULTIPLIERS = {
     "embedding_multiplier": 2.0,

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from layersweep.families.registry import AnyNames
 
 DISAGREE = "config.json and the tensors disagree; take both from the same model"
-_PLACE = re.compile(re.escape(LAYERS) + r"(\d+)\.(?:\w+\.experts\.(\d+)\.)?")
+_PLACE = re.compile(re.escape(LAYERS) + r"(\d+)\.(?:\w+\.experts\.(?:\w+\.)?(\d+)\.)?")
 
 
 def scan_folder(
@@ -141,8 +141,9 @@ class _Layout:
             return False
         for layer in range(self.decoder.num_hidden_layers):
             experts, own = self.decoder.layers[layer].feed.experts, len(there[str(layer)])
-            if own and experts > own:
-                self._too_many(f"experts = {experts}", f"{own} experts of layer {layer}")
+            fused = self.names.has_fused_experts(layer, self.tensors)
+            if experts > own and not fused:
+                self._too_many(f"{experts} experts of layer {layer}", f"{own}")
                 return False
         return True
 
@@ -205,8 +206,9 @@ class _Layout:
         weights.update((one.name, one) for one in weights_of(whole, fused))
 
     def _check_leftovers(self) -> None:
+        drafts = self._draft_layers()
         for name, tensor in self.tensors.items():
-            if name in self.used or self.names.ignores(name):
+            if name in self.used or self.names.ignores(name) or name.startswith(drafts):
                 continue
             if name == "lm_head.weight" and self.decoder.tie_word_embeddings:
                 continue
@@ -214,6 +216,15 @@ class _Layout:
             self.problems.append(
                 Problem(str(tensor.file), name, f"unexpected {tensor.describe()}", needed, DISAGREE)
             )
+
+    def _draft_layers(self) -> tuple[str, ...]:
+        """How names of layers for multi-token prediction begin."""
+        first, there = self.decoder.num_hidden_layers, _experts_by_layer(self.tensors)
+        last = first + self.decoder.draft_layers
+        found = [str(layer) for layer in range(first, last) if str(layer) in there]
+        for layer in found:
+            self.notes.append(f"layer {layer} is for multi-token prediction: it is not run")
+        return tuple(f"{LAYERS}{layer}." for layer in found)
 
     def _note_what_was_seen(self, weights: dict[str, Weight]) -> None:
         for note, names in self.seen.items():

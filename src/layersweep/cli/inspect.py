@@ -22,7 +22,7 @@ from layersweep.problems import printable
 from layersweep.units import format_bytes
 
 PLAIN_WIDTH = 120  # where stdout is no terminal, rows must not be folded at 80
-_EXPERT = re.compile(r"experts\.(\d+)\.(w[123])")
+_EXPERT = re.compile(r"experts\.(\d+)\.(.+)")
 
 
 def inspect(
@@ -128,7 +128,7 @@ def _layer_rows(checkpoint: Checkpoint, layer: int) -> Rows:
         if match := _EXPERT.match(part):
             key = (match[2], _storage(weight))
             alike.setdefault(key, []).append((int(match[1]), weight))
-    for (which, _), found in sorted(alike.items(), key=lambda item: (item[1][0][0], item[0][0])):
+    for (which, _), found in sorted(alike.items(), key=lambda item: item[1][0][0]):
         numbers = [number for number, _ in found]
         total = sum(weight.nbytes for _, weight in found)
         rows.append((f"experts {_ranges(numbers)} {which}", found[0][1], total))

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 
 from layersweep.families.family import Family
-from layersweep.families.fields import ROPE_HINT, Fields
+from layersweep.families.fields import MOST_LAYERS, ROPE_HINT, Fields
 from layersweep.families.names import LLAMA
 from layersweep.families.parts import Sizes, assemble, mixed, read_sizes, read_top_k
 from layersweep.families.spec import Attention, Decoder, Feed, Latent, Norm, Rope, Router
@@ -95,7 +95,8 @@ def _spread(f: Fields, rope: Rope) -> float:
 
 def draft_layers(f: Fields) -> int:
     """Layers for multi-token prediction, which files hold behind the others."""
-    return f.count_or_zero("num_nextn_predict_layers")
+    name = "num_nextn_predict_layers"
+    return f.count(name, MOST_LAYERS) if f.get(name) else 0
 
 
 ALIASES = {"num_nextn_predict_layers": "num_mtp_layers"}

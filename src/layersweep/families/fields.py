@@ -10,7 +10,8 @@ from layersweep.families.spec import Activation, Rope, RopeKind
 from layersweep.problems import Problem, show
 
 LARGEST_COUNT = 1 << 31
-MOST_LAYERS, MOST_EXPERTS = 4096, 65_536  # more than that is no model, and would be looked for
+# More than that is no model, and would be looked for one by one; experts of all layers together.
+MOST_LAYERS, MOST_EXPERTS = 4096, 65_536
 SMALLEST_FLOAT32, LARGEST_FLOAT32 = 1.2e-38, 3.4e38  # what is computed with, without denormals
 HINT = "config.json must describe the tensors beside it; download both again"
 ROPE_HINT = "this RoPE cannot be computed so far"
@@ -172,11 +173,7 @@ class Fields:
         if parts is None:
             parts = self._rope_parts()
         base = self._theta(parts, theta)
-        kind = parts.get("rope_type", parts.get("type", "default"))
-        kind = ROPE_ALIASES.get(kind, kind) if isinstance(kind, str) else kind
-        if kind not in ROPE_NUMBERS:
-            self.problem("rope_type", kind, " or ".join(map(spell, ROPE_NUMBERS)), ROPE_HINT)
-            kind = "default"
+        kind = self._rope_kind(parts)
         share = parts.get("partial_rotary_factor", self.get("partial_rotary_factor", 1.0))
         if share is None or (not partial and share != 1.0):
             self.problem("partial_rotary_factor", share, "1.0", ROPE_HINT)
@@ -212,6 +209,15 @@ class Fields:
         }  # fmt: skip
         self.unused += [f"rope_parameters.{key}" for key in parts if key not in known]
         return Rope(theta=base, dim=dim, kind=kind, interleaved=interleaved, **numbers, **others)
+
+    def _rope_kind(self, parts: Mapping[str, Any]) -> RopeKind:
+        found = parts.get("rope_type", parts.get("type", "default"))
+        if isinstance(found, str):
+            for kind in ROPE_NUMBERS:
+                if ROPE_ALIASES.get(found, found) == kind:
+                    return kind
+        self.problem("rope_type", found, " or ".join(map(spell, ROPE_NUMBERS)), ROPE_HINT)
+        return "default"
 
     def _rope_parts(self) -> Mapping[str, Any]:
         scaling, parameters = self.object("rope_scaling"), self.object("rope_parameters")

@@ -51,6 +51,13 @@ MIXTRAL = Family(
         _whole(("gate_proj", "up_proj"), "gate_up_proj"),
         _whole(("down_proj",), "down_proj"),
     ),
-    defaults={"rope_theta": 1e6, "hidden_act": "silu", "num_key_value_heads": 8},
+    defaults={
+        "rope_theta": 1e6,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        "num_key_value_heads": 8,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+    },
     aliases={"num_local_experts": "num_experts"},
 )

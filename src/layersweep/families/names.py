@@ -87,7 +87,7 @@ class Names:
         fused: list[Fused] = []
         taken: set[tuple[Role, str]] = set()
         for whole in self.wholes:
-            bases = tuple(f"{LAYERS}{index}.{name}" for name in whole.spellings)
+            bases = _bases(whole, index)
             members = [block for block in found if block.role == whole.role]
             keys_there = members and all(key in members[0].weights for key in whole.keys)
             if keys_there and any(base in there for base in bases):
@@ -99,6 +99,11 @@ class Names:
             for wanted in self.block(block, [key for role, key in taken if role == block.role])
         ]
         return Wants(single, fused)
+
+    def has_fused_experts(self, index: int, there: Container[str]) -> bool:
+        """Whether a tensor of several experts of this layer is `there`."""
+        wholes = (whole for whole in self.wholes if whole.role == "expert")
+        return any(base in there for whole in wholes for base in _bases(whole, index))
 
     def bases(self, block: BlockShape, key: str) -> Spellings:
         """The names that files have for a weight of a block; the first is the published one."""
@@ -115,6 +120,10 @@ class Names:
 class Wants:
     single: list[Wanted]
     fused: list[Fused]
+
+
+def _bases(whole: Whole, index: int) -> Spellings:
+    return tuple(f"{LAYERS}{index}.{name}" for name in whole.spellings)
 
 
 def _fused(whole: Whole, members: list[BlockShape], bases: Spellings) -> Fused:

@@ -110,7 +110,10 @@ def read_top_k(
     f: Fields, experts_field: str, top_k_field: str = "num_experts_per_tok"
 ) -> tuple[int, int]:
     """The experts of a layer, and how many of them a token goes to."""
-    experts, top_k = f.count(experts_field, MOST_EXPERTS), f.count(top_k_field)
+    layers = f.get("num_hidden_layers")
+    sound = type(layers) is int and 0 < layers <= MOST_LAYERS  # else it is reported already
+    experts = f.count(experts_field, MOST_EXPERTS // layers if sound else MOST_EXPERTS)
+    top_k = f.count(top_k_field)
     if top_k > experts:
         f.problem(top_k_field, top_k, f"at most {experts_field} = {experts}")
     return experts, top_k

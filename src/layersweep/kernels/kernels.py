@@ -13,15 +13,18 @@ from layersweep.kernels.nvrtc import KernelError, compile_cubin, read_source
 from layersweep.kernels.runtime import Argument, Module
 
 SCALARS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu2", "swiglu_clamped")
 # Parameters of every kernel in the order of its declaration; see Module.
 LAYOUTS: dict[str, dict[str, str]] = {
     "nf4": {"nf4_wide": "6Pq2if", "nf4_any": "6P3qf"},
     "rows": {
-        "rms_norm": "4Pqi2f",
-        "swiglu": "P2if",
-        "swiglu_pairs": "P2if",
+        "rms_norm": "4Pqif",
+        "rms_norm_offset": "4Pqi2f",
+        **{f"glu{pairs}_{act}": "Pif" for pairs in ("", "_pairs") for act in ACTIVATIONS},
         "add_rows": "4Pi",
         "add_rows_f32": "4Pi",
+        "add_places": "4P4i",
+        "add_places_f32": "4P4i",
         "leave_layer": "4P2i",
     },
     "rope": {
@@ -34,8 +37,6 @@ LAYOUTS: dict[str, dict[str, str]] = {
     "capped": {"attend_capped": "6P12q4i2f"},
     **CODEC_LAYOUTS,
 }
-# Numbers of rows.cu's enum.
-ACTIVATIONS = {"silu": 0, "gelu_tanh": 1, "gelu": 2, "relu2": 3, "swiglu_clamped": 4}
 _NF4_WIDE = 256 * 8 * 4
 
 Nested = tuple[Tensor, Tensor, int, float]
@@ -145,8 +146,9 @@ class Kernels(CodecKernels):
         if count == 0:
             return
         threads = min(256, -(-width // 256) * 32)
-        args = (x, weight, rows, out, x.stride(0), width, eps, offset)
-        self._module("rows").launch("rms_norm", (count, 1, 1), threads, args)
+        name, more = ("rms_norm_offset", (offset,)) if offset else ("rms_norm", ())
+        args = (x, weight, rows, out, x.stride(0), width, eps, *more)
+        self._module("rows").launch(name, (count, 1, 1), threads, args)
 
     def swiglu_(
         self, gate_up: Tensor, act: str = "silu", interleaved: bool = False, limit: float = 0.0
@@ -158,13 +160,13 @@ class Kernels(CodecKernels):
         count, width = gate_up.shape
         inner = width // 2
         _rows(gate_up, self.dtype)
-        assert inner % 8 == 0
-        args = (gate_up, inner, ACTIVATIONS[act], limit)
+        assert inner % 8 == 0 and act in ACTIVATIONS
+        args = (gate_up, inner, limit)
         if not interleaved:
-            self._columns("swiglu", count, inner, args)
+            self._columns(f"glu_{act}", count, inner, args)
         elif count:
             threads = min(256, -(-inner // 256) * 32)
-            self._module("rows").launch("swiglu_pairs", (count, 1, 1), threads, args)
+            self._module("rows").launch(f"glu_pairs_{act}", (count, 1, 1), threads, args)
         return gate_up[:, :inner]
 
     def add_rows_(self, update: Tensor, rows: Tensor, y: Tensor, weight: Tensor) -> None:
@@ -181,6 +183,22 @@ class Kernels(CodecKernels):
         assert weight.dtype in (self.dtype, torch.float32)
         name = "add_rows" if weight.dtype == self.dtype else "add_rows_f32"
         self._columns(name, count, width, (update, rows, y, weight, width))
+
+    def add_places_(
+        self, update: Tensor, places: Tensor, first: int, y: Tensor, weight: Tensor
+    ) -> None:
+        """See TorchOps.add_places_: update [N, H], places int32 [N, K] ascending, y [P, H],
+        weight [P], T or float32."""
+        count, width = y.shape
+        _rows(update, self.dtype)
+        _rows(y, self.dtype)
+        same(places, torch.int32)
+        same(weight, weight.dtype)
+        assert places.shape[0] == update.shape[0] and update.shape[1] == width
+        assert weight.dtype in (self.dtype, torch.float32) and weight.numel() == count
+        name = "add_places" if weight.dtype == self.dtype else "add_places_f32"
+        args = (update, places, y, weight, width, first, count, places.shape[1])
+        self._columns(name, len(update), width, args)
 
     def leave_layer_(
         self, hidden: Tensor, update: Tensor, unit: Tensor, first_bad: Tensor, layer: int

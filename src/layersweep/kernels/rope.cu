@@ -58,7 +58,8 @@ __device__ void turn(
     for (int i = 0; i < WIDTH; ++i) {
         result[0][i] = rounded(low[i] * cosine[i]) + rounded(-high[i] * sine[i]);
     }
-    if constexpr (!INTERLEAVED) {
+    if constexpr (!INTERLEAVED) {  // stored at once, for its registers
+        store(out + at, result[0]);
         load(cosines + half, cosine);
         load(sines + half, sine);
     }
@@ -69,7 +70,6 @@ __device__ void turn(
     if constexpr (INTERLEAVED) {
         store_interleaved(out + 2 * at, result[0], result[1]);
     } else {
-        store(out + at, result[0]);
         store(out + at + half, result[1]);
     }
 }

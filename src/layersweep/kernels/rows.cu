@@ -2,9 +2,10 @@
 // multiples of 8 and rows lie at 16-byte-aligned addresses.
 #include "common.cuh"
 
-// out[i] = weight * T(x[r] / rms(x[r])), r = rows[i] or i; with an offset,
-// T((offset + weight) * x[r] / rms(x[r])). One block per row.
-extern "C" __global__ void __launch_bounds__(256) rms_norm(
+// out[i] = weight * T(x[r] / rms(x[r])), r = rows[i] or i; or, OFFSET,
+// T((offset + weight) * x[r] / rms(x[r])). One block per row, which may be out[i] itself.
+template <bool OFFSET>
+__device__ void norm_row(
     const T* x, const T* weight, const i64* rows, T* out, i64 stride, int width, float eps,
     float offset
 ) {
@@ -25,29 +26,39 @@ extern "C" __global__ void __launch_bounds__(256) rms_norm(
         load(weight + at, share);
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
-            const float scaled = value[i] * scale;
-            value[i] = offset != 0.0f ? scaled * (offset + share[i]) : share[i] * rounded(scaled);
+            if (OFFSET) value[i] = value[i] * scale * (offset + share[i]);
+            else value[i] = share[i] * rounded(value[i] * scale);
         }
         store(out + at, value);
     }
 }
-
-// The activations of maths.glu_, in its order of roundings; NaN stays NaN.
-enum Act { SILU, GELU_TANH, GELU, RELU2, SWIGLU_CLAMPED };
-
-__device__ __forceinline__ float activated(float gate, int act) {
-    if (act == SILU) return gate / (1.0f + expf(-gate));
-    if (act == GELU_TANH) {
-        const float inner = 0.7978845608f * (gate + 0.044715f * gate * gate * gate);
-        return 0.5f * gate * (1.0f + tanhf(inner));
-    }
-    if (act == GELU) return 0.5f * gate * (1.0f + erff(gate * 0.7071067812f));
-    const float positive = gate <= 0.0f ? 0.0f : gate;
-    return positive * positive;
+extern "C" __global__ void __launch_bounds__(256) rms_norm(
+    const T* x, const T* weight, const i64* rows, T* out, i64 stride, int width, float eps
+) {
+    norm_row<false>(x, weight, rows, out, stride, width, eps, 0.0f);
+}
+extern "C" __global__ void __launch_bounds__(256) rms_norm_offset(
+    const T* x, const T* weight, const i64* rows, T* out, i64 stride, int width, float eps,
+    float offset
+) {
+    norm_row<true>(x, weight, rows, out, stride, width, eps, offset);
 }
 
-__device__ __forceinline__ float gated(float gate, float up, int act, float limit) {
-    if (act != SWIGLU_CLAMPED) return rounded(activated(gate, act)) * up;
+// The activations of maths.glu_, in its order of roundings; NaN stays NaN.
+enum Act { silu, gelu_tanh, gelu, relu2, swiglu_clamped };
+
+template <Act ACT>
+__device__ __forceinline__ float gated(float gate, float up, float limit) {
+    if (ACT == silu) return rounded(gate / (1.0f + expf(-gate))) * up;
+    if (ACT == gelu_tanh) {
+        const float inner = 0.7978845608f * (gate + 0.044715f * gate * gate * gate);
+        return rounded(0.5f * gate * (1.0f + tanhf(inner))) * up;
+    }
+    if (ACT == gelu) return rounded(0.5f * gate * (1.0f + erff(gate * 0.7071067812f))) * up;
+    if (ACT == relu2) {
+        const float positive = gate <= 0.0f ? 0.0f : gate;
+        return rounded(positive * positive) * up;
+    }
     gate = gate > limit ? limit : gate;
     up = up > limit ? limit : up < -limit ? -limit : up;
     const float slope = rounded(gate * 1.702f);
@@ -56,9 +67,8 @@ __device__ __forceinline__ float gated(float gate, float up, int act, float limi
 }
 
 // gate = T(T(act(gate)) * up) in rows of [gate | up]; a block takes 8 blockDim columns of a row.
-extern "C" __global__ void __launch_bounds__(256) swiglu(
-    T* gate_up, int inner, int act, float limit
-) {
+template <Act ACT>
+__device__ void glu_halves(T* gate_up, int inner, float limit) {
     const int at = 8 * (blockIdx.y * blockDim.x + threadIdx.x);
     if (at >= inner) return;
     T* row = gate_up + (i64)blockIdx.x * 2 * inner + at;
@@ -66,15 +76,14 @@ extern "C" __global__ void __launch_bounds__(256) swiglu(
     load(row, gate);
     load(row + inner, up);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) gate[i] = gated(gate[i], up[i], act, limit);
+    for (int i = 0; i < 8; ++i) gate[i] = gated<ACT>(gate[i], up[i], limit);
     store(row, gate);
 }
 
 // The same in rows of [gate, up, gate, up ...]. One block per row: it writes where it has read
 // in this step or an earlier one, for what it writes lies in the first half.
-extern "C" __global__ void __launch_bounds__(256) swiglu_pairs(
-    T* gate_up, int inner, int act, float limit
-) {
+template <Act ACT>
+__device__ void glu_pairs(T* gate_up, int inner, float limit) {
     T* row = gate_up + (i64)blockIdx.x * 2 * inner;
     const int step = 8 * blockDim.x;
     for (int start = 0; start < inner; start += step) {
@@ -86,13 +95,30 @@ extern "C" __global__ void __launch_bounds__(256) swiglu_pairs(
 #pragma unroll
             for (int i = 0; i < 8; ++i) {
                 const int gate = 2 * i % 8;
-                result[i] = gated(both[i / 4][gate], both[i / 4][gate + 1], act, limit);
+                result[i] = gated<ACT>(both[i / 4][gate], both[i / 4][gate + 1], limit);
             }
         }
         __syncthreads();
         if (at < inner) store(row + at, result);
     }
 }
+
+#define GLU_KERNELS(ACT)                                                                        \
+    extern "C" __global__ void __launch_bounds__(256) glu_##ACT(                                \
+        T* gate_up, int inner, float limit                                                      \
+    ) {                                                                                         \
+        glu_halves<ACT>(gate_up, inner, limit);                                                 \
+    }                                                                                           \
+    extern "C" __global__ void __launch_bounds__(256) glu_pairs_##ACT(                          \
+        T* gate_up, int inner, float limit                                                      \
+    ) {                                                                                         \
+        glu_pairs<ACT>(gate_up, inner, limit);                                                  \
+    }
+GLU_KERNELS(silu)
+GLU_KERNELS(gelu_tanh)
+GLU_KERNELS(gelu)
+GLU_KERNELS(relu2)
+GLU_KERNELS(swiglu_clamped)
 
 template <class Weight>
 __device__ void add_row(T* update, const i64* rows, const T* y, const Weight* weight, int width) {
@@ -118,6 +144,44 @@ extern "C" __global__ void __launch_bounds__(256) add_rows_f32(
     T* update, const i64* rows, const T* y, const float* weight, int width
 ) {
     add_row(update, rows, y, weight, width);
+}
+
+template <class Weight>
+__device__ void add_placed(
+    T* update, const int* places, const T* y, const Weight* weight, int width, int first,
+    int count, int per_row
+) {
+    const int at = 8 * (blockIdx.y * blockDim.x + threadIdx.x);
+    if (at >= width) return;
+    T* row = update + (i64)blockIdx.x * width + at;
+    float sum[8], add[8];
+    bool read = false;
+    for (int k = 0; k < per_row; ++k) {
+        const int place = places[(i64)blockIdx.x * per_row + k] - first;
+        if (place < 0 || place >= count) continue;
+        if (!read) load(row, sum);
+        read = true;
+        load(y + (i64)place * width + at, add);
+        const float share = to_float(weight[place]);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) sum[i] = rounded(sum[i] + rounded(add[i] * share));
+    }
+    if (read) store(row, sum);
+}
+
+// update[n] += T(y[p - first] * weight[p - first]) for each p of places[n] that is in range, in
+// their order: as add_rows would, once per k. One block row per n, so no two blocks meet.
+extern "C" __global__ void __launch_bounds__(256) add_places(
+    T* update, const int* places, const T* y, const T* weight, int width, int first, int count,
+    int per_row
+) {
+    add_placed(update, places, y, weight, width, first, count, per_row);
+}
+extern "C" __global__ void __launch_bounds__(256) add_places_f32(
+    T* update, const int* places, const T* y, const float* weight, int width, int first, int count,
+    int per_row
+) {
+    add_placed(update, places, y, weight, width, first, count, per_row);
 }
 
 // hidden += update; update = 0; the first layer after which a unit was not finite is kept.

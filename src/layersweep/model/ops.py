@@ -87,6 +87,16 @@ class TorchOps:
         """update[rows] += y * weight; rows are unique, so no order of additions is left open."""
         update[rows] += (y_NH * weight_N[:, None]).to(y_NH.dtype)
 
+    def add_places_(
+        self, update: Tensor, places_NK: Tensor, first: int, y: Tensor, weight: Tensor
+    ) -> None:
+        """update[n] += y[p] * weight[p] for each place first + p in places[n], ascending, that y
+        has; rounded after each addition, as if its experts came one after the other."""
+        for place in places_NK.unbind(dim=1):
+            rows = ((place >= first) & (place < first + len(y))).nonzero()[:, 0]
+            own = place[rows].long() - first
+            self.add_rows_(update, rows, y[own], weight[own])
+
     def leave_layer_(
         self, hidden: Tensor, update: Tensor, unit_N: Tensor, first_bad: Tensor, layer: int
     ) -> None:
@@ -177,6 +187,11 @@ class CudaOps(TorchOps):
 
     def add_rows_(self, update: Tensor, rows: Tensor, y_NH: Tensor, weight_N: Tensor) -> None:
         self.kernels.add_rows_(update, rows, y_NH, weight_N)
+
+    def add_places_(
+        self, update: Tensor, places_NK: Tensor, first: int, y: Tensor, weight: Tensor
+    ) -> None:
+        self.kernels.add_places_(update, places_NK, first, y, weight)
 
     def leave_layer_(
         self, hidden: Tensor, update: Tensor, unit_N: Tensor, first_bad: Tensor, layer: int

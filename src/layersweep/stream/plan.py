@@ -171,7 +171,7 @@ def _peaks(
 ) -> dict[str, int]:
     """Device memory besides hidden states, by what it is for."""
     peaks = {
-        "dense weights": dense_bytes(decoder, machine.element),
+        "dense weights": dense_bytes(decoder, machine.element, cpu=machine.cpu),
         "scratch": scratch_bytes(decoder, tiles, machine),
         "temporaries": temporary_bytes(decoder, tiles, machine),
         "fixed": CPU_FIXED_BYTES if machine.cpu else FIXED_BYTES,

@@ -11,6 +11,7 @@ from layersweep.families.spec import Decoder, Feed, Layer
 from layersweep.families.weights import BlockShape, Role, blocks
 
 EXPERT_SPREAD = 1.25  # an expert's rows go through at most this many times its even share at once
+GROUP_BYTES = 256 * 2**20  # of dense experts that are visited together
 DENSE_ROWS = 12_800  # of an MLP that all rows go through: enough for full speed
 # On the CPU an expert's rows go through in pieces whose activations stay in the cache.
 CPU_EXPERT_ROWS = 2048
@@ -121,7 +122,7 @@ def tile_bytes(decoder: Decoder, tile: TileShape, element: int) -> int:
         from layersweep.stream.generic_shapes import held_bytes
 
         return held_bytes(decoder, tile, element)
-    routing = tile.rows * decoder.experts_per_token * 12 + tile.rows * 4
+    routing = tile.rows * decoder.experts_per_token * 24 + tile.rows * 4
     return 2 * tile.rows * decoder.hidden_size * element + routing
 
 
@@ -136,18 +137,35 @@ def rows_at_once(feed: Feed, role: Role, rows: int, *, cpu: bool) -> int:
     return max(64, math.ceil(EXPERT_SPREAD * share))
 
 
+def experts_at_once(decoder: Decoder, layer: Layer, element: int, *, cpu: bool) -> int:
+    """Experts that are dense together and visited in one go, where they are many and small: they
+    share the launches that are no products. As many as have the rows of about one tile."""
+    feed = layer.feed
+    if cpu or decoder.generic or feed.router is None:
+        return 1
+    each = 3 * feed.inner * decoder.hidden_size * element
+    return max(1, min(feed.experts // feed.router.top_k, GROUP_BYTES // each))
+
+
+def slots(block: BlockShape, experts: int) -> int:
+    """Blocks like this one that are dense together."""
+    return experts if block.role == "expert" else 1
+
+
 def feed_bytes(decoder: Decoder, tile: TileShape, *, cpu: bool, element: int) -> int:
     """Scratch of the rows that go through an MLP at once: its input, later its output, and gate
     and up."""
     most = 0
-    for feed in {layer.feed for layer in decoder.distinct_layers}:
+    for layer in decoder.distinct_layers:
+        feed = layer.feed
         widths: list[tuple[Role, int]] = [("expert" if feed.experts else "mlp", feed.inner)]
         if feed.shared_inner:
             widths.append(("shared", feed.shared_inner))
         for role, inner in widths:
             rows = min(rows_at_once(feed, role, tile.rows, cpu=cpu), max(tile.rows, 64))
-            wide = (1 + feed.shared_gate) * decoder.hidden_size
-            wide += (3 if feed.interleaved else 2) * inner
+            if role == "expert":
+                rows *= experts_at_once(decoder, layer, element, cpu=cpu)
+            wide = (1 + feed.shared_gate) * decoder.hidden_size + 2 * inner
             most = max(most, rows * wide * element + 4 * SCRATCH_ALIGNMENT)
     return most
 
@@ -236,8 +254,9 @@ def kept_bytes(decoder: Decoder, tiles: Sequence[TileShape], machine: Machine) -
     return keys * decoder.read_width // 2 * each
 
 
-def dense_bytes(decoder: Decoder, element: int) -> int:
-    """Weights in the compute dtype: one layer's attention and one expert or MLP, or the head."""
+def dense_bytes(decoder: Decoder, element: int, *, cpu: bool = False) -> int:
+    """Weights in the compute dtype: one layer's attention and one MLP or group of experts, or the
+    head."""
     attention: dict[int | None, int] = {}
     feed: dict[int | None, int] = {}
     most = 0
@@ -246,7 +265,9 @@ def dense_bytes(decoder: Decoder, element: int) -> int:
             most = max(most, dense_elements(block, element))
         else:
             part = attention if block.role == "attention" else feed
-            part[block.layer] = max(part.get(block.layer, 0), dense_elements(block, element))
+            at_once = experts_at_once(decoder, decoder.layers[block.layer], element, cpu=cpu)
+            size = dense_elements(block, element) * slots(block, at_once)
+            part[block.layer] = max(part.get(block.layer, 0), size)
     return max(most, *(attention[layer] + feed.get(layer, 0) for layer in attention)) * element
 
 

@@ -12,7 +12,13 @@ from layersweep.families.spec import Decoder
 from layersweep.families.weights import BlockShape
 from layersweep.model.compute import Compute
 from layersweep.stream.blocks import Block
-from layersweep.stream.shapes import VECTOR_ALIGNMENT, dense_bytes, dense_elements, dense_places
+from layersweep.stream.shapes import (
+    VECTOR_ALIGNMENT,
+    dense_bytes,
+    dense_elements,
+    dense_places,
+    slots,
+)
 
 # Matrices that have the same rows as input are one product: they lie side by side.
 JOINED = {
@@ -25,33 +31,42 @@ Views = Mapping[str, Tensor]
 
 
 class DenseWeights:
-    """One layer's attention weights and one expert's or MLP's, or the head's, in one buffer.
+    """One layer's attention weights and those of an MLP or a few experts, or the head's, in one
+    buffer.
 
-    `attention`, `feed` and `head` are views by key, those of JOINED besides those of the block:
+    `attention`, each of `feeds` and `head` are views by key, those of JOINED besides those of the
+    block:
     qkv_proj [(Q + 2G) D, H], gate_up_proj [2I, H]. Filling is ordered with the products on the
     stream, so the buffer is reused at once.
     """
 
     def __init__(self, decoder: Decoder, compute: Compute) -> None:
-        count = dense_bytes(decoder, compute.dtype.itemsize) // compute.dtype.itemsize
+        element = compute.dtype.itemsize
+        count = dense_bytes(decoder, element, cpu=compute.cpu) // element
         self._memory = torch.empty(count, dtype=compute.dtype, device=compute.device)
         self._table = decoder.vocab_size, decoder.hidden_size
         self._known: dict[tuple[object, ...], Views] = {}
         self._attention_starts = 0
         self.attention: Views = {}
-        self.feed: Views = {}
+        self.feeds: list[Views] = []
         self.head: Views = {}
 
-    def fill_attention(self, block: Block, feeds: Iterable[BlockShape]) -> None:
+    def fill_attention(
+        self, block: Block, feeds: Iterable[BlockShape], experts_at_once: int = 1
+    ) -> None:
         """Of a new layer, which the blocks `feeds` belong to, too."""
-        element = self._memory.itemsize
-        starts = (dense_elements(feed, element) for feed in feeds)
-        self._attention_starts = max(starts, default=0)
+        sizes = [self._size(feed) * slots(feed, experts_at_once) for feed in feeds]
+        self._attention_starts = max(sizes, default=0)
         self.attention = self._filled(block, self._attention_starts)
 
-    def fill_feed(self, block: Block) -> None:
-        """An expert or MLP of the layer."""
-        self.feed = self._filled(block, 0)
+    def fill_feed(self, block: Block, slot: int = 0) -> None:
+        """An expert or MLP of the layer; slot 0 begins a new group."""
+        if slot == 0:
+            self.feeds.clear()
+        self.feeds.append(self._filled(block, slot * self._size(block.spec.shape)))
+
+    def _size(self, block: BlockShape) -> int:
+        return dense_elements(block, self._memory.itemsize)
 
     def fill_head(self, block: Block) -> None:
         """Takes the place of everything else."""

@@ -1,7 +1,9 @@
-"""The other half of a layer visit: a dense MLP, a shared expert, or one routed expert after the
-other. One of them is dense at a time, and all tiles use it."""
+"""The other half of a layer visit: a dense MLP, a shared expert, or routed experts, one after the
+other or, where they are small, a few together. What is dense is used by all tiles."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -10,65 +12,109 @@ from layersweep.families.spec import Layer
 from layersweep.families.weights import BlockShape
 from layersweep.model.compute import Compute, Scratch
 from layersweep.stream.shapes import rows_at_once
-from layersweep.sweep.dense import DenseWeights
-from layersweep.sweep.state import TileState
+from layersweep.sweep.dense import DenseWeights, Views
+from layersweep.sweep.state import Routing, TileState
 
 NORM_ROWS = 12_800  # at once
+Span = tuple[int, int]
 
 
 class FeedVisit:
-    """One block of a layer's feed, with each tile in turn."""
+    """Some blocks of a layer's feed, whose weights are dense, with each tile in turn.
+
+    A row's result depends on that row and on the number of rows that its expert has in the tile,
+    not on which experts are visited together: each has a product of its own, and they add to a
+    row's sum in their order. The rows of one expert are one product; where routing is so uneven
+    that they exceed `rows_at_once`, equal pieces of that.
+    """
 
     def __init__(
-        self, block: BlockShape, layer: Layer, weights: DenseWeights, compute: Compute,
+        self, blocks: Sequence[BlockShape], layer: Layer, weights: DenseWeights, compute: Compute,
         scratch: Scratch,
     ) -> None:  # fmt: skip
-        self.block, self.layer, self.feed = block, layer, layer.feed
+        self.blocks, self.layer, self.feed = blocks, layer, layer.feed
         self.weights, self.compute, self.scratch = weights, compute, scratch
 
     def __call__(self, state: TileState) -> None:
-        """Add the block's output to the tile's update buffer.
-
-        The rows of one expert are unique, so plain indexed addition is deterministic; experts come
-        in order, so the sum of a row does not depend on anything else. Its rows of a tile are one
-        product; where routing is so uneven that they exceed `rows_at_once`, equal pieces of that.
-        """
-        size = rows_at_once(self.feed, self.block.role, state.tile.rows, cpu=self.compute.cpu)
-        if self.block.expert is None:
-            for first in range(0, state.tile.rows, size):
-                self._all_rows(state, slice(first, min(first + size, state.tile.rows)))
+        """Add the blocks' outputs to the tile's update buffer."""
+        role, rows = self.blocks[0].role, state.tile.rows
+        size = rows_at_once(self.feed, role, rows, cpu=self.compute.cpu)
+        if role != "expert":
+            for first in range(0, rows, size):
+                self._all_rows(state, slice(first, min(first + size, rows)))
             return
         routing = state.routing
         assert routing is not None
-        last = routing.start[self.block.expert + 1]
-        for first in range(routing.start[self.block.expert], last, size):
-            some = slice(first, min(first + size, last))
-            rows = routing.rows[some]
-            with self.scratch.frame():
-                y = self._mlp(state.hidden, rows, len(rows))[1]
-                self.compute.ops.add_rows_(state.update, rows, y, routing.weights[some])
+        experts = [block.expert for block in self.blocks if block.expert is not None]
+        spans = [(routing.start[expert], routing.start[expert + 1]) for expert in experts]
+        if len(spans) > 1 and all(last - first <= size for first, last in spans):
+            self._together(state, routing, spans)
+            return
+        for weights, (start, stop) in zip(self.weights.feeds, spans, strict=True):
+            for first in range(start, stop, size):
+                self._alone(state, routing, weights, first, min(first + size, stop))
+
+    def _together(self, state: TileState, routing: Routing, spans: Sequence[Span]) -> None:
+        """Experts that share all launches but their products."""
+        first, last = spans[0][0], spans[-1][1]
+        if first == last:
+            return
+        with self.scratch.frame():
+            rows = routing.rows[first:last]
+            parts = [(start - first, stop - first) for start, stop in spans]
+            y = self._mlp(state.hidden, rows, last - first, self.weights.feeds, parts)[1]
+            self.compute.ops.add_places_(
+                state.update, routing.places, first, y, routing.weights[first:last]
+            )
+
+    def _alone(
+        self, state: TileState, routing: Routing, weights: Views, first: int, last: int
+    ) -> None:
+        """Rows of one expert. They are unique, so plain indexed addition is deterministic."""
+        with self.scratch.frame():
+            rows = routing.rows[first:last]
+            y = self._mlp(state.hidden, rows, last - first, [weights], [(0, last - first)])[1]
+            self.compute.ops.add_rows_(state.update, rows, y, routing.weights[first:last])
 
     def _all_rows(self, state: TileState, some: slice) -> None:
+        weights, count = self.weights.feeds[0], some.stop - some.start
         with self.scratch.frame():
-            x, y = self._mlp(state.hidden[some], None, some.stop - some.start)
-            if "gate" in self.weights.feed:
-                y.mul_(torch.sigmoid(self.compute.ops.linear(x, self.weights.feed["gate"])))
+            x, y = self._mlp(state.hidden[some], None, count, [weights], [(0, count)])
+            if "gate" in weights:
+                y.mul_(torch.sigmoid(self.compute.ops.linear(x, weights["gate"])))
             state.update[some] += y
 
-    def _mlp(self, hidden: Tensor, rows: Tensor | None, count: int) -> tuple[Tensor, Tensor]:
-        """The normed rows and down(act(gate x) * up x) of all `hidden` or of the index `rows`."""
-        ops, feed, weights = self.compute.ops, self.feed, self.weights.feed
+    def _mlp(
+        self, hidden: Tensor, rows: Tensor | None, count: int, weights: Sequence[Views],
+        parts: Sequence[Span],
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """The normed rows, all `hidden` or those of the index `rows`, and down(act(gate x) * up x)
+        of them, each part by weights of its own."""
+        ops, feed = self.compute.ops, self.feed
         take, dtype = self.scratch.take, self.compute.dtype
         x = self._input(hidden, rows, take(count, hidden.shape[1], dtype=dtype))
-        gate_up = weights["gate_up_proj"]
-        both = ops.linear(x, gate_up, take(count, len(gate_up), dtype=dtype))
-        if feed.bias:
-            both = both.add_(weights["gate_up_bias"])
+        both = take(count, len(weights[0]["gate_up_proj"]), dtype=dtype)
+        both = self._products(x, both, "gate_up", weights, parts)
         inner = ops.swiglu_(both, feed.act, interleaved=feed.interleaved, limit=feed.limit)
         # x has served, where nobody asks for it: its memory takes y
-        free = x if "gate" not in weights else take(count, hidden.shape[1], dtype=dtype)
-        y = ops.linear(inner, weights["down_proj"], free)
-        return x, y.add_(weights["down_bias"]) if feed.bias else y
+        free = x if "gate" not in weights[0] else take(count, hidden.shape[1], dtype=dtype)
+        return x, self._products(inner, free, "down", weights, parts)
+
+    def _products(
+        self, x: Tensor, out: Tensor, name: str, weights: Sequence[Views], parts: Sequence[Span]
+    ) -> Tensor:
+        """Rows of `parts` times the weights `name`, with their biases."""
+        linear, weight, bias = self.compute.ops.linear, f"{name}_proj", f"{name}_bias"
+        for own, (first, last) in zip(weights, parts, strict=True):
+            if first == last:
+                continue
+            memory = out[first:last]
+            found = linear(x[first:last], own[weight], memory)
+            if self.feed.bias:
+                found.add_(own[bias])
+            if found.data_ptr() != memory.data_ptr():
+                memory.copy_(found)
+        return out
 
     def _input(self, hidden: Tensor, rows: Tensor | None, memory: Tensor) -> Tensor:
         norm = self.layer.feed_norm

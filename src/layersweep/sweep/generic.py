@@ -180,7 +180,7 @@ class _Sweep:
             ExpertSums.settle([w.sums for w in every if w.sums])
             for expert, number in enumerate(numbers):
                 self.weights.fill_feed(self._block(number))
-                one = _joined(self.weights.feed)
+                one = _joined(self.weights.feeds[0])
                 self.store.release(number)
                 for walking in every:
                     assert walking.sums is not None

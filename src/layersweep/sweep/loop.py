@@ -16,10 +16,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from layersweep.errors import InputError
 from layersweep.families.spec import Decoder
-from layersweep.families.weights import layer_blocks
+from layersweep.families.weights import BlockShape, layer_blocks
 from layersweep.model.compute import Compute, Scratch
 from layersweep.stream.blocks import Block
+from layersweep.stream.shapes import experts_at_once
 from layersweep.stream.store import BlockStore
 from layersweep.sweep.attention import visit_attention
 from layersweep.sweep.caches import KeptCaches
@@ -143,8 +145,11 @@ def run_sweep(
     """
     if engine.decoder.generic:
         from layersweep.sweep.generic import GenericEngine, run_modules
+        from layersweep.sweep.generic_limits import KEEPS_NOTHING
 
-        assert isinstance(engine, GenericEngine) and caches is None and not then
+        assert isinstance(engine, GenericEngine) and not then
+        if caches is not None:
+            raise InputError(KEEPS_NOTHING)
         return run_modules(engine, tiles, read_logits, lead, check, progress)
     record, turn = SweepRecord(), turn or HostTurn()
     decoder = engine.decoder
@@ -193,9 +198,25 @@ class _Visits:
             for index in range(decoder.num_hidden_layers)
         )
 
-    def __call__(self) -> None:
-        self.done += 1
+    def __call__(self, count: int = 1) -> None:
+        self.done += count
         self.progress("sweep", self.done, self.total)
+
+
+def groups_of(
+    numbers: Sequence[int], blocks: Sequence[BlockShape], experts_at_once: int
+) -> Iterator[list[int]]:
+    """Numbers of a layer's feed blocks, those that are visited together in one list."""
+    first = 0
+    while first < len(numbers):
+        last = first + 1
+        while (
+            last < min(len(numbers), first + experts_at_once)
+            and blocks[first].role == blocks[last].role == "expert"
+        ):
+            last += 1
+        yield list(numbers[first:last])
+        first = last
 
 
 class _Sweep:
@@ -242,7 +263,9 @@ class _Sweep:
     ) -> None:
         attention, *feeds = self.of_layer[layer]
         specs = [self.store.specs[number].shape for number in feeds]
-        self.weights.fill_attention(self._block(attention), specs)
+        described, compute = self.decoder.layers[layer], self.compute
+        at_once = experts_at_once(self.decoder, described, compute.dtype.itemsize, cpu=compute.cpu)
+        self.weights.fill_attention(self._block(attention), specs, at_once)
         if lead:
             with self.clock.phase("gate"):
                 self._attend(layer, lead, None)
@@ -253,8 +276,8 @@ class _Sweep:
                 Routing.settle([state.routing for state in (*lead, *rest) if state.routing])
         self.report(check)
         with self.clock.phase("experts"):
-            for number in feeds:
-                self._feed(number, layer, lead, rest)
+            for group in groups_of(feeds, specs, at_once):
+                self._feed(group, layer, lead, rest)
             if lead:
                 with self.clock.phase("gate"):
                     self._leave(layer, lead)
@@ -264,21 +287,24 @@ class _Sweep:
         for state in (*lead, *rest):  # their memory is the next layer's
             state.routing = state.router_logits = None
 
-    def _feed(self, number: int, layer: int, lead: list[TileState], rest: list[TileState]) -> None:
-        """One expert or MLP with all tiles."""
-        block = self._block(number)
-        self.weights.fill_feed(block)
+    def _feed(
+        self, numbers: list[int], layer: int, lead: list[TileState], rest: list[TileState]
+    ) -> None:
+        """One MLP, or a group of experts, with all tiles."""
+        for slot, number in enumerate(numbers):
+            self.weights.fill_feed(self._block(number), slot)
+            self.store.release(number)
         visit = FeedVisit(
-            block.spec.shape, self.decoder.layers[layer], self.weights, self.compute, self.scratch
-        )
+            [self.store.specs[number].shape for number in numbers], self.decoder.layers[layer],
+            self.weights, self.compute, self.scratch,
+        )  # fmt: skip
         if lead:
             with self.clock.phase("gate"):
                 for state in lead:
                     visit(state)
         for state in rest:
             visit(state)
-        self.store.release(number)
-        self.visited()
+        self.visited(len(numbers))
 
     def _block(self, index: int) -> Block:
         if not self.store.waits_for(index):  # the turn is not handed over for nothing

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -39,13 +40,24 @@ class Routing:
     """Rows of a tile sorted by expert: rows[start[e]:start[e+1]] go to expert e.
 
     `weights` [N*K] belong to `rows`; `ends` [E] is `start` on the device, until `settle` has
-    brought it to the host.
+    brought it to the host. `places` [N, K] int32: where a row of the tile stands in `rows`, in
+    ascending order, which is that of its experts.
     """
 
     rows: Tensor
     weights: Tensor
     ends: Tensor
     start: list[int]
+    order: Tensor
+    per_token: int
+
+    @cached_property
+    def places(self) -> Tensor:
+        found = torch.empty_like(self.order, dtype=torch.int32)
+        found[self.order] = torch.arange(
+            len(self.order), dtype=torch.int32, device=self.order.device
+        )
+        return found.view(-1, self.per_token).sort(dim=1).values
 
     @classmethod
     def of(cls, experts_NK: Tensor, weights_NK: Tensor, num_experts: int) -> Routing:
@@ -56,7 +68,8 @@ class Routing:
         by_expert, order = keys.sort(stable=True)
         experts = torch.arange(num_experts, device=keys.device, dtype=torch.int32)
         ends = torch.searchsorted(by_expert.int(), experts, right=True)
-        return cls(order // per_token, weights_NK.flatten()[order], ends, [])
+        rows, weights = order // per_token, weights_NK.flatten()[order]
+        return cls(rows, weights, ends, [], order, per_token)
 
     @staticmethod
     def settle(routings: Sequence[Routing]) -> None:

@@ -33,6 +33,8 @@ def describe_modules(fields: Mapping[str, Any]) -> tuple[Decoder, GenericNames]:
     model = build(config)
     blocks = tuple(_blocks(model, found))
     parts = tuple(layer for layer, _, _ in found.layers)
+    chunks = [layer.chunk for layer in parts if layer.chunk]
+    limit = min([limit, *chunks])  # within one chunk, all that came before is seen
     latent = getattr(text, "kv_lora_rank", None)
     why = "its cache is a latent, which transformers' attention function never sees"
     names = GenericNames(model, parts, blocks)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from layersweep.families.generic.interfaces import Unsupported
@@ -104,6 +104,10 @@ class GenericNames:
             whole = (sum(part.rows for part, _ in parts), *parts[0][1][1:])
             wants.fused.append(Fused((stored,), whole, tuple(part for part, _ in parts)))
         return wants
+
+    def has_fused_experts(self, index: int, there: Container[str]) -> bool:
+        """What is stored is compared with the modules, name by name."""
+        return True
 
     def _find(self, name: str, there: Mapping[str, object]) -> list[Weight]:
         if not self._found:
