@@ -86,11 +86,13 @@ def _ropes(found: Any) -> Iterator[dict[str, Any]]:
 def _layer(
     model: PreTrainedModel, parts: GenericLayer, attention: Attention | None, per_token: int
 ) -> Layer:
-    feed = Feed(inner=0)
     if parts.experts:
         experts: Any = model.get_submodule(parts.experts)
-        inner = max(_expert_shapes(model, parts)[key][-1] for key in ("down_proj",))
-        feed = Feed(inner=inner, experts=experts.num_experts, router=Router(per_token))
+        inner = _expert_shapes(model, parts)["down_proj"][0 if experts.is_transposed else 1]
+        feed = Feed(inner, experts=experts.num_experts, router=Router(per_token))
+    else:  # the widest matrix of the layer
+        layer = model.get_submodule(parts.module)
+        feed = Feed(max(max(one.shape) for one in layer.parameters() if one.ndim == 2))
     return Layer(attention or NOTHING_KEPT, feed, None, None)
 
 
