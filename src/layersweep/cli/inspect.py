@@ -102,10 +102,7 @@ def _sections(checkpoint: Checkpoint) -> Iterable[tuple[str, Rows, int]]:
     weights, decoder = checkpoint.weights, checkpoint.decoder
     for name in embed_block(decoder).weights:
         yield "", [(name, weights[name], weights[name].nbytes)], 0
-    layers = [
-        (layer, _layer_rows(checkpoint, layer))
-        for layer in range(decoder.num_hidden_layers)
-    ]
+    layers = [(layer, _layer_rows(checkpoint, layer)) for layer in range(decoder.num_hidden_layers)]
     for _, group in groupby(layers, key=lambda item: _signature(item[1])):
         members = list(group)
         total = sum(nbytes for _, rows in members for _, _, nbytes in rows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -51,6 +52,12 @@ class Modules:
         for name in names:
             module = self._by_name[name]
             module.forward = _calling(module.forward, how)
+
+    @cached_property
+    def layer_of(self) -> dict[nn.Module, int]:
+        """Which layer a module attends in."""
+        attending = ((index, layer.attention) for index, layer in enumerate(self.layers))
+        return {self.module(name): index for index, name in attending if name}
 
     def parameter(self, name: str) -> str:
         """Its whole name, of one in a block."""
