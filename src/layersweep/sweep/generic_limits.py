@@ -32,6 +32,9 @@ def check_modules(decoder: Decoder, arms: Sequence[Arm], *, generates: bool) -> 
 def module_fallbacks(decoder: Decoder) -> Iterator[Fallback]:
     """What is not as wanted, whatever is measured."""
     assert decoder.generic is not None
+    if decoder.generic.text_of:
+        used = f"its text part, a {decoder.model_type}"
+        yield Fallback("model", f"a {decoder.generic.text_of}", used, "only text is measured")
     blind = [layer for layer in decoder.generic.layers if layer.attention and not layer.turning]
     if blind:
         yield Fallback(

@@ -43,6 +43,18 @@ def config_of(fields: Mapping[str, Any]) -> PreTrainedConfig:
         raise Unsupported("config.json", found, "fields that transformers takes") from failure
 
 
+def text_part(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Of a model that reads images or sound, too, its language model, if that is one by itself."""
+    from transformers import AutoModelForCausalLM
+
+    text = config.get_text_config()
+    if text is config or type(text) not in AutoModelForCausalLM._model_mapping:
+        return config
+    text = copy.deepcopy(text)
+    text.tie_word_embeddings = config.tie_word_embeddings  # the whole model's head is tied, or not
+    return text
+
+
 def _with_floats(value: Any) -> Any:
     """transformers writes infinity as {"__float__": "Infinity"}."""
     if isinstance(value, dict):
