@@ -149,33 +149,34 @@ class Fields:
         self.problem(field, value, "a list of integers or null")
         return []
 
-    def layer_types(self, layers: int, *known: str) -> list[str] | None:
-        """`layer_types`, an entry per layer; None where there is none, or it is wrong."""
-        types = self.get("layer_types")
-        if types is None:
+    def each_layer(self, field: str, layers: int, *known: str) -> list[str] | None:
+        """A list with an entry per layer; None where there is none, or it is wrong."""
+        kinds = self.get(field)
+        if kinds is None:
             return None
-        if isinstance(types, list) and len(types) == layers and all(one in known for one in types):
-            return types
-        self.problem("layer_types", types, f"one of {', '.join(known)} for each of {layers} layers")
+        if isinstance(kinds, list) and len(kinds) == layers and all(one in known for one in kinds):
+            return kinds
+        self.problem(field, kinds, f"one of {', '.join(known)} for each of {layers} layers")
         return None
 
     def rope(
         self, head_dim: int, *, parts: Mapping[str, Any] | None = None, theta: str = "rope_theta",
-        partial: bool = False, interleaved: bool = False,
+        partial: float | None = None, interleaved: bool = False,
     ) -> Rope:  # fmt: skip
         """RoPE of heads of `head_dim`.
 
         As transformers decides: `rope_scaling` goes before `rope_parameters`, and the theta in that
         object before the flat one. What is overruled must not disagree. `parts` takes their place
-        and `theta` names the flat one where a family has several RoPEs. `partial`: the family reads
-        partial_rotary_factor.
+        and `theta` names the flat one where a family has several RoPEs. `partial`: share of a head
+        that turns where partial_rotary_factor is left out, in a family that reads it.
         """
         if parts is None:
             parts = self._rope_parts()
         base = self._theta(parts, theta)
         kind = self._rope_kind(parts)
-        share = parts.get("partial_rotary_factor", self.get("partial_rotary_factor", 1.0))
-        if share is None or (not partial and share != 1.0):
+        usual = self.get("partial_rotary_factor", 1.0 if partial is None else partial)
+        share = parts.get("partial_rotary_factor", usual)
+        if share is None or (partial is None and share != 1.0):
             self.problem("partial_rotary_factor", share, "1.0", ROPE_HINT)
             share = 1.0
         dim = int(head_dim * self.positive("partial_rotary_factor", share))
