@@ -11,7 +11,6 @@ import shutil
 import subprocess
 import sys
 import textwrap
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -149,8 +148,8 @@ def test_no_address_space_at_all(tmp_path: Path) -> None:
 def test_address_space_for_fewer_tiles_than_planned(tmp_path: Path) -> None:
     """Hidden states of 4 KiB a row in a model that computes little: two tiles take about 110 MiB,
     one 55."""
-    wide = replace(tiny_study.TINY, hidden_size=1024, intermediate_size=64, num_hidden_layers=1)
-    write_synthetic(tmp_path / "model", wide)
+    wide = {"hidden_size": 1024, "intermediate_size": 64, "num_hidden_layers": 1}
+    write_synthetic(tmp_path / "model", tiny_study.TINY.with_fields(wide))
 
     def words(out: str) -> list[str]:
         given = ("--tasks", "ppl", "--kv", "fp8", "--vram", "2GiB", "--out", str(tmp_path / out))

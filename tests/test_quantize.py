@@ -140,6 +140,8 @@ LINEAR = [
     "model.layers.3.mlp.shared_experts.gate_proj.weight",
     "model.layers.3.self_attn.kv_a_proj_with_mqa.weight",
     "model.language_model.layers.0.linear_attn.in_proj_qkvz.weight",
+    "model.layers.3.conv.in_proj.weight",  # LFM2
+    "transformer.blocks.0.norm_attn_norm.attn.Wqkv.weight",  # DBRX
 ]
 OTHER = [
     "model.embed_tokens.weight",
@@ -318,6 +320,8 @@ def test_what_cannot_be_quantized_is_refused(
     good = model(tmp_path / "good", one_layer())
     dequantized = shutil.copytree(good, tmp_path / "dequantized")
     (dequantized / "config.json").write_text('{"quantization_config": {"quant_method": "gptq"}}')
+    gpt2 = shutil.copytree(good, tmp_path / "gpt2")
+    (gpt2 / "config.json").write_text('{"model_type": "gpt2"}')
     tiny_checkpoint(tmp_path / "nf4", weights="nf4")
     mixed = tiny_checkpoint(tmp_path / "mixed", weights="mixed")
     plain = model(tmp_path / "plain", {"model.norm.weight": torch.ones(4)})
@@ -340,6 +344,11 @@ def test_what_cannot_be_quantized_is_refused(
         ("pickle", "new", "only pytorch_model.bin, a format that can run code"),
         ("no", "new", "found no safetensors file"),
         (no_config, "new", "config.json: found no such file"),
+        (
+            gpt2,
+            "new",
+            "model_type: found 'gpt2', needed a model whose linear weights are [out, in]",
+        ),
         ("org/name", "new", "hf download org/name --local-dir DIR"),
     ):
         assert run(["quantize", str(source), str(target)]) == 2, source

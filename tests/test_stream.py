@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from layersweep.checkpoint.header import StoredTensor
 from layersweep.checkpoint.weights import Weight
 from layersweep.errors import CheckpointError, Fallback
+from layersweep.families.weights import BlockShape
 from layersweep.stream import host as host_module
 from layersweep.stream.blocks import BlockSpec, PlacedWeight, Slot
 from layersweep.stream.device import DeviceStage
@@ -94,7 +95,8 @@ def a_file(folder: Path, sizes: list[int]) -> tuple[list[BlockSpec], list[bytes]
             source = StoredTensor(f"t{index}", file, "F16", (size // 2,), offset, size)
             weight = Weight(f"t{index}", (size // 2,), source, None)
             placed = PlacedWeight(weight, Slot(source, 0, size))
-            specs.append(BlockSpec(f"b{index}", index // 3, {"w": placed}, size, size))
+            shape = BlockShape("mlp", index // 3, {"w": (size // 2,)})
+            specs.append(BlockSpec(shape, {"w": placed}, size, size))
             offset += size
     return specs, contents
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -117,7 +116,7 @@ def test_a_run_that_ends_early_leaves_nothing(
 
 def test_progress_ends_at_the_layers_and_the_ends(tmp_path: Path) -> None:
     seen: list[tuple[str, int, int]] = []
-    small = replace(SMALL, num_hidden_layers=2)
+    small = SMALL.with_layers(2)
     size = write_synthetic(tmp_path / "model", small, progress=lambda *step: seen.append(step))
     assert seen[-1] == ("writing", 3, 3)
     assert size == open_checkpoint(str(tmp_path / "model")).nbytes

@@ -68,6 +68,8 @@ def _measured(subject: checks.Subject, *, experts: bool, cached: bool) -> dict[s
         model = ours.opened(subject.folder)
     except InputError as error:
         return {"refused": _short(error)}
+    except FAILURES as error:
+        return {"crashed": _short(error)}
     found: dict[str, object] = {"path": getattr(model.paths, "model", "own")}
     asked = {"exact": lambda: vars(checks.exact(subject))}
     if cached:
@@ -122,7 +124,8 @@ def table(lines: list[dict[str, object]]) -> str:
     rows += ["", "| refused or not tried | reason |", "|---|---|"]
     for line in lines:
         if "path" not in line:
-            rows.append(f"| `{line['model']}` | {line.get('refused') or line.get('untried')} |")
+            reason = line.get("refused") or line.get("crashed") or line.get("untried")
+            rows.append(f"| `{line['model']}` | {reason} |")
     return "\n".join(rows)
 
 

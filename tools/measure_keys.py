@@ -35,13 +35,12 @@ def record() -> list[Layer]:
     bases: dict[int, Basis] = {}
     real = attention.attend_group
 
-    def recording(tile: Any, group: Any, qkv: Tensor, out: Tensor, context: Any) -> None:
+    def recording(tile: Any, group: Any, projected: Any, out: Tensor, context: Any) -> None:
         if len(group.sequences[0].prefix) == PREFIX:
-            x = qkv.view(len(group.sequences), group.rows_each, -1, DIM).transpose(1, 2)
-            q, k = x[:, : 2 * HEADS, PREFIX : PREFIX + 512], x[:, 2 * HEADS : 3 * HEADS, :PREFIX]
-            seen.setdefault(context.layer, []).append((q.clone(), k.clone()))
-            bases[context.layer] = context.basis
-        real(tile, group, qkv, out, context)
+            q, k = projected.q[:, :, PREFIX : PREFIX + 512], projected.streams[0][:, :, :PREFIX]
+            seen.setdefault(context.index, []).append((q.clone(), k.clone()))
+            bases[context.index] = context.basis
+        real(tile, group, projected, out, context)
 
     with patch.object(attention, "attend_group", recording):
         run(["eval", "demo", "--tasks", "ppl", "--kv", "K3V2", "--segments", "32"])

@@ -45,7 +45,21 @@ def prefilled(model: PreTrainedModel, prefix: Tensor) -> Prefilled:
     found = Prefilled(len(prefix), DynamicCache(config=model.config))
     with torch.inference_mode(), _watched(model, found.kept):
         model(prefix[None], **_given(model, found.cache))
+        for index, kept in found.kept.items():
+            _check_kept(kept, found.cache.layers[index])
     return found
+
+
+def _check_kept(kept: Kept, layer: Any) -> None:
+    """Raises NotImplementedError where the cache holds anything but the rotated keys: a norm that
+    follows RoPE, or a part of the head that was turned alone."""
+    turned = kept.rotate(kept.keys)
+    held = (layer.keys, layer.values)
+    if not any(
+        one.shape[-1] == turned.shape[-1] and torch.equal(one, turned[:, :, -one.shape[2] :])
+        for one in held
+    ):
+        raise NotImplementedError("the cache does not hold keys as RoPE left them")
 
 
 def branch_losses(

@@ -9,7 +9,17 @@ from checkpoint_builders import pack, read_tensors, unpack
 from safetensors.torch import save_file
 
 # what stays float: it is small, and decides where a token goes, or it is no matrix product
-FLOAT = ("embed", "lm_head", "router", ".gate.", "shared_expert_gate", "conv", "norm", "bias")
+FLOAT = (
+    "embed",
+    "lm_head",
+    "router",
+    ".gate.",
+    "shared_expert_gate",
+    "conv1d",
+    "conv.conv",
+    "norm",
+    "bias",
+)
 
 
 def quantized(folder: Path, into: Path) -> None:

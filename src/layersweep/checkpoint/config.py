@@ -28,8 +28,9 @@ def read_config(folder_or_json: Path | str) -> Decoder:
     return described.decoder
 
 
-def parse_config(raw: bytes, file: str) -> Description:
-    """The decoder in the bytes of config.json, or everything that is wrong with them."""
+def parse_config(raw: bytes, file: str, *, generic: bool = False) -> Description:
+    """The decoder in the bytes of config.json, or everything that is wrong with them. `generic`:
+    see families/registry.describe."""
     try:
         fields, repeated = parse_json(raw)
     except UnusableJson as error:
@@ -38,7 +39,7 @@ def parse_config(raw: bytes, file: str) -> Description:
         found = "JSON that is no object"
         return Description(None, None, [Problem(file, None, found, "a JSON object", HINT)])
     twice = [Problem(file, key, *TWICE, HINT) for key in repeated]
-    described = describe(fields, file)
+    described = describe(fields, file, generic=generic)
     if not twice:
         return described
     return Description(None, None, [*twice, *described.problems])

@@ -28,15 +28,18 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
-def open_checkpoint(source: str, revision: str | None = None) -> Checkpoint:
+def open_checkpoint(
+    source: str, revision: str | None = None, *, generic: bool = False
+) -> Checkpoint:
     """A checkpoint whose headers are valid. A hub id is downloaded if it is not in the cache.
 
     `source`: "demo", a local folder, or a hub id "org/name" (`revision`: branch, tag or commit).
-    Its headers are checked before the download starts. Raises CheckpointError for what the
-    checkpoint is, InputError for arguments that do not go together.
+    Its headers are checked before the download starts. `generic`: as transformers' own layers
+    compute it, though this package has a program for it; of a folder. Raises CheckpointError for
+    what the checkpoint is, InputError for arguments that do not go together.
     """
-    if not _is_hub_id(source):
-        return _checked(scan_checkpoint(source, revision))
+    if generic or not _is_hub_id(source):
+        return _checked(scan_checkpoint(source, revision, generic=generic))
     from layersweep.checkpoint import hub  # its imports take 0.3 s that local folders never need
 
     repository = hub.find(source, revision)
@@ -49,13 +52,13 @@ def open_checkpoint(source: str, revision: str | None = None) -> Checkpoint:
 
 
 def scan_checkpoint(
-    source: str, revision: str | None = None
+    source: str, revision: str | None = None, *, generic: bool = False
 ) -> tuple[Checkpoint | None, list[Problem]]:
     """The checkpoint, or every problem with it. Of a hub id only headers are read, by ranges.
 
     Raises CheckpointError or InputError where there is nothing to scan at all.
     """
-    if _is_hub_id(source):
+    if _is_hub_id(source) and not generic:
         from layersweep.checkpoint import hub
 
         return hub.find(source, revision).scan()
@@ -68,7 +71,8 @@ def scan_checkpoint(
     opened = LocalFolder.at(folder)
     snapshot = opened.root.name
     in_cache = opened.root.parent.name == "snapshots" and _COMMIT.fullmatch(snapshot)
-    return scan_folder(opened, source, snapshot if in_cache else None, folder)
+    revision = snapshot if in_cache else None
+    return scan_folder(opened, source, revision, folder, generic=generic)
 
 
 def demo_folder() -> Path:

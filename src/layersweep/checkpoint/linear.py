@@ -51,8 +51,9 @@ def is_linear(name: str, stored: StoredTensor) -> bool:
         return False
     if not math.prod(stored.shape) or not any(module.isdigit() for module in modules):
         return False
-    special = (module in ROUTERS or _NOT_LINEAR.search(module) for module in modules)
-    return modules[-1] not in HEADS and not any(special)
+    if modules[-1] in HEADS or _NOT_LINEAR.search(modules[-1]):
+        return False
+    return not any(module in ROUTERS for module in modules)
 
 
 def unpacked_modules(planned: Iterable[Planned]) -> list[str]:
@@ -65,7 +66,7 @@ def unpacked_modules(planned: Iterable[Planned]) -> list[str]:
     for tensor in planned:
         *modules, last = tensor.name.split(".")
         matrix = last == "weight" and len(tensor.stored.shape) == 2 and not tensor.linear
-        if matrix and not any(_NOT_LINEAR.search(module) for module in modules):
+        if matrix and not _NOT_LINEAR.search(modules[-1]):
             found.add("lm_head" if modules[-1] == "lm_head" else ".".join(modules[-2:]))
     return sorted(found)
 

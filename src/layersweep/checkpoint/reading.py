@@ -32,12 +32,13 @@ _PLACE = re.compile(re.escape(LAYERS) + r"(\d+)\.(?:\w+\.experts\.(?:\w+\.)?(\d+
 
 
 def scan_folder(
-    folder: Folder, source: str, revision: str | None, path: Path
+    folder: Folder, source: str, revision: str | None, path: Path, *, generic: bool = False
 ) -> tuple[Checkpoint | None, list[Problem]]:
-    """The checkpoint in `folder` (a local one is at `path`), or everything that is wrong."""
+    """The checkpoint in `folder` (a local one is at `path`), or everything that is wrong.
+    `generic`: see families/registry.describe."""
     problems: list[Problem] = []
     notes: list[str] = []
-    described, raw_config = _open_config(folder, problems)
+    described, raw_config = _open_config(folder, problems, generic=generic)
     decoder, names = described.decoder, described.names
     shards = open_shards(folder, problems, notes)
     if decoder is None or names is None or problems:
@@ -67,7 +68,9 @@ def scan_folder(
     return checkpoint, []
 
 
-def _open_config(folder: Folder, problems: list[Problem]) -> tuple[Description, bytes]:
+def _open_config(
+    folder: Folder, problems: list[Problem], *, generic: bool
+) -> tuple[Description, bytes]:
     where = f"{folder.label}/config.json"
     if "config.json" not in folder.names():
         needed = "the model's config.json"
@@ -81,7 +84,7 @@ def _open_config(folder: Folder, problems: list[Problem]) -> tuple[Description, 
     except FileProblem as error:
         problems.append(error.problem)
         return Description(None, None, problems), b""
-    described = parse_config(raw, where)
+    described = parse_config(raw, where, generic=generic)
     problems.extend(described.problems)
     return described, raw
 

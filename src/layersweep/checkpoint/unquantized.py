@@ -32,6 +32,7 @@ _BESIDE = (
     *("*.model", "*.jinja", "generation_config.json", "LICEN[CS]E*", "NOTICE*"),
 )
 _PACKED_DTYPES = ("U8", "I8", "I32", "F8_E4M3", "F8_E5M2")
+_TRANSPOSED = ("gpt2", "openai-gpt")  # transformers' Conv1D, which bitsandbytes packs turned
 _AS_PUBLISHED = "give the model as it was published in 16 bits, a folder of safetensors"
 
 
@@ -102,6 +103,11 @@ def _config(folder: LocalFolder) -> Mapping[str, Any]:
 def _check_unpacked(
     folder: LocalFolder, config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]
 ) -> None:
+    kind = config.get("model_type")
+    if kind in _TRANSPOSED:
+        found, needed = show(kind), "a model whose linear weights are [out, in]"
+        where, hint = f"{folder.label}/{CONFIG}", "take a model of another family"
+        raise FileProblem(Problem(where, "model_type", found, needed, hint))
     needed = "weights in BF16, F16 or F32"
     for name, stored in sorted(tensors.items()):  # a weight before its scales
         if _is_packed(name, stored):

@@ -209,13 +209,15 @@ def load(
     router_dtype: str = "float32",
     assume_capability: str | None = None,
     sharers: int = 1,
+    program: str = "auto",
 ) -> Model:
     """Open a checkpoint: headers, decoder and budgets; no weights are read.
 
     `source`: a folder, a hub id, or "demo". Sizes as "14GiB". `device` "cuda:0,cuda:1": see
     `beside`. `assume_capability` ("7.5") takes the paths of an older GPU than the one at hand.
     `sharers`: processes on this host that do the same on other devices; each takes its part of
-    `ram`. Raises CheckpointError, InputError or BudgetError, each with what was found and what was
+    `ram`. `program` "generic": transformers' own layers compute a folder's model, though this
+    package has a program for its family. Raises CheckpointError, InputError or BudgetError, each with what was found and what was
     needed.
     """
     if "," in device:
@@ -223,7 +225,7 @@ def load(
             load(
                 source, revision=revision, vram=vram, ram=ram, device=one, dtype=dtype,
                 weights=weights, router_dtype=router_dtype, assume_capability=assume_capability,
-                sharers=sharers,
+                sharers=sharers, program=program,
             )
             for one in device.split(",")
         ]  # fmt: skip
@@ -235,7 +237,8 @@ def load(
     _one_of("--router-dtype", router_dtype, ("float32", "hidden"))
     host = ram_budget(ram).share(sharers)
     budget = vram_budget(vram, place, host=host)
-    checkpoint = open_checkpoint(source, revision)
+    _one_of("program", program, ("auto", "generic"))
+    checkpoint = open_checkpoint(source, revision, generic=program == "generic")
     compute = choose_compute(
         torch.device(place), kind, router_float=router_dtype == "float32",
         assume_capability=assumed,

@@ -113,8 +113,7 @@ class GenericNames:
         if not self._found:
             # what belongs to a quantized tensor is named after it
             whole = [key for key in there if not any(at in there for at in _shorter(key))]
-            kept = [key for key in whole if not self.ignores(key)]
-            self._found = weights_of(self._model, kept)
+            self._found = weights_of(self._model, whole)
         return self._found[name]
 
 
