@@ -184,3 +184,15 @@ def test_gpt_oss_with_a_tensor_for_each_expert_and_with_one_for_all(
     checkpoint = open_checkpoint(written(tmp_path, fields, tensors))
     assert checkpoint.weights["layers.1.experts.3.gate_up_proj"].shape == (48, 16)
     assert checkpoint.weights["layers.1.experts.3.down_bias"].shape == (16,)
+
+
+def test_a_proportional_rope_is_as_wide_as_the_head() -> None:
+    """Of its pairs only a share turns, unlike with every other kind."""
+    rope = {"rope_theta": 1e4, "partial_rotary_factor": 0.5}
+    kinds = {"default": (8, 1.0), "proportional": (16, 0.5)}
+    for kind, (dim, turning) in kinds.items():
+        parts = {**rope, "rope_type": kind}
+        found = decoder_of("glm", {**SMALL, "head_dim": 16}, rope_parameters=parts)
+        made = found.layers[0].attention.rope
+        assert made is not None
+        assert (made.dim, made.turning) == (dim, turning)
