@@ -196,3 +196,16 @@ def test_a_proportional_rope_is_as_wide_as_the_head() -> None:
         made = found.layers[0].attention.rope
         assert made is not None
         assert (made.dim, made.turning) == (dim, turning)
+
+
+def test_gpt_oss_as_published_stretches_as_its_file_says() -> None:
+    """What a family stretches by where nothing is said is not held against the file."""
+    scaling = {
+        "rope_type": "yarn", "factor": 8.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+        "original_max_position_embeddings": 4096,
+    }  # fmt: skip
+    decoder = decoder_of("gpt_oss", rope_theta=150_000, rope_scaling=scaling, sliding_window=8)
+    rope = decoder.layers[0].attention.rope
+    assert rope is not None
+    assert (rope.theta, rope.factor, rope.truncate) == (150_000.0, 8.0, False)
+    assert [layer.attention.window for layer in decoder.layers] == [8, None]

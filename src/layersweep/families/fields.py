@@ -241,7 +241,7 @@ class Fields:
         if any(isinstance(part, dict) for part in decides.values()):
             self.problem("rope_parameters", decides, "one RoPE for all layers", ROPE_HINT)
             return {}
-        if scaling:
+        if scaling and "rope_parameters" in self.fields:
             self._check_overruled(scaling, parameters)
         return decides
 
