@@ -58,7 +58,7 @@ def test_optional_fields() -> None:
     ("changes", "expected"),
     [
         ({"architectures": ["GPT2LMHeadModel"]}, 'architectures = ["GPT2LMHeadModel"]'),
-        ({"architectures": None, "model_type": "gpt2"}, 'model_type = "gpt2"'),
+        ({"architectures": None, "model_type": "gpt0"}, 'model_type = "gpt0"'),
         ({"architectures": None, "model_type": "x", "auto_map": {"A": "x.Y"}}, "auto_map = {"),
         ({"hidden_size": "64"}, 'hidden_size = "64", needed a positive integer'),
         ({"hidden_size": True}, "hidden_size = true, needed a positive integer"),
