@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from families.weights import randomize
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from families.weights import randomize
 from layersweep.sweep import model as opening
 from layersweep.sweep.loop import SweepRecord, run_sweep
 from layersweep.sweep.model import Model

@@ -217,8 +217,8 @@ def load(
     `beside`. `assume_capability` ("7.5") takes the paths of an older GPU than the one at hand.
     `sharers`: processes on this host that do the same on other devices; each takes its part of
     `ram`. `program` "generic": transformers' own layers compute a folder's model, though this
-    package has a program for its family. Raises CheckpointError, InputError or BudgetError, each with what was found and what was
-    needed.
+    package has a program for its family. Raises CheckpointError, InputError or BudgetError, each
+    with what was found and what was needed.
     """
     if "," in device:
         first, *others = [
