@@ -77,6 +77,8 @@ def describe(fields: Mapping[str, object], file: str, *, generic: bool = False) 
 def _by_modules(fields: Mapping[str, object], f: Fields) -> Description:
     """As transformers computes it, if that knows it and it can run layer by layer."""
     kind = fields.get("model_type")
+    if f.problems and kind in FAMILIES:  # whose architecture is another one
+        return Description(None, None, f.problems)
     if f.fields.get("auto_map") is not None or not isinstance(kind, str):
         return Description(None, None, f.problems)
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
