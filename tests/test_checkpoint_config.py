@@ -58,8 +58,12 @@ def test_optional_fields() -> None:
     ("changes", "expected"),
     [
         ({"architectures": ["GPT2LMHeadModel"]}, 'architectures = ["GPT2LMHeadModel"]'),
-        ({"architectures": None, "model_type": "gpt2"}, 'model_type = "gpt2"'),
+        ({"architectures": None, "model_type": "gpt0"}, 'model_type = "gpt0"'),
         ({"architectures": None, "model_type": "x", "auto_map": {"A": "x.Y"}}, "auto_map = {"),
+        (
+            {"architectures": None, "model_type": "llama4_text", "layer_types": ["full"]},
+            "needed fields that transformers takes",
+        ),
         ({"hidden_size": "64"}, 'hidden_size = "64", needed a positive integer'),
         ({"hidden_size": True}, "hidden_size = true, needed a positive integer"),
         ({"vocab_size": 0}, "vocab_size = 0, needed a positive integer"),

@@ -21,8 +21,9 @@ from layersweep.families.registry import describe
 from layersweep.kv.arms import EXACT, Arm, parse
 from layersweep.model.generic.walk import Walk
 from layersweep.sweep.generic_limits import check_modules, module_fallbacks
-from layersweep.sweep.loop import LayerHealth, run_sweep
+from layersweep.sweep.loop import run_sweep
 from layersweep.sweep.model import Model
+from layersweep.sweep.record import LayerHealth
 from layersweep.sweep.sequences import Branch, BranchedSequence, Tile
 
 LONGEST = 400

@@ -20,6 +20,7 @@ LAYOUTS: dict[str, dict[str, str]] = {
     "rows": {
         "rms_norm": "4Pqif",
         "rms_norm_offset": "4Pqi2f",
+        "rms_norm_narrow": "4Pqi2fi",
         **{f"glu{pairs}_{act}": "Pif" for pairs in ("", "_pairs") for act in ACTIVATIONS},
         "add_rows": "4Pi",
         "add_rows_f32": "4Pi",
@@ -38,6 +39,7 @@ LAYOUTS: dict[str, dict[str, str]] = {
     **CODEC_LAYOUTS,
 }
 _NF4_WIDE = 256 * 8 * 4
+NARROW, ROWS_OF_A_BLOCK = 256, 8  # numbers that a warp holds; rows, a warp each
 
 Nested = tuple[Tensor, Tensor, int, float]
 
@@ -145,10 +147,15 @@ class Kernels(CodecKernels):
             assert len(rows) == count
         if count == 0:
             return
+        module, args = self._module("rows"), (x, weight, rows, out, x.stride(0), width, eps)
+        if width <= NARROW:
+            grid = -(-count // ROWS_OF_A_BLOCK), 1, 1
+            threads = 32 * ROWS_OF_A_BLOCK
+            module.launch("rms_norm_narrow", grid, threads, (*args, offset, count))
+            return
         threads = min(256, -(-width // 256) * 32)
         name, more = ("rms_norm_offset", (offset,)) if offset else ("rms_norm", ())
-        args = (x, weight, rows, out, x.stride(0), width, eps, *more)
-        self._module("rows").launch(name, (count, 1, 1), threads, args)
+        module.launch(name, (count, 1, 1), threads, (*args, *more))
 
     def swiglu_(
         self, gate_up: Tensor, act: str = "silu", interleaved: bool = False, limit: float = 0.0

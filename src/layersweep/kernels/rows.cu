@@ -44,6 +44,34 @@ extern "C" __global__ void __launch_bounds__(256) rms_norm_offset(
     norm_row<true>(x, weight, rows, out, stride, width, eps, offset);
 }
 
+// The same for rows of up to 256 numbers, heads for example: a warp each.
+extern "C" __global__ void __launch_bounds__(256) rms_norm_narrow(
+    const T* x, const T* weight, const i64* rows, T* out, i64 stride, int width, float eps,
+    float offset, int count
+) {
+    const int index = (int)blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
+    const int own = index < count ? index : count - 1;  // the last warps work for nothing
+    const T* row = x + (rows ? rows[own] : (i64)own) * stride;
+    const int at = 8 * (threadIdx.x % 32);
+    float value[8], sum = 0.0f;
+    if (at < width) {
+        load(row + at, value);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) sum += value[i] * value[i];
+    }
+    for (int step = 16; step; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+    if (at >= width || index >= count) return;
+    const float scale = rsqrtf(divide_by_number(sum, (float)width) + eps);
+    float share[8];
+    load(weight + at, share);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        const float scaled = value[i] * scale;
+        value[i] = offset != 0.0f ? scaled * (offset + share[i]) : share[i] * rounded(scaled);
+    }
+    store(out + (i64)own * width + at, value);
+}
+
 // The activations of maths.glu_, in its order of roundings; NaN stays NaN.
 enum Act { silu, gelu_tanh, gelu, relu2, swiglu_clamped };
 

@@ -3,7 +3,7 @@ other or, where they are small, a few together. What is dense is used by all til
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -23,9 +23,9 @@ class FeedVisit:
     """Some blocks of a layer's feed, whose weights are dense, with each tile in turn.
 
     A row's result depends on that row and on the number of rows that its expert has in the tile,
-    not on which experts are visited together: each has a product of its own, and they add to a
-    row's sum in their order. The rows of one expert are one product; where routing is so uneven
-    that they exceed `rows_at_once`, equal pieces of that.
+    not on who computes where: each expert has a product of its own, and they add to a row's sum in
+    their order. Where routing is so uneven that their rows exceed `rows_at_once` of each, one is
+    visited after the other, in pieces of that.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class FeedVisit:
         assert routing is not None
         experts = [block.expert for block in self.blocks if block.expert is not None]
         spans = [(routing.start[expert], routing.start[expert + 1]) for expert in experts]
-        if len(spans) > 1 and all(last - first <= size for first, last in spans):
+        if len(spans) > 1 and spans[-1][1] - spans[0][0] <= size * len(spans):
             self._together(state, routing, spans)
             return
         for weights, (start, stop) in zip(self.weights.feeds, spans, strict=True):
@@ -137,3 +137,19 @@ def leave_feed(state: TileState, layer: Layer, weights: DenseWeights, compute: C
             some.copy_(compute.ops.rms_norm(some, weight, norm.eps, some, offset=norm.offset))
     if layer.residual != 1.0:
         state.update *= layer.residual
+
+
+def groups_of(
+    numbers: Sequence[int], blocks: Sequence[BlockShape], experts_at_once: int
+) -> Iterator[list[int]]:
+    """Numbers of a layer's feed blocks, those that are visited together in one list."""
+    first = 0
+    while first < len(numbers):
+        last = first + 1
+        while (
+            last < min(len(numbers), first + experts_at_once)
+            and blocks[first].role == blocks[last].role == "expert"
+        ):
+            last += 1
+        yield list(numbers[first:last])
+        first = last

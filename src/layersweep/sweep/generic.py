@@ -24,8 +24,8 @@ from layersweep.stream.store import BlockStore
 from layersweep.sweep.clock import PhaseClock
 from layersweep.sweep.dense import Views
 from layersweep.sweep.generic_walking import Walking
-from layersweep.sweep.loop import (
-    Engine,
+from layersweep.sweep.loop import Engine
+from layersweep.sweep.record import (
     LayerCheck,
     LayerHealth,
     LogitsReader,

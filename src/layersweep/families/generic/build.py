@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError  # of configs that validate themselves
 from torch import nn
 
 from layersweep.families.generic.interfaces import NAME, Unsupported, register
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 # What code that is not ours raises for a config that it cannot take.
 FOREIGN_FAILURES = (
     ArithmeticError, AssertionError, AttributeError, ImportError, LookupError,
-    NotImplementedError, RuntimeError, TypeError, ValueError,
+    NotImplementedError, RuntimeError, StrictDataclassError, TypeError, ValueError,
 )  # fmt: skip
 
 
