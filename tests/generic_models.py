@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from layersweep.sweep import model as opening
-from layersweep.sweep.loop import SweepRecord, run_sweep
+from layersweep.sweep.loop import run_sweep
 from layersweep.sweep.model import Model
+from layersweep.sweep.record import SweepRecord
 from layersweep.sweep.sequences import BranchedSequence, Tile
 
 SMALL: dict[str, Any] = {

@@ -23,8 +23,8 @@ def complaint(model_type: str, fields: Mapping[str, object] = SMALL, **more: obj
 
 
 SIZES = {
-    "vocab_size": 64, "hidden_size": 1536, "intermediate_size": 24, "num_hidden_layers": 7,
-    "num_attention_heads": 128, "max_position_embeddings": 64, "num_experts_per_tok": 2,
+    "vocab_size": 64, "hidden_size": 7680, "intermediate_size": 24, "num_hidden_layers": 7,
+    "max_position_embeddings": 64, "num_experts_per_tok": 2,
     "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 
@@ -35,8 +35,10 @@ def test_what_a_file_leaves_out_is_what_transformers_takes(family: Family) -> No
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     assert MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family.model_type] == family.architecture
-    whole = CONFIG_MAPPING[family.model_type](**SIZES).to_dict()
-    assert decoder_of(family.model_type, SIZES) == decoder_of(family.model_type, whole)
+    # a multiple of the KV heads that it has when nothing is said
+    given = SIZES | {"num_attention_heads": 20 if family.model_type == "glm4_moe_lite" else 128}
+    whole = CONFIG_MAPPING[family.model_type](**given).to_dict()
+    assert decoder_of(family.model_type, given) == decoder_of(family.model_type, whole)
 
 
 def test_layers_for_multi_token_prediction_are_left_out_and_said(tmp_path: Path) -> None:
@@ -182,3 +184,28 @@ def test_gpt_oss_with_a_tensor_for_each_expert_and_with_one_for_all(
     checkpoint = open_checkpoint(written(tmp_path, fields, tensors))
     assert checkpoint.weights["layers.1.experts.3.gate_up_proj"].shape == (48, 16)
     assert checkpoint.weights["layers.1.experts.3.down_bias"].shape == (16,)
+
+
+def test_a_proportional_rope_is_as_wide_as_the_head() -> None:
+    """Of its pairs only a share turns, unlike with every other kind."""
+    rope = {"rope_theta": 1e4, "partial_rotary_factor": 0.5}
+    kinds = {"default": (8, 1.0), "proportional": (16, 0.5)}
+    for kind, (dim, turning) in kinds.items():
+        parts = {**rope, "rope_type": kind}
+        found = decoder_of("glm", {**SMALL, "head_dim": 16}, rope_parameters=parts)
+        made = found.layers[0].attention.rope
+        assert made is not None
+        assert (made.dim, made.turning) == (dim, turning)
+
+
+def test_gpt_oss_as_published_stretches_as_its_file_says() -> None:
+    """What a family stretches by where nothing is said is not held against the file."""
+    scaling = {
+        "rope_type": "yarn", "factor": 8.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+        "original_max_position_embeddings": 4096,
+    }  # fmt: skip
+    decoder = decoder_of("gpt_oss", rope_theta=150_000, rope_scaling=scaling, sliding_window=8)
+    rope = decoder.layers[0].attention.rope
+    assert rope is not None
+    assert (rope.theta, rope.factor, rope.truncate) == (150_000.0, 8.0, False)
+    assert [layer.attention.window for layer in decoder.layers] == [8, None]

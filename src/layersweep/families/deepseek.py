@@ -4,6 +4,7 @@ layers dense, experts in groups, shared ones."""
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from layersweep.families.family import Family
 from layersweep.families.fields import MOST_LAYERS, ROPE_HINT, Fields
@@ -59,16 +60,21 @@ def read_groups(f: Fields, experts: int, top_k: int, *, least: int) -> tuple[int
     return groups, best
 
 
-def read_feeds(f: Fields, sizes: Sizes, experts: int, router: Router) -> list[Feed]:
-    """The first layers dense, experts and a shared one in the others."""
+def read_feeds(f: Fields, dense: Sequence[bool], experts: int, router: Router) -> list[Feed]:
+    """Of each layer: `dense`, or experts and a shared one."""
     act, width = f.activation(), f.count("moe_intermediate_size")
-    shared, first = f.count_or_zero("n_shared_experts"), f.count_or_zero("first_k_dense_replace")
-    routed = Feed(width, act, experts=experts, router=router, shared_inner=shared * width)
-    dense = Feed(f.count("intermediate_size"), act) if first else routed
-    return [dense if index < first else routed for index in range(sizes.layers)]
+    shared = f.count_or_zero("n_shared_experts") * width
+    routed = Feed(width, act, experts=experts, router=router, shared_inner=shared)
+    plain = Feed(f.count("intermediate_size"), act) if any(dense) else routed
+    return [plain if one else routed for one in dense]
 
 
-def _read(f: Fields, experts: int, router: Router, *, interleaved: bool) -> Decoder:
+def first_dense(f: Fields, sizes: Sizes) -> list[bool]:
+    first = f.count_or_zero("first_k_dense_replace")
+    return [index < first for index in range(sizes.layers)]
+
+
+def read_latent(f: Fields, *, interleaved: bool) -> tuple[Sizes, Attention]:
     rope_dim = f.count("qk_rope_head_dim")
     sizes, rope = read_sizes(f, head_dim=rope_dim), f.rope(rope_dim, interleaved=interleaved)
     if sizes.kv_heads != sizes.heads:
@@ -80,7 +86,12 @@ def _read(f: Fields, experts: int, router: Router, *, interleaved: bool) -> Deco
         sizes.heads, sizes.heads, head_dim, f.count("v_head_dim"),
         scale=head_dim**-0.5 * _spread(f, rope), rope=rope, latent=latent, norm=INNER_NORM,
     )  # fmt: skip
-    feeds = read_feeds(f, sizes, experts, router)
+    return sizes, attention
+
+
+def _read(f: Fields, experts: int, router: Router, *, interleaved: bool) -> Decoder:
+    sizes, attention = read_latent(f, interleaved=interleaved)
+    feeds = read_feeds(f, first_dense(f, sizes), experts, router)
     return assemble(f, sizes, mixed(attention, sizes, feeds), draft_layers=draft_layers(f))
 
 

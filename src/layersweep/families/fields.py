@@ -29,6 +29,7 @@ ROPE_OPTIONS: Mapping[RopeKind, tuple[str, ...]] = {
     "longrope": ("factor", "attention_factor"),
     "proportional": ("factor",),
 }
+LONG_FACTORS = ("short_factor", "long_factor")
 ROPE_ALIASES = {"su": "longrope"}
 ACTIVATIONS: Mapping[str, Activation] = {
     "silu": "silu",
@@ -149,66 +150,81 @@ class Fields:
         self.problem(field, value, "a list of integers or null")
         return []
 
-    def layer_types(self, layers: int, *known: str) -> list[str] | None:
-        """`layer_types`, an entry per layer; None where there is none, or it is wrong."""
-        types = self.get("layer_types")
-        if types is None:
+    def each_layer(self, field: str, layers: int, *known: str) -> list[str] | None:
+        """A list with an entry per layer; None where there is none, or it is wrong."""
+        kinds = self.get(field)
+        if kinds is None:
             return None
-        if isinstance(types, list) and len(types) == layers and all(one in known for one in types):
-            return types
-        self.problem("layer_types", types, f"one of {', '.join(known)} for each of {layers} layers")
+        if isinstance(kinds, list) and len(kinds) == layers and all(one in known for one in kinds):
+            return kinds
+        self.problem(field, kinds, f"one of {', '.join(known)} for each of {layers} layers")
         return None
 
     def rope(
         self, head_dim: int, *, parts: Mapping[str, Any] | None = None, theta: str = "rope_theta",
-        partial: bool = False, interleaved: bool = False,
+        partial: float | None = None, interleaved: bool = False,
     ) -> Rope:  # fmt: skip
         """RoPE of heads of `head_dim`.
 
         As transformers decides: `rope_scaling` goes before `rope_parameters`, and the theta in that
         object before the flat one. What is overruled must not disagree. `parts` takes their place
-        and `theta` names the flat one where a family has several RoPEs. `partial`: the family reads
-        partial_rotary_factor.
+        and `theta` names the flat one where a family has several RoPEs. `partial`: share of a head
+        that turns where partial_rotary_factor is left out, in a family that reads it.
         """
         if parts is None:
             parts = self._rope_parts()
-        base = self._theta(parts, theta)
         kind = self._rope_kind(parts)
-        share = parts.get("partial_rotary_factor", self.get("partial_rotary_factor", 1.0))
-        if share is None or (not partial and share != 1.0):
+        dim, share = self._turned(parts, head_dim, partial)
+        numbers = self._rope_numbers(parts, kind)
+        if kind == "proportional":
+            dim, numbers["turning"] = head_dim, share
+        if kind == "longrope":
+            numbers |= {name: self._factors(parts, name, dim) for name in LONG_FACTORS}
+        known = {
+            *("rope_theta", "rope_type", "type", "partial_rotary_factor", "truncate"),
+            *("original_max_position_embeddings", *LONG_FACTORS),
+            *ROPE_NUMBERS[kind], *ROPE_OPTIONS.get(kind, ()),
+        }  # fmt: skip
+        self.unused += [f"rope_parameters.{key}" for key in parts if key not in known]
+        base = self._theta(parts, theta)
+        return Rope(theta=base, dim=dim, kind=kind, interleaved=interleaved, **numbers)
+
+    def _turned(
+        self, parts: Mapping[str, Any], head_dim: int, partial: float | None
+    ) -> tuple[int, float]:
+        """Coordinates of a head that turn, and which share of them that is."""
+        usual = self.get("partial_rotary_factor", 1.0 if partial is None else partial)
+        share = parts.get("partial_rotary_factor", usual)
+        if share is None or (partial is None and share != 1.0):
             self.problem("partial_rotary_factor", share, "1.0", ROPE_HINT)
             share = 1.0
-        dim = int(head_dim * self.positive("partial_rotary_factor", share))
+        share = self.positive("partial_rotary_factor", share)
+        dim = int(head_dim * share)
         if (dim % 2 or not 0 < dim <= head_dim) and not self.problems:
             name = "head_dim" if share == 1.0 else "partial_rotary_factor"
             needed = "an even number of coordinates of a head (RoPE turns pairs)"
             self.problem(name, head_dim if share == 1.0 else share, needed)
-        numbers: dict[str, Any] = {
+        return dim, share
+
+    def _rope_numbers(self, parts: Mapping[str, Any], kind: RopeKind) -> dict[str, Any]:
+        """What a kind of RoPE needs besides theta, and what it may have."""
+        found: dict[str, Any] = {
             name: self.positive(f"rope_scaling.{name}", parts.get(name))
             for name in ROPE_NUMBERS[kind]
         }
         for name in ROPE_OPTIONS.get(kind, ()):
             if parts.get(name) is not None:
-                numbers[name] = self.positive(f"rope_scaling.{name}", parts[name])
-        others: dict[str, Any] = {}
+                found[name] = self.positive(f"rope_scaling.{name}", parts[name])
         if kind in ("llama3", "yarn", "longrope"):
-            others["original_length"] = self._original_length(parts)
+            found["original_length"] = self._original_length(parts)
         if kind == "dynamic":
-            others["original_length"] = self.count("max_position_embeddings")
+            found["original_length"] = self.count("max_position_embeddings")
         if kind == "yarn" and parts.get("truncate") is False:
-            others["truncate"] = False
+            found["truncate"] = False
         if kind == "longrope":
-            others |= {name: self._factors(parts, name, dim) for name in (
-                "short_factor", "long_factor")}  # fmt: skip
-            longest, original = self.count("max_position_embeddings"), others["original_length"]
-            numbers.setdefault("factor", longest / original)
-        known = {
-            *("rope_theta", "rope_type", "type", "partial_rotary_factor", "truncate"),
-            *("original_max_position_embeddings", "short_factor", "long_factor"),
-            *ROPE_NUMBERS[kind], *ROPE_OPTIONS.get(kind, ()),
-        }  # fmt: skip
-        self.unused += [f"rope_parameters.{key}" for key in parts if key not in known]
-        return Rope(theta=base, dim=dim, kind=kind, interleaved=interleaved, **numbers, **others)
+            longest = self.count("max_position_embeddings")
+            found.setdefault("factor", longest / found["original_length"])
+        return found
 
     def _rope_kind(self, parts: Mapping[str, Any]) -> RopeKind:
         found = parts.get("rope_type", parts.get("type", "default"))
@@ -225,7 +241,7 @@ class Fields:
         if any(isinstance(part, dict) for part in decides.values()):
             self.problem("rope_parameters", decides, "one RoPE for all layers", ROPE_HINT)
             return {}
-        if scaling:
+        if scaling and "rope_parameters" in self.fields:
             self._check_overruled(scaling, parameters)
         return decides
 

@@ -7,14 +7,16 @@ from dataclasses import replace
 from typing import Any
 
 from layersweep.families.family import Family
-from layersweep.families.fields import ROPE_HINT, Fields
+from layersweep.families.fields import Fields
 from layersweep.families.names import LLAMA
 from layersweep.families.parts import (
     Sizes,
     assemble,
     grouped,
     pre_norm,
+    read_patterned_windows,
     read_sizes,
+    read_two_ropes,
     read_windows,
     repeated,
 )
@@ -42,9 +44,8 @@ def read_gemma2(f: Fields) -> Decoder:
 
 def read_gemma3(f: Fields) -> Decoder:
     sizes = read_sizes(f, offset=1.0)
-    every = f.count("sliding_window_pattern")
-    windows = read_windows(f, sizes, lambda index: (index + 1) % every > 0)
-    full, near = _two_ropes(f, sizes)
+    windows = read_patterned_windows(f, sizes)
+    full, near = read_two_ropes(f, sizes.head_dim, near_theta="rope_local_base_freq")
     each = [
         _attention(f, sizes, near if window else full, window=window, qk_norm="head")
         for window in windows
@@ -67,21 +68,6 @@ def _sandwiched(f: Fields, sizes: Sizes, attentions: list[Attention]) -> Decoder
     )  # fmt: skip
 
 
-def _two_ropes(f: Fields, sizes: Sizes) -> tuple[Rope, Rope]:
-    """Of layers that see everything, and of windows: by type in one object, or, in older files, a
-    scaled one with rope_theta and a plain one with rope_local_base_freq."""
-    given, scaled = f.object("rope_parameters"), f.object("rope_scaling")
-    by_type = [given.get("full_attention"), given.get("sliding_attention")]
-    full, near = (part if isinstance(part, dict) else {} for part in by_type)
-    if given and (scaled or any(key not in LAYER_TYPES for key in given)):
-        f.problem("rope_parameters", given, "a RoPE for each type of layer, alone", ROPE_HINT)
-    return (
-        f.rope(sizes.head_dim, parts=full or scaled),
-        f.rope(sizes.head_dim, parts=near, theta="rope_local_base_freq"),
-    )
-
-
-LAYER_TYPES = ("full_attention", "sliding_attention")
 NAMES = LLAMA.with_(
     {
         "attention_out_norm": ("post_attention_layernorm.weight",),

@@ -3,7 +3,20 @@ each head turns. GLM-4 before it is dense, with norms on both sides of its halve
 
 from __future__ import annotations
 
-from layersweep.families.deepseek import ALIASES, draft_layers, read_feeds, read_v3_router
+from layersweep.families.deepseek import (
+    ALIASES,
+    draft_layers,
+    first_dense,
+    read_feeds,
+    read_latent,
+    read_v3_router,
+)
+from layersweep.families.deepseek import (
+    DEFAULTS as LATENT,
+)
+from layersweep.families.deepseek import (
+    NAMES as LATENT_NAMES,
+)
 from layersweep.families.family import Family
 from layersweep.families.fields import Fields
 from layersweep.families.names import LLAMA, Whole
@@ -35,15 +48,25 @@ def read_glm4(f: Fields) -> Decoder:
 def read_glm4_moe(f: Fields) -> Decoder:
     sizes = read_sizes(f)
     attention = grouped(
-        sizes, f.rope(sizes.head_dim, partial=True), bias=f.flag("attention_bias"),
+        sizes, f.rope(sizes.head_dim, partial=0.5), bias=f.flag("attention_bias"),
         qk_norm="head" if f.flag("use_qk_norm") else None,
     )  # fmt: skip
-    feeds = read_feeds(f, sizes, *read_v3_router(f))
+    feeds = read_feeds(f, first_dense(f, sizes), *read_v3_router(f))
+    return assemble(f, sizes, mixed(attention, sizes, feeds), draft_layers=draft_layers(f))
+
+
+def read_glm4_moe_lite(f: Fields) -> Decoder:
+    """DeepSeek-V3's attention and experts; which layers are dense stands in a list."""
+    sizes, attention = read_latent(f, interleaved=f.flag("rope_interleave"))
+    kinds = f.each_layer("mlp_layer_types", sizes.layers, "dense", "sparse")
+    dense = [kind == "dense" for kind in kinds or ["dense"] + ["sparse"] * (sizes.layers - 1)]
+    f.one_of("first_k_dense_replace", None, sum(dense))
+    feeds = read_feeds(f, dense, *read_v3_router(f))
     return assemble(f, sizes, mixed(attention, sizes, feeds), draft_layers=draft_layers(f))
 
 
 def _turned_in_pairs(f: Fields, sizes: Sizes) -> Attention:
-    rope = f.rope(sizes.head_dim, partial=True, interleaved=True)
+    rope = f.rope(sizes.head_dim, partial=0.5, interleaved=True)
     return grouped(sizes, rope, bias=f.flag("attention_bias"))
 
 
@@ -51,7 +74,7 @@ def _feed(f: Fields) -> Feed:
     return Feed(f.count("intermediate_size"), f.activation())
 
 
-DEFAULTS = {"rope_theta": 1e4, "hidden_act": "silu", "partial_rotary_factor": 0.5}
+DEFAULTS = {"rope_theta": 1e4, "hidden_act": "silu"}
 GATE_AND_UP = Whole("mlp", ("gate_proj", "up_proj"), ("mlp.gate_up_proj.weight",))
 DENSE = {
     **DEFAULTS, "head_dim": 128, "num_key_value_heads": 2, "rms_norm_eps": 1.5625e-7,
@@ -69,13 +92,25 @@ GLM4 = Family(
     ),
     DENSE,
 )  # fmt: skip
+EXPERTS = {
+    "num_experts_per_tok": 8, "n_shared_experts": 1, "n_group": 1, "topk_group": 1,
+    "norm_topk_prob": True, "rms_norm_eps": 1e-5,
+}  # fmt: skip
 GLM4_MOE = Family(
     "glm4_moe", "Glm4MoeForCausalLM", read_glm4_moe, LLAMA,
     {
-        **DEFAULTS, "num_key_value_heads": 8, "rms_norm_eps": 1e-5, "n_routed_experts": 128,
-        "num_experts_per_tok": 8, "n_shared_experts": 1, "moe_intermediate_size": 1408,
-        "routed_scaling_factor": 1.0, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
-        "norm_topk_prob": True, "num_nextn_predict_layers": 1,
+        **DEFAULTS, **EXPERTS, "num_key_value_heads": 8, "n_routed_experts": 128,
+        "moe_intermediate_size": 1408, "routed_scaling_factor": 1.0, "first_k_dense_replace": 1,
+        "num_nextn_predict_layers": 1,
     },
     {"n_routed_experts": "num_local_experts", **ALIASES},
+)  # fmt: skip
+GLM4_MOE_LITE = Family(
+    "glm4_moe_lite", "Glm4MoeLiteForCausalLM", read_glm4_moe_lite, LATENT_NAMES,
+    {
+        **LATENT, **EXPERTS, "num_key_value_heads": 20, "n_routed_experts": 64,
+        "num_experts_per_tok": 4, "moe_intermediate_size": 1536, "routed_scaling_factor": 1.8,
+        "q_lora_rank": 768, "qk_nope_head_dim": 192, "v_head_dim": 256, "rope_interleave": True,
+    },
+    {"n_routed_experts": "num_local_experts"},
 )  # fmt: skip

@@ -1,5 +1,5 @@
-"""OLMo 2 (2025, arXiv:2501.00656) and OLMoE (2024, arXiv:2409.02060): queries and keys are normed
-over all heads at once."""
+"""OLMo 2 (2025, arXiv:2501.00656), OLMo 3 (2025) and OLMoE (2024, arXiv:2409.02060): queries and
+keys are normed over all heads at once."""
 
 from __future__ import annotations
 
@@ -7,26 +7,40 @@ from layersweep.families.family import Family
 from layersweep.families.fields import Fields
 from layersweep.families.names import LLAMA
 from layersweep.families.parts import (
+    Sizes,
     assemble,
     grouped,
     pre_norm,
     read_sizes,
     read_top_k,
+    read_two_ropes,
+    read_windows,
     repeated,
+    windowed,
 )
-from layersweep.families.spec import Decoder, Feed, Layer, Router
+from layersweep.families.spec import Decoder, Feed, Layer, Rope, Router
 
 
 def read_olmo2(f: Fields) -> Decoder:
-    """Norms come after both halves of a layer, none before."""
-    sizes, bias = read_sizes(f), f.flag("attention_bias")
-    attention = grouped(sizes, f.rope(sizes.head_dim), bias=bias, out_bias=bias, qk_norm="all")
+    sizes = read_sizes(f)
+    return assemble(f, sizes, repeated(_post_norm(f, sizes, f.rope(sizes.head_dim)), sizes))
+
+
+def read_olmo3(f: Fields) -> Decoder:
+    """Windows in three of four layers, with a RoPE that is not stretched."""
+    sizes = read_sizes(f)
+    windows = read_windows(f, sizes, lambda index: (index + 1) % 4 > 0)
+    full, near = read_two_ropes(f, sizes.head_dim)
+    layers = [_post_norm(f, sizes, near if window else full) for window in windows]
+    return assemble(f, sizes, windowed(layers, windows))
+
+
+def _post_norm(f: Fields, sizes: Sizes, rope: Rope) -> Layer:
+    """Norms come after both halves, none before."""
+    bias = f.flag("attention_bias")
+    attention = grouped(sizes, rope, bias=bias, out_bias=bias, qk_norm="all")
     feed = Feed(f.count("intermediate_size"), f.activation())
-    layer = Layer(
-        attention, feed, attention_norm=None, feed_norm=None,
-        attention_out_norm=sizes.norm, feed_out_norm=sizes.norm,
-    )  # fmt: skip
-    return assemble(f, sizes, repeated(layer, sizes))
+    return Layer(attention, feed, None, None, sizes.norm, sizes.norm)
 
 
 def read_olmoe(f: Fields) -> Decoder:
@@ -42,18 +56,17 @@ def read_olmoe(f: Fields) -> Decoder:
 
 
 DEFAULTS = {"rope_theta": 1e4, "hidden_act": "silu", "rms_norm_eps": 1e-5}
-OLMO2 = Family(
-    "olmo2",
-    "Olmo2ForCausalLM",
-    read_olmo2,
-    LLAMA.with_(
-        {
-            "attention_out_norm": ("post_attention_layernorm.weight",),
-            "feed_out_norm": ("post_feedforward_layernorm.weight",),
-        }
-    ),
-    DEFAULTS,
+POST_NORM = LLAMA.with_(
+    {
+        "attention_out_norm": ("post_attention_layernorm.weight",),
+        "feed_out_norm": ("post_feedforward_layernorm.weight",),
+    }
 )
+OLMO2 = Family("olmo2", "Olmo2ForCausalLM", read_olmo2, POST_NORM, DEFAULTS)
+OLMO3 = Family(
+    "olmo3", "Olmo3ForCausalLM", read_olmo3, POST_NORM,
+    {**DEFAULTS, "rope_theta": 5e5, "sliding_window": 4096},
+)  # fmt: skip
 OLMOE = Family(
     "olmoe",
     "OlmoeForCausalLM",

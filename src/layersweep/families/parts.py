@@ -6,8 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from layersweep.families.fields import MOST_EXPERTS, MOST_LAYERS, Fields
+from layersweep.families.fields import MOST_EXPERTS, MOST_LAYERS, ROPE_HINT, Fields
 from layersweep.families.spec import Attention, Decoder, Feed, Layer, Norm, Rope
+
+LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ def read_windows(
     """The window of each layer: of those that `layer_types` names, else of those that `slides`.
     Where it is not `used`, sliding_window counts for nothing."""
     window = f.optional_count("sliding_window") if used else None
-    types = f.layer_types(sizes.layers, "full_attention", "sliding_attention")
+    types = f.each_layer("layer_types", sizes.layers, *LAYER_TYPES)
     if types is None:
         sliding = [slides(index) for index in range(sizes.layers)]
     else:
@@ -65,6 +67,25 @@ def read_windows(
         f.problem("sliding_window", f.get("sliding_window") if used else None, needed)
     f.ignore("sliding_window")
     return [window if one else None for one in sliding]
+
+
+def read_patterned_windows(f: Fields, sizes: Sizes) -> list[int | None]:
+    """The same where every `sliding_window_pattern`th layer sees everything."""
+    every = 1 if f.get("layer_types") else f.count("sliding_window_pattern")
+    f.ignore("sliding_window_pattern")
+    return read_windows(f, sizes, lambda index: (index + 1) % every > 0)
+
+
+def read_two_ropes(
+    f: Fields, head_dim: int, *, near_theta: str = "rope_theta"
+) -> tuple[Rope, Rope]:
+    """Of layers that see everything, and of windows: by type in one object, or, in older files, a
+    scaled one with rope_theta and a plain one with `near_theta`."""
+    given, scaled = f.object("rope_parameters"), f.object("rope_scaling")
+    full, near = (part if isinstance(part, dict) else {} for part in map(given.get, LAYER_TYPES))
+    if given and (scaled or any(key not in LAYER_TYPES for key in given)):
+        f.problem("rope_parameters", given, "a RoPE for each type of layer, alone", ROPE_HINT)
+    return f.rope(head_dim, parts=full or scaled), f.rope(head_dim, parts=near, theta=near_theta)
 
 
 def windowed(layers: Sequence[Layer], windows: Sequence[int | None]) -> list[Layer]:

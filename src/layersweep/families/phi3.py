@@ -11,7 +11,7 @@ from layersweep.families.spec import Decoder, Feed
 
 def read(f: Fields) -> Decoder:
     sizes = read_sizes(f)
-    rope = f.rope(sizes.head_dim, partial=True)
+    rope = f.rope(sizes.head_dim, partial=1.0)
     if rope.kind not in ("default", "longrope"):
         f.problem("rope_type", rope.kind, '"default" or "longrope"', ROPE_HINT)
     attention = grouped(sizes, rope, window=f.optional_count("sliding_window"))

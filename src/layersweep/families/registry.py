@@ -8,17 +8,19 @@ from typing import TYPE_CHECKING
 
 from layersweep.families.deepseek import V2, V3
 from layersweep.families.ernie import ERNIE, ERNIE_MOE
+from layersweep.families.exaone import EXAONE4
 from layersweep.families.family import Family
 from layersweep.families.fields import Fields, spell
 from layersweep.families.foreign import foreign_fields, unused_fields
 from layersweep.families.gemma import GEMMA, GEMMA2, GEMMA3
-from layersweep.families.glm import GLM, GLM4, GLM4_MOE
+from layersweep.families.glm import GLM, GLM4, GLM4_MOE, GLM4_MOE_LITE
 from layersweep.families.gpt_oss import GPT_OSS
 from layersweep.families.granite import GRANITE, GRANITE_MOE, GRANITE_MOE_SHARED
-from layersweep.families.llama import LLAMA, MISTRAL, SEED_OSS
+from layersweep.families.llama import LLAMA, MINISTRAL, MISTRAL, SEED_OSS
+from layersweep.families.minimax import MINIMAX_M2
 from layersweep.families.mixtral import MIXTRAL
 from layersweep.families.names import Names
-from layersweep.families.olmo import OLMO2, OLMOE
+from layersweep.families.olmo import OLMO2, OLMO3, OLMOE
 from layersweep.families.phi3 import PHI3
 from layersweep.families.qwen import QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE
 from layersweep.families.smollm3 import SMOLLM3
@@ -33,9 +35,10 @@ if TYPE_CHECKING:
 FAMILIES = {
     family.model_type: family
     for family in (
-        *(LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE, OLMO2, OLMOE, PHI3),
-        *(GEMMA, GEMMA2, GEMMA3, GPT_OSS, GLM, GLM4, GLM4_MOE, V2, V3),
-        *(SMOLLM3, SEED_OSS, ERNIE, ERNIE_MOE, GRANITE, GRANITE_MOE, GRANITE_MOE_SHARED),
+        *(LLAMA, MISTRAL, MINISTRAL, MIXTRAL, QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE, PHI3, SMOLLM3),
+        *(OLMO2, OLMO3, OLMOE, GEMMA, GEMMA2, GEMMA3, GPT_OSS, V2, V3, MINIMAX_M2, EXAONE4),
+        *(GLM, GLM4, GLM4_MOE, GLM4_MOE_LITE, SEED_OSS, ERNIE, ERNIE_MOE),
+        *(GRANITE, GRANITE_MOE, GRANITE_MOE_SHARED),
     )
 }
 

@@ -25,8 +25,8 @@ from layersweep.stream.store import BlockStore
 from layersweep.sweep.clock import PhaseClock
 from layersweep.sweep.dense import Views
 from layersweep.sweep.generic_rows import TileRows, context_maker, tile_positions
-from layersweep.sweep.loop import (
-    Engine,
+from layersweep.sweep.loop import Engine
+from layersweep.sweep.record import (
     LayerCheck,
     LayerHealth,
     LogitsReader,

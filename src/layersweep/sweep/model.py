@@ -20,7 +20,8 @@ from layersweep.stream.blocks import BlockSpec, block_specs, blocks_of
 from layersweep.stream.plan import Plan, make_plan
 from layersweep.stream.shapes import Machine, TileShape, tile_flops
 from layersweep.stream.store import BlockStore
-from layersweep.sweep.loop import Engine, LogitsReader, run_sweep
+from layersweep.sweep.loop import Engine, run_sweep
+from layersweep.sweep.record import LogitsReader
 from layersweep.sweep.sequences import Branch, BranchedSequence, Tile, tiles_of
 from layersweep.sweep.shapes import check_length, tile_shape
 from layersweep.units import format_bytes
