@@ -58,9 +58,11 @@ def saved(model: PreTrainedModel, folder: Path, config: PreTrainedConfig | None 
     return folder
 
 
-def opened(folder: Path, *, vram: str = "1GiB") -> Model:
+def opened(folder: Path, *, program: str = "generic", weights: str = "auto") -> Model:
     """By transformers' own layers, whether or not this package knows the family."""
-    return opening.load(str(folder), device="cpu", vram=vram, ram="1GiB", program="generic")
+    return opening.load(
+        str(folder), device="cpu", vram="1GiB", ram="1GiB", program=program, weights=weights
+    )
 
 
 def swept(model: Model, tiles: list[Tile]) -> tuple[list[list[list[Tensor]]], SweepRecord]:

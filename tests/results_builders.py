@@ -77,6 +77,7 @@ def simulate_perplexity(
         kl=kl,
         top1=top1,
         bits_per_element={arm.name: arm.bits for arm in arms},
+        kv_bytes={"exact": _kv_bytes(16)} | {arm.name: _kv_bytes(arm.bits) for arm in arms},
         controls=controls,
         status={arm.name: "ok" for arm in arms},
         seed=seed,
@@ -188,6 +189,12 @@ def build_results(
         "needle": needle,
         "performance": _performance(windows),
     }
+
+
+def _kv_bytes(bits: float) -> dict[str, float]:
+    """32 layers of 8 KV heads x 128, of which half hold the last 4096 tokens alone."""
+    full = 32 * 2 * 8 * 128 * bits / 8
+    return {"4096": full, "32768": full * (1 + 4096 / 32768) / 2}
 
 
 def _info(arm: SimulatedArm) -> ArmInfo:

@@ -117,7 +117,8 @@ def test_reports_format_and_compute_nothing() -> None:
     [
         "import layersweep.sweep.loop",
         "from layersweep import sweep",
-        "from layersweep.sweep.loop import runfrom ..sweep import loop",
+        "from layersweep.sweep.loop import run",
+        "from ..sweep import loop",
         "def f():\n    from layersweep.sweep import loop",
     ],
 )

@@ -417,6 +417,36 @@ def test_a_refused_model_still_has_a_report(full):
     assert "NOT PUBLISHABLE" in printed(full)
 
 
+# ---- bytes of the cache per token
+
+SIZES = "KiB/token at 4K/32K: exact 128/72, lloyd:K3V2 21.5/12.1, lloyd:K4V2 25.5/14.4, "
+
+
+def test_every_report_says_what_a_token_takes_of_the_cache(full):
+    lines = " ".join(printed(full).split())
+    assert f"cache, {SIZES}e8:K3V2 23.6/13.3, e8:K4V2 27.4/15.4 " in lines
+    assert SIZES in markdown(full) and SIZES in latex(full)
+    assert "KiB/token at 4K/32K" in html_page(full) and "21.5/12.1" in html_page(full)
+
+
+def test_one_figure_where_both_are_the_same_and_none_where_nobody_knows(full):
+    arms = full["perplexity"]["arms"]
+    full["perplexity"]["baseline"]["kv_bytes"] = {"4096": 524_288.0, "32768": 524_288.0}
+    arms[0]["kv_bytes"] = None
+    validate(full)
+    lines = " ".join(printed(full).split())
+    assert "4K/32K: exact 512, lloyd:K4V2 25.5/14.4" in lines
+
+
+def test_results_that_say_nothing_of_it_are_still_shown(full):
+    """As earlier versions wrote them, with the same schema."""
+    for entry in (full["perplexity"]["baseline"], *full["perplexity"]["arms"]):
+        del entry["kv_bytes"]
+    validate(full)
+    assert "KiB/token" not in printed(full) + markdown(full)
+    assert next(csv.DictReader(io.StringIO(arms_csv(full))))["kv_bytes_32768"] == ""
+
+
 # ---- Markdown, LaTeX, CSV
 
 
@@ -430,8 +460,10 @@ def test_windows_csv_has_one_line_per_window(full):
 
 def test_arms_csv_has_every_schema_field(full):
     lines = list(csv.DictReader(io.StringIO(arms_csv(full))))
-    fields = set(results_schema()["$defs"]["arm"]["properties"]) - {"ci95"}
-    assert set(lines[0]) == fields | {"ci95_low", "ci95_high"}
+    fields = set(results_schema()["$defs"]["arm"]["properties"]) - {"ci95", "kv_bytes"}
+    flat = {"ci95_low", "ci95_high", "kv_bytes_4096", "kv_bytes_32768"}
+    assert set(lines[0]) == fields | flat
+    assert float(lines[0]["kv_bytes_4096"]) == full["perplexity"]["arms"][0]["kv_bytes"]["4096"]
     assert float(lines[0]["ci95_high"]) == full["perplexity"]["arms"][0]["ci95"][1]
 
 

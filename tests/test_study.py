@@ -147,6 +147,10 @@ def test_python_interface_returns_the_schema(model: Model) -> None:
     # 20 of 64 tokens exact at 16 bits, 44 at (3 + 2) / 2 and an 8-bit scale per 64,
     # one mean and level
     assert arm["bits_per_element"] == pytest.approx((20 * 16 + 44 * 2.625 + 16 * 65 / 64) / 64)
+    # 6 layers of keys and values, 2 heads x 64, in 16 bits
+    assert results["perplexity"]["baseline"]["kv_bytes"] == {"4096": 3072.0, "32768": 3072.0}
+    bits = (20 * 16 + 4076 * 2.625 + 16 * 65 / 64) / 4096
+    assert arm["kv_bytes"]["4096"] == pytest.approx(1536 * bits / 8)
     assert results["protocol"]["exact_pair_fraction"] == pytest.approx(120 / (120 + 15 * 64))
     assert exact_pair_fraction(1024, 512) == pytest.approx(0.2, abs=1e-3)
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from layersweep.kv.arms import Arm
 from layersweep.kv.codec import key_group, role_bits
 from layersweep.kv.methods import EXACT_BITS
 from layersweep.kv.stream import State, Stream
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Keeps = Sequence[Stream | State]  # what one layer keeps
 
@@ -43,10 +47,11 @@ class KvSize:
         return (self.nbytes + self.state_bytes) / self.tokens
 
 
-def kv_size(arm: Arm, layers: Sequence[Keeps], tokens: int) -> KvSize:
+def kv_size(arm: Arm, layers: Sequence[Keeps], tokens: int, like: Tensor | None = None) -> KvSize:
     """Size after `tokens` >= 1 tokens, whose next one is still to come: a layer with a window W
-    holds the last W - 1. `layers`: of the whole model, in order. InputError for a stream that the
-    codec cannot take."""
+    holds the last W - 1. `layers`: of the whole model, in order. `like`: of
+    the device and dtype on which a few vectors are encoded to see what they take, by default the
+    CPU's. InputError for a stream that the codec cannot take."""
     bits, elements, state_bits = 0.0, 0, 0
     known: dict[tuple[Stream, bool], float] = {}
     for layer, keeps in enumerate(layers):
@@ -56,41 +61,42 @@ def kv_size(arm: Arm, layers: Sequence[Keeps], tokens: int) -> KvSize:
                 state_bits += kept.elements * kept.bits
                 continue
             if (kept, exact) not in known:
-                known[kept, exact] = _stream_bits(arm, kept, tokens, exact)
+                known[kept, exact] = _stream_bits(arm, kept, tokens, exact, like)
             bits += known[kept, exact]
             elements += kept.heads * kept.dim * (tokens - kept.first_held(tokens))
     return KvSize(tokens, bits / 8, elements, state_bits / 8)
 
 
-def _stream_bits(arm: Arm, stream: Stream, tokens: int, exact: bool) -> float:
+def _stream_bits(arm: Arm, stream: Stream, tokens: int, exact: bool, like: Tensor | None) -> float:
     """Bits of one stream of one sequence, counted as StoredStream.nbits."""
     first, element_bits = stream.first_held(tokens), stream.heads * stream.dim * EXACT_BITS
     codec = None if exact else arm.codec
     if codec is None or (arm.method != "identity" and role_bits(codec, stream) == EXACT_BITS):
         return (tokens - first) * element_bits
     coded = max(tokens - arm.window - max(first, arm.sink), 0)
-    return (tokens - first - coded) * element_bits + _coded_bits(arm, stream, coded)
+    return (tokens - first - coded) * element_bits + _coded_bits(arm, stream, coded, like)
 
 
-def _coded_bits(arm: Arm, stream: Stream, tokens: int) -> float:
+def _coded_bits(arm: Arm, stream: Stream, tokens: int, like: Tensor | None) -> float:
     """Bits of `tokens` tokens in the codec: means are counted once, groups of tokens are alike."""
     assert arm.codec is not None
     group = 1 if stream.role == "value" else key_group(arm.codec)
     step = group * -(-_PROBE // group)
     few = step + tokens % step
     if tokens <= few:
-        return 8 * _probe(arm, stream, tokens) if tokens else 0.0
-    low, high = _probe(arm, stream, few), _probe(arm, stream, few + step)
+        return 8 * _probe(arm, stream, tokens, like) if tokens else 0.0
+    low, high = (_probe(arm, stream, count, like) for count in (few, few + step))
     return 8 * (low + (tokens - few) // step * (high - low))
 
 
-def _probe(arm: Arm, stream: Stream, tokens: int) -> float:
+def _probe(arm: Arm, stream: Stream, tokens: int, like: Tensor | None) -> float:
     """Bytes that the codec counts for so many vectors of zeros."""
     import torch
 
     from layersweep.kv.means import mean_for
 
     assert arm.codec is not None
-    x = torch.zeros(1, stream.heads, tokens, stream.dim)
-    at = torch.arange(tokens)[None]
+    like = torch.empty(0) if like is None else like
+    x = like.new_zeros(1, stream.heads, tokens, stream.dim)
+    at = torch.arange(tokens, device=like.device)[None]
     return arm.codec.nbytes(arm.codec.encode(x, stream, at, mean_for(arm.codec, x)))

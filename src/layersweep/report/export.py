@@ -10,12 +10,14 @@ from typing import Any
 from layersweep.report import caption
 from layersweep.report.section import Export
 from layersweep.report.sections import caption_lines, shown, warnings
+from layersweep.tasks.arms import CONTEXTS
 
 Json = dict[str, Any]
 
+KV_BYTES = {f"kv_bytes_{at}": at for at in CONTEXTS}
 ARM_FIELDS = (
     *("arm", "requested", "status", "method", "key_bits", "value_bits", "codec_version"),
-    *("simulated", "encoder", "bits_per_element", "compression", "ppl", "delta_percent"),
+    *("simulated", "encoder", "bits_per_element", "compression", *KV_BYTES, "ppl", "delta_percent"),
     *("percent_mean_of_windows", "mean_delta_nll", "sem", "sem_iid", "z", "n", "n_negative"),
     *("n_worse", "significant_2sigma", "ci95_low", "ci95_high", "p_flip", "p_holm", "p_sign_iid"),
     *("p_wilcoxon_iid", "mde_percent", "below_noise_floor", "kl_mean", "kl_p50", "kl_p99"),
@@ -57,7 +59,9 @@ def arms_csv(results: Json) -> str:
     lines = []
     for arm in arms:
         low, high = arm["ci95"] or (None, None)
+        sizes = arm.get("kv_bytes") or {}
         flat = arm | {"ci95_low": low, "ci95_high": high}
+        flat |= {name: sizes.get(at) for name, at in KV_BYTES.items()}
         lines.append([flat[field] for field in ARM_FIELDS])
     return _csv(ARM_FIELDS, lines)
 

@@ -29,6 +29,14 @@ def factor(value: float | None) -> str:
     return "?" if value is None else f"{value:.1f}x"
 
 
+def kib(nbytes: float | None) -> str:
+    """Three digits, or all that stand before the point."""
+    if nbytes is None:
+        return "?"
+    size = nbytes / 1024
+    return f"{size:.0f}" if size >= 100 else f"{size:.3g}"
+
+
 def percent_of_nats(nats: float) -> float:
     return 100.0 * math.expm1(nats)
 

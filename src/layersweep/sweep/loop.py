@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from layersweep.errors import InputError
 from layersweep.families.spec import Decoder
 from layersweep.families.weights import layer_blocks
 from layersweep.model.compute import Compute, Scratch
@@ -106,8 +107,11 @@ def run_sweep(
     """
     if engine.decoder.generic:
         from layersweep.sweep.generic import GenericEngine, run_modules
+        from layersweep.sweep.generic_limits import KEEPS_NOTHING
 
-        assert isinstance(engine, GenericEngine) and caches is None and not then
+        assert isinstance(engine, GenericEngine) and not then
+        if caches is not None:
+            raise InputError(KEEPS_NOTHING)
         return run_modules(engine, tiles, read_logits, lead, check, progress)
     record, turn = SweepRecord(), turn or HostTurn()
     decoder = engine.decoder

@@ -20,6 +20,7 @@ from layersweep.stream.blocks import BlockSpec, block_specs, blocks_of
 from layersweep.stream.plan import Plan, make_plan
 from layersweep.stream.shapes import Machine, TileShape, most_experts_at_once, tile_flops
 from layersweep.stream.store import BlockStore
+from layersweep.sweep.generic_limits import module_fallbacks
 from layersweep.sweep.loop import Engine, run_sweep
 from layersweep.sweep.record import LogitsReader
 from layersweep.sweep.sequences import Branch, BranchedSequence, Tile, tiles_of
@@ -34,6 +35,7 @@ SCORE_TILE = 20
 class Paths:
     """The implementation chosen for each job, once, at the start; printed and recorded."""
 
+    model: str
     dequant: str
     experts: str
     attention: str
@@ -88,6 +90,7 @@ class Model:
     def paths(self) -> Paths:
         kernels = self.compute.ops.name
         return Paths(
+            model="generic" if self.decoder.generic else "own",
             dequant="torch table lookup" if kernels == "torch" else kernels,
             experts=self._experts_path(),
             attention=self.compute.attention.name,
@@ -255,6 +258,9 @@ def load(
         assume_capability=assumed,
         groups=most_experts_at_once(checkpoint.decoder, kind.itemsize, cpu=place == "cpu") > 1,
     )  # fmt: skip
+    if checkpoint.decoder.generic:
+        also = (*compute.fallbacks, *module_fallbacks(checkpoint.decoder))
+        compute = replace(compute, fallbacks=also)
     return Model(
         checkpoint=checkpoint,
         specs=block_specs(checkpoint, quantize=weights == "nf4"),

@@ -14,8 +14,15 @@ def streams_of(attention: Attention) -> tuple[Stream, ...]:
     return keys_and_values(attention.num_kv_heads, attention.head_dim, window, attention.value_dim)
 
 
+def layer_streams(decoder: Decoder) -> list[tuple[Stream, ...]]:
+    """Of each layer; nothing of one that has no keys."""
+    of = {
+        layer: streams_of(layer.attention) if layer.attention.num_kv_heads else ()
+        for layer in decoder.distinct_layers
+    }
+    return [of[layer] for layer in decoder.layers]
+
+
 def every_stream(decoder: Decoder) -> list[Stream]:
     """The different streams of all layers."""
-    keeping = (one.attention for one in decoder.distinct_layers if one.attention.num_kv_heads)
-    found = (stream for attention in keeping for stream in streams_of(attention))
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(stream for layer in layer_streams(decoder) for stream in layer))

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
 
 BASELINE = EXACT.name
 """The arm that every other is compared with, as measurements and results.json name it."""
+CONTEXTS = {"4096": "4K", "32768": "32K"}
+"""Tokens for which a cache's size is computed, and how they are printed."""
+KvBytes = dict[str, float]
+"""Bytes of the whole cache per token, by context."""
 
 
 @dataclass(frozen=True)

@@ -71,10 +71,11 @@ def cards(results: Json, asides: Mapping[str, Sequence[str]]) -> str:
 
 def arm_table(results: Json) -> str:
     """One row per arm, the table of the terminal."""
-    head = ["arm", "bits", "size", "ppl", "delta %", "95 % CI", "SEM", "z", "worse"]
-    head += ["KL mean/p99.9", "top-1 %"]
+    head = ["arm", "bits", "size", rows.PER_TOKEN, "ppl", "delta %", "95 % CI", "SEM", "z"]
+    head += ["worse", "KL mean/p99.9", "top-1 %"]
     body = [
-        [r.label, r.bits, r.size, r.ppl, r.delta, r.interval, r.sem, r.z, r.worse, r.kl, r.top1]
+        [r.label, r.bits, r.size, r.per_token, r.ppl, r.delta, r.interval, r.sem, r.z, r.worse]
+        + [r.kl, r.top1]
         for r in rows.arm_rows(results)
     ]
     return table(head, [[_minus(cell) for cell in line] for line in body])

@@ -7,7 +7,7 @@ from typing import Any
 
 from layersweep.report import text
 from layersweep.report.caption import short_dtype
-from layersweep.tasks.arms import BASELINE
+from layersweep.tasks.arms import BASELINE, CONTEXTS
 
 Json = dict[str, Any]
 
@@ -30,6 +30,7 @@ class ArmRow:
     ok: bool
     bits: str
     size: str
+    per_token: str
     ppl: str
     delta: str
     interval: str
@@ -108,6 +109,7 @@ def arm_rows(results: Json) -> list[ArmRow]:
         ok=True,
         bits="16.00",
         size="1.0x",
+        per_token=_per_token(section["baseline"]),
         ppl=text.fixed(section["baseline"]["ppl"], 3),
         **dict.fromkeys(("delta", "interval", "sem", "z", "worse", "kl", "top1"), ""),
     )
@@ -161,6 +163,15 @@ def uncertainty_line(results: Json) -> str:
     return "; ".join(parts)
 
 
+PER_TOKEN = f"KiB/token at {'/'.join(CONTEXTS.values())}"
+
+
+def sizes_line(results: Json) -> str:
+    """What a token takes of each arm's cache, all layers together; "" where no file says."""
+    sizes = [f"{row.arm} {row.per_token}" for row in arm_rows(results) if row.per_token != "?"]
+    return f"cache, {PER_TOKEN}: {', '.join(sizes)}" if sizes else ""
+
+
 def grouping(results: Json) -> str:
     """ "27 articles" or "20 blocks of 4 windows", as the statistics grouped them."""
     groups = results["perplexity"]["groups"]
@@ -183,6 +194,7 @@ def _arm_row(arm: Json, decimals: int) -> ArmRow:
         ok=arm["status"] == "ok",
         bits=text.bits(arm["bits_per_element"]),
         size=text.factor(arm["compression"]),
+        per_token=_per_token(arm),
         ppl=text.fixed(arm["ppl"], 3) if arm["status"] == "ok" else "nonfinite",
         delta=text.signed(arm["delta_percent"], decimals),
         interval=text.interval_percent(arm["ci95"], decimals),
@@ -192,6 +204,13 @@ def _arm_row(arm: Json, decimals: int) -> ArmRow:
         kl=f"{text.two_digits(arm['kl_mean'])}/{text.two_digits(arm['kl_p999'])}",
         top1=text.fixed(None if arm["top1_agreement"] is None else 100 * arm["top1_agreement"], 1),
     )
+
+
+def _per_token(arm: Json) -> str:
+    """ "20.6/20.5", or one figure where both are the same."""
+    found = arm.get("kv_bytes") or {}  # not in earlier files
+    sizes = [text.kib(found.get(at)) for at in CONTEXTS]
+    return "/".join(dict.fromkeys(sizes))
 
 
 def _rivals(a: Json, b: Json) -> bool:

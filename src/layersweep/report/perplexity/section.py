@@ -47,6 +47,8 @@ def terminal(results: Json, width: int) -> list[RenderableType]:
         cells = [Text(getattr(row, field)) for _, field in columns]
         table.add_row(*cells, style=None if row.ok else "red")
     lines: list[RenderableType] = [table]
+    if sizes := rows.sizes_line(results):
+        lines.append(Text(sizes))
     pairs = rows.pair_rows(results, every=False)
     lines += [Text(pair.line) for pair in pairs]
     if pairs:
@@ -67,17 +69,18 @@ def export(results: Json) -> Export:
         f"- {p.a} - {p.b}: {p.delta} % {p.interval}, {p.p}, z {p.z}, loss ratio {p.ratio}"
         for p in rows.pair_rows(results, every=False)
     ]
-    uncertainty = rows.uncertainty_line(results)
+    uncertainty, sizes = rows.uncertainty_line(results), rows.sizes_line(results)
     return Export(
         head=[OTHER_WORDS.get(title, title) for title, _ in WIDE],
         body=[[getattr(row, field) for _, field in WIDE] for row in rows.arm_rows(results)],
         numbers=True,
         after=[
             f"{uncertainty}. Not comparable with other protocols.",
+            *([f"{sizes[:1].upper()}{sizes[1:]}."] if sizes else []),
             *pairs,
             *([f"{rows.PAIR_NOTE}."] if pairs else []),
         ],
-        caption=[uncertainty],
+        caption=[uncertainty, *([sizes] if sizes else [])],
     )
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from layersweep.tasks.arms import ArmInfo
+from layersweep.tasks.arms import ArmInfo, KvBytes
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class PerplexityMeasurements:
 
     kl [n_windows, scored]: KL(exact || arm) per scored token, nats. top1: share of scored tokens
     whose argmax equals the baseline's. bits_per_element: None where a codec cannot say.
-    controls: "exact" and "identity:<method>". status: "ok" or "nonfinite" for every arm.
+    kv_bytes: of the baseline and every arm, None where nobody can say. controls: "exact" and "identity:<method>". status: "ok" or "nonfinite" for every arm.
     """
 
     windows: Sequence[WindowInfo]
@@ -43,6 +43,7 @@ class PerplexityMeasurements:
     kl: Mapping[str, NDArray[np.float32]]
     top1: Mapping[str, float]
     bits_per_element: Mapping[str, float | None]
+    kv_bytes: Mapping[str, KvBytes | None]
     controls: Mapping[str, ControlMeasurement]
     status: Mapping[str, str]
     seed: int

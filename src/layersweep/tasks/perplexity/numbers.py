@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from layersweep.kv.arms import EXACT
-from layersweep.tasks.arms import ArmInfo
+from layersweep.tasks.arms import ArmInfo, KvBytes
 from layersweep.tasks.finite import finite
 from layersweep.tasks.perplexity.measurements import (
     ControlMeasurement,
@@ -27,7 +27,8 @@ class PerplexityNumbers:
     """Numbers of `windows`; NaN until they are measured.
 
     `arms` leaves out the baseline. `scored`: tokens of a window whose loss counts. `controls`:
-    names in the noise floor, on the first windows alone. nll [windows] nats per token; kl [windows,
+    names in the noise floor, on the first windows alone. `kv_bytes`: of every arm's cache, the
+    baseline's too, None where nobody knows. nll [windows] nats per token; kl [windows,
     scored]; agree [windows]: share of first guesses that equal the baseline's; control_delta and
     control_kl likewise for the first few windows.
     """
@@ -36,6 +37,7 @@ class PerplexityNumbers:
     arms: list[ArmInfo]
     scored: int
     controls: list[str]
+    kv_bytes: dict[str, KvBytes | None]
 
     def __post_init__(self) -> None:
         count, scored = len(self.windows), self.scored
@@ -55,6 +57,7 @@ class PerplexityNumbers:
             "arms": [asdict(arm) for arm in self.arms],
             "scored": self.scored,
             "controls": self.controls,
+            "kv_bytes": self.kv_bytes,
         }
 
     @classmethod
@@ -65,6 +68,7 @@ class PerplexityNumbers:
             [ArmInfo(**arm) for arm in facts["arms"]],
             facts["scored"],
             facts["controls"],
+            facts["kv_bytes"],
         )
 
     @property
@@ -125,6 +129,7 @@ class PerplexityNumbers:
             kl=self.kl,
             top1={name: float(share.mean()) for name, share in self.agree.items()},
             bits_per_element=bits,
+            kv_bytes=self.kv_bytes,
             controls={
                 name: ControlMeasurement(self.control_delta[name], self.control_kl[name])
                 for name in self.controls

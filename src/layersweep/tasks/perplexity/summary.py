@@ -48,7 +48,12 @@ def summarize_perplexity(measured: PerplexityMeasurements) -> Json:
     return {
         "underpowered": len(measured.windows) < ENOUGH,
         "groups": {"kind": groups.kind, "count": groups.count},
-        "baseline": {"arm": BASELINE, "ppl": math.exp(nll_mean), "nll_mean": nll_mean},
+        "baseline": {
+            "arm": BASELINE,
+            "ppl": math.exp(nll_mean),
+            "nll_mean": nll_mean,
+            "kv_bytes": measured.kv_bytes.get(BASELINE),
+        },
         "lag1": max((lag for lag in lags if lag is not None), default=None),
         "noise_floor": floor,
         "arms": [
@@ -123,6 +128,7 @@ def _arm(measured: PerplexityMeasurements, info: ArmInfo) -> Json:
         "encoder": info.encoder,
         "bits_per_element": bits,
         "compression": None if bits is None else 16.0 / bits,
+        "kv_bytes": measured.kv_bytes.get(info.arm),
         "n": len(measured.windows),
     }
 

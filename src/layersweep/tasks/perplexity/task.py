@@ -8,7 +8,7 @@ which every read goes through the codec.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -20,7 +20,8 @@ from layersweep.kv.arms import EXACT, Arm, identity_arm
 from layersweep.kv.methods import METHODS
 from layersweep.model import maths
 from layersweep.sweep.sequences import Branch, BranchedSequence, Role, Tile, tiles_of
-from layersweep.tasks.arms import ArmInfo
+from layersweep.tasks.arms import ArmInfo, KvBytes
+from layersweep.tasks.kv_bytes import kv_bytes
 from layersweep.tasks.perplexity.measurements import WindowInfo
 from layersweep.tasks.perplexity.numbers import CONTROL_WINDOWS, PerplexityNumbers
 from layersweep.tasks.settings import EvalSettings
@@ -54,6 +55,7 @@ class PerplexityTask:
     streaming: bool
     device: torch.device
     score: Callable[[list[Tensor], Tensor], Tensor] = maths.score_branches
+    kv_bytes: Mapping[str, KvBytes | None] = field(default_factory=dict)
     controls: dict[str, Arm] = field(init=False)
     numbers: PerplexityNumbers = field(init=False)
     _scored: list[tuple[int, BranchedSequence, Tensor]] = field(default_factory=list)
@@ -68,6 +70,7 @@ class PerplexityTask:
             arms=[ArmInfo.of(arm, self.device) for arm in self.arms],
             scored=len(self.windows[0].ids) - self.windows[0].prefix - 1,
             controls=list(self.controls),
+            kv_bytes=dict(self.kv_bytes),
         )
 
     @classmethod
@@ -80,9 +83,11 @@ class PerplexityTask:
         for window in windows:
             check_ids(window.ids, decoder.vocab_size)
         compute = source.compute
+        sizes = {arm.name: kv_bytes(arm, decoder, compute) for arm in (EXACT, *source.arms)}
         return cls(
-            windows, source.arms, settings.streaming, compute.device, compute.ops.score_branches
-        )
+            windows, source.arms, settings.streaming, compute.device, compute.ops.score_branches,
+            sizes,
+        )  # fmt: skip
 
     @classmethod
     def longest(cls, settings: EvalSettings) -> int:
