@@ -33,7 +33,7 @@ def test_a_shape_has_the_published_number_of_parameters(name: str) -> None:
     assert sum(map(math.prod, sizes)) == pytest.approx(PUBLISHED[name], abs=0.005e9)
 
 
-# --- bytes of the cache per token ------------------------------------------------------------------
+# --- bytes of the cache per token -----------------------------------------------------------------
 
 
 def test_layers_with_a_window_hold_its_tokens_alone() -> None:
