@@ -28,6 +28,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+import transformers.models.auto.configuration_auto  # noqa: F401  its import is not what is timed
 from checkpoint_builders import STATE, pack, tiny_config
 from hostile_damages import CONFIG, FIRST, INDEX, SECOND, SINGLE, Shard
 from safetensors.torch import save

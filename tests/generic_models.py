@@ -12,8 +12,9 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from layersweep.sweep import model as opening
-from layersweep.sweep.loop import SweepRecord, run_sweep
+from layersweep.sweep.loop import run_sweep
 from layersweep.sweep.model import Model
+from layersweep.sweep.record import SweepRecord
 from layersweep.sweep.sequences import BranchedSequence, Tile
 
 SMALL: dict[str, Any] = {
@@ -57,9 +58,11 @@ def saved(model: PreTrainedModel, folder: Path, config: PreTrainedConfig | None 
     return folder
 
 
-def opened(folder: Path, *, vram: str = "1GiB") -> Model:
+def opened(folder: Path, *, program: str = "generic", weights: str = "auto") -> Model:
     """By transformers' own layers, whether or not this package knows the family."""
-    return opening.load(str(folder), device="cpu", vram=vram, ram="1GiB", program="generic")
+    return opening.load(
+        str(folder), device="cpu", vram="1GiB", ram="1GiB", program=program, weights=weights
+    )
 
 
 def swept(model: Model, tiles: list[Tile]) -> tuple[list[list[list[Tensor]]], SweepRecord]:

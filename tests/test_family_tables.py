@@ -36,7 +36,8 @@ def test_what_a_file_leaves_out_is_what_transformers_takes(family: Family) -> No
 
     assert MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family.model_type] == family.architecture
     # a multiple of the KV heads that it has when nothing is said
-    given = SIZES | {"num_attention_heads": 20 if family.model_type == "glm4_moe_lite" else 128}
+    twenty = family.model_type in ("glm4_moe_lite", "helium")
+    given = SIZES | {"num_attention_heads": 20 if twenty else 128}
     whole = CONFIG_MAPPING[family.model_type](**given).to_dict()
     assert decoder_of(family.model_type, given) == decoder_of(family.model_type, whole)
 

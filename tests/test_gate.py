@@ -17,8 +17,8 @@ from layersweep.study.gate import COPY, Gate
 from layersweep.study.gate_tokens import PARAGRAPH, GateTokens, choose_tokens, is_varied
 from layersweep.study.run import run_study
 from layersweep.study.study import prepare_study
-from layersweep.sweep.loop import LayerHealth
 from layersweep.sweep.model import load
+from layersweep.sweep.record import LayerHealth
 from layersweep.tasks.settings import EvalSettings
 from layersweep.text.tokenizer import TextTokenizer
 

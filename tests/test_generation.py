@@ -37,8 +37,9 @@ from layersweep.study.run import TimeLimit
 from layersweep.study.shrink import shrink
 from layersweep.study.study import prepare_study
 from layersweep.sweep.caches import KeptCaches, cache_memory
-from layersweep.sweep.loop import Engine, SweepRecord, run_sweep
+from layersweep.sweep.loop import Engine, run_sweep
 from layersweep.sweep.model import Model, load
+from layersweep.sweep.record import SweepRecord
 from layersweep.sweep.sequences import Branch, BranchedSequence, Tile, tiles_of
 from layersweep.sweep.shapes import tile_shape
 from layersweep.sweep.turn import HostTurn

@@ -7,16 +7,23 @@ from typing import Any
 
 import pytest
 import torch
+from families.weights import randomize
 from generic_models import difference, opened, random_model, saved, small_config, swept
+from live_bytes import LiveBytes
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForImageTextToText, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from layersweep.errors import CheckpointError
+from layersweep.errors import CheckpointError, InputError
 from layersweep.families.generic.interfaces import Unsupported
 from layersweep.families.generic.rehearsal import rehearse
 from layersweep.families.registry import describe
 from layersweep.kv.arms import EXACT, Arm, parse
+from layersweep.model.generic.walk import Walk
+from layersweep.sweep.generic_limits import check_modules, module_fallbacks
+from layersweep.sweep.loop import run_sweep
 from layersweep.sweep.model import Model
+from layersweep.sweep.record import LayerHealth
 from layersweep.sweep.sequences import Branch, BranchedSequence, Tile
 
 LONGEST = 400
@@ -249,3 +256,112 @@ def test_a_model_that_fails_fails_in_the_sweep(make: Any, monkeypatch: pytest.Mo
     monkeypatch.setattr(LlamaMLP, "forward", fails)
     with pytest.raises(RuntimeError, match="on purpose"):
         swept(ours, TILES)
+
+
+@pytest.mark.parametrize("weights", ["auto", "nf4"])
+def test_it_equals_the_program_of_this_package(weights: str, make: Any, made: Made) -> None:
+    make("qwen3_moe")
+    folder = made["qwen3_moe"][1]
+    (generic, _), (own, _) = (
+        swept(opened(folder, weights=weights, program=program), TILES)
+        for program in ("generic", "auto")
+    )
+    for one, other in zip(_leaves(generic), _leaves(own), strict=True):
+        assert torch.allclose(one, other, atol=1e-4 * float(other.std()))
+
+
+def _leaves(found: list[list[list[Tensor]]]) -> list[Tensor]:
+    return [logits for tile in found for sequence in tile for logits in sequence]
+
+
+def test_the_lead_tile_is_looked_at_in_every_layer(make: Any) -> None:
+    _, ours = make("qwen3_moe")
+    seen: list[LayerHealth] = []
+    lead = Tile("gate", (ride(0, 30),))
+    engine = ours.open(ours.plan([lead, *TILES]))
+    try:
+        record = run_sweep(engine, TILES, lambda *read: None, lead=lead, check=seen.append)
+    finally:
+        engine.close()
+    assert [health.layer for health in seen] == [0, 1, 2, 3]
+    for health in seen:
+        assert 0 < health.largest < 1e3
+        assert health.experts_used is not None and 2 < health.experts_used <= 6
+        assert health.router_spread is not None and health.router_spread > 0.01
+    assert record.experts_used == [health.experts_used for health in seen]
+
+
+def test_a_branch_that_is_not_finite_is_named_with_its_layer(
+    make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    _, ours = make("llama")
+    forward, calls = LlamaMLP.forward, [0]
+
+    def fails(self: Any, x: Tensor) -> Tensor:
+        """Layer 2: a row of the second branch of the only sequence."""
+        found = forward(self, x)
+        calls[0] += 1
+        if calls[0] == 3:
+            found[0, 12] = torch.inf
+        return found
+
+    monkeypatch.setattr(LlamaMLP, "forward", fails)
+    _, record = swept(ours, [Tile("t", (ride(5, 6, 7),))])
+    assert record.nonfinite == {(0, 0, 1): 2}
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3_moe", "qwen3_next"])
+def test_memory_stays_within_the_plan(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At sizes where hidden states and what is made of them dominate."""
+    sizes = {
+        "hidden_size": 128, "intermediate_size": 320, "moe_intermediate_size": 80,
+        "head_dim": 32, "num_hidden_layers": 2,
+    }  # fmt: skip
+    if kind == "qwen3_next":
+        sizes["layer_types"] = ["linear_attention", "full_attention"]  # type: ignore[assignment]
+    known = small_config(kind)
+    fields = {key: size for key, size in sizes.items() if hasattr(known, key)}
+    ours = opened(saved(random_model(small_config(kind, **fields)), tmp_path))
+    own = tuple(Branch(parse(arm), ids(64, 7), (0, 63)) for arm in ("exact", "fp8", "identity"))
+    tiles = [Tile("t", (BranchedSequence(ids(128, 5), own),) * 6) for _ in range(2)]
+    live = LiveBytes()
+    monkeypatch.setattr(Walk, "_run", live.around(Walk._run))
+    with live:
+        swept(ours, tiles)
+    peaks = ours.plan(tiles).peaks
+    planned = sum(peaks.values()) - peaks["fixed"]
+    weights = sum(spec.nbytes for spec in ours.specs)  # in the ring, which is no working set
+    assert 0.35 * planned < live.peak - weights < planned
+
+
+def test_images_are_left_to_others(tmp_path: Path) -> None:
+    """Mistral 3 reads images: its text part is a Mistral, whose tensors have other names there."""
+    text = small_config("mistral")
+    vision = CONFIG_MAPPING["pixtral"](
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2
+    )
+    whole = CONFIG_MAPPING["mistral3"](text_config=text.to_dict(), vision_config=vision.to_dict())
+    theirs = AutoModelForImageTextToText.from_config(whole, dtype=torch.float32).eval()
+    randomize(theirs)
+    ours = opened(saved(theirs, tmp_path))
+    assert [one.used for one in ours.compute.fallbacks] == ["its text part, a mistral"]
+    found, _ = swept(ours, TILES[1:])
+    assert difference(theirs, TILES[1:], found) < 1e-4
+
+
+def test_what_such_a_decoder_cannot_do_is_refused() -> None:
+    fields = small_config("glm4_moe_lite", num_key_value_heads=4).to_dict()
+    found = describe(fields, "config.json", generic=True)
+    assert found.decoder is not None
+    with pytest.raises(InputError, match="fp8 for a glm4_moe_lite, needed exact arms alone"):
+        check_modules(found.decoder, [EXACT, parse("fp8")], generates=False)
+    with pytest.raises(InputError, match="token by token"):
+        check_modules(found.decoder, [EXACT], generates=True)
+    check_modules(found.decoder, [EXACT], generates=False)
+    found = describe(small_config("zaya", num_experts_per_tok=1).to_dict(), "config.json")
+    assert found.decoder is not None
+    assert [one.used for one in module_fallbacks(found.decoder)] == ["as attention sees them"]

@@ -18,6 +18,7 @@ from layersweep.stream.blocks import Block
 from layersweep.stream.runs import Placement, choose_spread, compute_ring, runs_of
 from layersweep.stream.store import BlockStore
 from layersweep.sweep.dense import DenseWeights
+from layersweep.sweep.feed import FeedVisit
 from layersweep.sweep.loop import Engine, run_sweep
 from layersweep.sweep.model import Model, load
 from layersweep.sweep.sequences import Branch, BranchedSequence, Tile, tiles_of
@@ -249,12 +250,33 @@ def test_one_dense_expert_at_a_time(tiny: Path, monkeypatch: pytest.MonkeyPatch)
     filled: list[tuple[int, str]] = []
     fill = DenseWeights.fill_feed
 
-    def spy(weights: DenseWeights, block: Block) -> None:
-        fill(weights, block)
-        filled.append((weights.feed["gate_up_proj"].data_ptr(), block.spec.name))
+    def spy(weights: DenseWeights, block: Block, slot: int = 0) -> None:
+        fill(weights, block, slot)
+        filled.append((weights.feeds[slot]["gate_up_proj"].data_ptr(), block.spec.name))
 
     monkeypatch.setattr(DenseWeights, "fill_feed", spy)
     sweep_logits(model, tiles_of("t", windows(model, 5, [EXACT, parse("K3V2")]), 2))
     assert len({memory for memory, _ in filled}) == 1
     names = [f"layers.{layer}.experts.{expert}" for layer in range(2) for expert in range(4)]
     assert [name for _, name in filled] == names
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_experts_in_groups_give_the_same_numbers(
+    count: int, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where small experts share their launches: bit for bit."""
+    model = load(str(tiny), device="cpu")
+    tiles = tiles_of("t", windows(model, 5, [EXACT, parse("K3V2")]), 2)
+    alone, _ = sweep_logits(model, tiles)
+    visited = []
+    together = FeedVisit._together
+    monkeypatch.setattr(
+        FeedVisit, "_together", lambda self, *rest: visited.append(together(self, *rest))
+    )
+    for module in ("layersweep.sweep.loop", "layersweep.stream.shapes"):
+        monkeypatch.setattr(f"{module}.experts_at_once", lambda *shape, cpu: count)
+    grouped, _ = sweep_logits(model, tiles)
+    assert len(visited) == 2 * 3 * {2: 2, 3: 1, 4: 1}[count]  # layers, tiles, groups
+    for index, branches in alone.items():
+        assert all(map(torch.equal, branches, grouped[index]))

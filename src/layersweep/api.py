@@ -17,8 +17,8 @@ from layersweep.study.results import build_results
 from layersweep.study.run import StudyRun
 from layersweep.study.study import prepare_study
 from layersweep.sweep import model as engine
-from layersweep.sweep.loop import Progress
 from layersweep.sweep.model import Model
+from layersweep.sweep.record import Progress
 from layersweep.tasks.settings import (
     DEPTHS,
     TASKS,

@@ -121,7 +121,9 @@ class Checkpoint:
     @property
     def weights_kind(self) -> str:
         """How projections are stored: "nf4", "bf16", "float16", "float32", "mixed"."""
-        kind = _one(weight.kind for name, weight in self.weights.items() if name.endswith("_proj"))
+        matrices = {name: one for name, one in self.weights.items() if len(one.shape) == 2}
+        named = [one.kind for name, one in matrices.items() if name.endswith("_proj")]
+        kind = _one(named or [one.kind for one in matrices.values()])
         return SHORT_NAMES.get(kind, kind)
 
 

@@ -89,9 +89,9 @@ def paths_line(study: Study) -> str:
     dtype = str(compute.dtype).removeprefix("torch.")
     capability = f" sm_{compute.capability[0]}{compute.capability[1]}" if compute.capability else ""
     return (
-        f"[paths] device {compute.device}{capability}, {dtype}; kernels: {paths.kernels}; dequant: "
-        f"{paths.dequant}; experts: {paths.experts}; attention: {paths.attention}; host: "
-        f"{study.plan.host}"
+        f"[paths] device {compute.device}{capability}, {dtype}; model={paths.model}; kernels: "
+        f"{paths.kernels}; dequant: {paths.dequant}; experts: {paths.experts}; attention: "
+        f"{paths.attention}; host: {study.plan.host}"
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import groupby
 from typing import Annotated, Any
 
@@ -18,6 +18,7 @@ from layersweep.checkpoint import Checkpoint, Problem, Weight, scan_checkpoint
 from layersweep.checkpoint.beside import shortened
 from layersweep.errors import CheckpointError
 from layersweep.families.spec import Decoder, describe_decoder
+from layersweep.families.weights import embed_block, head_block
 from layersweep.families.words import describe_layer
 from layersweep.problems import printable
 from layersweep.units import format_bytes
@@ -112,17 +113,15 @@ Rows = list[tuple[str, Weight, int]]  # part of a layer, one weight of that kind
 
 def _sections(checkpoint: Checkpoint) -> Iterable[tuple[str, Rows, int]]:
     """(layers, rows of the first, bytes of all): runs of layers that are stored alike."""
-    weights = checkpoint.weights
-    yield "", [("embed", weights["embed"], weights["embed"].nbytes)], 0
-    layers = [
-        (layer, _layer_rows(checkpoint, layer))
-        for layer in range(checkpoint.decoder.num_hidden_layers)
-    ]
+    weights, decoder = checkpoint.weights, checkpoint.decoder
+    for name in embed_block(decoder).weights:
+        yield "", [(name, weights[name], weights[name].nbytes)], 0
+    layers = [(layer, _layer_rows(checkpoint, layer)) for layer in range(decoder.num_hidden_layers)]
     for _, group in groupby(layers, key=lambda item: _signature(item[1])):
         members = list(group)
         total = sum(nbytes for _, rows in members for _, _, nbytes in rows)
         yield _ranges([layer for layer, _ in members]), members[0][1], total
-    for name in ("norm", "lm_head"):
+    for name in head_block(decoder).weights:
         yield "", [(name, weights[name], weights[name].nbytes)], 0
 
 
@@ -184,7 +183,8 @@ def _as_json(model: str, checkpoint: Checkpoint | None, problems: list[Problem])
         return content
     return content | {
         "revision": checkpoint.revision,
-        "config": asdict(checkpoint.decoder),
+        "config": asdict(replace(checkpoint.decoder, generic=None)),
+        "program": "generic" if checkpoint.decoder.generic else "own",
         "weights_kind": checkpoint.weights_kind,
         "router_kind": checkpoint.router_kind,
         "bytes": checkpoint.nbytes,

@@ -4,26 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from importlib import import_module
+from pkgutil import iter_modules
 from typing import TYPE_CHECKING
 
-from layersweep.families.deepseek import V2, V3
-from layersweep.families.ernie import ERNIE, ERNIE_MOE
-from layersweep.families.exaone import EXAONE4
+from layersweep.families import tables
 from layersweep.families.family import Family
 from layersweep.families.fields import Fields, spell
 from layersweep.families.foreign import foreign_fields, unused_fields
-from layersweep.families.gemma import GEMMA, GEMMA2, GEMMA3
-from layersweep.families.glm import GLM, GLM4, GLM4_MOE, GLM4_MOE_LITE
-from layersweep.families.gpt_oss import GPT_OSS
-from layersweep.families.granite import GRANITE, GRANITE_MOE, GRANITE_MOE_SHARED
-from layersweep.families.llama import LLAMA, MINISTRAL, MISTRAL, SEED_OSS
-from layersweep.families.minimax import MINIMAX_M2
-from layersweep.families.mixtral import MIXTRAL
 from layersweep.families.names import Names
-from layersweep.families.olmo import OLMO2, OLMO3, OLMOE
-from layersweep.families.phi3 import PHI3
-from layersweep.families.qwen import QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE
-from layersweep.families.smollm3 import SMOLLM3
 from layersweep.families.spec import Decoder
 from layersweep.problems import Problem
 
@@ -32,15 +21,18 @@ if TYPE_CHECKING:
 
     AnyNames = Names | GenericNames
 
-FAMILIES = {
-    family.model_type: family
-    for family in (
-        *(LLAMA, MISTRAL, MINISTRAL, MIXTRAL, QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE, PHI3, SMOLLM3),
-        *(OLMO2, OLMO3, OLMOE, GEMMA, GEMMA2, GEMMA3, GPT_OSS, V2, V3, MINIMAX_M2, EXAONE4),
-        *(GLM, GLM4, GLM4_MOE, GLM4_MOE_LITE, SEED_OSS, ERNIE, ERNIE_MOE),
-        *(GRANITE, GRANITE_MOE, GRANITE_MOE_SHARED),
+
+def _families() -> dict[str, Family]:
+    """Every Family of every module in tables/, by model_type."""
+    modules = (
+        import_module(f"{tables.__name__}.{module.name}")
+        for module in iter_modules(tables.__path__)
     )
-}
+    found = [one for module in modules for one in vars(module).values() if isinstance(one, Family)]
+    return {family.model_type: family for family in sorted(found, key=lambda one: one.model_type)}
+
+
+FAMILIES = _families()
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,13 @@ from layersweep.errors import Fallback
 from layersweep.generate.generation import Generation, Unit
 from layersweep.stream.pinned import HostBuffer
 from layersweep.sweep.caches import KeptCaches, cache_memory
-from layersweep.sweep.loop import Engine, LayerCheck, LogitsReader, Progress, SweepRecord, run_sweep
+from layersweep.sweep.loop import Engine, run_sweep
+from layersweep.sweep.record import (
+    LayerCheck,
+    LogitsReader,
+    Progress,
+    SweepRecord,
+)
 from layersweep.sweep.sequences import Tile
 from layersweep.sweep.turn import HostTurn
 from layersweep.tasks.task import GeneratedTask

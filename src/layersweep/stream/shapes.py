@@ -83,6 +83,10 @@ class Machine:
 
 def tile_flops(decoder: Decoder, tile: TileShape) -> float:
     """Multiply-adds counted twice: projections, routed experts, attention, head."""
+    if decoder.generic:
+        from layersweep.stream.generic_shapes import module_flops  # counts by what is here
+
+        return module_flops(decoder, tile)
     hidden = decoder.hidden_size
     layers = sum(
         count * _layer_flops(layer, hidden, tile)
@@ -114,6 +118,10 @@ def _layer_flops(layer: Layer, hidden: int, tile: TileShape) -> int:
 
 def tile_bytes(decoder: Decoder, tile: TileShape, element: int) -> int:
     """Memory that a tile holds through the whole sweep: hidden states, update, routing."""
+    if decoder.generic:
+        from layersweep.stream.generic_shapes import held_bytes
+
+        return held_bytes(decoder, tile, element)
     routing = tile.rows * decoder.experts_per_token * 24 + tile.rows * 4
     return 2 * tile.rows * decoder.hidden_size * element + routing
 
@@ -170,6 +178,8 @@ def attention_bytes(decoder: Decoder, tile: TileShape, element: int) -> int:
     for layer in decoder.distinct_layers:
         one = layer.attention
         row = decoder.hidden_size + one.query_width + one.out_width + one.stream_width
+        if decoder.generic:  # its modules take theirs elsewhere
+            row = 0
         norm, added = layer.attention_out_norm is not None, 0
         if norm or one.out_bias or layer.residual != 1.0:  # what is added is made on its own
             added = (1 + norm) * decoder.hidden_size
@@ -198,7 +208,7 @@ def scratch_bytes(decoder: Decoder, tiles: Sequence[TileShape], machine: Machine
         most = max(
             most,
             attention_bytes(decoder, tile, element),
-            feed_bytes(decoder, tile, cpu=machine.cpu, element=element),
+            0 if decoder.generic else feed_bytes(decoder, tile, cpu=machine.cpu, element=element),
             head_bytes(decoder, tile, element),
         )
     return most
@@ -220,6 +230,10 @@ def temporary_bytes(decoder: Decoder, tiles: Sequence[TileShape], machine: Machi
             routing += 4 * tile.rows_at_once * decoder.hidden_size
         per_branch = tile.read_at_once // max(1, tile.branches)
         logits = 4 * per_branch * 4 * decoder.vocab_size
+        if decoder.generic:
+            from layersweep.stream.generic_shapes import module_bytes
+
+            attention += module_bytes(decoder, tile, machine.element, cpu=machine.cpu)
         most = max(most, attention + codecs, routing, logits)
     if not machine.cpu and not machine.kernels:  # products and float32 norms beside the scratch
         rows = max((tile.rows for tile in tiles), default=0)

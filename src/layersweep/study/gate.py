@@ -23,7 +23,7 @@ from layersweep.families.spec import Decoder
 from layersweep.kv.arms import EXACT
 from layersweep.problems import FileProblem
 from layersweep.study.gate_tokens import GateTokens
-from layersweep.sweep.loop import LayerHealth
+from layersweep.sweep.record import LayerHealth
 from layersweep.sweep.sequences import Branch, BranchedSequence, Tile
 from layersweep.text.tokenizer import hash_ids
 

@@ -21,7 +21,8 @@ from layersweep.runs.finished import FinishedSweep
 from layersweep.study.shrink import KEPT, of_the_host, out_of_memory, shrink
 from layersweep.study.sizing import gemm_rate
 from layersweep.study.study import Study, tile_key
-from layersweep.sweep.loop import Engine, Progress, SweepRecord, run_sweep
+from layersweep.sweep.loop import Engine, run_sweep
+from layersweep.sweep.record import Progress, SweepRecord
 from layersweep.sweep.sequences import BranchedSequence, Tile
 
 Finished = Callable[[FinishedSweep], None]

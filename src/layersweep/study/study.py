@@ -28,6 +28,7 @@ from layersweep.study.gate import COPY, Card, Gate
 from layersweep.study.gate_tokens import choose_tokens
 from layersweep.study.meter import Meter
 from layersweep.study.sizing import gemm_rate, sized_plan
+from layersweep.sweep.generic_limits import check_modules
 from layersweep.sweep.loop import Engine
 from layersweep.sweep.model import Model
 from layersweep.sweep.sequences import Tile
@@ -249,6 +250,7 @@ def prepare_study(
             f"--kv: found '{settings.kv}', needed an arm besides the exact baseline",
             hint="--kv K3V2,K4V2",
         )
+    check_modules(decoder, arms, generates=settings.generates)
     streams, compute = every_stream(decoder), model.compute
     arms, left_out = fitting_arms(arms, streams, compute.device, compute.dtype)
     tokenizer = TextTokenizer.load(model.checkpoint.folder)

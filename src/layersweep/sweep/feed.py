@@ -3,7 +3,7 @@ other or, where they are small, a few together. What is dense is used by all til
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -137,3 +137,19 @@ def leave_feed(state: TileState, layer: Layer, weights: DenseWeights, compute: C
             some.copy_(compute.ops.rms_norm(some, weight, norm.eps, some, offset=norm.offset))
     if layer.residual != 1.0:
         state.update *= layer.residual
+
+
+def groups_of(
+    numbers: Sequence[int], blocks: Sequence[BlockShape], experts_at_once: int
+) -> Iterator[list[int]]:
+    """Numbers of a layer's feed blocks, those that are visited together in one list."""
+    first = 0
+    while first < len(numbers):
+        last = first + 1
+        while (
+            last < min(len(numbers), first + experts_at_once)
+            and blocks[first].role == blocks[last].role == "expert"
+        ):
+            last += 1
+        yield list(numbers[first:last])
+        first = last

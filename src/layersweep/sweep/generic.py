@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -16,17 +18,14 @@ from torch import Tensor
 from layersweep.families.spec import Decoder
 from layersweep.model.compute import Compute
 from layersweep.model.generic.decoder import Modules
-from layersweep.model.generic.experts import ExpertSums
-from layersweep.model.generic.walk import AtExperts, AtLayer, Done, Halt
-from layersweep.model.ops import NEVER
-from layersweep.stream.blocks import Block
-from layersweep.stream.shapes import rows_at_once
+from layersweep.model.generic.walk import AtExperts, AtLayer
+from layersweep.stream.generic_shapes import HEAD_ROWS
 from layersweep.stream.store import BlockStore
 from layersweep.sweep.clock import PhaseClock
 from layersweep.sweep.dense import Views
-from layersweep.sweep.generic_rows import TileRows, context_maker, tile_positions
-from layersweep.sweep.loop import (
-    Engine,
+from layersweep.sweep.generic_walking import Walking
+from layersweep.sweep.loop import Engine
+from layersweep.sweep.record import (
     LayerCheck,
     LayerHealth,
     LogitsReader,
@@ -34,7 +33,7 @@ from layersweep.sweep.loop import (
     SweepRecord,
 )
 from layersweep.sweep.sequences import Tile
-from layersweep.sweep.state import TileState, read_rows
+from layersweep.sweep.state import Routing, read_rows
 
 
 class GenericEngine(Engine):
@@ -46,11 +45,12 @@ class GenericEngine(Engine):
         super().__init__(decoder, store, compute, scratch_bytes)
         assert decoder.generic is not None
         self.modules = Modules(decoder.generic, decoder.num_hidden_layers, compute.device)
-        self.layer_of = {
-            self.modules.module(layer.attention): index
-            for index, layer in enumerate(self.modules.layers)
-            if layer.attention
-        }
+
+    def walking(self, tile: Tile, record: SweepRecord, leave: ExitStack) -> Walking:
+        """A tile before its embedding; it is closed with `leave`."""
+        return Walking(
+            self.decoder, self.modules, self.compute, self.scratch, tile, record.cache_bits, leave
+        )
 
 
 def run_modules(
@@ -69,10 +69,10 @@ def run_modules(
         engine.visited(),
         ExitStack() as leave,
     ):
-        sweep = _Sweep(engine, record, progress, check)
-        states = [_Walking(engine, tile, record, leave) for tile in ([lead] if lead else [])]
-        rest = [_Walking(engine, tile, record, leave) for tile in tiles]
-        sweep.run(states, rest, read_logits)
+        first = [engine.walking(tile, record, leave) for tile in ([lead] if lead else [])]
+        rest = [engine.walking(tile, record, leave) for tile in tiles]
+        sweep = _Sweep(engine, record, first, rest, progress, check)
+        sweep.run(read_logits)
         record.seconds = sweep.clock.seconds()
     for index, walking in enumerate(rest):
         bad = walking.state.nonfinite().items()
@@ -80,163 +80,149 @@ def run_modules(
     return record
 
 
-class _Walking:
-    """A tile on its way through the layers."""
+@dataclass(frozen=True)
+class _Left:
+    """LayerHealth that is still on the device: float32 [2], or [1] without a router."""
 
-    def __init__(
-        self, engine: GenericEngine, tile: Tile, record: SweepRecord, leave: ExitStack
-    ) -> None:
-        decoder, compute = engine.decoder, engine.compute
-        self.tile, self.state = tile, TileState(tile, decoder.query_width)
-        device = compute.device
-        self.state.unit_of_row = self.state.unit_of_row.to(device)
-        self.state.first_bad_layer = self.state.first_bad_layer.to(device)
-        context = context_maker(decoder, compute, engine.scratch, record.cache_bits)
-        rows = TileRows(tile, self.state.groups, engine.layer_of, context, cpu=compute.cpu)
-        ids = torch.from_numpy(tile.ids()).to(device)
-        self.walk = engine.modules.walk(ids, tile_positions(tile).to(device), rows)
-        leave.callback(self.walk.close)
-        self.halt: Halt | None = None
-        self.sums: ExpertSums | None = None
-        self.health: tuple[int, float] | None = None
-
-    def go(self, answer: Tensor | None = None) -> None:
-        self.halt = None  # what it holds is the model's alone, while it computes
-        self.halt = self.walk.go(answer)
-
-    def note_bad(self, hidden_NH: Tensor, layer: int) -> None:
-        """Which prefixes and branches are no longer finite, without waiting for the device."""
-        bad = ~torch.isfinite(hidden_NH.sum(-1, dtype=torch.float32))
-        state = self.state
-        found = torch.where(bad, layer, NEVER).to(torch.int32)
-        state.first_bad_layer.scatter_reduce_(0, state.unit_of_row.long(), found, "amin")
+    layer: int
+    experts_used: int | None
+    largest_and_spread: Tensor
 
 
 class _Sweep:
-    """One walk over an engine's blocks."""
+    """One walk over an engine's blocks; the `lead` tile goes ahead of the `rest`."""
 
     def __init__(
         self,
         engine: GenericEngine,
         record: SweepRecord,
+        lead: list[Walking],
+        rest: list[Walking],
         progress: Progress,
         check: LayerCheck | None,
     ) -> None:
-        self.engine, self.record, self.check = engine, record, check
+        self.engine, self.record = engine, record
+        self.lead, self.rest, self.every = lead, rest, [*lead, *rest]
+        self.check = check if lead else None
         self.store, self.weights, self.modules = engine.store, engine.weights, engine.modules
         self.clock = PhaseClock(engine.compute.device)
         self.of_layer: dict[int | None, list[int]] = {}
         for number, spec in enumerate(self.store.specs):
             self.of_layer.setdefault(spec.layer, []).append(number)
         self._progress, self._done = progress, 0
+        self._left: _Left | None = None
+        self._routed: tuple[int, Tensor] | None = None
+        layers = len(self.modules.layers)
+        self._total = layers * len(rest) + len(self.store.specs) - 2 - layers
 
-    def run(self, lead: list[_Walking], rest: list[_Walking], read_logits: LogitsReader) -> None:
-        every = [*lead, *rest]
-        self._total = len(self.modules.layers) * len(rest) + sum(
-            len(numbers) - 1 for layer, numbers in self.of_layer.items() if layer is not None
-        )
+    def run(self, read_logits: LogitsReader) -> None:
         first, last = self.of_layer[None]
         with self.clock.phase("embedding"), self.modules.bound(self._filled(first)):
-            for walking in every:
+            for walking in self.every:
                 walking.go()
         for layer in range(len(self.modules.layers)):
-            self._visit_layer(layer, lead, rest)
+            self._visit_layer(layer)
+        self._report()
         with self.clock.phase("logits"), self.modules.bound(self._filled(last)):
-            for number, walking in enumerate(every):
+            for number, walking in enumerate(self.every):
                 self._read(walking, read_logits)
-                self._progress("logits", number + 1, len(every))
+                self._progress("logits", number + 1, len(self.every))
 
-    def _visit_layer(self, layer: int, lead: list[_Walking], rest: list[_Walking]) -> None:
+    def _visit_layer(self, layer: int) -> None:
         first, *experts = self.of_layer[layer]
-        parts = self.modules.layers[layer]
-        weights = self._filled(first, prefix=f"{parts.module}.", feeds=experts)
-        with self.modules.bound(weights):
-            for phase, walkings in (("gate", lead), ("attention", rest)):
-                with self.clock.phase(phase):
-                    for walking in walkings:
-                        walking.go()
-                        if walkings is rest:
-                            self._visited()
+        prefix = f"{self.modules.layers[layer].module}."
+        with self.modules.bound(self._filled(first, prefix, experts)):
+            with self.clock.phase("gate"):
+                for walking in self.lead:
+                    walking.go()
+            with self.clock.phase("attention"):
+                for walking in self.rest:
+                    walking.go()
+                    self._visited()
             if experts:
-                self._visit_experts(layer, lead, rest)
-        for walking in (*lead, *rest):
-            halt = walking.halt
-            assert isinstance(halt, AtLayer) and halt.index == layer + 1
-            walking.note_bad(halt.hidden_NH, layer)
-        if self.check and lead:
-            self._show(layer, lead[0])
+                self._visit_experts(layer, experts)
+        for walking in self.every:
+            assert isinstance(walking.halt, AtLayer) and walking.halt.index == layer + 1
+            walking.note_bad(layer)
+        if self.check:
+            self._report()
+            self._look(layer, self.lead[0])
 
-    def _visit_experts(self, layer: int, lead: list[_Walking], rest: list[_Walking]) -> None:
-        """One expert after the other, with all tiles, until all of them have what they wait for."""
-        parts = self.modules.layers[layer]
-        self.layer = layer
-        module, (_, *numbers) = self.modules.module(parts.experts), self.of_layer[layer]
-        every, ops = [*lead, *rest], self.engine.compute.ops
+    def _visit_experts(self, layer: int, numbers: Sequence[int]) -> None:
+        """One expert after the other with all tiles, then all of them on through the layer."""
+        module = self.modules.module(self.modules.layers[layer].experts)
         with self.clock.phase("experts"):
-            for walking in every:
-                assert isinstance(walking.halt, AtExperts)
-                walking.sums = ExpertSums.of(walking.halt, len(numbers), self._at_once(walking))
-            ExpertSums.settle([w.sums for w in every if w.sums])
+            for walking in self.every:
+                walking.route(layer)
+            # the one place in a layer where the host waits for the device
+            Routing.settle([one.routing for one in self.every if one.routing])
+            self._report()
+            if self.check:
+                self._routed = self._route_of(self.lead[0])
             for expert, number in enumerate(numbers):
-                self.weights.fill_feed(self._block(number))
+                self.weights.fill_feed(self.store.get(number))
                 one = _joined(self.weights.feeds[0])
                 self.store.release(number)
-                for walking in every:
-                    assert walking.sums is not None
-                    walking.sums.add(expert, module, one, ops)
+                for walking in self.every:
+                    walking.add(expert, module, one)
                 self._visited()
-            for walking in every:
-                sums, walking.sums = walking.sums, None
-                assert sums is not None
-                walking.health = sums.health() if walking in lead and self.check else None
-                walking.go(sums.sums_NH)
+            for walking in self.every:
+                assert isinstance(walking.halt, AtExperts)
+                walking.go()
 
-    def _at_once(self, walking: _Walking) -> int:
-        feed = self.engine.decoder.layers[self.layer].feed
-        return rows_at_once(feed, "expert", walking.tile.rows, cpu=self.engine.compute.cpu)
+    def _route_of(self, walking: Walking) -> tuple[int, Tensor]:
+        """Experts that have rows, and the router's spread, which is still on the device."""
+        assert walking.routing is not None
+        start = walking.routing.start
+        used = sum(after > before for before, after in pairwise(start))
+        return used, walking.spread()
 
-    def _show(self, layer: int, walking: _Walking) -> None:
-        """The lead tile, as it left a layer, to `check`. Waits for the device."""
-        halt = walking.halt
-        assert isinstance(halt, AtLayer) and self.check
-        largest = float(halt.hidden_NH.abs().max())
-        used, spread = walking.health or (None, None)
-        walking.health = None
-        self.record.experts_used.append(used)
-        self.check(LayerHealth(layer, largest, used, spread))
+    def _look(self, layer: int, walking: Walking) -> None:
+        """What `_report` will say; no wait."""
+        largest = walking.hidden.abs().max().float()
+        if self._routed is None:
+            self._left = _Left(layer, None, largest[None])
+            return
+        (used, spread), self._routed = self._routed, None
+        self._left = _Left(layer, used, torch.stack((largest, spread)))
 
-    def _read(self, walking: _Walking, read_logits: LogitsReader) -> None:
+    def _report(self) -> None:
+        """Show the lead tile, as it left the layer before, to `check`. Waits for the device."""
+        if self.check and self._left:
+            left, self._left = self._left, None
+            largest, *spread = left.largest_and_spread.tolist()
+            self.record.experts_used.append(left.experts_used)
+            self.check(LayerHealth(left.layer, largest, left.experts_used, *(spread or [None])))
+
+    def _read(self, walking: Walking, read_logits: LogitsReader) -> None:
         walking.go()
-        halt, start = walking.halt, 0
-        assert isinstance(halt, Done)
+        start, take = 0, self.engine.scratch.take
         for number, sequence in enumerate(walking.tile.sequences):
             ranges = read_rows(sequence, start)
-            rows = torch.cat([halt.hidden_NH[first:last] for first, last in ranges])
+            rows = torch.cat([walking.hidden[first:last] for first, last in ranges])
             with self.engine.scratch.frame():
-                logits = self.modules.logits(rows, self._product)
-                parts = torch.split(logits, [last - first for first, last in ranges])
-                read_logits(walking.tile, number, sequence, list(parts))
+                logits = take(len(rows), self.engine.decoder.vocab_size, dtype=torch.float32)
+                parts = zip(
+                    torch.split(rows, HEAD_ROWS), torch.split(logits, HEAD_ROWS), strict=True
+                )
+                for some, into in parts:
+                    into.copy_(self.modules.logits(some, self._product))
+                of_branches = torch.split(logits, [last - first for first, last in ranges])
+                read_logits(walking.tile, number, sequence, list(of_branches))
             start += sequence.rows
         walking.halt = None
 
     def _product(self, x_NH: Tensor, weight_VH: Tensor) -> Tensor:
-        memory = self.engine.scratch.take(len(x_NH), len(weight_VH), dtype=torch.float32)
+        memory = x_NH.new_empty(len(x_NH), len(weight_VH), dtype=torch.float32)
         return self.engine.compute.ops.logits(x_NH, weight_VH, memory)
 
     def _filled(self, number: int, prefix: str = "", feeds: Sequence[int] = ()) -> Views:
-        """A block's weights in the compute dtype, by their names in the model."""
-        block = self._block(number)
-        specs = [self.store.specs[feed].shape for feed in feeds]
-        self.weights.fill_attention(block, specs)
+        """A block's weights in the compute dtype, by the names of their parameters."""
+        block = self.store.get(number)
+        self.weights.fill_attention(block, [self.store.specs[feed].shape for feed in feeds])
         self.store.release(number)
-        return {
-            self.modules.parameter(f"{prefix}{key}"): view
-            for key, view in self.weights.attention.items()
-            if key in block.spec.weights
-        }
-
-    def _block(self, number: int) -> Block:
-        return self.store.get(number)
+        views = self.weights.attention
+        return {self.modules.parameter(f"{prefix}{key}"): views[key] for key in block.spec.weights}
 
     def _visited(self) -> None:
         self._done += 1

@@ -11,13 +11,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from layersweep.errors import InputError
 from layersweep.families.spec import Decoder
-from layersweep.families.weights import BlockShape, layer_blocks
+from layersweep.families.weights import layer_blocks
 from layersweep.model.compute import Compute, Scratch
 from layersweep.stream.blocks import Block
 from layersweep.stream.shapes import experts_at_once
@@ -27,21 +28,17 @@ from layersweep.sweep.caches import KeptCaches
 from layersweep.sweep.clock import PhaseClock
 from layersweep.sweep.context import LayerContext, RopeTables
 from layersweep.sweep.dense import DenseWeights
-from layersweep.sweep.feed import FeedVisit, leave_feed
-from layersweep.sweep.sequences import BranchedSequence, Tile
+from layersweep.sweep.feed import FeedVisit, groups_of, leave_feed
+from layersweep.sweep.record import (
+    LayerCheck,
+    LayerHealth,
+    LogitsReader,
+    Progress,
+    SweepRecord,
+)
+from layersweep.sweep.sequences import Tile
 from layersweep.sweep.state import Routing, TileState, read_rows
 from layersweep.sweep.turn import HostTurn
-
-
-@dataclass(frozen=True)
-class LayerHealth:
-    """What the lead tile looked like as it left a layer. `largest` may be infinite or NaN;
-    `experts_used` and `router_spread` are None in a layer that routes nothing."""
-
-    layer: int
-    largest: float
-    experts_used: int | None
-    router_spread: float | None
 
 
 @dataclass(frozen=True)
@@ -51,40 +48,6 @@ class _Left:
     layer: int
     experts_used: int | None
     largest_and_spread: Tensor
-
-
-LogitsReader = Callable[[Tile, int, BranchedSequence, list[Tensor]], None]
-LayerCheck = Callable[[LayerHealth], None]
-Progress = Callable[[str, int, int], None]
-
-
-@dataclass
-class SweepRecord:
-    """What a sweep leaves besides logits.
-
-    `cache_bits[tile name, arm]` = [bits stored, elements]; `nonfinite` = (tile index, index of
-    the sequence within the tile, branch or -1 for the prefix) -> first bad layer; `seconds` per
-    phase, by the device's own clock; `moved_bytes` of hidden states between devices.
-    """
-
-    cache_bits: dict[tuple[str, str], list[float]] = field(default_factory=dict)
-    nonfinite: dict[tuple[int, int, int], int] = field(default_factory=dict)
-    experts_used: list[int | None] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
-    moved_bytes: int = 0
-
-    def add(self, later: SweepRecord, ahead: int = 0) -> None:
-        """Take over a later sweep of the same tiles, or of those after the first `ahead`."""
-        for key, counted in later.cache_bits.items():
-            total = self.cache_bits.setdefault(key, [0.0, 0.0])
-            total[0] += counted[0]
-            total[1] += counted[1]
-        for (tile, sequence, branch), layer in later.nonfinite.items():
-            where = ahead + tile, sequence, branch
-            self.nonfinite[where] = min(layer, self.nonfinite.get(where, layer))
-        for phase, seconds in later.seconds.items():
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
-        self.moved_bytes += later.moved_bytes
 
 
 class Engine:
@@ -144,8 +107,11 @@ def run_sweep(
     """
     if engine.decoder.generic:
         from layersweep.sweep.generic import GenericEngine, run_modules
+        from layersweep.sweep.generic_limits import KEEPS_NOTHING
 
-        assert isinstance(engine, GenericEngine) and caches is None and not then
+        assert isinstance(engine, GenericEngine) and not then
+        if caches is not None:
+            raise InputError(KEEPS_NOTHING)
         return run_modules(engine, tiles, read_logits, lead, check, progress)
     record, turn = SweepRecord(), turn or HostTurn()
     decoder = engine.decoder
@@ -197,22 +163,6 @@ class _Visits:
     def __call__(self, count: int = 1) -> None:
         self.done += count
         self.progress("sweep", self.done, self.total)
-
-
-def groups_of(
-    numbers: Sequence[int], blocks: Sequence[BlockShape], experts_at_once: int
-) -> Iterator[list[int]]:
-    """Numbers of a layer's feed blocks, those that are visited together in one list."""
-    first = 0
-    while first < len(numbers):
-        last = first + 1
-        while (
-            last < min(len(numbers), first + experts_at_once)
-            and blocks[first].role == blocks[last].role == "expert"
-        ):
-            last += 1
-        yield list(numbers[first:last])
-        first = last
 
 
 class _Sweep:

@@ -22,7 +22,9 @@ from layersweep.stream.blocks import BlockSpec, block_specs, blocks_of
 from layersweep.stream.plan import Plan, make_plan
 from layersweep.stream.shapes import Machine, TileShape, tile_flops
 from layersweep.stream.store import BlockStore
-from layersweep.sweep.loop import Engine, LogitsReader, run_sweep
+from layersweep.sweep.generic_limits import module_fallbacks
+from layersweep.sweep.loop import Engine, run_sweep
+from layersweep.sweep.record import LogitsReader
 from layersweep.sweep.sequences import Branch, BranchedSequence, Tile, tiles_of
 from layersweep.sweep.shapes import check_length, tile_shape
 from layersweep.units import format_bytes
@@ -35,6 +37,7 @@ SCORE_TILE = 20
 class Paths:
     """The implementation chosen for each job, once, at the start; printed and recorded."""
 
+    model: str
     dequant: str
     experts: str
     attention: str
@@ -89,6 +92,7 @@ class Model:
     def paths(self) -> Paths:
         kernels = self.compute.ops.name
         return Paths(
+            model="generic" if self.decoder.generic else "own",
             dequant="torch table lookup" if kernels == "torch" else kernels,
             experts="one dense expert at a time, all tiles" if self.decoder.num_experts else "none",
             attention=self.compute.attention.name,
@@ -246,6 +250,9 @@ def load(
         assume_capability=assumed,
     )  # fmt: skip
     check_attention(checkpoint.decoder, compute.attention)
+    if checkpoint.decoder.generic:
+        also = (*compute.fallbacks, *module_fallbacks(checkpoint.decoder))
+        compute = replace(compute, fallbacks=also)
     return Model(
         checkpoint=checkpoint,
         specs=block_specs(checkpoint, quantize=weights == "nf4"),

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from layersweep.families.spec import Decoder
     from layersweep.kv.arms import Arm
     from layersweep.model.compute import Compute
-    from layersweep.sweep.loop import LogitsReader
+    from layersweep.sweep.record import LogitsReader
     from layersweep.sweep.sequences import BranchedSequence, Tile
     from layersweep.text.encoding import EncodedText
 

@@ -38,10 +38,31 @@ def config_of(fields: Mapping[str, Any]) -> PreTrainedConfig:
         hint = f"did you mean '{near[0]}'?" if near else "a newer transformers may know it"
         raise Unsupported("model_type", f"'{kind}'", "one that transformers knows", hint=hint)
     try:
-        return CONFIG_MAPPING[kind].from_dict(dict(fields))
+        return CONFIG_MAPPING[kind].from_dict(_with_floats(dict(fields)))
     except FOREIGN_FAILURES as failure:
         found = first_line(failure)
         raise Unsupported("config.json", found, "fields that transformers takes") from failure
+
+
+def text_part(config: PreTrainedConfig) -> PreTrainedConfig:
+    """Of a model that reads images or sound, too, its language model, if that is one by itself."""
+    from transformers import AutoModelForCausalLM
+
+    text = config.get_text_config()
+    if text is config or type(text) not in AutoModelForCausalLM._model_mapping:
+        return config
+    text = copy.deepcopy(text)
+    text.tie_word_embeddings = config.tie_word_embeddings  # the whole model's head is tied, or not
+    return text
+
+
+def _with_floats(value: Any) -> Any:
+    """transformers writes infinity as {"__float__": "Infinity"}."""
+    if isinstance(value, dict):
+        if value.keys() == {"__float__"}:
+            return float(value["__float__"])
+        return {key: _with_floats(part) for key, part in value.items()}
+    return [_with_floats(part) for part in value] if isinstance(value, list) else value
 
 
 def build(config: PreTrainedConfig) -> PreTrainedModel:

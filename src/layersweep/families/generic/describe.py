@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from layersweep.families.fields import MOST_EXPERTS, MOST_LAYERS
-from layersweep.families.generic.build import build, config_of
+from layersweep.families.generic.build import build, config_of, text_part
 from layersweep.families.generic.interfaces import Unsupported
 from layersweep.families.generic.parts import GenericLayer, GenericParts
 from layersweep.families.generic.rehearsal import Rehearsed, rehearse
@@ -25,17 +25,19 @@ _LENGTH_DECIDES = ("dynamic", "longrope")  # RoPE of longer sequences turns by o
 
 def describe_modules(fields: Mapping[str, Any]) -> tuple[Decoder, GenericNames]:
     """Raises Unsupported for what cannot be computed layer by layer."""
-    config = config_of(fields)
-    text = config.get_text_config()
+    whole = config_of(fields)
+    config = text = text_part(whole)
     _check_counts(text)
     limit = _longest(text)
     found = rehearse(config, limit)
     model = build(config)
     blocks = tuple(_blocks(model, found))
     parts = tuple(layer for layer, _, _ in found.layers)
+    chunks = [layer.chunk for layer in parts if layer.chunk]
+    limit = min([limit, *chunks])  # within one chunk, all that came before is seen
     latent = getattr(text, "kv_lora_rank", None)
     why = "its cache is a latent, which transformers' attention function never sees"
-    names = GenericNames(model, parts, blocks)
+    names = GenericNames(model, parts, blocks, text_part=config is not whole)
     decoder = Decoder(
         architecture=type(model).__name__,
         model_type=config.model_type,
@@ -48,7 +50,11 @@ def describe_modules(fields: Mapping[str, Any]) -> tuple[Decoder, GenericNames]:
         eos_token_id=_one(text.eos_token_id),
         synthetic=bool(fields.get("layersweep_synthetic", False)),
         generic=GenericParts(
-            json.dumps(dict(fields)), parts, blocks, exact_only=why if latent else ""
+            config=json.dumps(dict(fields) if config is whole else config.to_dict()),
+            layers=parts,
+            blocks=blocks,
+            exact_only=why if latent else "",
+            text_of="" if config is whole else whole.model_type,
         ),
     )
     return decoder, names
@@ -84,11 +90,13 @@ def _ropes(found: Any) -> Iterator[dict[str, Any]]:
 def _layer(
     model: PreTrainedModel, parts: GenericLayer, attention: Attention | None, per_token: int
 ) -> Layer:
-    feed = Feed(inner=0)
     if parts.experts:
         experts: Any = model.get_submodule(parts.experts)
-        inner = max(_expert_shapes(model, parts)[key][-1] for key in ("down_proj",))
-        feed = Feed(inner=inner, experts=experts.num_experts, router=Router(per_token))
+        inner = _expert_shapes(model, parts)["down_proj"][0 if experts.is_transposed else 1]
+        feed = Feed(inner, experts=experts.num_experts, router=Router(per_token))
+    else:  # the widest matrix of the layer
+        layer = model.get_submodule(parts.module)
+        feed = Feed(max(max(one.shape) for one in layer.parameters() if one.ndim == 2))
     return Layer(attention or NOTHING_KEPT, feed, None, None)
 
 

@@ -45,9 +45,11 @@ class GenericLayer:
 class GenericParts:
     """`config`: config.json as transformers reads it. `blocks`: of the whole model in sweep order,
     their keys being names of parameters after `layers[i].module`, or in the model.
-    `exact_only`: why codecs cannot be measured here, "" where they can."""
+    `exact_only`: why codecs cannot be measured here, "" where they can. `text_of`: the model_type
+    of a model that reads more than text, of which this is the text part."""
 
     config: str
     layers: tuple[GenericLayer, ...]
     blocks: tuple[BlockShape, ...]
     exact_only: str = ""
+    text_of: str = ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Container, Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from layersweep.families.generic.interfaces import Unsupported
@@ -17,6 +18,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _MATRIX = ".weight"
+
+# Where files of models that read images, too, have their language model: in place of what the
+# names of that model begin with when it is by itself.
+_TEXT_PARTS = {
+    "model.language_model.": "model.",
+    "language_model.model.": "model.",
+    "model.text_model.": "model.",
+    "language_model.lm_head.": "lm_head.",
+    "lm_head.": "lm_head.",
+}
 
 
 def short(name: str) -> str:
@@ -46,7 +57,10 @@ class GenericNames:
         model: PreTrainedModel,
         layers: tuple[GenericLayer, ...],
         blocks: tuple[BlockShape, ...],
+        *,
+        text_part: bool = False,
     ) -> None:
+        self._text_part = text_part
         self._model, self._layers, self._blocks = model, layers, blocks
         self._shapes = {name: tuple(x.shape) for name, x in model.state_dict().items()}
         self._found: dict[str, list[Weight]] = {}
@@ -55,6 +69,8 @@ class GenericNames:
 
     def ignores(self, name: str) -> bool:
         """Whether a file may hold this tensor for others."""
+        if self._text_part and not name.startswith(tuple(_TEXT_PARTS)):
+            return True  # of images
         return name.endswith(IGNORED_SUFFIX) or any(one.search(name) for one in self._ignored)
 
     def outside(self, block: BlockShape, there: Mapping[str, object]) -> Iterator[Wanted]:
@@ -113,8 +129,26 @@ class GenericNames:
         if not self._found:
             # what belongs to a quantized tensor is named after it
             whole = [key for key in there if not any(at in there for at in _shorter(key))]
-            self._found = weights_of(self._model, whole)
+            self._found = (
+                self._of_text(whole) if self._text_part else weights_of(self._model, whole)
+            )
         return self._found[name]
+
+    def _of_text(self, stored: list[str]) -> dict[str, list[Weight]]:
+        """By the names that the text part has by itself."""
+        inner = {
+            new + name.removeprefix(old): name
+            for name in stored
+            for old, new in _TEXT_PARTS.items()
+            if name.startswith(old)
+        }
+
+        def back(weight: Weight) -> Weight:
+            sources = (replace(one, stored=inner[one.stored]) for one in weight.sources)
+            return replace(weight, sources=tuple(sources))
+
+        found = weights_of(self._model, inner)
+        return {name: [back(one) for one in weights] for name, weights in found.items()}
 
 
 def _all_experts(blocks: list[BlockShape], members: list[list[str]], weight: Weight) -> Fused:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -41,11 +42,22 @@ class Modules:
             if known.attends_in:
                 self._called((known.attends_in,), lambda rows: rows.by_group)
         layers[-1].register_forward_hook(_halts_behind(count))
+        after = {self.parameter(key).rpartition(".")[0] for key in parts.blocks[-1].weights}
+        base = {
+            name for name, module in self._by_name.items() if module in set(self._base.modules())
+        }
+        self._called(tuple(after & base), lambda rows: rows.by_row)
 
     def _called(self, names: tuple[str, ...], how: Callable[[Rows], Any]) -> None:
         for name in names:
             module = self._by_name[name]
             module.forward = _calling(module.forward, how)
+
+    @cached_property
+    def layer_of(self) -> dict[nn.Module, int]:
+        """Which layer a module attends in."""
+        attending = ((index, layer.attention) for index, layer in enumerate(self.layers))
+        return {self.module(name): index for index, name in attending if name}
 
     def parameter(self, name: str) -> str:
         """Its whole name, of one in a block."""

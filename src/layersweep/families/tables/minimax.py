@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from layersweep.families.family import Family
 from layersweep.families.fields import Fields
-from layersweep.families.mixtral import MIXTRAL
 from layersweep.families.parts import (
     assemble,
     grouped,
@@ -15,6 +14,7 @@ from layersweep.families.parts import (
     repeated,
 )
 from layersweep.families.spec import Decoder, Feed, Router
+from layersweep.families.tables.mixtral import MIXTRAL
 
 
 def read(f: Fields) -> Decoder:

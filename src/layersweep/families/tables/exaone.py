@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from layersweep.families.family import Family
 from layersweep.families.fields import Fields
-from layersweep.families.olmo import POST_NORM
 from layersweep.families.parts import assemble, grouped, read_patterned_windows, read_sizes
 from layersweep.families.spec import Decoder, Feed, Layer
+from layersweep.families.tables.olmo import POST_NORM
 
 
 def read(f: Fields) -> Decoder:

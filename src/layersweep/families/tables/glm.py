@@ -3,20 +3,6 @@ each head turns. GLM-4 before it is dense, with norms on both sides of its halve
 
 from __future__ import annotations
 
-from layersweep.families.deepseek import (
-    ALIASES,
-    draft_layers,
-    first_dense,
-    read_feeds,
-    read_latent,
-    read_v3_router,
-)
-from layersweep.families.deepseek import (
-    DEFAULTS as LATENT,
-)
-from layersweep.families.deepseek import (
-    NAMES as LATENT_NAMES,
-)
 from layersweep.families.family import Family
 from layersweep.families.fields import Fields
 from layersweep.families.names import LLAMA, Whole
@@ -30,6 +16,20 @@ from layersweep.families.parts import (
     repeated,
 )
 from layersweep.families.spec import Attention, Decoder, Feed, Layer
+from layersweep.families.tables.deepseek import (
+    ALIASES,
+    draft_layers,
+    first_dense,
+    read_feeds,
+    read_latent,
+    read_v3_router,
+)
+from layersweep.families.tables.deepseek import (
+    DEFAULTS as LATENT,
+)
+from layersweep.families.tables.deepseek import (
+    NAMES as LATENT_NAMES,
+)
 
 
 def read_glm(f: Fields) -> Decoder:

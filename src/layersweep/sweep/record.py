@@ -1,0 +1,55 @@
+"""What a sweep tells: who is told, what the lead tile looks like, and what is left at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from layersweep.sweep.sequences import BranchedSequence, Tile
+
+
+@dataclass(frozen=True)
+class LayerHealth:
+    """What the lead tile looked like as it left a layer. `largest` may be infinite or NaN;
+    `experts_used` and `router_spread` are None in a layer that routes nothing."""
+
+    layer: int
+    largest: float
+    experts_used: int | None
+    router_spread: float | None
+
+
+LogitsReader = Callable[[Tile, int, BranchedSequence, list[Tensor]], None]
+LayerCheck = Callable[[LayerHealth], None]
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass
+class SweepRecord:
+    """What a sweep leaves besides logits.
+
+    `cache_bits[tile name, arm]` = [bits stored, elements]; `nonfinite` = (tile index, index of
+    the sequence within the tile, branch or -1 for the prefix) -> first bad layer; `seconds` per
+    phase, by the device's own clock; `moved_bytes` of hidden states between devices.
+    """
+
+    cache_bits: dict[tuple[str, str], list[float]] = field(default_factory=dict)
+    nonfinite: dict[tuple[int, int, int], int] = field(default_factory=dict)
+    experts_used: list[int | None] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    moved_bytes: int = 0
+
+    def add(self, later: SweepRecord, ahead: int = 0) -> None:
+        """Take over a later sweep of the same tiles, or of those after the first `ahead`."""
+        for key, counted in later.cache_bits.items():
+            total = self.cache_bits.setdefault(key, [0.0, 0.0])
+            total[0] += counted[0]
+            total[1] += counted[1]
+        for (tile, sequence, branch), layer in later.nonfinite.items():
+            where = ahead + tile, sequence, branch
+            self.nonfinite[where] = min(layer, self.nonfinite.get(where, layer))
+        for phase, seconds in later.seconds.items():
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+        self.moved_bytes += later.moved_bytes
