@@ -51,6 +51,11 @@ def test_nf4_of_any_block_size_and_alignment(
     check.check_nf4(kernels, DEVICE, (100_003,), seed, blocksize, True, offset_bytes)
 
 
+@pytest.mark.parametrize("parts", [16, 5, 40])
+def test_nf4_of_weights_that_lie_alike(kernels: Kernels, parts: int, seed: int) -> None:
+    check.check_nf4_alike(kernels, DEVICE, (1536, 2048), parts, seed)
+
+
 @pytest.mark.parametrize("width", [256, 4096, 8])
 def test_rms_norm(kernels: Kernels, width: int, seed: int) -> None:
     check.check_rms_norm(kernels, DEVICE, 51200, 12800, width, seed)

@@ -24,6 +24,7 @@ from torch import Tensor
 from layersweep.checkpoint import nf4
 from layersweep.families.spec import Rope
 from layersweep.kernels import Kernels, load_kernels
+from layersweep.kernels.weights import Alike
 from layersweep.kv import lloyd, trellis, trellis_scale
 from layersweep.kv.rotate import rotation_weights
 from layersweep.model.attention import Rule, choose_attention
@@ -91,6 +92,19 @@ def weight_cases(kernels: Kernels, dtype: torch.dtype) -> Iterator[Case]:
         moved = q.packed.nbytes + q.absmax.nbytes + out.nbytes
         name = "nf4_nested" if nested else "nf4_plain"
         yield name, partial(kernels.nf4_dequantize, *args), moved
+    yield _alike_case(kernels, dtype, code)
+
+
+def _alike_case(kernels: Kernels, dtype: torch.dtype, code: Tensor) -> Case:
+    """One matrix of each of 16 experts of Qwen3-30B-A3B, in one launch."""
+    step, places = 768 * 2048, range(16)
+    scales, each = step // 2, step // 2 + step // 64 * 4  # bytes before them, of an expert
+    arenas = torch.randint(0, 64, (16, each), dtype=torch.uint8, device=DEVICE)
+    packed, absmax = arenas[0, :scales], arenas[0, scales:].view(torch.float32)
+    out = torch.empty(16, step, dtype=dtype, device=DEVICE)
+    alike = Alike([at * each for at in places], [0.0 for _ in places], step)
+    args = (packed, absmax, None, 64, code, out[0], alike)
+    return "nf4_alike_16", partial(kernels.nf4_dequantize_alike, *args), arenas.nbytes + out.nbytes
 
 
 def row_cases(kernels: Kernels, dtype: torch.dtype) -> Iterator[Case]:

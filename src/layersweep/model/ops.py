@@ -19,6 +19,7 @@ from layersweep.model import maths
 
 if TYPE_CHECKING:
     from layersweep.kernels import Kernels
+    from layersweep.kernels.weights import Alike, Nested
 
 NEVER = torch.iinfo(torch.int32).max  # "no bad layer": smaller numbers win
 
@@ -170,13 +171,23 @@ class CudaOps(TorchOps):
         }
 
     def decode(self, quantized: nf4.QuantizedTensor, kind: str, out: Tensor) -> None:
+        self.kernels.nf4_dequantize(*self._packed(quantized, kind), out)
+
+    def decode_alike(
+        self, quantized: nf4.QuantizedTensor, kind: str, out: Tensor, alike: Alike
+    ) -> bool:
+        """Decode several weights in one launch; False where that cannot be, and nothing is done."""
+        return self.kernels.nf4_dequantize_alike(*self._packed(quantized, kind), out, alike)
+
+    def _packed(
+        self, quantized: nf4.QuantizedTensor, kind: str
+    ) -> tuple[Tensor, Tensor, Nested | None, int, Tensor]:
         nested = quantized.nested
-        self.kernels.nf4_dequantize(
-            quantized.packed, quantized.absmax,
-            None if nested is None
-            else (nested.absmax, nested.quant_map, nested.blocksize, nested.offset),
-            quantized.blocksize, self._codes[kind], out,
-        )  # fmt: skip
+        scales = None
+        if nested is not None:
+            scales = (nested.absmax, nested.quant_map, nested.blocksize, nested.offset)
+        code = self._codes[kind]
+        return quantized.packed, quantized.absmax, scales, quantized.blocksize, code
 
     def linear(self, x_NI: Tensor, weight_OI: Tensor, memory: Tensor | None = None) -> Tensor:
         if memory is None:
