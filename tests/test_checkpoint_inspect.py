@@ -11,8 +11,11 @@ import pytest
 from checkpoint_builders import STATE, read_tensors, tiny_checkpoint, write_checkpoint
 
 from layersweep.checkpoint.beside import shortened
-from layersweep.cli.inspect import inspect
+from layersweep.checkpoint.synth_shapes import SHAPES
+from layersweep.cli.inspect import inspect, layer_lines
 from layersweep.errors import CheckpointError
+from layersweep.families.spec import Attention, Feed, Layer, Router
+from layersweep.families.words import describe_layer
 
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 
@@ -23,6 +26,7 @@ def test_identical_layers_and_experts_share_rows(
     inspect(str(tiny_checkpoint(tmp_path)))
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert "weights nf4, router nf4, 161.32 KiB in 1 file" in lines
+    assert "layers 0-1: GQA 4/2 x 16, RoPE 10000; 4 experts x 96, 2 per token by softmax" in lines
     assert any(line.startswith("0-1 q_proj: nf4 1x2048 64x64 nested") for line in lines)
     assert any(line.startswith("attention_norm: bfloat16 64 64") for line in lines)
     assert "router: nf4 1x128 4x64 nested, blocks of 64 1.36 KiB" in lines
@@ -53,6 +57,57 @@ def test_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert content["bytes"] == sum(t.nbytes for t in read_tensors(tmp_path).values())
     router = content["weights"]["layers.0.router"]
     assert (router["stored"], router["shape"]) == ("nf4 1x128", [4, 64])
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ("llama-3.1-8b", ["layers 0-31: GQA 32/8 x 128, RoPE 500000 llama3 x 8; dense 14336"]),
+        (
+            "gpt-oss-20b",
+            [
+                f"layers {first} and 11 more: GQA 64/8 x 64, {window}sinks, biases, "
+                "RoPE 150000 yarn x 32; 32 experts x 2880, 4 per token by softmax of their logits"
+                for first, window in ((0, "window 128, "), (1, ""))
+            ],
+        ),
+        (
+            "glm-4.5-air",
+            [
+                "layer 0: GQA 96/8 x 128, biases, RoPE 1000000 on 64 of 128; dense 10944",
+                "layers 1-45: GQA 96/8 x 128, biases, RoPE 1000000 on 64 of 128; 128 experts x "
+                "1408, 8 per token by sigmoid, corrected, shared 1408",
+            ],
+        ),
+        (
+            "deepseek-v2-lite",
+            [
+                f"{layers}: latent 512 + 64, 16 x 192 (values 128), RoPE 10000 yarn x 40; {feed}"
+                for layers, feed in (
+                    ("layer 0", "dense 10944"),
+                    (
+                        "layers 1-26",
+                        "64 experts x 1408, 6 per token by softmax, not renormalized, shared 2816",
+                    ),
+                )
+            ],
+        ),
+    ],
+)
+def test_a_line_says_what_each_kind_of_layer_computes(shape: str, expected: list[str]) -> None:
+    assert list(layer_lines(SHAPES[shape].decoder)) == expected
+
+
+def test_softcap_and_what_else_is_rare() -> None:
+    attention = Attention(8, 8, 96, 96, 0.1, None, softcap=50.0, qk_norm="all", clip=8.0)
+    router = Router(6, "sigmoid", normalize=False, scale=2.5, groups=8, top_groups=4)
+    feed = Feed(1408, experts=160, router=router, shared_inner=512, shared_gate=True)
+    layer = Layer(attention, feed, None, None)
+    assert describe_layer(layer) == (
+        "MHA 8 x 96, softcap 50, q/k norm over all heads, clipped at 8; 160 experts x 1408, 6 per "
+        "token by sigmoid, from 4 of 8 groups, not renormalized, scaled by 2.5, gated shared 512"
+    )
+    assert describe_layer(layer, foreign=True).endswith("clipped at 8; 160 experts x 1408")
 
 
 UNUSED = [

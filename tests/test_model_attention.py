@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from family_builders import SMALL, tensors_of, written
 from torch import Tensor
 from transformers.models.gemma2 import modeling_gemma2
 from transformers.models.gpt_oss import modeling_gpt_oss
 
+from layersweep.errors import InputError
 from layersweep.families import spec
 from layersweep.kernels import KernelError
 from layersweep.model import attention as attentions
@@ -22,6 +26,9 @@ from layersweep.model.attention import (
     Rule,
     attend_one,
 )
+from layersweep.model.compute import on_cpu
+from layersweep.sweep import model as models
+from layersweep.sweep.model import load
 
 HEADS, KV_HEADS, DIM, VALUE = 6, 2, 24, 16
 RULES = {
@@ -197,11 +204,12 @@ def test_what_a_gpu_cannot_do_is_known_before_it_is_asked(monkeypatch: pytest.Mo
         flash(*inputs(3, 3), rule=capped)
 
 
-def test_without_nvrtc_an_older_gpu_caps_no_scores(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing() -> None:
-        raise KernelError("no libnvrtc")
+def raise_missing() -> None:
+    raise KernelError("no libnvrtc")
 
-    monkeypatch.setattr(attentions, "load_nvrtc", missing)
+
+def test_without_nvrtc_an_older_gpu_caps_no_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attentions, "load_nvrtc", raise_missing)
     efficient = MemoryEfficientAttention()
     assert efficient.refusal(Rule(softcap=50.0), 128) == (
         "capped scores (softcap) need a kernel that cannot be compiled here: no libnvrtc"
@@ -214,6 +222,25 @@ def test_the_rule_of_a_layer() -> None:
     assert Rule.of(layer) == PLAIN  # the usual scale is left to the kernel
     gemma = spec.Attention(8, 4, 256, 256, scale=0.05, rope=None, window=4096, softcap=50.0)
     assert Rule.of(gemma) == Rule(0.05, 4096, 50.0)
+
+
+def test_a_layer_that_the_device_cannot_attend_is_refused_before_weights_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gemma 2, whose scores are capped, on an sm_75 without NVRTC."""
+    fields = {**SMALL, "model_type": "gemma2", "head_dim": 8, "sliding_window": 16}
+    folder = written(tmp_path, fields, tensors_of("gemma2", fields))
+    assert load(folder, device="cpu").paths.attention == PlainAttention.name
+    older = replace(on_cpu(), attention=MemoryEfficientAttention())
+    monkeypatch.setattr(models, "choose_compute", lambda *_, **__: older)
+    monkeypatch.setattr(attentions, "load_nvrtc", raise_missing)
+    with pytest.raises(InputError) as caught:
+        load(folder, device="cpu")
+    assert str(caught.value) == (
+        "layer 0 (GQA 4/2 x 8, window 16, softcap 50, RoPE 10000): found a device whose attention "
+        "is memory-efficient, needed another: capped scores (softcap) need a kernel that cannot be "
+        "compiled here: no libnvrtc"
+    )
 
 
 GPU_RULES = ("plain", "scale", "window")

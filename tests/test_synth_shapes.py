@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 from functools import cache
+from pathlib import Path
 
 import pytest
+import tiny_study
 
 from layersweep.checkpoint.synth_shapes import SHAPES
+from layersweep.cli.app import run
+from layersweep.cli.synth import SHAPE_HELP
 from layersweep.families.spec import Decoder
 from layersweep.families.weights import blocks
 from layersweep.kv import parse
@@ -33,7 +38,53 @@ def test_a_shape_has_the_published_number_of_parameters(name: str) -> None:
     assert sum(map(math.prod, sizes)) == pytest.approx(PUBLISHED[name], abs=0.005e9)
 
 
-# --- bytes of the cache per token ------------------------------------------------------------------
+# --- small models of each ------------------------------------------------------------------------
+
+SMALL = {
+    "vocab_size": 4096, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 1024,
+    "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+FEWER: dict[str, dict[str, int]] = {
+    "llama-3.1-8b": {},
+    "qwen3-30b-a3b": {"num_experts": 16, "moe_intermediate_size": 32},
+    "gpt-oss-20b": {"num_local_experts": 8, "sliding_window": 32},
+    "glm-4.5-air": {"n_routed_experts": 16, "moe_intermediate_size": 32},
+    "deepseek-v2-lite": {
+        "n_routed_experts": 16, "moe_intermediate_size": 32, "num_key_value_heads": 4,
+        "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16,
+    },
+}  # fmt: skip
+CHECKS = {"finite", "peak within plan"}
+ROUTED = CHECKS | {"experts used", "router spread"}
+
+
+@pytest.mark.parametrize("name", FEWER)
+def test_two_layers_of_a_shape_pass_the_gate_and_are_studied(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(SHAPES, name, SHAPES[name].with_fields({**SMALL, **FEWER[name]}))
+    folder = tmp_path / "model"
+    assert run(["synth", str(folder), "--shape", name, "--layers", "2"]) == 0
+    assert f"{name}, 2 layers" in capsys.readouterr().out
+    assert run(["inspect", str(folder)]) == 0
+    assert "weights nf4" in capsys.readouterr().out
+    asked = ("--kv", "lloyd:K3V2", "--tasks", "ppl", "--segments", "2", "--device", "cpu")
+    assert run(tiny_study.words(*asked, "--json", model=folder)) == 0
+    results = json.loads(capsys.readouterr().out)
+    gate, (arm,) = results["gate"], results["perplexity"]["arms"]
+    assert gate["passed"] and results["model"]["weights"] == "synthetic"
+    # of weights that were never trained nothing is asked but that they can be computed
+    wanted = CHECKS if name == "llama-3.1-8b" else ROUTED
+    assert {check["name"] for check in gate["checks"]} == wanted
+    assert arm["status"] == "ok" and arm["kl_mean"] > 0
+
+
+def test_help_lists_every_shape() -> None:
+    assert set(SHAPE_HELP.rstrip(".").replace(" or ", ", ").split(", ")) == set(SHAPES)
+
+
+# --- bytes of the cache per token -----------------------------------------------------------------
 
 
 def test_layers_with_a_window_hold_its_tokens_alone() -> None:

@@ -17,8 +17,9 @@ from rich.text import Text
 from layersweep.checkpoint import Checkpoint, Problem, Weight, scan_checkpoint
 from layersweep.checkpoint.beside import shortened
 from layersweep.errors import CheckpointError
-from layersweep.families.spec import describe_decoder
+from layersweep.families.spec import Decoder, describe_decoder
 from layersweep.families.weights import embed_block, head_block
+from layersweep.families.words import describe_layer
 from layersweep.problems import printable
 from layersweep.units import format_bytes
 
@@ -64,7 +65,10 @@ def _show(console: Console, checkpoint: Checkpoint) -> None:
         f"weights {checkpoint.storage}, {format_bytes(checkpoint.nbytes)} in {files}",
         soft_wrap=True,
     )
-    console.print(f"fingerprint {checkpoint.fingerprint}\n", soft_wrap=True)
+    console.print(f"fingerprint {checkpoint.fingerprint}", soft_wrap=True)
+    for words in layer_lines(decoder):
+        console.print(words, soft_wrap=True)
+    console.print()
     console.print(_table(checkpoint))
     for note in checkpoint.notes:
         console.print(f"note: {printable(note)}", soft_wrap=True)
@@ -74,6 +78,16 @@ def _show(console: Console, checkpoint: Checkpoint) -> None:
     ):
         if names:
             console.print(f"{what}: {shortened(names)}", soft_wrap=True)
+
+
+def layer_lines(decoder: Decoder) -> Iterable[str]:
+    """What each distinct kind of layer computes."""
+    for layer in decoder.distinct_layers:
+        alike = [index for index, one in enumerate(decoder.layers) if one == layer]
+        together = alike[-1] - alike[0] + 1 == len(alike)
+        label = _ranges(alike) if together else f"{alike[0]} and {len(alike) - 1} more"
+        words = describe_layer(layer, foreign=decoder.generic is not None)
+        yield f"{'layer' if len(alike) == 1 else 'layers'} {label}: {words}"
 
 
 def _table(checkpoint: Checkpoint) -> Table:

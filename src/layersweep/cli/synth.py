@@ -13,14 +13,19 @@ from rich.console import Console
 from layersweep.errors import InputError
 from layersweep.units import format_bytes, format_seconds
 
+SHAPE_HELP = (  # their table is not imported for --help
+    "mixtral-8x7b, mixtral-8x22b, llama-3.1-8b, qwen3-30b-a3b, gpt-oss-20b, gpt-oss-120b, "
+    "glm-4.5-air or deepseek-v2-lite."
+)
+
 
 def synth(
     folder: Annotated[Path, typer.Argument(metavar="DST", help="Folder to write; must be new.")],
-    shape: Annotated[str, typer.Option(help="mixtral-8x7b, llama-3.1-8b.")] = "mixtral-8x7b",
+    shape: Annotated[str, typer.Option(help=SHAPE_HELP)] = "mixtral-8x7b",
     layers: Annotated[int | None, typer.Option(help="Layers instead of the shape's.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the weights.")] = 0,
 ) -> None:
-    """Write a synthetic NF4 checkpoint in the published layout, marked as synthetic."""
+    """Write a checkpoint with random NF4 weights under published names, marked as synthetic."""
     from layersweep.checkpoint.synth import write_synthetic
     from layersweep.checkpoint.synth_shapes import SHAPES
     from layersweep.progress import SweepProgress

@@ -165,7 +165,7 @@ class _Sweep:
             if self.check:
                 self._routed = self._route_of(self.lead[0])
             for expert, number in enumerate(numbers):
-                self.weights.fill_feed(self.store.get(number))
+                self.weights.fill_feeds([self.store.get(number)])
                 one = _joined(self.weights.feeds[0])
                 self.store.release(number)
                 for walking in self.every:

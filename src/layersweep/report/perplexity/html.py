@@ -74,8 +74,10 @@ def arm_table(results: Json) -> str:
     head = ["arm", "bits", "size", rows.PER_TOKEN, "ppl", "delta %", "95 % CI", "SEM", "z"]
     head += ["worse", "KL mean/p99.9", "top-1 %"]
     body = [
-        [r.label, r.bits, r.size, r.per_token, r.ppl, r.delta, r.interval, r.sem, r.z, r.worse]
-        + [r.kl, r.top1]
+        [
+            *(r.label, r.bits, r.size, r.per_token, r.ppl, r.delta, r.interval, r.sem, r.z),
+            *(r.worse, r.kl, r.top1),
+        ]
         for r in rows.arm_rows(results)
     ]
     return table(head, [[_minus(cell) for cell in line] for line in body])

@@ -33,8 +33,9 @@ class PerplexityMeasurements:
     """`arms` leaves out the baseline; `nll` (mean per window, [n_windows]) holds it as "exact".
 
     kl [n_windows, scored]: KL(exact || arm) per scored token, nats. top1: share of scored tokens
-    whose argmax equals the baseline's. bits_per_element: None where a codec cannot say.
-    kv_bytes: of the baseline and every arm, None where nobody can say. controls: "exact" and "identity:<method>". status: "ok" or "nonfinite" for every arm.
+    whose argmax equals the baseline's. bits_per_element: None where a codec cannot say. kv_bytes:
+    of the baseline and every arm, None where nobody can say. controls: "exact" and
+    "identity:<method>". status: "ok" or "nonfinite" for every arm.
     """
 
     windows: Sequence[WindowInfo]
