@@ -383,3 +383,12 @@ def test_what_such_a_decoder_cannot_do_is_refused() -> None:
     found = describe(small_config("zaya", num_experts_per_tok=1).to_dict(), "config.json")
     assert found.decoder is not None
     assert [one.used for one in module_fallbacks(found.decoder)] == ["as attention sees them"]
+
+
+def test_fields_that_transformers_does_not_read_are_listed() -> None:
+    fields = {**small_config("cohere2").to_dict(), "rope_tetha": 1e6, "torch_dtype": "float16"}
+    found = describe(fields, "config.json", generic=True)
+    assert found.unused == ("rope_tetha",)
+    fields["quantization_config"] = {"quant_method": "gptq"}
+    (problem,) = describe(fields, "config.json", generic=True).problems
+    assert "quant_method" in problem.sentence()
