@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import difflib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -42,6 +43,17 @@ def config_of(fields: Mapping[str, Any]) -> PreTrainedConfig:
     except FOREIGN_FAILURES as failure:
         found = first_line(failure)
         raise Unsupported("config.json", found, "fields that transformers takes") from failure
+
+
+def known_fields(kind: str) -> frozenset[str]:
+    """Fields of config.json that transformers reads of a model_type."""
+    from transformers import CONFIG_MAPPING
+
+    of = CONFIG_MAPPING[kind]
+    rope = {"rope_theta", "rope_scaling", "partial_rotary_factor"}  # in the words of transformers 4
+    own = {one.name for one in dataclasses.fields(of)} | vars(of()).keys() | of.attribute_map.keys()
+    others = {"architectures", "model_type", "quantization_config", "layersweep_synthetic"}
+    return frozenset(own | rope | others)
 
 
 def text_part(config: PreTrainedConfig) -> PreTrainedConfig:
