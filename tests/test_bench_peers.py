@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoint_builders import LAYERS, VOCAB, tiny_checkpoint
+from family_builders import SMALL, decoder_of, tensors_of, written
 
 import layersweep
 from layersweep.bench import peers
 from layersweep.bench.sync_nf4 import LoadedWeight, SyncNf4
 from layersweep.checkpoint import open_checkpoint, read_config
+from layersweep.cli.bench import measured_peer
 from layersweep.errors import InputError, LayersweepError
 from layersweep.families.weights import layer_blocks
 
@@ -52,13 +54,13 @@ def test_synchronous_nf4_is_scaled_to_the_full_depth(folder: Path) -> None:
     times = result.detail["seconds_per_layer"]
     assert isinstance(times, list)
     assert len(times) == LAYERS * peers.MEASURED_PASSES
-    assert 32 * min(times) <= result.seconds_per_pass <= 32 * max(times)
-    assert (result.layers_measured, result.tokens) == (LAYERS, 16)
+    assert LAYERS * min(times) <= result.seconds_per_pass <= LAYERS * max(times)
+    assert (result.layers, result.layers_measured, result.tokens) == (LAYERS, LAYERS, 16)
     weights = open_checkpoint(str(folder)).weights
     layer = [weight for name, weight in weights.items() if name.startswith("layers.0.")]
     # the JSON and the table of levels stay behind
     unread = sum(weight.quant.other_nbytes for weight in layer if weight.quant)
-    assert result.bytes_per_pass == 32 * (sum(weight.nbytes for weight in layer) - unread)
+    assert result.bytes_per_pass == LAYERS * (sum(weight.nbytes for weight in layer) - unread)
     json.dumps(result.detail)
 
 
@@ -86,7 +88,8 @@ def fields_of(folder: Path) -> dict[str, object]:
 
 @needs_opponent
 def test_cpu_offload_is_measured_in_a_child(folder: Path) -> None:
-    result = peers.measure_cpu_offload(fields_of(folder), "cpu", 2, 24, vram_cap=2**30)
+    fields = fields_of(folder) | {"num_hidden_layers": 32}
+    result = peers.measure_cpu_offload(fields, decoder_of("mixtral", fields), "cpu", 2, 24, 2**30)
     seconds = result.detail["seconds"]
     assert isinstance(seconds, list)
     assert result.seconds_per_pass == pytest.approx(sum(seconds) / 2 / 2 * 32)
@@ -100,7 +103,7 @@ def test_cpu_offload_is_measured_in_a_child(folder: Path) -> None:
 @needs_opponent
 def test_what_the_child_says_last_is_passed_on(folder: Path) -> None:
     with pytest.raises(LayersweepError, match=r"ended with 1: RuntimeError: .* nowhere"):
-        peers.measure_cpu_offload(fields_of(folder), "nowhere", 1, 8, vram_cap=2**30)
+        peers.measure_cpu_offload(fields_of(folder), read_config(folder), "nowhere", 1, 8, 2**30)
 
 
 def test_without_the_opponent_it_is_asked_for(
@@ -108,7 +111,26 @@ def test_without_the_opponent_it_is_asked_for(
 ) -> None:
     monkeypatch.setattr(peers, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="needed it to measure this peer"):
-        peers.measure_cpu_offload(fields_of(folder), "cpu", 1, 8, vram_cap=2**30)
+        peers.measure_cpu_offload(fields_of(folder), read_config(folder), "cpu", 1, 8, 2**30)
+
+
+def test_a_peer_that_does_not_run_a_model_is_left_out_and_says_why(tmp_path: Path) -> None:
+    """One peer runs Mixtral alone; the other lets a few layers stand for all."""
+    fields = {**SMALL, "model_type": "gpt_oss", "num_local_experts": 4, "num_experts_per_tok": 2}
+    folder = written(tmp_path, fields, tensors_of("gpt_oss", fields))
+    decoder = open_checkpoint(folder).decoder
+    measures = (
+        lambda: peers.measure_sync_nf4(folder, "cpu", 2, 16, vram_cap=2**30),
+        lambda: peers.measure_cpu_offload(fields, decoder, "cpu", 2, 16, vram_cap=2**30),
+    )
+    assert [measured_peer("peer", measure) for measure in measures] == [
+        {"job": "peer", "name": "peer", "left_out": why}
+        for why in (
+            "found gpt_oss, needed mixtral, which is what people ran so",
+            "gpt_oss: found 2 kinds of layers, needed layers that are known to be alike: a few of "
+            "them stand for all",
+        )
+    ]
 
 
 def test_this_process_never_loads_the_opponent() -> None:

@@ -1,11 +1,11 @@
 """How people run such a model today, measured on this machine as baselines.
 
-Each peer runs a few full-size layers and is scaled to the 32 of Mixtral-8x7B. Embedding and head
-(2 % of the NF4 bytes, 0.6 % of the float16 ones) are left out of both.
+Each peer runs a few full-size layers and is scaled to all layers of the model, which must be alike.
+Embedding and head (2 % of the NF4 bytes of Mixtral-8x7B, 0.6 % of the float16 ones) are left out.
 
 - Synchronous NF4 (`sync_nf4`): layer by layer, packed tensors from ordinary host memory to the
   device, every weight made dense there, plain torch. layersweep replaces this way.
-- CPU offload: transformers' own Mixtral in float16 under the usual offloading library, in a
+- CPU offload: transformers' own model in float16 under the usual offloading library, in a
   process of its own (`offload_peer`), so that this one never loads that library.
 """
 
@@ -28,21 +28,22 @@ from layersweep.bench.offload_peer import OPPONENT
 from layersweep.bench.sync_nf4 import SyncNf4
 from layersweep.checkpoint import open_checkpoint
 from layersweep.errors import InputError, LayersweepError
+from layersweep.families.spec import Decoder
 
-FULL_LAYERS = 32
 MEASURED_PASSES = 3
 CHILD_LIMIT_S = 900.0
 
 
 @dataclass(frozen=True)
 class PeerResult:
-    """One peer. seconds_per_pass and bytes_per_pass: one forward pass, scaled to 32 layers.
+    """One peer. seconds_per_pass and bytes_per_pass: one forward pass, scaled to `layers`.
 
     bytes_per_pass counts what crosses to the device. detail: what the number rests on, as JSON.
     """
 
     name: str
     seconds_per_pass: float
+    layers: int
     layers_measured: int
     tokens: int
     bytes_per_pass: int
@@ -56,7 +57,7 @@ def measure_sync_nf4(
 
     Median over layers of three passes after one that warms up; float16 on a GPU, float32 on the
     CPU. `vram_cap`: bytes of device memory that this process may take meanwhile. Raises InputError
-    for more layers than there are.
+    for more layers than there are, and for a model that this peer does not run.
     """
     place = torch.device(device)
     peer = SyncNf4(open_checkpoint(str(folder)), place, layers)
@@ -70,16 +71,17 @@ def measure_sync_nf4(
             times += peer.timed_pass(hidden)
         peak = torch.cuda.max_memory_allocated(place) if place.type == "cuda" else None
     copies, seconds = zip(*times[layers:], strict=True)
-    nbytes = sum(peer.layer_bytes) // layers
+    nbytes, whole = sum(peer.layer_bytes) // layers, peer.decoder.num_hidden_layers
     return PeerResult(
         name="synchronous NF4",
-        seconds_per_pass=FULL_LAYERS * statistics.median(seconds),
+        seconds_per_pass=whole * statistics.median(seconds),
+        layers=whole,
         layers_measured=layers,
         tokens=tokens,
-        bytes_per_pass=FULL_LAYERS * nbytes,
+        bytes_per_pass=whole * nbytes,
         detail={
             "seconds_per_layer": list(seconds),
-            "copy_seconds_per_pass": FULL_LAYERS * statistics.median(copies),
+            "copy_seconds_per_pass": whole * statistics.median(copies),
             "dequantize": "bitsandbytes" if peer.bitsandbytes else "torch",
             "dtype": str(peer.dtype).removeprefix("torch."),
             "peak_device_bytes": peak,
@@ -88,14 +90,28 @@ def measure_sync_nf4(
 
 
 def measure_cpu_offload(
-    config: Mapping[str, Any], device: str, layers: int, tokens: int, vram_cap: int
+    config: Mapping[str, Any],
+    decoder: Decoder,
+    device: str,
+    layers: int,
+    tokens: int,
+    vram_cap: int,
 ) -> PeerResult:
-    """One forward pass of `tokens` tokens through `layers` layers of the model of a config.json.
+    """One forward pass of `tokens` tokens through `layers` layers of the model of a config.json,
+    which `decoder` describes.
 
     Median of two after one that warms up. Random float16 weights (float32 on the CPU); they take
-    2.9 GB of host memory per full-size layer. Raises InputError where the library is not
-    installed, LayersweepError with the child's last words where it fails.
+    2.9 GB of host memory per layer of Mixtral-8x7B. Raises InputError where the library is not
+    installed and for a model whose layers differ, LayersweepError with the child's last words
+    where it fails.
     """
+    if (kinds := len(decoder.distinct_layers)) > 1 or decoder.generic:
+        found = f"{kinds} kinds of layers" if kinds > 1 else "a family without a table"
+        raise InputError(
+            f"{decoder.model_type}: found {found}, needed layers that are known to be alike: a few "
+            "of them stand for all",
+            hint="measure a model whose layers are alike, for example llama or qwen3_moe",
+        )
     if find_spec(name=OPPONENT) is None:
         raise InputError(
             f"found no {OPPONENT}, needed it to measure this peer",
@@ -107,12 +123,14 @@ def measure_cpu_offload(
     seconds = answer["seconds"]
     nbytes = answer["layer_bytes"]
     assert isinstance(seconds, list) and isinstance(nbytes, int)
+    whole = decoder.num_hidden_layers
     return PeerResult(
         name=f"{OPPONENT}.cpu_offload",
-        seconds_per_pass=statistics.median(seconds) / layers * FULL_LAYERS,
+        seconds_per_pass=statistics.median(seconds) / layers * whole,
+        layers=whole,
         layers_measured=layers,
         tokens=tokens,
-        bytes_per_pass=nbytes * FULL_LAYERS,
+        bytes_per_pass=nbytes * whole,
         detail=answer,
     )
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +18,6 @@ from layersweep.kv.arms import EXACT
 from layersweep.stream.plan import host_ring_bytes, place
 from layersweep.stream.runs import runs_of
 from layersweep.stream.shapes import tile_flops
-from layersweep.stream.store import BlockStore
 from layersweep.sweep.loop import Engine, run_sweep
 from layersweep.sweep.model import Model
 from layersweep.sweep.sequences import Branch, BranchedSequence, Tile, tiles_of
@@ -72,12 +72,9 @@ def _ride(vocabulary: int, length: int, seed: int) -> BranchedSequence:
 
 def _open(model: Model, tiles: list[Tile]) -> Engine:
     """An engine that keeps all weights in host memory and none on the device."""
-    plan, runs = model.plan(tiles), runs_of(model.specs)
+    runs = runs_of(model.specs)
     placement = place(runs, model.machine, host_ring_bytes(runs, model.machine), room=0)
-    store = BlockStore(
-        model.specs, placement, model.compute.device, decode=model.compute.ops.decode
-    )
-    return Engine(model.checkpoint.decoder, store, model.compute, plan.scratch)
+    return model.open(replace(model.plan(tiles), placement=placement))
 
 
 def _median_sweep(engine: Engine, tiles: list[Tile]) -> Json:

@@ -135,8 +135,8 @@ class SyncNf4:
         self.bitsandbytes = device.type == "cuda" and find_spec(name="bitsandbytes") is not None
         if self.decoder.model_type != "mixtral":
             raise InputError(
-                f"per-layer synchronous NF4: found {self.decoder.model_type}, needed mixtral",
-                hint="bench peers compares Mixtral, which is what people ran so",
+                f"found {self.decoder.model_type}, needed mixtral, which is what people ran so",
+                hint="`layersweep synth DST --shape mixtral-8x7b` writes one",
             )
         there = self.decoder.num_hidden_layers
         if not 1 <= layers <= there:

@@ -6,6 +6,7 @@ Progress goes to stderr; the last line on stdout is one JSON object.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +19,7 @@ from layersweep.errors import InputError
 from layersweep.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
+    from layersweep.bench.peers import PeerResult
     from layersweep.sweep.model import Model
 
 CODEC_ARMS = (
@@ -112,25 +114,37 @@ def peers(
     vram: Vram = "14GiB",
     device: Device = "cuda",
 ) -> None:
-    """One forward pass as others do it, a few layers scaled to 32, on this machine."""
-    from dataclasses import asdict
-
+    """One forward pass as others do it, a few layers scaled to all, on this machine."""
     from layersweep.bench.peers import measure_cpu_offload, measure_sync_nf4
     from layersweep.sweep.model import resolve_device
     from layersweep.units import parse_size
 
     loaded = _load(model, vram, "auto", device, None)
     place, cap = resolve_device(device), parse_size(vram, option="--vram")
-    _say("per-layer synchronous NF4")
-    rows = [asdict(measure_sync_nf4(model, place, layers, tokens, cap))]
-    _say("transformers with CPU offload")
+    checkpoint = loaded.checkpoint
+
+    def sync_nf4() -> PeerResult:
+        return measure_sync_nf4(model, place, layers, tokens, cap)
+
+    def cpu_offload() -> PeerResult:
+        config = json.loads((checkpoint.folder / "config.json").read_text("utf-8"))
+        return measure_cpu_offload(config, checkpoint.decoder, place, layers, tokens, cap)
+
+    peers = {"per-layer synchronous NF4": sync_nf4, "transformers with CPU offload": cpu_offload}
+    _print("peers", loaded, [measured_peer(name, measure) for name, measure in peers.items()])
+
+
+def measured_peer(name: str, measure: Callable[[], PeerResult]) -> dict[str, Any]:
+    """A peer's row, or why it is left out."""
+    from dataclasses import asdict
+
+    _say(name)
     try:
-        config = json.loads((loaded.checkpoint.folder / "config.json").read_text("utf-8"))
-        rows.append(asdict(measure_cpu_offload(config, place, layers, tokens, cap)))
-    except InputError as missing:
-        _say(f"left out: {missing}")
-        rows.append({"name": "transformers with CPU offload", "left_out": str(missing)})
-    _print("peers", loaded, [{"job": row["name"], **row} for row in rows])
+        result = measure()
+    except InputError as why:
+        _say(f"left out: {why}")
+        return {"job": name, "name": name, "left_out": str(why)}
+    return {"job": result.name, **asdict(result)}
 
 
 @bench.command("codec")
@@ -221,7 +235,9 @@ def _headline(row: dict[str, Any]) -> str:
     if "left_out" in row:
         return f"left out: {row['left_out']}"
     if "seconds_per_pass" in row:
-        return f"{format_seconds(row['seconds_per_pass'])} per forward pass of 32 layers"
+        return (
+            f"{format_seconds(row['seconds_per_pass'])} per forward pass of {row['layers']} layers"
+        )
     words = [format_seconds(row["wall_s"])]
     if "speedup" in row:
         words.append(f"{row['speedup']:.2f} x as fast as one")

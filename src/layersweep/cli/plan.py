@@ -74,15 +74,21 @@ def plan(
         )
     arms = parse_arms(kv)
     rates = _rates(machine, vram, ram)
+    import torch
+
     from layersweep.checkpoint.layout import scan_checkpoint
-    from layersweep.problems import problems_error
+    from layersweep.problems import printable, problems_error
     from layersweep.stream.blocks import block_specs
+    from layersweep.study.fitting import fitting_arms
     from layersweep.study.forecast import forecast
+    from layersweep.sweep.streams import every_stream
 
     checkpoint, problems = scan_checkpoint(model, revision)  # of a hub id, headers alone
     if checkpoint is None:
         raise problems_error(problems)
     specs = block_specs(checkpoint, quantize=weights == "nf4")
+    cpu, streams = torch.device("cpu"), every_stream(checkpoint.decoder)
+    arms, left_out = fitting_arms(arms, streams, cpu, torch.float32)
     found = forecast(checkpoint.decoder, specs, settings, arms, rates)
     cheaper = _cheaper(checkpoint, specs, settings, arms, rates, found.total_s)
     if json_output:
@@ -90,15 +96,23 @@ def plan(
             "machine": dataclasses.asdict(rates),
             "forecast": _as_json(found),
             "cheaper": [{"settings": words, "total_s": seconds} for words, seconds in cheaper],
+            "left_out": [fallback._asdict() for fallback in left_out],
+            "notes": list(checkpoint.notes),
         }
-        typer.echo(json.dumps(content))
+        typer.echo(json.dumps(content, default=sorted))  # of a placement, runs are sets
         return
-    _show(Console(), checkpoint, rates, found, cheaper)
+    notes = [f"note: {printable(note)}" for note in checkpoint.notes]
+    notes += [f"fallback: {fallback}" for fallback in left_out]
+    _show(Console(), checkpoint, rates, found, cheaper, notes)
 
 
 def _as_json(found: Forecast) -> dict[str, Any]:
-    """Its fields; the seconds of each task as perplexity_s and so on."""
+    """Its fields, and the plan's peak; the seconds of each task as perplexity_s and so on."""
     content = dataclasses.asdict(found)
+    content["plan"] |= {
+        "device_bytes": found.plan.device_bytes,
+        "host_bytes": found.plan.host_bytes,
+    }
     return content | {f"{name}_s": spent for name, spent in content.pop("task_s").items()}
 
 
@@ -168,7 +182,12 @@ def _cheaper(
 
 
 def _show(
-    console: Console, checkpoint: Checkpoint, rates: MachineRates, found: Forecast, cheaper: Cheaper
+    console: Console,
+    checkpoint: Checkpoint,
+    rates: MachineRates,
+    found: Forecast,
+    cheaper: Cheaper,
+    notes: list[str],
 ) -> None:
     from layersweep.tasks.registry import TASKS
 
@@ -186,12 +205,10 @@ def _show(
         soft_wrap=True,
     )
     if rates.devices > 1:
-        console.print(
-            f"note: times are for {rates.devices} devices that share the tiles: "
-            "`eval --device cuda:0,cuda:1`",
-            highlight=False,
-            soft_wrap=True,
-        )
+        share = f"{rates.devices} devices that share the tiles: `eval --device cuda:0,cuda:1`"
+        notes = [*notes, f"note: times are for {share}"]
+    for note in notes:
+        console.print(note, highlight=False, markup=False, soft_wrap=True)
     table = Table(box=None, show_header=False, pad_edge=False)
     for name, size in plan.peaks.items():
         table.add_row(name, format_bytes(size))

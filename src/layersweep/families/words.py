@@ -18,7 +18,7 @@ def describe_layer(layer: Layer, *, foreign: bool = False) -> str:
 def describe_attention(attention: Attention) -> str:
     """Kind, heads and head size, and what is not usual about it."""
     if not attention.num_heads:
-        return "no attention"
+        return "no keys or values"
     parts = [_heads(attention)]
     if attention.window is not None:
         parts.append(f"window {attention.window}")

@@ -1,0 +1,86 @@
+"""`layersweep plan` of published models, whose files hold headers and nothing else."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from family_builders import SMALL, tensors_of, written
+from sparse_checkpoints import write_sparse
+
+from layersweep.checkpoint.synth_shapes import SHAPES
+from layersweep.cli.app import run
+from layersweep.stream.rates import MACHINES
+
+GIB = 2**30
+
+
+def planned(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    assert run(["plan", *arguments, "--json"]) == 0
+    content: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return content
+
+
+@pytest.mark.parametrize(
+    ("shape", "machine", "packed", "stored", "peak"),
+    [
+        # bytes as model.safetensors.index.json of the published models has them
+        ("qwen3-30b-a3b", "t4x2", False, 61_064_245_248, 6.55),
+        ("llama-3.1-8b", "rtx4090", False, 16_060_522_496, 11.8),
+        ("deepseek-v2-lite", "a100-80", False, 31_412_968_448, 7.45),
+        ("gpt-oss-20b", "t4x2", True, 12_523_958_256, 8.31),
+    ],
+)
+def test_a_published_model_is_planned_from_its_headers(
+    shape: str, machine: str, packed: bool, stored: int, peak: float,
+    tmp_path: Path, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    assert write_sparse(tmp_path, SHAPES[shape], packed=packed) == stored
+    planned(capsys, "demo", "--for", machine)  # compilers are warm after it
+    started = time.process_time()
+    content = planned(capsys, str(tmp_path), "--for", machine)
+    assert time.process_time() - started < 3
+    found = content["forecast"]
+    # without the NF4 table and the JSON of each weight, which are not read again
+    assert stored * 0.99 < found["read_bytes"] <= stored
+    assert found["sweeps"] == 1 and found["plan"]["vram"] == MACHINES[machine].vram
+    assert found["plan"]["device_bytes"] / GIB == pytest.approx(peak, rel=0.1)
+    assert found["first_read_s"] == pytest.approx(found["read_bytes"] / MACHINES[machine].disk)
+    assert min(found["perplexity_s"], found["needle_s"], found["total_s"]) > 1
+
+
+def test_layers_for_multi_token_prediction_are_not_planned_and_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As GLM-4.5-Air is published; 2 of its 46 layers."""
+    shape = SHAPES["glm-4.5-air"].with_layers(2).with_fields({"num_nextn_predict_layers": 1})
+    drafts = {"eh_proj": (4096, 8192), "self_attn.q_proj": (12_288, 4096), "enorm": (4096,)}
+    beside = {f"model.layers.2.{name}.weight": size for name, size in drafts.items()}
+    stored = write_sparse(tmp_path, shape, packed=False, beside=beside)
+    content = planned(capsys, str(tmp_path), "--for", "a100-80", "--kv", "e8:K3V2")
+    assert stored - content["forecast"]["read_bytes"] == 2 * 4096 * (8192 + 12_288 + 1)
+    assert content["notes"] == ["layer 2 is for multi-token prediction: it is not run"]
+    assert run(["plan", str(tmp_path), "--for", "a100-80", "--kv", "e8:K3V2"]) == 0
+    assert "note: layer 2 is for multi-token prediction: it" in capsys.readouterr().out
+
+
+def test_arms_that_do_not_take_the_heads_are_left_out_and_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fields = {**SMALL, "model_type": "llama", "head_dim": 80, "max_position_embeddings": 8192}
+    folder = written(tmp_path, fields, tensors_of("llama", fields))
+    asked = (folder, "--for", "t4", "--kv")
+    left_out = planned(capsys, *asked, "all")["left_out"]
+    assert [one["wanted"] for one in left_out] == [
+        *("kivi:K3V2", "kivi:K4V2", "int4", "int2", "q8_0", "q4_0")
+    ]
+    assert run(["plan", *asked, "all"]) == 0
+    why = "int4: stream 'k' has head size 80, needed a multiple of 64"
+    assert f"fallback: --kv all: wanted int4, used nothing: left out: {why}\n" in (
+        capsys.readouterr().out
+    )
+    assert run(["plan", *asked, "int4"]) == 2
+    assert f"error: {why}" in capsys.readouterr().err
