@@ -19,7 +19,7 @@ DEMO_NEEDLES_PER_DEPTH := 2
 # A real model, made of a wheel of the package index, and the beginning of a real book.
 REAL := real-models
 REAL_OUT := demo-real-results
-REAL_ARMS := K3V2,K4V2,e8:K3V2,int4
+REAL_ARMS := K3V2,e8:K3V2,int4
 
 # Packages of the dev group in pyproject.toml need pip >= 25.1 (--group). Each step says one line;
 # pip itself speaks only when it fails.

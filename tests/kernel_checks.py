@@ -15,6 +15,7 @@ from layersweep.checkpoint import nf4
 from layersweep.families.spec import Activation, Rope
 from layersweep.kernels import Kernels
 from layersweep.kernels.codecs import TRELLIS_CODES
+from layersweep.kernels.weights import Alike
 from layersweep.kv import lloyd, trellis, trellis_scale
 from layersweep.kv.means import mean_and_level_by_torch, mean_for, sums_by_torch
 from layersweep.kv.packing import pack_bits, unpack_bits
@@ -79,6 +80,41 @@ def check_nf4(
     code = torch.tensor(nf4.NF4_CODE, device=device)
     kernels.nf4_dequantize(packed, q.absmax, parts, blocksize, code, out)
     exactly(out, wanted, seed)
+
+
+def check_nf4_alike(
+    kernels: Kernels, device: torch.device, shape: tuple[int, int], parts: int, seed: int
+) -> None:
+    """Weights in arenas of equal layout, in any order of memory, dense at equal distances."""
+    weights = draw(seed, parts, *shape, device=device)
+    made = [nf4.quantize(weight * (1 + at)) for at, weight in enumerate(weights)]
+    nested = [one.nested for one in made if one.nested is not None]
+    tables = [[n.absmax, n.quant_map] for n in nested]
+    kept = [[one.packed, one.absmax, *two] for one, two in zip(made, tables, strict=True)]
+    ends = [0, *itertools.accumulate(-(-one.nbytes // 256) * 256 for one in kept[0])]
+    arenas = torch.zeros(parts, ends[-1] + 512, dtype=torch.uint8, device=device)
+    order = [(3 * at + 1) % parts for at in range(parts)] if parts % 3 else list(range(parts))
+    for place, tensors in zip(order, kept, strict=True):
+        for start, tensor in zip(ends, tensors, strict=False):
+            arenas[place, start : start + tensor.nbytes] = tensor.flatten().view(torch.uint8)
+    first = [
+        arenas[order[0], start : start + one.nbytes].view(one.dtype)
+        for start, one in zip(ends, kept[0], strict=False)
+    ]
+    step = weights[0].numel() + 8
+    dense = torch.full((parts, step), 7.0, dtype=kernels.dtype, device=device)
+    alike = Alike(
+        [(place - order[0]) * arenas.stride(0) for place in order], [n.offset for n in nested], step
+    )
+    scales = (first[2], first[3], nested[0].blocksize, 0.0)
+    code, out = torch.tensor(nf4.NF4_CODE, device=device), dense[0, : step - 8]
+    assert kernels.nf4_dequantize_alike(first[0], first[1], scales, 64, code, out, alike)
+    for found, one in zip(dense, made, strict=True):
+        wanted = nf4.dequantize(one.packed, one.scales(), 64, shape, kernels.dtype)
+        exactly(found[:-8].view(shape), wanted, seed)
+        assert found[-8:].eq(7).all()
+    odd = Alike([0, 8], [0.0, 0.0], step)  # bytes that no vector load takes
+    assert not kernels.nf4_dequantize_alike(first[0], first[1], scales, 64, code, out, odd)
 
 
 def check_rms_norm(

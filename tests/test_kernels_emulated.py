@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import kernel_checks as check
 import pytest
 import torch
 from capped_checks import check_capped
+from checkpoint_builders import tiny_checkpoint
 from cuda_on_cpu.emulated import COMPILER, Workshop
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layersweep.kernels import KernelError, Kernels, load_kernels
+from layersweep.kernels.codecs import Launcher
+from layersweep.kernels.runtime import Argument
+from layersweep.kv.arms import EXACT
 from layersweep.kv.lloyd_tables import POSITIVE_LEVELS
 from layersweep.model.attention import Rule
+from layersweep.model.ops import CudaOps, TorchOps
+from layersweep.stream import shapes
+from layersweep.sweep.dense import DenseWeights
+from layersweep.sweep.model import load
+from layersweep.sweep.sequences import Branch, BranchedSequence, tiles_of
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="g++ is not installed")
 
@@ -36,6 +48,19 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Workshop:
 @pytest.fixture(params=DTYPES, ids=str)
 def kernels(request: pytest.FixtureRequest, workshop: Workshop) -> Kernels:
     return workshop.kernels(request.param)
+
+
+class Noted:
+    """Kernels of a source whose launches are noted by name."""
+
+    def __init__(self, module: Launcher, launches: list[str]) -> None:
+        self._module, self._launches = module, launches
+
+    def launch(
+        self, name: str, grid: tuple[int, int, int], block: int, args: Sequence[Argument]
+    ) -> None:
+        self._launches.append(name)
+        self._module.launch(name, grid, block, args)
 
 
 @pytest.fixture
@@ -64,6 +89,39 @@ def test_nf4_of_any_block_size_and_alignment(
 ) -> None:
     kernels = workshop.kernels(DTYPES[seed % 3])
     check.check_nf4(kernels, CPU, (count,), seed, blocksize, nested, offset_bytes)
+
+
+@pytest.mark.parametrize("parts", [1, 5, 40])
+def test_nf4_of_weights_that_lie_alike(kernels: Kernels, parts: int, seed: int) -> None:
+    check.check_nf4_alike(kernels, CPU, (24, 136), parts, seed)
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_a_group_of_experts_is_decoded_by_one_launch_for_each_key(
+    nested: bool, workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load(str(tiny_checkpoint(tmp_path, nested=nested)), device="cpu")
+    monkeypatch.setattr(shapes, "experts_at_once", lambda *shape, cpu: 3)
+    emulated = workshop.kernels(torch.float32)
+    launches: list[str] = []
+    module = emulated._module("nf4")
+    monkeypatch.setattr(emulated, "_module", lambda name: Noted(module, launches))
+    experts = [at for at, spec in enumerate(model.specs) if spec.role == "expert"]
+    one = BranchedSequence((1,), (Branch(EXACT, (2,), (0, 1)),))
+    engine = model.open(model.plan(tiles_of("t", [one], 1)))
+    dense = {
+        ops: DenseWeights(model.decoder, replace(model.compute, ops=ops))
+        for ops in (TorchOps(), CudaOps(emulated, CPU))
+    }
+    with engine.store.sweep():
+        for group in (experts[:3], experts[3:4]):  # a layer has four
+            for weights in dense.values():
+                weights.fill_feeds([engine.store.get(at) for at in group])
+            plain, together = (weights.feeds for weights in dense.values())
+            for wanted, found in zip(plain, together, strict=True):
+                assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+    engine.close()
+    assert launches == ["nf4_alike"] * 3  # of the group; the store decodes what comes alone
 
 
 @pytest.mark.parametrize("width", [8, 248, 256, 1032, 2304])

@@ -10,6 +10,7 @@ import kernel_checks as check
 import pytest
 import torch
 from capped_checks import check_capped
+from grouped_checks import check_grouped, check_rows_are_their_own
 
 from layersweep.kernels import Kernels, load_kernels
 from layersweep.kv import lloyd, trellis
@@ -48,6 +49,11 @@ def test_nf4_of_any_block_size_and_alignment(
     kernels: Kernels, blocksize: int, offset_bytes: int, seed: int
 ) -> None:
     check.check_nf4(kernels, DEVICE, (100_003,), seed, blocksize, True, offset_bytes)
+
+
+@pytest.mark.parametrize("parts", [16, 5, 40])
+def test_nf4_of_weights_that_lie_alike(kernels: Kernels, parts: int, seed: int) -> None:
+    check.check_nf4_alike(kernels, DEVICE, (1536, 2048), parts, seed)
 
 
 @pytest.mark.parametrize("width", [256, 4096, 8])
@@ -93,6 +99,31 @@ def test_capped_attention(
 ) -> None:
     rule = Rule(0.1, None if masked else window, 4.0)
     check_capped(kernels, DEVICE, (2, 8, 2, 300, 701, dim), rule, seed, masked)
+
+
+half_precision = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+needs_sm_80 = pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0), reason="sm_75"
+)
+
+
+@needs_sm_80
+@half_precision
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(
+    "width, depth", [(1536, 2048), (2048, 768), (2880, 2880), (1000, 200), (72, 8)], ids=str
+)
+def test_grouped_products(
+    width: int, depth: int, biased: bool, dtype: torch.dtype, seed: int
+) -> None:
+    check_grouped(DEVICE, dtype, (0, 1, 17, 3200, 128, 0, 129), width, depth, seed, biased)
+    check_grouped(DEVICE, dtype, (32,) * 20, width, depth, seed, biased)
+
+
+@needs_sm_80
+@half_precision
+def test_rows_of_grouped_products_are_their_own(dtype: torch.dtype, seed: int) -> None:
+    check_rows_are_their_own(DEVICE, dtype, seed)
 
 
 @pytest.mark.parametrize("bits", POSITIVE_LEVELS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -248,13 +249,14 @@ def test_one_dense_expert_at_a_time(tiny: Path, monkeypatch: pytest.MonkeyPatch)
     """Every expert of every layer is dequantized into the same memory, once per sweep."""
     model = load(str(tiny), device="cpu")
     filled: list[tuple[int, str]] = []
-    fill = DenseWeights.fill_feed
+    fill = DenseWeights.fill_feeds
 
-    def spy(weights: DenseWeights, block: Block, slot: int = 0) -> None:
-        fill(weights, block, slot)
-        filled.append((weights.feeds[slot]["gate_up_proj"].data_ptr(), block.spec.name))
+    def spy(weights: DenseWeights, blocks: Sequence[Block]) -> None:
+        fill(weights, blocks)
+        for views, block in zip(weights.feeds, blocks, strict=True):
+            filled.append((views["gate_up_proj"].data_ptr(), block.spec.name))
 
-    monkeypatch.setattr(DenseWeights, "fill_feed", spy)
+    monkeypatch.setattr(DenseWeights, "fill_feeds", spy)
     sweep_logits(model, tiles_of("t", windows(model, 5, [EXACT, parse("K3V2")]), 2))
     assert len({memory for memory, _ in filled}) == 1
     names = [f"layers.{layer}.experts.{expert}" for layer in range(2) for expert in range(4)]

@@ -1,6 +1,6 @@
 """Time every CUDA kernel at the shapes of a full-size study; prints one line of JSON.
 
-    python tools/time_kernels.py [--dtype bfloat16]
+    python tools/time_kernels.py [--dtype bfloat16] [--only grouped]
 
 Each entry: milliseconds of a launch (median of 10 rounds of 10, CUDA events) and GB/s of the
 bytes that the operation has to read and write. `copy` is a device copy of 1 GiB beside them,
@@ -14,7 +14,9 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -22,9 +24,11 @@ from torch import Tensor
 from layersweep.checkpoint import nf4
 from layersweep.families.spec import Rope
 from layersweep.kernels import Kernels, load_kernels
+from layersweep.kernels.weights import Alike
 from layersweep.kv import lloyd, trellis, trellis_scale
 from layersweep.kv.rotate import rotation_weights
 from layersweep.model.attention import Rule, choose_attention
+from layersweep.model.ops import CudaOps, Parts
 from layersweep.model.rope import rope_table
 
 DEVICE = torch.device("cuda:0")
@@ -48,17 +52,27 @@ def milliseconds(work: Callable[[], object]) -> float:
     return float(statistics.median(spent))
 
 
-def launch_microseconds(kernels: Kernels, dtype: torch.dtype) -> float:
-    row, index = torch.zeros(1, 8, dtype=dtype, device=DEVICE), torch.zeros(1, device=DEVICE).long()
-    share = torch.zeros(1, device=DEVICE)
-    kernels.add_rows_(row, index, row, share)
+def host_microseconds(work: Callable[[], object]) -> float:
+    """Mean time on the host of a call that waits for nothing."""
+    work()
     torch.cuda.synchronize()
     started = time.perf_counter()
     for _ in range(500):
-        kernels.add_rows_(row, index, row, share)
+        work()
     spent = time.perf_counter() - started
     torch.cuda.synchronize()
-    return spent / 500 * 1e6
+    return round(spent / 500 * 1e6, 2)
+
+
+def launch_microseconds(kernels: Kernels, dtype: torch.dtype) -> dict[str, float]:
+    """Of one of our kernels and, where it is there, of a grouped product in Triton."""
+    row, index = torch.zeros(1, 8, dtype=dtype, device=DEVICE), torch.zeros(1, device=DEVICE).long()
+    share = torch.zeros(1, device=DEVICE)
+    found = {"nvrtc": host_microseconds(lambda: kernels.add_rows_(row, index, row, share))}
+    for name, work, _ in grouped_cases(kernels, dtype, rows=1):
+        if name.endswith(("_own", "_each")):
+            found[name] = host_microseconds(work)
+    return found
 
 
 def random(dtype: torch.dtype, *shape: int) -> Tensor:
@@ -78,6 +92,19 @@ def weight_cases(kernels: Kernels, dtype: torch.dtype) -> Iterator[Case]:
         moved = q.packed.nbytes + q.absmax.nbytes + out.nbytes
         name = "nf4_nested" if nested else "nf4_plain"
         yield name, partial(kernels.nf4_dequantize, *args), moved
+    yield _alike_case(kernels, dtype, code)
+
+
+def _alike_case(kernels: Kernels, dtype: torch.dtype, code: Tensor) -> Case:
+    """One matrix of each of 16 experts of Qwen3-30B-A3B, in one launch."""
+    step, places = 768 * 2048, range(16)
+    scales, each = step // 2, step // 2 + step // 64 * 4  # bytes before them, of an expert
+    arenas = torch.randint(0, 64, (16, each), dtype=torch.uint8, device=DEVICE)
+    packed, absmax = arenas[0, :scales], arenas[0, scales:].view(torch.float32)
+    out = torch.empty(16, step, dtype=dtype, device=DEVICE)
+    alike = Alike([at * each for at in places], [0.0 for _ in places], step)
+    args = (packed, absmax, None, 64, code, out[0], alike)
+    return "nf4_alike_16", partial(kernels.nf4_dequantize_alike, *args), arenas.nbytes + out.nbytes
 
 
 def row_cases(kernels: Kernels, dtype: torch.dtype) -> Iterator[Case]:
@@ -126,6 +153,50 @@ def rule_cases(kernels: Kernels, dtype: torch.dtype) -> Iterator[Case]:
             if not attention.refusal(rule, dim):
                 yield f"attend_{name}_{dim}", partial(attention, q, k, v, rule=rule), moved
         yield f"attend_sinks_{dim}", partial(attention, q, k, v, sinks=sinks[:heads]), moved
+
+
+def grouped_cases(kernels: Kernels, dtype: torch.dtype, rows: int = 0) -> Iterator[Case]:
+    """Both products of a group of experts, in one launch, with cuBLAS for each, and as one product
+    of as many operations, the ceiling; with a tile of a study, and with one of the gate; or with
+    `rows` for each expert. The bytes are operations: read GB/s as GFLOP/s."""
+    if dtype == torch.float32 or torch.cuda.get_device_capability(DEVICE) < (8, 0):
+        return
+    ops = CudaOps(kernels, DEVICE)
+    shapes = {"qwen3_30b": (16, 3200, 2048, 768), "gpt_oss_20b": (5, 6400, 2880, 2880)}
+    for name, (parts, mean, hidden, inner) in shapes.items():
+        for width, depth in ((2 * inner, hidden), (hidden, inner)):
+            sizes = parts, rows or mean, width, depth
+            yield from _grouped_shape(f"{name}_{width}x{depth}", dtype, ops, *sizes)
+        yield from _grouped_shape(f"{name}_gate", dtype, ops, parts, rows or 32, 2 * inner, hidden)
+
+
+def _grouped_shape(
+    name: str, dtype: torch.dtype, ops: CudaOps, parts: int, mean: int, width: int, depth: int
+) -> Iterator[Case]:
+    from layersweep.kernels import grouped_triton as grouped
+
+    uneven = torch.linspace(0.1, 1.9, parts).mul(mean).long()
+    ends = uneven.cumsum(0)
+    rows, starts = int(ends[-1]), [0, *ends.tolist()]
+    spans, on_device = list(pairwise(starts)), ends.to(DEVICE)
+    x, out = random(dtype, rows, depth), torch.empty(rows, width, dtype=dtype, device=DEVICE)
+    weights = list(random(dtype, parts, width, depth))
+    work = 2 * rows * width * depth
+    one_by_one = partial(ops.products, x, weights, [], Parts(spans), out)
+    yield f"products_{name}_cublas_each", one_by_one, work
+    yield f"products_{name}_cublas_one", partial(torch.mm, x, weights[0].t(), out=out), work
+    tiles = {
+        "own": None, "plain": replace(grouped.LARGE, persistent=False),
+        "three_stages": replace(grouped.LARGE, stages=3),
+        "tall": replace(grouped.LARGE, rows=256, columns=128),
+        "square": replace(grouped.LARGE, columns=128, stages=3, warps=4, persistent=False),
+        "no_tma": replace(grouped.LARGE, stages=3, persistent=False, descriptors=False),
+        "sm_80": grouped.SMALL,
+    }  # fmt: skip
+    for label, tile in tiles.items():
+        if tile is None or torch.cuda.get_device_capability(DEVICE) >= (9, 0):
+            args = (x, weights, [], spans, on_device, out, tile)
+            yield f"products_{name}_triton_{label}", partial(grouped.grouped_products, *args), work
 
 
 def lloyd_cases(kernels: Kernels, x: Tensor) -> Iterator[Case]:
@@ -190,14 +261,16 @@ def score_cases(kernels: Kernels, dtype: torch.dtype) -> Iterator[Case]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else "")
     parser.add_argument("--dtype", default="float16", choices=("float16", "bfloat16", "float32"))
-    dtype = getattr(torch, parser.parse_args().dtype)
+    parser.add_argument("--only", default="", help="kernels whose cases have this in their name")
+    args = parser.parse_args()
+    dtype = getattr(torch, args.dtype)
     kernels = load_kernels(DEVICE, dtype)
     source = torch.empty(2**30, dtype=torch.uint8, device=DEVICE)
     copy = torch.empty_like(source)
     found: dict[str, object] = {
         "device": torch.cuda.get_device_name(DEVICE),
         "dtype": str(dtype),
-        "launch_us": round(launch_microseconds(kernels, dtype), 2),
+        "launch_us": launch_microseconds(kernels, dtype),
     }
 
     def note(name: str, work: Callable[[], object], moved: int) -> None:
@@ -205,9 +278,11 @@ def main() -> None:
         found[name] = {"ms": round(spent, 4), "gb_per_s": round(moved / spent / 1e6)}
 
     note("copy", lambda: copy.copy_(source), 2 * source.nbytes)
-    for cases in (weight_cases, row_cases, attention_cases, rule_cases, score_cases):
-        for case in cases(kernels, dtype):
-            note(*case)
+    weights, rows, attention = weight_cases, row_cases, (attention_cases, rule_cases)
+    for cases in (weights, rows, *attention, score_cases, grouped_cases):
+        if args.only in cases.__name__:
+            for case in cases(kernels, dtype):
+                note(*case)
     print(json.dumps(found))
 
 

@@ -108,8 +108,19 @@ def _family(f: Fields) -> Family | None:
         else:
             f.problem("architectures", names, f"one of {', '.join(known)}", hint)
     elif model_type is not None and model_type != found.model_type:
+        if _borrows(model_type, found.architecture):
+            return None
         f.problem("model_type", model_type, f"{spell(found.model_type)}, as architectures has it")
     return found
+
+
+def _borrows(model_type: object, architecture: str) -> bool:
+    """Whether a model_type of another name is computed by a family's architecture."""
+    if not isinstance(model_type, str) or model_type in FAMILIES:
+        return False
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return bool(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type) == architecture)
 
 
 def _check_aliases(f: Fields) -> None:

@@ -8,15 +8,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from layersweep.kernels.codecs import CODEC_LAYOUTS, MAX_VECTOR, CodecKernels, same
+from layersweep.kernels.codecs import CODEC_LAYOUTS, MAX_VECTOR, same
 from layersweep.kernels.nvrtc import KernelError, compile_cubin, read_source
 from layersweep.kernels.runtime import Argument, Module
+from layersweep.kernels.weights import WEIGHT_LAYOUTS, WeightKernels
 
 SCALARS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu2", "swiglu_clamped")
 # Parameters of every kernel in the order of its declaration; see Module.
 LAYOUTS: dict[str, dict[str, str]] = {
-    "nf4": {"nf4_wide": "6Pq2if", "nf4_any": "6P3qf"},
+    **WEIGHT_LAYOUTS,
     "rows": {
         "rms_norm": "4Pqif",
         "rms_norm_offset": "4Pqi2f",
@@ -38,10 +39,7 @@ LAYOUTS: dict[str, dict[str, str]] = {
     "capped": {"attend_capped": "6P12q4i2f"},
     **CODEC_LAYOUTS,
 }
-_NF4_WIDE = 256 * 8 * 4
 NARROW, ROWS_OF_A_BLOCK = 256, 8  # numbers that a warp holds; rows, a warp each
-
-Nested = tuple[Tensor, Tensor, int, float]
 
 
 @functools.cache
@@ -75,52 +73,12 @@ def _cubin(name: str, capability: tuple[int, int], scalar: int, dim: int) -> byt
     return compile_cubin(read_source(name), capability, defines)
 
 
-class Kernels(CodecKernels):
+class Kernels(WeightKernels):
     """Launches on the current stream of its device; arguments are asserted, not corrected.
 
     Rows are H or I elements long, multiples of 8, at 16-byte-aligned addresses. Tensors are
     contiguous unless a method says otherwise. H, I, D, N, R and T as in model/maths.py.
     """
-
-    def nf4_dequantize(
-        self,
-        packed: Tensor,
-        absmax: Tensor,
-        nested: Nested | None,
-        blocksize: int,
-        code: Tensor,
-        out: Tensor,
-    ) -> None:
-        """Fill `out` (T, any shape) as checkpoint.nf4.dequantize does, bit for bit.
-
-        packed uint8 [ceil(n / 2)], any shape; absmax float32 [blocks], or uint8 [blocks] with
-        `nested` = (nested_absmax float32, quant_map float32 [256], nested_blocksize, offset);
-        code float32 [16]. Block sizes that are powers of two from 8 on take the fast kernel.
-        """
-        count = out.numel()
-        outer, table, outer_size, offset = nested or (None, None, 1, 0.0)
-        same(packed, torch.uint8)
-        same(absmax, torch.uint8 if nested else torch.float32)
-        same(code, torch.float32)
-        same(out, self.dtype)
-        assert packed.numel() == (count + 1) // 2 and absmax.numel() == -(-count // blocksize)
-        if outer is not None and table is not None:
-            same(outer, torch.float32)
-            same(table, torch.float32)
-            assert outer.numel() * outer_size >= absmax.numel() and table.numel() == 256
-        if count == 0:
-            return
-        wide = blocksize >= 8 and _power_of_two(blocksize) and _power_of_two(outer_size)
-        wide = wide and packed.data_ptr() % 4 == 0 and out.data_ptr() % 16 == 0
-        pointers: tuple[Argument, ...] = (packed, absmax, table, outer, code, out)
-        if wide:
-            sizes = (blocksize.bit_length() - 1, outer_size.bit_length() - 1)
-            grid = -(-count // _NF4_WIDE)
-        else:
-            sizes, grid = (blocksize, outer_size), -(-count // 256)
-        self._module("nf4").launch(
-            "nf4_wide" if wide else "nf4_any", (grid, 1, 1), 256, (*pointers, count, *sizes, offset)
-        )
 
     def rms_norm(
         self,
@@ -337,7 +295,3 @@ def _logits(exact: Tensor, target: Tensor, out: Tensor, columns: int) -> None:
     same(target, torch.int64)
     same(out, torch.float32)
     assert target.shape == exact.shape[:1] and out.shape == (len(exact), columns)
-
-
-def _power_of_two(number: int) -> bool:
-    return number & (number - 1) == 0

@@ -4,6 +4,7 @@
 
 // Words of 8 elements per thread: enough loads in flight to reach the memory's rate.
 #define WORDS 4
+#define ALIKE 32  // weights of one launch, as in kernels.py
 
 __device__ __forceinline__ float scale_of(
     const void* absmax, const float* map, const float* outer, float offset, i64 block, i64 outer_block
@@ -19,7 +20,7 @@ __device__ __forceinline__ u32 nibble_of(const u8* packed, i64 element) {
 }
 
 // Block sizes are powers of two, 8 or more: neighbouring threads write neighbouring 16 bytes.
-extern "C" __global__ void __launch_bounds__(256) nf4_wide(
+__device__ __forceinline__ void decode_wide(
     const u8* packed, const void* absmax, const float* map, const float* outer, const float* code,
     T* out, i64 count, int block_shift, int outer_shift, float offset
 ) {
@@ -56,6 +57,35 @@ extern "C" __global__ void __launch_bounds__(256) nf4_wide(
             }
         }
     }
+}
+
+extern "C" __global__ void __launch_bounds__(256) nf4_wide(
+    const u8* packed, const void* absmax, const float* map, const float* outer, const float* code,
+    T* out, i64 count, int block_shift, int outer_shift, float offset
+) {
+    decode_wide(packed, absmax, map, outer, code, out, count, block_shift, outer_shift, offset);
+}
+
+// Weights that lie alike: all that belongs to number y lies shift[y] bytes after that of the first.
+struct Alike {
+    i64 shift[ALIKE];
+    float offset[ALIKE];
+};
+
+template <class V>
+__device__ __forceinline__ const V* moved(const V* pointer, i64 bytes) {
+    return pointer ? (const V*)((const char*)pointer + bytes) : pointer;
+}
+
+extern "C" __global__ void __launch_bounds__(256) nf4_alike(
+    const u8* packed, const void* absmax, const float* map, const float* outer, const float* code,
+    T* out, i64 count, int block_shift, int outer_shift, i64 step, Alike alike
+) {
+    const i64 shift = alike.shift[blockIdx.y];
+    decode_wide(
+        packed + shift, moved(absmax, shift), moved(map, shift), moved(outer, shift), code,
+        out + blockIdx.y * step, count, block_shift, outer_shift, alike.offset[blockIdx.y]
+    );
 }
 
 // Any block size and alignment: one thread per element.

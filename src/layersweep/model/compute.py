@@ -14,7 +14,7 @@ from torch.nn.attention import sdpa_kernel
 from layersweep.checkpoint import nf4
 from layersweep.errors import Fallback
 from layersweep.model.attention import Attention, PlainAttention, choose_attention
-from layersweep.model.ops import CudaOps, TorchOps
+from layersweep.model.ops import CudaOps, GroupedProducts, TorchOps
 
 
 @dataclass(frozen=True)
@@ -69,23 +69,47 @@ def choose_compute(
     *,
     router_float: bool = True,
     assume_capability: tuple[int, int] | None = None,
+    groups: bool = False,
 ) -> Compute:
     """The implementations for a device. Our kernels are compiled and tried on a small input
-    here; if they do not work, plain torch serves, and the fallback says so."""
+    here; if they do not work, plain torch serves, and the fallback says so. `groups`: the model
+    has experts that are visited together."""
     if device.type == "cpu":
         return on_cpu(dtype, router_float=router_float)
     capability = assume_capability or torch.cuda.get_device_capability(device)
-    ops, fallbacks = _kernel_ops(device, dtype)
+    grouped: GroupedProducts | None = None
+    missing: tuple[Fallback, ...] = ()
+    if groups and capability >= (8, 0) and dtype != torch.float32:
+        grouped, missing = _grouped_products(device, dtype)
+    ops, fallbacks = _kernel_ops(device, dtype, grouped)
     attention = choose_attention(device, dtype, capability)
-    return Compute(device, dtype, router_float, ops, attention, capability, fallbacks)
+    return Compute(device, dtype, router_float, ops, attention, capability, (*fallbacks, *missing))
 
 
-def _kernel_ops(device: torch.device, dtype: torch.dtype) -> tuple[TorchOps, tuple[Fallback, ...]]:
+def _grouped_products(
+    device: torch.device, dtype: torch.dtype
+) -> tuple[GroupedProducts | None, tuple[Fallback, ...]]:
+    from layersweep.kernels import KernelError
+
+    try:
+        from layersweep.kernels.grouped_triton import grouped_products, prove  # brings Triton
+
+        prove(device, dtype)
+    except (ImportError, KernelError) as failure:
+        why = str(failure).splitlines()[0]
+        wanted, used = "grouped products in Triton", "a product per expert, slower"
+        return None, (Fallback("experts", wanted, used, why),)
+    return grouped_products, ()
+
+
+def _kernel_ops(
+    device: torch.device, dtype: torch.dtype, grouped: GroupedProducts | None
+) -> tuple[TorchOps, tuple[Fallback, ...]]:
     from layersweep.kernels import KernelError, load_kernels
 
     wanted = CudaOps.name
     try:
-        ops = CudaOps(load_kernels(device, dtype), device)
+        ops = CudaOps(load_kernels(device, dtype), device, grouped)
     except KernelError as failure:
         why = str(failure).splitlines()[0]
         return TorchOps(), (Fallback("kernels", wanted, "plain torch, slower", why),)

@@ -6,6 +6,8 @@ be put; what counts is what is returned. Legend as in maths.py.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,14 +19,33 @@ from layersweep.model import maths
 
 if TYPE_CHECKING:
     from layersweep.kernels import Kernels
+    from layersweep.kernels.weights import Alike, Nested
 
 NEVER = torch.iinfo(torch.int32).max  # "no bad layer": smaller numbers win
+
+# (x, weights, biases, spans, ends, out), see kernels.grouped_triton
+GroupedProducts = Callable[
+    [Tensor, Sequence[Tensor], Sequence[Tensor], Sequence[tuple[int, int]], Tensor, Tensor], None
+]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Rows of one expert or several, one part after the other: `spans` of them, first to last.
+
+    `ends` [parts]: where they end, on the device and counted from anywhere; None: one launch for
+    all parts is not asked for.
+    """
+
+    spans: Sequence[tuple[int, int]]
+    ends: Tensor | None = None
 
 
 class TorchOps:
     """Every operation in plain torch, on any device."""
 
     name = "torch"
+    grouped: GroupedProducts | None = None
 
     def decode(self, quantized: nf4.QuantizedTensor, kind: str, out: Tensor) -> None:
         """Fill `out` with the dense weight."""
@@ -33,6 +54,27 @@ class TorchOps:
     def linear(self, x_NI: Tensor, weight_OI: Tensor, memory: Tensor | None = None) -> Tensor:
         """x times weight, transposed: [N, O]."""
         return maths.linear(x_NI, weight_OI)
+
+    def products(
+        self,
+        x_NI: Tensor,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor],
+        parts: Parts,
+        memory_NO: Tensor,
+    ) -> Tensor:
+        """The rows of each part times a weight [O, I] of its own, transposed, plus its bias [O] if
+        there are any; in `memory`."""
+        for part, (first, last) in enumerate(parts.spans):
+            if first == last:
+                continue
+            own = memory_NO[first:last]
+            found = self.linear(x_NI[first:last], weights[part], own)
+            if biases:
+                found.add_(biases[part])
+            if found.data_ptr() != own.data_ptr():
+                own.copy_(found)
+        return memory_NO
 
     def add_linear_(self, residual_NO: Tensor, x_NI: Tensor, weight_OI: Tensor) -> None:
         residual_NO += maths.linear(x_NI, weight_OI)
@@ -114,30 +156,56 @@ class TorchOps:
 
 
 class CudaOps(TorchOps):
-    """Our kernels and cuBLAS. `kernels` belong to one device and dtype."""
+    """Our kernels and cuBLAS. `kernels` belong to one device and dtype; `grouped` multiplies the
+    parts of several experts in one launch, where the device can."""
 
     name = "CUDA C, compiled at start"
 
-    def __init__(self, kernels: Kernels, device: torch.device) -> None:
-        self.kernels = kernels
+    def __init__(
+        self, kernels: Kernels, device: torch.device, grouped: GroupedProducts | None = None
+    ) -> None:
+        self.kernels, self.grouped = kernels, grouped
         self._codes = {
             kind: torch.tensor(code, dtype=torch.float32, device=device)
             for kind, code in nf4.CODES.items()
         }
 
     def decode(self, quantized: nf4.QuantizedTensor, kind: str, out: Tensor) -> None:
+        self.kernels.nf4_dequantize(*self._packed(quantized, kind), out)
+
+    def decode_alike(
+        self, quantized: nf4.QuantizedTensor, kind: str, out: Tensor, alike: Alike
+    ) -> bool:
+        """Decode several weights in one launch; False where that cannot be, and nothing is done."""
+        return self.kernels.nf4_dequantize_alike(*self._packed(quantized, kind), out, alike)
+
+    def _packed(
+        self, quantized: nf4.QuantizedTensor, kind: str
+    ) -> tuple[Tensor, Tensor, Nested | None, int, Tensor]:
         nested = quantized.nested
-        self.kernels.nf4_dequantize(
-            quantized.packed, quantized.absmax,
-            None if nested is None
-            else (nested.absmax, nested.quant_map, nested.blocksize, nested.offset),
-            quantized.blocksize, self._codes[kind], out,
-        )  # fmt: skip
+        scales = None
+        if nested is not None:
+            scales = (nested.absmax, nested.quant_map, nested.blocksize, nested.offset)
+        code = self._codes[kind]
+        return quantized.packed, quantized.absmax, scales, quantized.blocksize, code
 
     def linear(self, x_NI: Tensor, weight_OI: Tensor, memory: Tensor | None = None) -> Tensor:
         if memory is None:
             return torch.mm(x_NI, weight_OI.t())
         return torch.mm(x_NI, weight_OI.t(), out=memory)
+
+    def products(
+        self,
+        x_NI: Tensor,
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor],
+        parts: Parts,
+        memory_NO: Tensor,
+    ) -> Tensor:
+        if self.grouped is None or parts.ends is None:
+            return super().products(x_NI, weights, biases, parts, memory_NO)
+        self.grouped(x_NI, weights, biases, parts.spans, parts.ends, memory_NO)
+        return memory_NO
 
     def add_linear_(self, residual_NO: Tensor, x_NI: Tensor, weight_OI: Tensor) -> None:
         residual_NO.addmm_(x_NI, weight_OI.t())  # the sum is rounded once, in the product's end

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -60,6 +61,22 @@ class PlacedWeight:
         return [slot for slot in slots if slot is not None]
 
     @property
+    def nested_offset(self) -> float:
+        """Of quantized scales; 0 where they are plain."""
+        quant = self.weight.quant
+        return quant.nested.offset if quant and quant.nested and self.nested_absmax else 0.0
+
+    @property
+    def layout(self) -> tuple[object, ...]:
+        """See BlockSpec.layout."""
+        weight, quant = self.weight, self.weight.quant
+        nested = quant.nested if quant else None
+        places = tuple((slot.offset, slot.nbytes) for slot in self.slots)
+        codes = (quant.kind, quant.blocksize) if quant else ()
+        sizes = weight.shape, weight.data.dtype, weight.transposed
+        return *sizes, places, codes, nested.blocksize if nested else 0, self.quantize
+
+    @property
     def packed(self) -> bool:
         return self.quantize or self.weight.quant is not None
 
@@ -88,6 +105,12 @@ class BlockSpec:
     @property
     def expert(self) -> int | None:
         return self.shape.expert
+
+    @cached_property
+    def layout(self) -> tuple[object, ...]:
+        """What is equal for blocks whose weights lie at the same places of their arenas and are
+        decoded alike, but for the offsets of nested scales."""
+        return tuple((key, *placed.layout) for key, placed in self.weights.items())
 
 
 def block_specs(checkpoint: Checkpoint, *, quantize: bool = False) -> list[BlockSpec]:

@@ -139,12 +139,18 @@ def rows_at_once(feed: Feed, role: Role, rows: int, *, cpu: bool) -> int:
 
 def experts_at_once(decoder: Decoder, layer: Layer, element: int, *, cpu: bool) -> int:
     """Experts that are dense together and visited in one go, where they are many and small: they
-    share the launches that are no products. As many as have the rows of about one tile."""
+    share launches. As many as have the rows of about one tile."""
     feed = layer.feed
     if cpu or decoder.generic or feed.router is None:
         return 1
     each = 3 * feed.inner * decoder.hidden_size * element
     return max(1, min(feed.experts // feed.router.top_k, GROUP_BYTES // each))
+
+
+def most_experts_at_once(decoder: Decoder, element: int, *, cpu: bool) -> int:
+    """The same over all layers."""
+    layers = decoder.distinct_layers
+    return max(experts_at_once(decoder, layer, element, cpu=cpu) for layer in layers)
 
 
 def slots(block: BlockShape, experts: int) -> int:

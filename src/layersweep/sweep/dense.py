@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from layersweep.families.spec import Decoder
 from layersweep.families.weights import BlockShape
+from layersweep.kernels.weights import Alike
 from layersweep.model.compute import Compute
+from layersweep.model.ops import CudaOps
 from layersweep.stream.blocks import Block
 from layersweep.stream.shapes import (
     VECTOR_ALIGNMENT,
@@ -44,6 +46,7 @@ class DenseWeights:
         element = compute.dtype.itemsize
         count = dense_bytes(decoder, element, cpu=compute.cpu) // element
         self._memory = torch.empty(count, dtype=compute.dtype, device=compute.device)
+        self._ops = compute.ops
         self._table = decoder.vocab_size, decoder.hidden_size
         self._known: dict[tuple[object, ...], Views] = {}
         self._attention_starts = 0
@@ -59,11 +62,34 @@ class DenseWeights:
         self._attention_starts = max(sizes, default=0)
         self.attention = self._filled(block, self._attention_starts)
 
-    def fill_feed(self, block: Block, slot: int = 0) -> None:
-        """An expert or MLP of the layer; slot 0 begins a new group."""
-        if slot == 0:
-            self.feeds.clear()
-        self.feeds.append(self._filled(block, slot * self._size(block.spec.shape)))
+    def fill_feeds(self, blocks: Sequence[Block]) -> None:
+        """An MLP of the layer, or experts, which lie side by side at equal distances."""
+        step = self._size(blocks[0].spec.shape)
+        self.feeds = [self._at(block.spec.shape, slot * step) for slot, block in enumerate(blocks)]
+        together = self._decoded_together(blocks, step)
+        for block, views in zip(blocks, self.feeds, strict=True):
+            self._fill(block, views, together)
+
+    def _decoded_together(self, blocks: Sequence[Block], step: int) -> frozenset[str]:
+        """Decode, each in one launch, the weights of several experts that lie alike in all; their
+        keys. They are small: launches take the host longer than the device."""
+        first, views = blocks[0], self.feeds[0]
+        ops, layout = self._ops, first.spec.layout
+        if len(blocks) == 1 or not isinstance(ops, CudaOps):
+            return frozenset()
+        if any(block.spec.layout != layout for block in blocks):
+            return frozenset()
+        start = first.arena.data_ptr()
+        shifts, done = [block.arena.data_ptr() - start for block in blocks], set()
+        for key, placed in first.spec.weights.items():
+            if not placed.packed or views[key].dtype != self._memory.dtype:
+                continue
+            offsets = [block.spec.weights[key].nested_offset for block in blocks]
+            kind = placed.weight.quant.kind if placed.weight.quant else "nf4"
+            alike = Alike(shifts, offsets, step)
+            if ops.decode_alike(first.packed(key), kind, views[key], alike):
+                done.add(key)
+        return frozenset(done)
 
     def _size(self, block: BlockShape) -> int:
         return dense_elements(block, self._memory.itemsize)
@@ -80,18 +106,26 @@ class DenseWeights:
         return block.dense("embed", self._memory.dtype, out=out)
 
     def _filled(self, block: Block, start: int) -> Views:
-        shape = block.spec.shape
+        views = self._at(block.spec.shape, start)
+        self._fill(block, views)
+        return views
+
+    def _at(self, shape: BlockShape, start: int) -> Views:
         at = (start, shape.float32, *shape.weights.items())
         if at not in self._known:
             self._known[at] = self._views(shape, start)
-        views = self._known[at]
-        for key in shape.weights:
+        return self._known[at]
+
+    def _fill(self, block: Block, views: Views, done: frozenset[str] = frozenset()) -> None:
+        """The weights of a block but for those that are `done`."""
+        for key in block.spec.shape.weights:
+            if key in done:
+                continue
             view, dtype = views[key], self._memory.dtype
             if view.dtype != dtype and block.spec.weights[key].packed:
                 view.copy_(block.dense(key, dtype))  # kernels decode to the compute dtype alone
             else:
                 block.dense(key, view.dtype, out=view)
-        return views
 
     def _views(self, block: BlockShape, start: int) -> Views:
         views: dict[str, Tensor] = {}

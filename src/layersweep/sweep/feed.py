@@ -11,6 +11,7 @@ from torch import Tensor
 from layersweep.families.spec import Layer
 from layersweep.families.weights import BlockShape
 from layersweep.model.compute import Compute, Scratch
+from layersweep.model.ops import Parts
 from layersweep.stream.shapes import rows_at_once
 from layersweep.sweep.dense import DenseWeights, Views
 from layersweep.sweep.state import Routing, TileState
@@ -23,9 +24,9 @@ class FeedVisit:
     """Some blocks of a layer's feed, whose weights are dense, with each tile in turn.
 
     A row's result depends on that row and on the number of rows that its expert has in the tile,
-    not on who computes where: each expert has a product of its own, and they add to a row's sum in
-    their order. Where routing is so uneven that their rows exceed `rows_at_once` of each, one is
-    visited after the other, in pieces of that.
+    not on who computes where: a row's sums are its own, and its experts add to it in their order.
+    Where routing is so uneven that their rows exceed `rows_at_once` of each, one is visited after
+    the other, in pieces of that.
     """
 
     def __init__(
@@ -48,20 +49,23 @@ class FeedVisit:
         experts = [block.expert for block in self.blocks if block.expert is not None]
         spans = [(routing.start[expert], routing.start[expert + 1]) for expert in experts]
         if len(spans) > 1 and spans[-1][1] - spans[0][0] <= size * len(spans):
-            self._together(state, routing, spans)
+            self._together(state, routing, experts, spans)
             return
         for weights, (start, stop) in zip(self.weights.feeds, spans, strict=True):
             for first in range(start, stop, size):
                 self._alone(state, routing, weights, first, min(first + size, stop))
 
-    def _together(self, state: TileState, routing: Routing, spans: Sequence[Span]) -> None:
-        """Experts that share all launches but their products."""
+    def _together(
+        self, state: TileState, routing: Routing, experts: Sequence[int], spans: Sequence[Span]
+    ) -> None:
+        """Experts in a run, which share all launches; their products, too, where the device can."""
         first, last = spans[0][0], spans[-1][1]
         if first == last:
             return
         with self.scratch.frame():
             rows = routing.rows[first:last]
-            parts = [(start - first, stop - first) for start, stop in spans]
+            ends = routing.ends[experts[0] : experts[-1] + 1]
+            parts = Parts([(start - first, stop - first) for start, stop in spans], ends)
             y = self._mlp(state.hidden, rows, last - first, self.weights.feeds, parts)[1]
             self.compute.ops.add_places_(
                 state.update, routing.places, first, y, routing.weights[first:last]
@@ -72,21 +76,21 @@ class FeedVisit:
     ) -> None:
         """Rows of one expert. They are unique, so plain indexed addition is deterministic."""
         with self.scratch.frame():
-            rows = routing.rows[first:last]
-            y = self._mlp(state.hidden, rows, last - first, [weights], [(0, last - first)])[1]
+            rows, parts = routing.rows[first:last], Parts([(0, last - first)])
+            y = self._mlp(state.hidden, rows, last - first, [weights], parts)[1]
             self.compute.ops.add_rows_(state.update, rows, y, routing.weights[first:last])
 
     def _all_rows(self, state: TileState, some: slice) -> None:
         weights, count = self.weights.feeds[0], some.stop - some.start
         with self.scratch.frame():
-            x, y = self._mlp(state.hidden[some], None, count, [weights], [(0, count)])
+            x, y = self._mlp(state.hidden[some], None, count, [weights], Parts([(0, count)]))
             if "gate" in weights:
                 y.mul_(torch.sigmoid(self.compute.ops.linear(x, weights["gate"])))
             state.update[some] += y
 
     def _mlp(
         self, hidden: Tensor, rows: Tensor | None, count: int, weights: Sequence[Views],
-        parts: Sequence[Span],
+        parts: Parts,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """The normed rows, all `hidden` or those of the index `rows`, and down(act(gate x) * up x)
         of them, each part by weights of its own."""
@@ -101,20 +105,12 @@ class FeedVisit:
         return x, self._products(inner, free, "down", weights, parts)
 
     def _products(
-        self, x: Tensor, out: Tensor, name: str, weights: Sequence[Views], parts: Sequence[Span]
+        self, x: Tensor, out: Tensor, name: str, weights: Sequence[Views], parts: Parts
     ) -> Tensor:
         """Rows of `parts` times the weights `name`, with their biases."""
-        linear, weight, bias = self.compute.ops.linear, f"{name}_proj", f"{name}_bias"
-        for own, (first, last) in zip(weights, parts, strict=True):
-            if first == last:
-                continue
-            memory = out[first:last]
-            found = linear(x[first:last], own[weight], memory)
-            if self.feed.bias:
-                found.add_(own[bias])
-            if found.data_ptr() != memory.data_ptr():
-                memory.copy_(found)
-        return out
+        biases = [own[f"{name}_bias"] for own in weights] if self.feed.bias else []
+        own = [views[f"{name}_proj"] for views in weights]
+        return self.compute.ops.products(x, own, biases, parts, out)
 
     def _input(self, hidden: Tensor, rows: Tensor | None, memory: Tensor) -> Tensor:
         norm = self.layer.feed_norm

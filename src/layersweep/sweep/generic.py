@@ -15,6 +15,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from layersweep.families.generic.wanted import split_key
 from layersweep.families.spec import Decoder
 from layersweep.model.compute import Compute
 from layersweep.model.generic.decoder import Modules
@@ -33,6 +34,7 @@ from layersweep.sweep.record import (
     SweepRecord,
 )
 from layersweep.sweep.sequences import Tile
+from layersweep.sweep.shapes import check_length
 from layersweep.sweep.state import Routing, read_rows
 
 
@@ -63,6 +65,9 @@ def run_modules(
 ) -> SweepRecord:
     """See sweep/loop.run_sweep."""
     record = SweepRecord()
+    for tile in tiles:
+        longest = max(sequence.longest for sequence in tile.sequences)
+        check_length(engine.decoder, longest, "shorter sequences")
     with (
         torch.inference_mode(),
         engine.compute.numerics(),
@@ -160,7 +165,7 @@ class _Sweep:
             if self.check:
                 self._routed = self._route_of(self.lead[0])
             for expert, number in enumerate(numbers):
-                self.weights.fill_feed(self.store.get(number))
+                self.weights.fill_feeds([self.store.get(number)])
                 one = _joined(self.weights.feeds[0])
                 self.store.release(number)
                 for walking in self.every:
@@ -221,8 +226,8 @@ class _Sweep:
         block = self.store.get(number)
         self.weights.fill_attention(block, [self.store.specs[feed].shape for feed in feeds])
         self.store.release(number)
-        views = self.weights.attention
-        return {self.modules.parameter(f"{prefix}{key}"): views[key] for key in block.spec.weights}
+        own = _joined({key: self.weights.attention[key] for key in block.spec.weights})
+        return {self.modules.parameter(f"{prefix}{key}"): view for key, view in own.items()}
 
     def _visited(self) -> None:
         self._done += 1
@@ -230,11 +235,10 @@ class _Sweep:
 
 
 def _joined(views: Views) -> dict[str, Tensor]:
-    """An expert's weights by the names of their parameters: those in pieces as one."""
+    """Weights by the names of their parameters: those in pieces as one."""
     pieces: dict[str, list[Tensor]] = {}
     for key, view in views.items():
-        number, _, rest = key.partition(".")
-        pieces.setdefault(rest if number.isdigit() else key, []).append(view)
+        pieces.setdefault(split_key(key)[1], []).append(view)
     return {
         key: parts[0] if len(parts) == 1 else _side_by_side(parts) for key, parts in pieces.items()
     }

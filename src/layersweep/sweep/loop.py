@@ -237,8 +237,8 @@ class _Sweep:
         self, numbers: list[int], layer: int, lead: list[TileState], rest: list[TileState]
     ) -> None:
         """One MLP, or a group of experts, with all tiles."""
-        for slot, number in enumerate(numbers):
-            self.weights.fill_feed(self._block(number), slot)
+        self.weights.fill_feeds([self._block(number) for number in numbers])
+        for number in numbers:
             self.store.release(number)
         visit = FeedVisit(
             [self.store.specs[number].shape for number in numbers], self.decoder.layers[layer],

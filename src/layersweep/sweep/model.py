@@ -20,7 +20,7 @@ from layersweep.model.compute import Compute, choose_compute
 from layersweep.model.ops import CudaOps
 from layersweep.stream.blocks import BlockSpec, block_specs, blocks_of
 from layersweep.stream.plan import Plan, make_plan
-from layersweep.stream.shapes import Machine, TileShape, tile_flops
+from layersweep.stream.shapes import Machine, TileShape, most_experts_at_once, tile_flops
 from layersweep.stream.store import BlockStore
 from layersweep.sweep.generic_limits import module_fallbacks
 from layersweep.sweep.loop import Engine, run_sweep
@@ -94,10 +94,20 @@ class Model:
         return Paths(
             model="generic" if self.decoder.generic else "own",
             dequant="torch table lookup" if kernels == "torch" else kernels,
-            experts="one dense expert at a time, all tiles" if self.decoder.num_experts else "none",
+            experts=self._experts_path(),
             attention=self.compute.attention.name,
             kernels=kernels,
         )
+
+    def _experts_path(self) -> str:
+        if not self.decoder.num_experts:
+            return "none"
+        at_once = most_experts_at_once(self.decoder, self.compute.dtype.itemsize, cpu=self.cpu)
+        if at_once == 1:
+            return "one dense expert at a time, all tiles"
+        if self.compute.ops.grouped:
+            return f"grouped products in Triton, {at_once} at once"
+        return f"{at_once} dense experts at a time, a product each, all tiles"
 
     @property
     def machine(self) -> Machine:
@@ -248,6 +258,7 @@ def load(
     compute = choose_compute(
         torch.device(place), kind, router_float=router_dtype == "float32",
         assume_capability=assumed,
+        groups=most_experts_at_once(checkpoint.decoder, kind.itemsize, cpu=place == "cpu") > 1,
     )  # fmt: skip
     check_attention(checkpoint.decoder, compute.attention)
     if checkpoint.decoder.generic:

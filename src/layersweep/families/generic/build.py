@@ -102,6 +102,8 @@ def fill_buffers(model: PreTrainedModel, device: torch.device) -> None:
 
 def base_of(model: PreTrainedModel) -> tuple[str, nn.Module]:
     """All of a model but its head, and its name in the model."""
+    from transformers import PreTrainedModel
+
     decoder = model.get_decoder()
     if decoder is not model:
         for name, part in model.named_children():
@@ -110,6 +112,9 @@ def base_of(model: PreTrainedModel) -> tuple[str, nn.Module]:
     part = getattr(model, model.base_model_prefix, None)
     if isinstance(part, nn.Module):
         return model.base_model_prefix, part
+    models = [name for name, one in model.named_children() if isinstance(one, PreTrainedModel)]
+    if len(models) == 1:
+        return models[0], model.get_submodule(models[0])
     raise Unsupported(type(model).__name__, "no decoder beside a head in it", "one")
 
 

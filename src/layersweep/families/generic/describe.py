@@ -7,13 +7,14 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from layersweep.families.fields import MOST_EXPERTS, MOST_LAYERS
-from layersweep.families.generic.build import build, config_of, text_part
+from layersweep.families.generic.build import base_of, build, config_of, text_part
 from layersweep.families.generic.interfaces import Unsupported
+from layersweep.families.generic.names import rows_together
 from layersweep.families.generic.parts import GenericLayer, GenericParts
 from layersweep.families.generic.rehearsal import Rehearsed, rehearse
 from layersweep.families.generic.wanted import GenericNames, pieces_of, short
 from layersweep.families.spec import Attention, Decoder, Feed, Layer, Norm, Router
-from layersweep.families.weights import BlockShape
+from layersweep.families.weights import BlockShape, Shape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -109,7 +110,13 @@ def _blocks(model: PreTrainedModel, found: Rehearsed) -> Iterator[BlockShape]:
     ]
 
     def block(role: Any, layer: int | None, prefix: str, names: list[str]) -> BlockShape:
-        keys = {short(name.removeprefix(prefix)): shapes[name] for name in names}
+        keys: dict[str, Shape] = {}
+        for name in names:
+            key, rows = short(name.removeprefix(prefix)), rows_together(model, name)
+            if not rows:
+                keys[key] = shapes[name]
+            for part, count in enumerate(rows):
+                keys[f"{part}.{key}"] = (count, *shapes[name][1:])
         exact = {
             short(name.removeprefix(prefix))
             for name in names
@@ -120,8 +127,10 @@ def _blocks(model: PreTrainedModel, found: Rehearsed) -> Iterator[BlockShape]:
     parts = [layer for layer, _, _ in found.layers]
     prefixes = tuple(f"{layer.module}." for layer in parts)
     beside = [name for name in shapes if not name.startswith(prefixes)]
-    first = [name for name in beside if name.rpartition(".")[0] in found.first]
-    yield block("embed", None, "", first)
+    base, _ = base_of(model)  # its own parameters are at hand before and after the layers
+    both = [name for name in beside if name.rpartition(".")[0] == base]
+    first = [name for name in beside if name.rpartition(".")[0] in found.first and name not in both]
+    yield block("embed", None, "", [*first, *both])
     for index, layer in enumerate(parts):
         routed = _expert_shapes(model, layer)
         own = [

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from layersweep.errors import CheckpointError
@@ -106,16 +107,48 @@ def _arrived(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, list[_A
     return found
 
 
-def parts_of_an_expert(model: PreTrainedModel, name: str) -> int:
-    """Of how many tensors, one below the other, files make an expert's part of a parameter."""
+@dataclass(frozen=True)
+class _Joining:
+    """Files have tensors of names that end with `sources` in place of one that ends with `target`:
+    side by side in each expert, or one below the other."""
+
+    of_experts: bool
+    sources: tuple[str, ...]
+    target: str
+
+
+@lru_cache(maxsize=2)
+def _joinings(model: PreTrainedModel) -> list[_Joining]:
     from transformers.conversion_mapping import get_model_conversion_mapping
 
+    found = []
     for entry in get_model_conversion_mapping(model):
         kinds = [type(op).__name__ for op in getattr(entry, "operations", ())]
-        target = entry.target_patterns[0].replace("\\.", ".")
-        if kinds == ["MergeModulelist", "Concatenate"] and name.endswith(target):
-            return len(entry.source_patterns)
-    return 1
+        if kinds in (["MergeModulelist", "Concatenate"], ["Concatenate"]):
+            target = entry.target_patterns[0].replace("\\.", ".")
+            found.append(_Joining(len(kinds) > 1, tuple(entry.source_patterns), target))
+    return found
+
+
+def parts_of_an_expert(model: PreTrainedModel, name: str) -> int:
+    """Of how many tensors, one below the other, files make an expert's part of a parameter."""
+    counts = (
+        len(one.sources) for one in _joinings(model) if one.of_experts and name.endswith(one.target)
+    )
+    return next(counts, 1)
+
+
+def rows_together(model: PreTrainedModel, name: str) -> list[int]:
+    """Rows of the tensors that files have in place of a parameter: of convolutions behind q, k and
+    v as many as these have. Empty where they have it whole."""
+    for one in _joinings(model):
+        if not one.of_experts and name.endswith(one.target):
+            known, prefix = model.state_dict(), name.removesuffix(one.target)
+            near = [prefix + source.replace("conv1d", "proj") for source in one.sources]
+            rows = [len(known[proj]) for proj in near if proj in known]
+            if len(rows) == len(near) and sum(rows) == len(known[name]):
+                return rows
+    return []
 
 
 def _weights(name: str, shape: tuple[int, ...], arrived: Sequence[_Arrival]) -> list[Weight]:

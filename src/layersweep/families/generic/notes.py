@@ -95,8 +95,9 @@ class Notes:
         self, module: nn.Module, rows_NH: Tensor, experts_NK: Tensor, weights_NK: Tensor
     ) -> Tensor:
         if self._listening:
-            self._now.experts[module] = experts_NK.shape[1]
-        return rows_NH * weights_NK.sum(1, keepdim=True).to(rows_NH.dtype)
+            self._now.experts[module] = experts_NK.numel() // len(rows_NH)
+        much = weights_NK.reshape(len(rows_NH), -1).sum(1, keepdim=True)
+        return rows_NH * much.to(rows_NH.dtype)
 
     def _enter(self, index: int, module: nn.Module, args: Any) -> None:
         self.order.append(index)
@@ -104,7 +105,9 @@ class Notes:
 
     def _outside(self, module: nn.Module, args: Any, found: Any) -> None:
         after = len(self.order) == len(self.layers) and not self._inside
-        self.outside[module] = "before" if not self.order else "after" if after else "between"
+        now: When = "before" if not self.order else "after" if after else "between"
+        # what is needed twice would have to be read twice
+        self.outside[module] = now if self.outside.get(module, now) == now else "between"
 
     def _keep(self, module: nn.Module, args: Any, kwargs: Any, found: Any) -> None:
         if self._listening:

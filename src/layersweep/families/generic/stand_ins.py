@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # Larger parameters get one number in all places.
-_LARGE = 2**22
+_LARGE = 2**20
 
 
 class StandIns:
@@ -35,12 +35,12 @@ class StandIns:
                 module.forward = _Matrix(self, name, *size)
             elif type(module).forward is nn.Embedding.forward:
                 module.forward = _Table(self, name, module.embedding_dim)
-            else:
-                for key, parameter in module.named_parameters(recurse=False):
-                    module._parameters[key] = nn.Parameter(self._small(parameter), False)
-                for key, buffer in module.named_buffers(recurse=False):
-                    if buffer.is_meta:
-                        module._buffers[key] = self._small(buffer)
+            # also of matrices: some modules take them and multiply themselves
+            for key, parameter in module.named_parameters(recurse=False):
+                module._parameters[key] = nn.Parameter(self._small(parameter), False)
+            for key, buffer in module.named_buffers(recurse=False):
+                if buffer.is_meta:
+                    module._buffers[key] = self._small(buffer)
 
     def _small(self, like: Tensor) -> Tensor:
         """Positive numbers around 1 / 2; the same for all of one shape."""

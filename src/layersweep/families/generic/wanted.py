@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from layersweep.families.generic.interfaces import Unsupported
-from layersweep.families.generic.names import Weight, parts_of_an_expert, weights_of
+from layersweep.families.generic.names import Source, Weight, parts_of_an_expert, weights_of
 from layersweep.families.generic.parts import GenericLayer
 from layersweep.families.names import IGNORED_SUFFIX, Fused, Part, Wanted, Wants
 from layersweep.families.spec import Decoder
@@ -33,6 +33,12 @@ _TEXT_PARTS = {
 def short(name: str) -> str:
     """A parameter's name in a block: that of a matrix without its last part."""
     return name.removesuffix(_MATRIX)
+
+
+def split_key(key: str) -> tuple[int | None, str]:
+    """(1, "gate_up_proj") of "1.gate_up_proj", (None, ...) of a key that is a whole parameter."""
+    number, _, rest = key.partition(".")
+    return (int(number), rest) if number.isdigit() else (None, key)
 
 
 def pieces_of(
@@ -84,10 +90,9 @@ class GenericNames:
         layer = self._layers[index]
         own = [block for block in self._blocks if block.layer == index]
         wants = self._wants(own[0], f"{layer.module}.", there)
-        for key in {key.lstrip("0123456789.") for block in own[1:] for key in block.weights}:
+        for key in {split_key(key)[1] for block in own[1:2] for key in block.weights}:
             members = [
-                [name for name in block.weights if name.lstrip("0123456789.") == key]
-                for block in own[1:]
+                [name for name in block.weights if split_key(name)[1] == key] for block in own[1:]
             ]
             found = self._find(f"{layer.experts}.{key}", there)
             if found[0].expert is None:
@@ -104,8 +109,18 @@ class GenericNames:
         """Of a block that is no expert."""
         wants, shared = Wants([], []), dict[str, list[tuple[Part, Shape]]]()
         for key, shape in block.weights.items():
-            name = f"{prefix}{key}"
+            part, whole = split_key(key)
+            name = f"{prefix}{whole}"
             (weight,) = self._find(name if name in self._shapes else f"{name}{_MATRIX}", there)
+            if part is not None:  # one of several, or some rows of the one that has them all
+                if len(weight.sources) > 1:
+                    source = weight.sources[part]
+                    wants.single.append(Wanted(block.canonical(key), (source.stored,), shape))
+                    continue
+                before = shared.get(weight.sources[0].stored, [])
+                start = sum(one.rows for one, _ in before)
+                source = Source(weight.sources[0].stored, (start, start + shape[0]))
+                weight = replace(weight, sources=(source,))
             if len(weight.sources) > 1:
                 stored = ", ".join(source.stored for source in weight.sources)
                 raise Unsupported(weight.name, f"{stored} in its place", "one tensor")
@@ -114,11 +129,11 @@ class GenericNames:
                 wants.single.append(Wanted(block.canonical(key), (source.stored,), shape))
                 continue
             first, stop = source.rows
-            part = Part(block.canonical(key), shape, first, stop - first)
-            shared.setdefault(source.stored, []).append((part, shape))
+            rows = Part(block.canonical(key), shape, first, stop - first)
+            shared.setdefault(source.stored, []).append((rows, shape))
         for stored, parts in shared.items():
-            whole = (sum(part.rows for part, _ in parts), *parts[0][1][1:])
-            wants.fused.append(Fused((stored,), whole, tuple(part for part, _ in parts)))
+            total = (sum(one.rows for one, _ in parts), *parts[0][1][1:])
+            wants.fused.append(Fused((stored,), total, tuple(one for one, _ in parts)))
         return wants
 
     def has_fused_experts(self, index: int, there: Container[str]) -> bool:

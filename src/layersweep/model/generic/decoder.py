@@ -127,10 +127,15 @@ class _Output:
         return None
 
 
+def _rows(hidden: Tensor) -> Tensor:
+    """[N, H] of [1, N, H]; [N, C H] where a model carries C of them from layer to layer."""
+    return hidden.movedim(-2, 0).flatten(1)
+
+
 def _halts_at(index: int) -> Any:
     def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
-        current().halt(AtLayer(index, hidden[0]))
+        current().halt(AtLayer(index, _rows(hidden)))
 
     return hook
 
@@ -138,7 +143,7 @@ def _halts_at(index: int) -> Any:
 def _halts_behind(index: int) -> Any:
     def hook(module: nn.Module, args: Any, found: Any) -> None:
         hidden = found if isinstance(found, Tensor) else found[0]
-        current().halt(AtLayer(index, hidden[0]))
+        current().halt(AtLayer(index, _rows(hidden)))
 
     return hook
 

@@ -119,6 +119,8 @@ class Walk:
     def experts(
         self, module: nn.Module, rows_NH: Tensor, experts_NK: Tensor, weights_NK: Tensor
     ) -> Tensor:
+        count = len(rows_NH)  # a model with one expert per token may leave out K
+        experts_NK, weights_NK = experts_NK.reshape(count, -1), weights_NK.reshape(count, -1)
         found: Tensor = self.halt(AtExperts(module, rows_NH, experts_NK, weights_NK))
         return found
 

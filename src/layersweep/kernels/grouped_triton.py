@@ -1,0 +1,201 @@
+"""Products of several experts with their rows in one launch, in Triton (sm_80 on).
+
+Its oracle is TorchOps.products, a product per expert. Each element is one sum over K in the same
+order and tile, whatever the other rows and parts are, so a row's numbers depend on that row alone.
+Importing this file imports Triton.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+from subprocess import CalledProcessError
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.errors import TritonError
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from layersweep.kernels.nvrtc import KernelError
+
+BIG_SHARED = 200 * 1024  # bytes of shared memory per block: sm_90 has them, sm_80 and sm_89 do not
+MIN_PARTS = 16  # smaller groups do not need a kernel of their own
+ROW_TILES_TOGETHER = 8  # they share a column's weights in the L2 cache
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What a program computes at once, [rows, columns] summed in steps of `depth`.
+
+    `persistent`: one program per multiprocessor takes tile after tile, and loads for the next one
+    while it ends the last. `descriptors`: the copy engine loads blocks (TMA, sm_90).
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    stages: int
+    warps: int
+    persistent: bool = True
+    descriptors: bool = True
+
+
+LARGE = Tile(128, 256, 64, stages=4, warps=8)  # 192 KiB of operands in flight
+SMALL = Tile(128, 128, 64, stages=4, warps=8, persistent=False, descriptors=False)  # 96 KiB
+
+
+def grouped_products(
+    x_NK: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    spans: Sequence[tuple[int, int]],
+    ends: Tensor,
+    out_NO: Tensor,
+    tile: Tile | None = None,
+) -> None:
+    """out[first:last] = x[first:last] @ weights[p].T (+ biases[p]) for the span of each part p.
+
+    float16 or bfloat16, summed in float32 and rounded once. Weights [O, K] lie at equal distances
+    in one buffer, and so do the biases [O], if there are any. Spans follow one another from row 0;
+    `ends` [parts], integers on the device, are where they end, counted from anywhere. K and row
+    strides are multiples of 8, at 16-byte-aligned addresses.
+    """
+    (width, depth), rows = weights[0].shape, spans[-1][1]
+    assert x_NK.dtype == out_NO.dtype == weights[0].dtype in (torch.float16, torch.bfloat16)
+    assert x_NK.shape == (rows, depth) and out_NO.shape == (rows, width)
+    assert x_NK.stride(1) == out_NO.stride(1) == ends.stride(0) == 1
+    assert weights[0].is_contiguous() and len(weights) == len(spans) == len(ends)
+    assert spans[0][0] == 0 and all(one[1] == next_[0] for one, next_ in pairwise(spans))
+    tile = tile or _tile(x_NK.device)
+    row_tiles = sum(triton.cdiv(last - first, tile.rows) for first, last in spans)
+    if not row_tiles:
+        return
+    x: Tensor | TensorDescriptor = x_NK
+    weight: Tensor | TensorDescriptor = weights[0]
+    if tile.descriptors:
+        x = TensorDescriptor(x_NK, [rows, depth], list(x_NK.stride()), [tile.rows, tile.depth])
+        weight = TensorDescriptor(
+            weights[0], [len(weights), width, depth], [_distance(weights), *weights[0].stride()],
+            [1, tile.columns, tile.depth],
+        )  # fmt: skip
+    programs = row_tiles * triton.cdiv(width, tile.columns)
+    if tile.persistent:
+        programs = min(programs, _multiprocessors(x_NK.device))
+    _multiply[(programs,)](
+        x, weight, biases[0] if biases else out_NO, out_NO, ends,
+        len(spans), rows, row_tiles, width, depth, width if biases else 0,
+        x_NK.stride(0), _distance(weights), _distance(biases), out_NO.stride(0),
+        max(MIN_PARTS, triton.next_power_of_2(len(spans))),
+        tile.rows, tile.columns, tile.depth, ROW_TILES_TOGETHER, tile.persistent, tile.descriptors,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+
+
+def prove(device: torch.device, dtype: torch.dtype) -> None:
+    """Compile, and try on a small input. Raises KernelError where that fails."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(size, generator=generator) for size in ((300, 96), (2, 80, 96)))
+    x, weight = x.to(device, dtype), weight.to(device, dtype)
+    spans, out = ((0, 130), (130, 300)), torch.empty(300, 80, dtype=dtype, device=device)
+    ends = torch.tensor([130, 300], device=device)
+    try:
+        with torch.cuda.device(device):
+            grouped_products(x, [*weight], [], spans, ends, out)
+            found = out.float().cpu()
+    except (TritonError, CalledProcessError, RuntimeError, OSError) as failure:
+        raise KernelError(f"Triton: {failure}") from failure
+    for own, (first, last) in zip(weight.float().cpu(), spans, strict=True):
+        wanted = x[first:last].float().cpu() @ own.t()
+        if not torch.allclose(found[first:last], wanted, rtol=0.02, atol=0.1):
+            raise KernelError("Triton's grouped products differ from torch's on this device")
+
+
+def _distance(slots: Sequence[Tensor]) -> int:
+    """Elements between one slot and the next, equal for all."""
+    if len(slots) < 2:
+        return slots[0].numel() if slots else 0
+    places = [slot.data_ptr() for slot in slots]
+    steps = {after - before for before, after in pairwise(places)}
+    assert len(steps) == 1, "weights of a group lie at different distances"
+    return steps.pop() // slots[0].itemsize
+
+
+@cache
+def _tile(device: torch.device) -> Tile:
+    if device.type != "cuda":
+        return SMALL
+    shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return LARGE if shared >= BIG_SHARED else SMALL
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@triton.jit(
+    do_not_specialize=["parts", "rows", "row_tiles", "biased", "bias_part"],
+    do_not_specialize_on_alignment=["ends"],
+)
+def _multiply(
+    x, weight, bias, out, ends,
+    parts, rows, row_tiles, width, depth, biased, x_row, weight_part, bias_part, out_row,
+    PARTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    TOGETHER: tl.constexpr, PERSISTENT: tl.constexpr, DESCRIPTORS: tl.constexpr,
+):  # fmt: skip
+    """Tiles program_id, program_id + programs, ... of all parts, those of a part in a run.
+
+    Loads may reach into the rows of the next part; only a part's own rows are stored. `biased`:
+    columns that have a bias, all or none.
+    """
+    columns = tl.cdiv(width, COLUMNS)
+    first = tl.load(ends + parts - 1).to(tl.int32) - rows  # what the ends are counted from
+    for tile in tl.range(
+        tl.program_id(0), row_tiles * columns, tl.num_programs(0), flatten=PERSISTENT
+    ):
+        part, start, stop, index = 0, 0, 0, 0
+        seen, begin = 0, 0
+        for p in tl.static_range(PARTS):
+            end = tl.load(ends + tl.minimum(p, parts - 1)).to(tl.int32) - first
+            count = tl.cdiv(end - begin, ROWS) * columns
+            here = (tile >= seen) & (tile < seen + count)
+            part, index = tl.where(here, p, part), tl.where(here, tile - seen, index)
+            start, stop = tl.where(here, begin, start), tl.where(here, end, stop)
+            seen, begin = seen + count, end
+        # a few row tiles, column after column, so that they use the same weights
+        run = index // (TOGETHER * columns)
+        tall = tl.minimum(tl.cdiv(stop - start, ROWS) - run * TOGETHER, TOGETHER)
+        place = index % (TOGETHER * columns)
+        row = start + (run * TOGETHER + place % tall) * ROWS
+        column = place // tall * COLUMNS
+
+        down, at = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
+        if not DESCRIPTORS:
+            step = tl.arange(0, DEPTH)
+            some_at = x + tl.minimum(down, rows - 1).to(tl.int64)[:, None] * x_row + step[None, :]
+            own_at = weight + part.to(tl.int64) * weight_part
+            own_at += tl.minimum(at, width - 1)[None, :] * depth + step[:, None]
+        total = tl.zeros([ROWS, COLUMNS], tl.float32)
+        for k in range(0, depth, DEPTH):
+            if DESCRIPTORS:
+                some = x.load([row, k])
+                own = weight.load([part, column, k]).reshape(COLUMNS, DEPTH).T
+            else:
+                there = k + step < depth
+                some = tl.load(some_at + k, mask=there[None, :], other=0.0)
+                own = tl.load(own_at + k, mask=there[:, None], other=0.0)
+            total = tl.dot(some, own, total)
+
+        added = tl.load(bias + part.to(tl.int64) * bias_part + at, mask=at < biased, other=0.0)
+        total += added.to(tl.float32)[None, :]
+        tl.store(
+            out + down[:, None].to(tl.int64) * out_row + at[None, :],
+            total.to(out.dtype.element_ty),
+            mask=(down < stop)[:, None] & (at < width)[None, :],
+        )

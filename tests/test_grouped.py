@@ -1,0 +1,125 @@
+"""Experts that are visited together: how their products are asked for, and who computes them. The
+Triton kernel itself is tested on a GPU, in test_kernels_gpu.py."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import cast
+
+import pytest
+import torch
+from torch import Tensor
+
+from layersweep.errors import Fallback
+from layersweep.kernels import Kernels
+from layersweep.model import compute
+from layersweep.model.ops import CudaOps, Parts, TorchOps
+from layersweep.sweep.model import Model, load
+
+CPU = torch.device("cpu")
+SPANS = [(0, 2), (2, 2), (2, 5)]
+
+
+@pytest.fixture(scope="module")
+def demo() -> Model:
+    return load("demo", device="cpu")
+
+
+def test_each_part_has_its_weight_and_its_bias() -> None:
+    x, weights, biases = torch.randn(5, 8), torch.randn(3, 6, 8), torch.randn(3, 6)
+    out = TorchOps().products(x, list(weights), list(biases), Parts(SPANS), torch.empty(5, 6))
+    for row, part in enumerate((0, 0, 2, 2, 2)):
+        wanted = weights[part].double() @ x[row].double() + biases[part].double()
+        assert torch.allclose(out[row].double(), wanted, atol=1e-5)
+
+
+def test_one_launch_serves_groups_alone() -> None:
+    """A single expert keeps its product, whose bits are those of studies that were measured."""
+    asked = []
+
+    def grouped(
+        x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor],
+        spans: Sequence[tuple[int, int]], ends: Tensor, out: Tensor,
+    ) -> None:  # fmt: skip
+        asked.append((spans, ends.tolist()))
+
+    ops = CudaOps(cast(Kernels, None), CPU, grouped)
+    x, weights, out = torch.ones(5, 8), [torch.ones(6, 8)] * 3, torch.zeros(5, 6)
+    assert ops.products(x, weights, [], Parts([(0, 5)]), out).eq(8).all() and asked == []
+    parts = Parts(SPANS, torch.tensor([12, 12, 15]))
+    assert ops.products(x, weights, [], parts, out) is out
+    assert asked == [(SPANS, [12, 12, 15])]
+
+
+def test_groups_change_no_number_and_know_their_ends_on_the_device(
+    demo: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = [torch.randint(0, demo.decoder.vocab_size, (60,)).tolist()]
+    (alone,) = demo.score(ids)
+    for module in ("stream.shapes", "sweep.loop"):
+        monkeypatch.setattr(f"layersweep.{module}.experts_at_once", lambda *args, cpu: 3)
+    loop, sizes = TorchOps.products, []
+
+    def spy(
+        ops: TorchOps, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor],
+        parts: Parts, memory: Tensor,
+    ) -> Tensor:  # fmt: skip
+        assert parts.ends is not None
+        first = int(parts.ends[-1]) - parts.spans[-1][1]
+        assert [last for _, last in parts.spans] == (parts.ends - first).tolist()
+        sizes.append(len(weights))
+        return loop(ops, x, weights, biases, parts, memory)
+
+    monkeypatch.setattr(TorchOps, "products", spy)
+    (together,) = demo.score(ids)
+    assert torch.equal(together, alone)
+    assert set(sizes) == {3, 2}
+
+
+def test_without_triton_each_expert_has_a_product_and_the_run_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delitem(sys.modules, "layersweep.kernels.grouped_triton", raising=False)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    grouped, fallbacks = compute._grouped_products(torch.device("cuda"), torch.float16)
+    wanted, used = "grouped products in Triton", "a product per expert, slower"
+    assert grouped is None
+    assert [one[:3] for one in fallbacks] == [("experts", wanted, used)]
+    assert "triton" in fallbacks[0].why
+
+
+def test_older_cards_and_float32_are_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[torch.dtype] = []
+
+    def missing(device: torch.device, dtype: torch.dtype) -> tuple[None, tuple[Fallback, ...]]:
+        asked.append(dtype)
+        return None, (Fallback("experts", "one launch", "several", "a test"),)
+
+    monkeypatch.setattr(compute, "_grouped_products", missing)
+    monkeypatch.setattr(compute, "_kernel_ops", lambda *args: (TorchOps(), ()))
+    for capability, dtype, groups, told in (
+        ((8, 0), torch.bfloat16, True, ["experts"]),
+        ((8, 0), torch.bfloat16, False, []),
+        ((9, 0), torch.float32, True, []),
+        ((7, 5), torch.float16, True, []),
+    ):
+        device = torch.device("cuda")
+        made = compute.choose_compute(device, dtype, assume_capability=capability, groups=groups)
+        assert [one.what for one in made.fallbacks] == told
+    assert asked == [torch.bfloat16]
+
+
+def test_the_path_says_how_many_experts_share_a_launch(demo: Model) -> None:
+    assert demo.paths.experts == "one dense expert at a time, all tiles"
+    gpu = replace(demo.compute, device=torch.device("cuda"), dtype=torch.float16)
+    at_once = demo.decoder.num_experts // demo.decoder.experts_per_token
+    assert replace(demo, compute=gpu).paths.experts == (
+        f"{at_once} dense experts at a time, a product each, all tiles"
+    )
+    ops = TorchOps()
+    ops.grouped = lambda *args: None
+    assert replace(demo, compute=replace(gpu, ops=ops)).paths.experts == (
+        f"grouped products in Triton, {at_once} at once"
+    )
