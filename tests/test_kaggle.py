@@ -17,18 +17,23 @@ import threading
 import time
 import zipfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_study
 from hypothesis import given
 from hypothesis import strategies as st
 from kaggle_layout import Kaggle
+from small_shapes import small_shape
 from test_checkpoint_hub import COMMIT, Hub
 
 import layersweep
 from layersweep.checkpoint import open_checkpoint
 from layersweep.checkpoint.layout import demo_folder
+from layersweep.checkpoint.synth import write_synthetic
+from layersweep.checkpoint.synth_shapes import SHAPES
 from layersweep.cli.app import run
 from layersweep.errors import BudgetError, CheckpointError, InputError
 from layersweep.kaggle import kernel, sources
@@ -36,6 +41,7 @@ from layersweep.kaggle.folders import filled_in
 from layersweep.kaggle.metadata import Id
 from layersweep.kaggle.sources import JOB_BYTES, ModelSource, parse_model, share_out
 from layersweep.kaggle.wheel import write_wheel
+from layersweep.study.rehearsal import reaching_every_kind
 from layersweep.study.study import prepare_study
 from layersweep.sweep.model import load
 from layersweep.tasks.settings import EvalSettings
@@ -609,6 +615,18 @@ def test_a_failed_run_with_finished_sweeps_keeps_its_output(
     assert (f"the study failed with {code}" in said) == (code != 0)
 
 
+def test_other_copies_below_a_model_are_not_it(
+    mounts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As gpt-oss is published: original/ holds the weights in another layout."""
+    monkeypatch.setattr(kernel, "SETTINGS", {"model": "dataset:me/model"})
+    for place in ("m/original", "m"):
+        (mounts / place).mkdir(parents=True, exist_ok=True)
+        for name in ("config.json", "model.safetensors"):
+            (mounts / place / name).write_text("{}")
+    assert kernel.find_model() == str(mounts / "m")
+
+
 def test_mounts_that_are_not_there(mounts: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for find in (kernel.wheel_folder, kernel.find_model):
         with pytest.raises(SystemExit) as ended:
@@ -651,6 +669,40 @@ def test_links_lead_only_where_the_user_said(
     monkeypatch.setenv("LAYERSWEEP_LINKS", f"{tmp_path}:{demo_folder()}")
     whole = open_checkpoint("demo")
     assert open_checkpoint(str(links)).fingerprint == whole.fingerprint
+
+
+def test_what_a_rehearsal_runs_takes_dense_models(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pushed, folder = tmp_path / "k", tmp_path / "model"
+    write_synthetic(folder, small_shape("llama-3.1-8b").with_layers(4))
+    study = (*TINY, "--text", str(tiny_study.text_file()))
+    assert write(pushed, "--model", "dataset:me/model", study=study) == 0
+    settings = settings_of(pushed / "rehearse")
+    jobs = {"inspect": [], "eval": settings["rehearsal"], "plan": settings["plan"]}
+    for command, arguments in jobs.items():
+        there = [word.replace("{files}", str(pushed / "wheels")) for word in arguments]
+        assert run([command, str(folder), *there]) == 0
+    said = capsys.readouterr().out
+    for line in ("tokenized: 2 windows, 20 needles", "gate: 2 of 4 layers", "on t4x2: 2 x "):
+        assert line in said, line
+
+
+@pytest.mark.parametrize(
+    ("kinds", "layers"),
+    [("a", 1), ("ab", 2), ("aaaaab" * 4, 6), ("aaab", 4), ("a" * 20 + "b", 1), ("ba" + "c" * 9, 3)],
+)
+def test_a_rehearsal_reaches_every_kind_of_layer(kinds: str, layers: int) -> None:
+    whole = SHAPES["llama-3.1-8b"].decoder
+    layer, windows = whole.layers[0], {"a": None, "b": 128, "c": 512}
+    decoder = replace(
+        whole,
+        layers=tuple(
+            replace(layer, attention=replace(layer.attention, window=windows[kind]))
+            for kind in kinds
+        ),
+    )
+    assert reaching_every_kind(decoder) == layers
 
 
 def test_a_rehearsal_refuses_what_a_run_would(

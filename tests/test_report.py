@@ -417,6 +417,14 @@ def test_a_refused_model_still_has_a_report(full):
     assert "NOT PUBLISHABLE" in printed(full)
 
 
+def test_a_run_of_the_gate_alone_says_that_it_passed(full):
+    full["perplexity"] = full["needle"] = None
+    passed = "gate passed, 2 checks: first copy loss, second copy gain\n"
+    assert passed in printed(full)
+    full["gate"] = None
+    assert "gate" not in printed(full)
+
+
 # ---- bytes of the cache per token
 
 SIZES = "KiB/token at 4K/32K: exact 128/72, lloyd:K3V2 21.5/12.1, lloyd:K4V2 25.5/14.4, "

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import tiny_study
+from small_shapes import FEWER, small_shape
 
 from layersweep.checkpoint.synth_shapes import SHAPES
 from layersweep.cli.app import run
@@ -40,21 +41,6 @@ def test_a_shape_has_the_published_number_of_parameters(name: str) -> None:
 
 # --- small models of each ------------------------------------------------------------------------
 
-SMALL = {
-    "vocab_size": 4096, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 1024,
-    "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
-FEWER: dict[str, dict[str, int]] = {
-    "llama-3.1-8b": {},
-    "qwen3-30b-a3b": {"num_experts": 16, "moe_intermediate_size": 32},
-    "gpt-oss-20b": {"num_local_experts": 8, "sliding_window": 32},
-    "glm-4.5-air": {"n_routed_experts": 16, "moe_intermediate_size": 32},
-    "deepseek-v2-lite": {
-        "n_routed_experts": 16, "moe_intermediate_size": 32, "num_key_value_heads": 4,
-        "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16,
-    },
-}  # fmt: skip
 CHECKS = {"finite", "peak within plan"}
 ROUTED = CHECKS | {"experts used", "router spread"}
 
@@ -63,7 +49,7 @@ ROUTED = CHECKS | {"experts used", "router spread"}
 def test_two_layers_of_a_shape_pass_the_gate_and_are_studied(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(SHAPES, name, SHAPES[name].with_fields({**SMALL, **FEWER[name]}))
+    monkeypatch.setitem(SHAPES, name, small_shape(name))
     folder = tmp_path / "model"
     assert run(["synth", str(folder), "--shape", name, "--layers", "2"]) == 0
     assert f"{name}, 2 layers" in capsys.readouterr().out

@@ -224,9 +224,9 @@ def find_model() -> str:
         return "demo"
     files = list(files_below(INPUT))
     weights = {path.parent for path in files if path.name == INDEX or path.suffix == ".safetensors"}
-    folders = [
-        path.parent for path in files if path.name == "config.json" and path.parent in weights
-    ]
+    found = {path.parent for path in files if path.name == "config.json"} & weights
+    # publishers put other copies of their weights below: original/, metal/
+    folders = [folder for folder in found if not found.intersection(folder.parents)]
     if len(folders) != 1:
         stop(
             f"model: found {len(folders)} folders with config.json and weights, needed one "

@@ -28,6 +28,16 @@ def verdict(results: Json) -> str:
     return f"NOT PUBLISHABLE because: {'; '.join(results['reasons'])}"
 
 
+def gate_line(results: Json) -> str:
+    """What the gate looked at, for a run that measured nothing else; "" without a gate."""
+    gate = results["gate"]
+    if gate is None:
+        return ""
+    names = dict.fromkeys(check["name"] for check in gate["checks"])
+    words = "passed" if gate["passed"] else "REFUSED the model"
+    return f"gate {words}, {len(gate['checks'])} checks: {', '.join(names)}"
+
+
 def short_dtype(dtype: str) -> str:
     return {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}.get(dtype, dtype)
 

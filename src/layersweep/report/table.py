@@ -36,8 +36,11 @@ def print_whole(console: Console, content: Group) -> None:
 def report_table(results: Json, *, width: int = FULL_WIDTH) -> Group:
     """Caption, every section, notes, verdict."""
     parts: list[RenderableType] = [Text(line) for line in caption_lines(results)]
-    for section in shown(results):
+    sections = shown(results)
+    for section in sections:
         parts += section.terminal(results, width)
+    if not sections and (gate := caption.gate_line(results)):
+        parts.append(Text(gate))
     parts += [Text(f"note: {line}", style="yellow") for line in warnings(results)]
     style = "green" if results["publishable"] else "yellow"
     parts.append(Text(caption.verdict(results), style=style))

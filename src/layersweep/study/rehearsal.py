@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from layersweep.errors import GateError, InputError
+from layersweep.families.spec import Decoder
 from layersweep.stream.blocks import block_specs
 from layersweep.study.gate import Check
 from layersweep.study.study import Study, prepare_study
@@ -17,6 +18,8 @@ from layersweep.sweep.loop import run_sweep
 from layersweep.sweep.model import Model
 from layersweep.sweep.sequences import BranchedSequence, Tile
 from layersweep.tasks.settings import EvalSettings
+
+LATE = 8  # layers, which a CPU reads and computes in a minute
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,8 @@ class Rehearsal:
 
 
 def rehearse(model: Model, settings: EvalSettings, layers: int) -> Rehearsal:
-    """Prepare the study and send the gate's tile through embedding, `layers` layers and head.
+    """Prepare the study and send the gate's tile through embedding, `layers` layers and head; more
+    of them where kinds of layers come first that those are not.
 
     Raises InputError for all that `prepare_study` refuses, and GateError for a layer whose hidden
     states are not finite or whose router is dead.
@@ -43,6 +47,7 @@ def rehearse(model: Model, settings: EvalSettings, layers: int) -> Rehearsal:
         raise InputError(
             f"--rehearse: found {layers}, needed 1 to {whole} layers", hint="--rehearse 2"
         )
+    layers = max(layers, reaching_every_kind(model.checkpoint.decoder))
     study = prepare_study(first_layers(model, layers), settings)
     if study.gate is None:
         raise InputError(
@@ -66,6 +71,13 @@ def rehearse(model: Model, settings: EvalSettings, layers: int) -> Rehearsal:
         checks=study.gate.checks,
         weight_bytes_read=read,
     )  # fmt: skip
+
+
+def reaching_every_kind(decoder: Decoder) -> int:
+    """How many of the first layers have one of each kind among them: windows and full attention,
+    dense layers and experts. A kind that comes late is not waited for."""
+    firsts = (decoder.layers.index(kind) for kind in decoder.distinct_layers)
+    return 1 + max(first for first in firsts if first < LATE)
 
 
 def first_layers(model: Model, layers: int) -> Model:
