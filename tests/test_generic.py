@@ -251,7 +251,7 @@ def test_a_missing_expert_is_named(make: Any, made: Made) -> None:
         ("mpt", "position_ids"),
         ("diffllama", "two attention calls"),
         ("doge", "computes with its attention mask"),
-        ("gpt_neo", "attention of its own"),
+        ("falcon", "attention of its own"),
         ("openai-gpt", "no layer that attends"),
         ("inkling_text", "position_bias"),
     ],
