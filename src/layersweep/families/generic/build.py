@@ -12,7 +12,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError  # of configs that validate themselves
 from torch import nn
 
-from layersweep.families.generic.interfaces import NAME, Unsupported, register
+from layersweep.families.generic.interfaces import NAME, Sight, Unsupported, register
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -147,6 +147,10 @@ def layers_of(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def first_line(failure: BaseException) -> str:
-    """The first line of what somebody else raised."""
+    """The first line of what somebody else raised, in words where it is about what is ours."""
+    if Sight.__name__ in str(failure):
+        return "a forward pass that computes with its attention mask"
+    if isinstance(failure, KeyError) and failure.args == (NAME,):
+        return "attention of its own, beside transformers' attention interface"
     text = str(failure).strip().split("\n")[0]
     return f"{type(failure).__name__}: {text}" if text else type(failure).__name__
