@@ -187,7 +187,7 @@ def _grouped_shape(
     yield f"products_{name}_cublas_one", partial(torch.mm, x, weights[0].t(), out=out), work
     tiles = {
         "own": None, "plain": replace(grouped.LARGE, persistent=False),
-        "three_stages": replace(grouped.LARGE, stages=3),
+        "four_stages": replace(grouped.LARGE, stages=4),
         "tall": replace(grouped.LARGE, rows=256, columns=128),
         "square": replace(grouped.LARGE, columns=128, stages=3, warps=4, persistent=False),
         "no_tma": replace(grouped.LARGE, stages=3, persistent=False, descriptors=False),

@@ -44,7 +44,7 @@ class Tile:
     descriptors: bool = True
 
 
-LARGE = Tile(128, 256, 64, stages=4, warps=8)  # 192 KiB of operands in flight
+LARGE = Tile(128, 256, 64, stages=3, warps=8)  # 4 stages take 7 % longer on an H200 (qwen3)
 SMALL = Tile(128, 128, 64, stages=4, warps=8, persistent=False, descriptors=False)  # 96 KiB
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 # first query with the first key, wrong for a branch. torch.nn.attention.bias calls the kernels that
 # are called here, but brings torch's compiler along: 4 seconds of every run.
 LOWER_RIGHT = 2
+WIDE = 8  # numbers of 16 bits that the memory-efficient kernel loads at once
 MASK_ALIGNMENT = 16  # elements between rows of a mask that the memory-efficient kernel takes
 
 
@@ -44,14 +45,18 @@ def memory_efficient(
     q: Tensor, k: Tensor, v: Tensor, scale: float | None, window: int | None, sinks: Tensor | None
 ) -> Tensor:
     """sm_50 on, 16 and 32 bits: causal, lower right, as many key heads as query heads."""
+    width = v.shape[-1]
+    if width % WIDE:  # loads take whole vectors
+        v = F.pad(v, (0, -width % WIDE))
     if window is None and sinks is None and q.shape[2] == k.shape[2]:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+        found = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+        return found[..., :width]
     found, sums, *_ = torch.ops.aten._efficient_attention_forward(
         *(x.transpose(1, 2) for x in (q, k, v)),
         None, None, None, None, None, 0.0, LOWER_RIGHT, sinks is not None,
         scale=scale, window_size=window,
     )  # fmt: skip
-    found = found.transpose(1, 2)
+    found = found.transpose(1, 2)[..., :width]
     return found if sinks is None else with_sinks(found, sums, sinks)
 
 
