@@ -10,12 +10,13 @@ import torch
 from families.weights import randomize
 from generic_models import difference, opened, random_model, saved, small_config, swept
 from live_bytes import LiveBytes
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from layersweep.errors import CheckpointError, InputError
 from layersweep.families.generic.interfaces import Unsupported
+from layersweep.families.generic.mixing import ROWS, Called
 from layersweep.families.generic.rehearsal import rehearse
 from layersweep.families.registry import describe
 from layersweep.kv.arms import EXACT, Arm, parse
@@ -99,6 +100,23 @@ def test_what_layers_do_is_found_without_weights() -> None:
     assert "model.layers.0.mlp.shared_expert" in parts.rowwise
     parts, attention, _ = rehearse(small_config("falcon_h1"), LONGEST).layers[0]
     assert parts.mixers == ("model.layers.0.mamba",) and attention is not None
+
+
+class Leaking(nn.Module):
+    """Each row and very little of the rows before it."""
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self.share = share
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.share * x.cumsum(1) if self.share else x.square()
+
+
+@pytest.mark.parametrize(("share", "mixes"), [(0.0, False), (0.1, True), (1e-12, True)])
+def test_tokens_that_see_each_other_are_found_however_little(share: float, mixes: bool) -> None:
+    module, x = Leaking(share), torch.randn(1, ROWS, 4)
+    assert Called(module, (x,), {}, module(x)).mixes() is mixes
 
 
 @pytest.mark.parametrize(
@@ -232,7 +250,8 @@ def test_a_missing_expert_is_named(make: Any, made: Made) -> None:
         ("bert", "looks ahead"),
         ("mpt", "position_ids"),
         ("diffllama", "two attention calls"),
-        ("doge", "'Sight' object"),
+        ("doge", "computes with its attention mask"),
+        ("falcon", "attention of its own"),
         ("openai-gpt", "no layer that attends"),
         ("inkling_text", "position_bias"),
     ],
@@ -365,3 +384,12 @@ def test_what_such_a_decoder_cannot_do_is_refused() -> None:
     found = describe(small_config("zaya", num_experts_per_tok=1).to_dict(), "config.json")
     assert found.decoder is not None
     assert [one.used for one in module_fallbacks(found.decoder)] == ["as attention sees them"]
+
+
+def test_fields_that_transformers_does_not_read_are_listed() -> None:
+    fields = {**small_config("cohere2").to_dict(), "rope_tetha": 1e6, "torch_dtype": "float16"}
+    found = describe(fields, "config.json", generic=True)
+    assert found.unused == ("rope_tetha",)
+    fields["quantization_config"] = {"quant_method": "gptq"}
+    (problem,) = describe(fields, "config.json", generic=True).problems
+    assert "quant_method" in problem.sentence()

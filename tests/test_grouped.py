@@ -16,6 +16,8 @@ from layersweep.errors import Fallback
 from layersweep.kernels import Kernels
 from layersweep.model import compute
 from layersweep.model.ops import CudaOps, Parts, TorchOps
+from layersweep.sweep import feed
+from layersweep.sweep.feed import FeedVisit, runs_within
 from layersweep.sweep.model import Model, load
 
 CPU = torch.device("cpu")
@@ -76,6 +78,37 @@ def test_groups_change_no_number_and_know_their_ends_on_the_device(
     (together,) = demo.score(ids)
     assert torch.equal(together, alone)
     assert set(sizes) == {3, 2}
+
+
+EACH = [(0, 1), (1, 2), (2, 3), (3, 4)]
+
+
+@pytest.mark.parametrize(
+    ("most", "wanted"),
+    [(10, [(0, 4)]), (9, [(0, 3), (3, 4)]), (4, [(0, 1), (1, 3), (3, 4)]), (2, EACH)],
+)
+def test_rows_of_a_group_go_in_runs(most: int, wanted: list[tuple[int, int]]) -> None:
+    spans = [(5, 9), (9, 11), (11, 13), (13, 15)]
+    assert [(run.start, run.stop) for run in runs_within(spans, most)] == wanted
+
+
+def test_uneven_routing_changes_no_number(demo: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A group takes 3 x 7 rows at once here; its experts have some 15 of 60 x 2 each."""
+    seeded = torch.Generator().manual_seed(0)  # some expert must have more than 21
+    ids = [torch.randint(0, demo.decoder.vocab_size, (60,), generator=seeded).tolist()]
+    (whole,) = demo.score(ids)
+    for module in ("stream.shapes", "sweep.loop"):
+        monkeypatch.setattr(f"layersweep.{module}.experts_at_once", lambda *args, cpu: 3)
+    monkeypatch.setattr(feed, "rows_at_once", lambda *args, cpu: 7)
+    visits: dict[str, list[int]] = {"_together": [], "_alone": []}
+    for name, noted in visits.items():
+        real = getattr(FeedVisit, name)
+        monkeypatch.setattr(
+            FeedVisit, name, lambda *args, real=real, noted=noted: noted.append(real(*args))
+        )
+    (parts,) = demo.score(ids)
+    assert torch.allclose(parts, whole, atol=1e-4)  # products of other sizes round differently
+    assert visits["_together"] and visits["_alone"]
 
 
 def test_without_triton_each_expert_has_a_product_and_the_run_says_so(

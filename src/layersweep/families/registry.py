@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from layersweep.families import tables
 from layersweep.families.family import Family
 from layersweep.families.fields import Fields, spell
-from layersweep.families.foreign import foreign_fields, unused_fields
+from layersweep.families.foreign import HARMLESS, foreign_fields, unused_fields
 from layersweep.families.names import Names
 from layersweep.families.spec import Decoder
 from layersweep.problems import Problem
@@ -68,7 +68,7 @@ def describe(fields: Mapping[str, object], file: str, *, generic: bool = False) 
 
 def _by_modules(fields: Mapping[str, object], f: Fields) -> Description:
     """As transformers computes it, if that knows it and it can run layer by layer."""
-    kind = fields.get("model_type")
+    kind, before = fields.get("model_type"), len(f.problems)
     if f.problems and kind in FAMILIES:  # whose architecture is another one
         return Description(None, None, f.problems)
     if f.fields.get("auto_map") is not None or not isinstance(kind, str):
@@ -77,16 +77,22 @@ def _by_modules(fields: Mapping[str, object], f: Fields) -> Description:
 
     if kind not in CONFIG_MAPPING_NAMES:
         return Description(None, None, f.problems)
+    from layersweep.families.generic.build import known_fields
     from layersweep.families.generic.describe import describe_modules
     from layersweep.families.generic.interfaces import Unsupported
 
+    _check_quantization(f)
+    if f.problems[before:]:
+        return Description(None, None, f.problems[before:])
     try:
         decoder, names = describe_modules(fields)
     except Unsupported as why:
         found = f"model_type '{kind}', where {why.where} has {why.found}"
         hint = why.hint or f"families of this package: {', '.join(FAMILIES)}"
         return Description(None, None, [Problem(f.file, None, found, why.needed, hint)])
-    return Description(decoder, names, [], ())
+    unread = known_fields(kind) | HARMLESS
+    unused = (name for name, value in fields.items() if name not in unread and value is not None)
+    return Description(decoder, names, [], tuple(unused))
 
 
 def _family(f: Fields) -> Family | None:
@@ -139,6 +145,10 @@ def _check_foreign(f: Fields) -> None:
     types = [] if "layer_types" in f.read else f.get("layer_types") or []
     if not isinstance(types, list) or any(kind != "full_attention" for kind in types):
         f.problem("layer_types", types, 'nothing, or "full_attention" for all')
+    _check_quantization(f)
+
+
+def _check_quantization(f: Fields) -> None:
     quantization = f.get("quantization_config") or {}  # the tensors say how they are stored
     method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
     if method not in (None, "bitsandbytes"):

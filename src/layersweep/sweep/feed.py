@@ -25,8 +25,8 @@ class FeedVisit:
 
     A row's result depends on that row and on the number of rows that its expert has in the tile,
     not on who computes where: a row's sums are its own, and its experts add to it in their order.
-    Where routing is so uneven that their rows exceed `rows_at_once` of each, one is visited after
-    the other, in pieces of that.
+    Where routing is so uneven that their rows exceed `rows_at_once` of each, they go in several
+    runs, and an expert that exceeds all of that in pieces.
     """
 
     def __init__(
@@ -48,16 +48,20 @@ class FeedVisit:
         assert routing is not None
         experts = [block.expert for block in self.blocks if block.expert is not None]
         spans = [(routing.start[expert], routing.start[expert + 1]) for expert in experts]
-        if len(spans) > 1 and spans[-1][1] - spans[0][0] <= size * len(spans):
-            self._together(state, routing, experts, spans)
-            return
-        for weights, (start, stop) in zip(self.weights.feeds, spans, strict=True):
-            for first in range(start, stop, size):
-                self._alone(state, routing, weights, first, min(first + size, stop))
+        most = size * len(spans)
+        for run in runs_within(spans, most):
+            (first, _), (_, last) = spans[run.start], spans[run.stop - 1]
+            if len(spans) > 1 and last - first <= most:
+                self._together(state, routing, experts[run], spans[run], self.weights.feeds[run])
+                continue
+            for start in range(first, last, size):
+                weights = self.weights.feeds[run.start]
+                self._alone(state, routing, weights, start, min(start + size, last))
 
     def _together(
-        self, state: TileState, routing: Routing, experts: Sequence[int], spans: Sequence[Span]
-    ) -> None:
+        self, state: TileState, routing: Routing, experts: Sequence[int], spans: Sequence[Span],
+        weights: Sequence[Views],
+    ) -> None:  # fmt: skip
         """Experts in a run, which share all launches; their products, too, where the device can."""
         first, last = spans[0][0], spans[-1][1]
         if first == last:
@@ -66,7 +70,7 @@ class FeedVisit:
             rows = routing.rows[first:last]
             ends = routing.ends[experts[0] : experts[-1] + 1]
             parts = Parts([(start - first, stop - first) for start, stop in spans], ends)
-            y = self._mlp(state.hidden, rows, last - first, self.weights.feeds, parts)[1]
+            y = self._mlp(state.hidden, rows, last - first, weights, parts)[1]
             self.compute.ops.add_places_(
                 state.update, routing.places, first, y, routing.weights[first:last]
             )
@@ -120,6 +124,15 @@ class FeedVisit:
         return self.compute.ops.rms_norm(
             hidden, weight, norm.eps, memory, rows=rows, offset=norm.offset
         )
+
+
+def runs_within(spans: Sequence[Span], most: int) -> Iterator[slice]:
+    """Spans in runs of at most `most` rows; one that has more is a run of its own."""
+    first = 0
+    for at in range(1, len(spans) + 1):
+        if at == len(spans) or spans[at][1] - spans[first][0] > most:
+            yield slice(first, at)
+            first = at
 
 
 def leave_feed(state: TileState, layer: Layer, weights: DenseWeights, compute: Compute) -> None:

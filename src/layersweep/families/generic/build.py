@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import difflib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError  # of configs that validate themselves
 from torch import nn
 
-from layersweep.families.generic.interfaces import NAME, Unsupported, register
+from layersweep.families.generic.interfaces import NAME, Sight, Unsupported, register
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -42,6 +43,17 @@ def config_of(fields: Mapping[str, Any]) -> PreTrainedConfig:
     except FOREIGN_FAILURES as failure:
         found = first_line(failure)
         raise Unsupported("config.json", found, "fields that transformers takes") from failure
+
+
+def known_fields(kind: str) -> frozenset[str]:
+    """Fields of config.json that transformers reads of a model_type."""
+    from transformers import CONFIG_MAPPING
+
+    of = CONFIG_MAPPING[kind]
+    rope = {"rope_theta", "rope_scaling", "partial_rotary_factor"}  # in the words of transformers 4
+    own = {one.name for one in dataclasses.fields(of)} | vars(of()).keys() | of.attribute_map.keys()
+    others = {"architectures", "model_type", "quantization_config", "layersweep_synthetic"}
+    return frozenset(own | rope | others)
 
 
 def text_part(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -135,6 +147,10 @@ def layers_of(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def first_line(failure: BaseException) -> str:
-    """The first line of what somebody else raised."""
+    """The first line of what somebody else raised, in words where it is about what is ours."""
+    if Sight.__name__ in str(failure):
+        return "a forward pass that computes with its attention mask"
+    if isinstance(failure, KeyError) and failure.args == (NAME,):
+        return "attention of its own, beside transformers' attention interface"
     text = str(failure).strip().split("\n")[0]
     return f"{type(failure).__name__}: {text}" if text else type(failure).__name__

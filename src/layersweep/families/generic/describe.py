@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from layersweep.families.generic.interfaces import Unsupported
 from layersweep.families.generic.names import rows_together
 from layersweep.families.generic.parts import GenericLayer, GenericParts
 from layersweep.families.generic.rehearsal import Rehearsed, rehearse
-from layersweep.families.generic.wanted import GenericNames, pieces_of, short
+from layersweep.families.generic.wanted import GenericNames, pieces_of, short, split_key
 from layersweep.families.spec import Attention, Decoder, Feed, Layer, Norm, Router
 from layersweep.families.weights import BlockShape, Shape
 
@@ -97,17 +98,19 @@ def _layer(
         feed = Feed(inner, experts=experts.num_experts, router=Router(per_token))
     else:  # the widest matrix of the layer
         layer = model.get_submodule(parts.module)
-        feed = Feed(max(max(one.shape) for one in layer.parameters() if one.ndim == 2))
+        matrices = (max(one.shape) for one in layer.parameters() if one.ndim == 2)
+        feed = Feed(max(matrices, default=model.config.get_text_config().hidden_size))
     return Layer(attention or NOTHING_KEPT, feed, None, None)
 
 
 def _blocks(model: PreTrainedModel, found: Rehearsed) -> Iterator[BlockShape]:
     """Embedding (and whatever computes before the layers), layers, head (and all the rest)."""
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    floats = [
+    kept = [
         *(getattr(model, "_keep_in_fp32_modules", None) or ()),
         *(getattr(model, "_keep_in_fp32_modules_strict", None) or ()),
     ]
+    floats = re.compile(rf"(^|\.)({'|'.join(map(re.escape, kept)) or '$.'})(\.|$)")
 
     def block(role: Any, layer: int | None, prefix: str, names: list[str]) -> BlockShape:
         keys: dict[str, Shape] = {}
@@ -117,12 +120,9 @@ def _blocks(model: PreTrainedModel, found: Rehearsed) -> Iterator[BlockShape]:
                 keys[key] = shapes[name]
             for part, count in enumerate(rows):
                 keys[f"{part}.{key}"] = (count, *shapes[name][1:])
-        exact = {
-            short(name.removeprefix(prefix))
-            for name in names
-            if any(part in name.split(".") for part in floats)
-        }
-        return BlockShape(role, layer, keys, float32=frozenset(exact))
+        exact = {short(name.removeprefix(prefix)) for name in names if floats.search(name)}
+        in_float32 = frozenset(key for key in keys if split_key(key)[1] in exact)
+        return BlockShape(role, layer, keys, float32=in_float32)
 
     parts = [layer for layer, _, _ in found.layers]
     prefixes = tuple(f"{layer.module}." for layer in parts)

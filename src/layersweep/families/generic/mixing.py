@@ -1,13 +1,15 @@
 """Which parts of a layer let tokens see each other outside of attention.
 
 Convolutions and recurrent states do; a sweep computes them sequence by sequence. A part is asked by
-calling it again with one row changed: does any other row come out differently?
+calling it again with one row spoilt: does any other row come out differently? NaN goes wherever a
+number goes, however little it weighs there; another number finds what masks leave out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,13 +30,24 @@ class Called:
     found: Any
 
     def mixes(self) -> bool:
-        args = tuple(_changed(value) for value in self.args)
-        kwargs = {key: _changed(value) for key, value in self.kwargs.items()}
-        again = self.module(*args, **kwargs)
+        return any(map(self._reaches, (_poisoned, _other)))
+
+    def _reaches(self, spoil: Callable[[Tensor], Tensor]) -> bool:
+        """Whether other rows come out differently where one is spoilt."""
+        change = partial(_with_row, spoil)
+        again = self.module(*mapped(self.args, change), **mapped(self.kwargs, change))
         return any(
             not _others_equal(before, after)
             for before, after in zip(tensors_in(self.found), tensors_in(again), strict=True)
         )
+
+
+def _poisoned(row: Tensor) -> Tensor:
+    return torch.full_like(row, torch.nan)
+
+
+def _other(row: Tensor) -> Tensor:
+    return row * -1.5 + 0.3
 
 
 def row_axis(x: Tensor, rows: int) -> int | None:
@@ -64,16 +77,14 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(part)
 
 
-def _changed(value: Any) -> Any:
-    def change(x: Tensor) -> Tensor:
-        axis = row_axis(x, ROWS)
-        if axis is None or not x.is_floating_point():
-            return x
-        x = x.clone()
-        x.select(axis, _CHANGED).mul_(-1.5).add_(0.3)
+def _with_row(spoil: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    axis = row_axis(x, ROWS)
+    if axis is None or not x.is_floating_point():
         return x
-
-    return mapped(value, change)
+    x = x.clone()
+    row = x.select(axis, _CHANGED)
+    row.copy_(spoil(row))
+    return x
 
 
 def _others_equal(before: Tensor, after: Tensor) -> bool:

@@ -103,8 +103,8 @@ class Modules:
         head: Any = self.model.get_output_embeddings()
         for base in self._bases:
             base.forward = lambda *args, **kwargs: _Output(hidden_NH[None])
-        if head is not None and head.bias is None:
-            head.forward = lambda x: product(x[0], head.weight)[None]
+        if head is not None and type(head).forward is nn.Linear.forward:
+            head.forward = lambda x: _plus(product(x[0], head.weight), head.bias)[None]
         try:
             ids = torch.zeros(1, len(hidden_NH), dtype=torch.long, device=hidden_NH.device)
             found: Tensor = self.model(input_ids=ids, use_cache=False).logits
@@ -125,6 +125,10 @@ class _Output:
 
     def __getattr__(self, name: str) -> None:
         return None
+
+
+def _plus(x: Tensor, bias: Tensor | None) -> Tensor:
+    return x if bias is None else x.add_(bias)
 
 
 def _rows(hidden: Tensor) -> Tensor:
