@@ -77,7 +77,7 @@ def rehearse() -> None:
     for command, arguments in (
         ("inspect", []),
         ("eval", study_arguments(SETTINGS["rehearsal"])),
-        ("plan", SETTINGS["plan"]),
+        ("plan", study_arguments(SETTINGS["plan"])),
     ):
         if code := layersweep(command, model, *arguments):
             raise SystemExit(code)

@@ -13,11 +13,10 @@ from layersweep.checkpoint.layout import Checkpoint, open_checkpoint
 from layersweep.environment import Budget, context_bytes, ram_budget, vram_budget
 from layersweep.errors import Fallback, InputError
 from layersweep.families.spec import Decoder, describe_decoder
-from layersweep.families.words import describe_attention
 from layersweep.kv.arms import EXACT
-from layersweep.model.attention import Attention, Rule
 from layersweep.model.compute import Compute, choose_compute
 from layersweep.model.ops import CudaOps
+from layersweep.model.refusal import check_attention
 from layersweep.stream.blocks import BlockSpec, block_specs, blocks_of
 from layersweep.stream.plan import Plan, make_plan
 from layersweep.stream.shapes import Machine, TileShape, most_experts_at_once, tile_flops
@@ -276,21 +275,6 @@ def load(
         router_dtype=router_dtype,
         sharers=sharers,
     )
-
-
-def check_attention(decoder: Decoder, attention: Attention) -> None:
-    """Raises InputError for a layer that the chosen kernels cannot compute, with the reason."""
-    for layer in decoder.distinct_layers:
-        one = layer.attention
-        widest = max(one.head_dim, one.value_dim)
-        why = attention.refusal(Rule.of(one), widest) if one.num_heads else None
-        if why:
-            first = decoder.layers.index(layer)
-            raise InputError(
-                f"layer {first} ({describe_attention(one)}): found a device whose attention is "
-                f"{attention.name}, needed another: {why}",
-                hint="--device cpu computes every layer",
-            )
 
 
 def resolve_device(device: str) -> str:
