@@ -112,7 +112,7 @@ def _family(f: Fields) -> Family | None:
         if names is None:
             f.problem("model_type", model_type, f"one of {', '.join(FAMILIES)}", hint)
         else:
-            f.problem("architectures", names, f"one of {', '.join(known)}", hint)
+            f.problem("architectures", names, "the architecture of a decoder that can be run", hint)
     elif model_type is not None and model_type != found.model_type:
         if _borrows(model_type, found.architecture):
             return None
