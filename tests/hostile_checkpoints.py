@@ -335,7 +335,7 @@ CONFIGS = {
         both(unlinked(CONFIG), lambda folder: (folder / CONFIG).mkdir()), CONFIG, "no readable"
     ),
     "config-architecture-unknown": case(
-        config(architectures=["EvilForCausalLM"]), CONFIG, "EvilForCausalLM", "mixtral"
+        config(architectures=["EvilForCausalLM"]), CONFIG, "EvilForCausalLM", "can be run"
     ),
     "config-architecture-number": case(config(architectures=7), CONFIG, "architectures = 7"),
     "config-remote-code": case(

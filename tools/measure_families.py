@@ -121,11 +121,12 @@ def table(lines: list[dict[str, object]]) -> str:
         if refused := line.get("fields_refused"):
             changed += f", refused: {', '.join(f'`{field}`' for field in refused)}"
         rows.append(f"| `{line['model']}` | {line['path']} | {' | '.join(marks)} | {changed} |")
-    rows += ["", "| refused or not tried | reason |", "|---|---|"]
-    for line in lines:
-        if "path" not in line:
-            reason = line.get("refused") or line.get("crashed") or line.get("untried")
-            rows.append(f"| `{line['model']}` | {reason} |")
+    others = [line for line in lines if "path" not in line]
+    if others:
+        rows += ["", "| refused or not tried | reason |", "|---|---|"]
+    for line in others:
+        reason = line.get("refused") or line.get("crashed") or line.get("untried")
+        rows.append(f"| `{line['model']}` | {reason} |")
     return "\n".join(rows)
 
 
