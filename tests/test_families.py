@@ -14,7 +14,7 @@ from families.dense import DENSE
 from families.hybrids import HYBRIDS
 from families.oracle import effects
 from families.small import write_json
-from families.table import CORE, TINY, parameters
+from families.table import CHANGED, CORE, TINY, parameters
 from safetensors.torch import save_file
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -57,6 +57,9 @@ OTHER_KINDS = {
 }
 
 
+changing = pytest.mark.parametrize(
+    "family", parameters({**DENSE, **HYBRIDS}, CHANGED), indirect=True
+)
 each = pytest.mark.parametrize("family", parameters({**DENSE, **HYBRIDS}), indirect=True)
 kinds = pytest.mark.parametrize(
     "family", ATTENTION_KINDS.values(), ids=ATTENTION_KINDS, indirect=True
@@ -68,7 +71,7 @@ def test_losses_equal_transformers(family: Subject) -> None:
     assert exact(family).largest < TOLERANCE
 
 
-@each
+@changing
 def test_a_changed_field_moves_the_losses_as_transformers_do(family: Subject) -> None:
     assert complaints(family) == []
 

@@ -6,8 +6,9 @@ from __future__ import annotations
 import pytest
 from families.checks import TOLERANCE, Subject, complaints, exact, nf4
 from families.experts import EXPERTS
-from families.table import parameters
+from families.table import CHANGED, parameters
 
+changing = pytest.mark.parametrize("family", parameters(EXPERTS, CHANGED), indirect=True)
 each = pytest.mark.parametrize("family", parameters(EXPERTS), indirect=True)
 
 
@@ -16,7 +17,7 @@ def test_losses_equal_transformers(family: Subject) -> None:
     assert exact(family).largest < TOLERANCE
 
 
-@each
+@changing
 def test_a_changed_field_moves_the_losses_as_transformers_do(family: Subject) -> None:
     assert complaints(family) == []
 

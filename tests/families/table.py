@@ -29,8 +29,15 @@ CORE = frozenset({
 })  # fmt: skip
 
 
-def parameters(names: Iterable[str]) -> list[object]:
-    """Names for pytest.mark.parametrize, those beyond CORE marked."""
+# A transformers of its own for each changed field takes seconds a family: one of each kind.
+CHANGED = frozenset({
+    *("llama", "mistral", "qwen3", "gemma2", "gemma3_text", "phi3", "granite", "cohere2"),
+    *("mixtral", "gpt_oss", "glm4_moe", "deepseek_v2", "deepseek_v3"),
+})  # fmt: skip
+
+
+def parameters(names: Iterable[str], core: frozenset[str] = CORE) -> list[object]:
+    """Names for pytest.mark.parametrize, those beyond `core` marked."""
     return [
-        name if name in CORE else pytest.param(name, marks=pytest.mark.families) for name in names
+        name if name in core else pytest.param(name, marks=pytest.mark.families) for name in names
     ]
