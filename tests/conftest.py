@@ -11,7 +11,8 @@ import pytest
 if TYPE_CHECKING:
     from families.checks import Subject
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
+# Before torch is imported: with two threads a row of a product depends on how many there are.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(scope="module")
