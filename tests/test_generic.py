@@ -289,6 +289,16 @@ def test_it_equals_the_program_of_this_package(weights: str, make: Any, made: Ma
         assert torch.allclose(one, other, atol=1e-4 * float(other.std()))
 
 
+def test_what_stays_in_16_bits_under_nf4_is_said(make: Any, made: Made) -> None:
+    make("qwen3_moe")
+    folder = made["qwen3_moe"][1]
+    said = opened(folder, weights="nf4", program="generic").compute.fallbacks
+    (left,) = [one for one in said if one.what == "--weights nf4"]
+    assert "not " in left.why and "gate" in left.why and "q_proj" not in left.why
+    stored = opened(folder, weights="auto", program="generic").compute.fallbacks
+    assert [one for one in stored if one.what == "--weights nf4"] == []
+
+
 def _leaves(found: list[list[list[Tensor]]]) -> list[Tensor]:
     return [logits for tile in found for sequence in tile for logits in sequence]
 

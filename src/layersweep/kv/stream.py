@@ -48,7 +48,12 @@ class Stream:
     def first_held(self, tokens: int) -> int:
         """Position of the first token that is still needed when `tokens` are there: the next one
         looks at itself and at `window` - 1 before it."""
-        return 0 if self.window is None else max(tokens - self.window + 1, 0)
+        return first_held(tokens, self.window)
+
+
+def first_held(tokens: int, window: int | None) -> int:
+    """See Stream.first_held."""
+    return 0 if window is None else max(tokens - window + 1, 0)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from layersweep.errors import Fallback
 from layersweep.kv.store import KvStore, Waiting
+from layersweep.kv.stream import first_held
 from layersweep.stream.pinned import HostBuffer
 from layersweep.sweep.sequences import Group, Tile
 from layersweep.sweep.state import kept_columns
@@ -68,11 +69,6 @@ class KeptCaches:
         if at not in self._layers:
             self._layers[at] = KeptLayer(self.tile(tile), self.waiting)
         return self._layers[at]
-
-
-def first_held(tokens: int, window: int | None) -> int:
-    """Position of the first of `tokens` that the next one can see."""
-    return 0 if window is None else max(tokens - window + 1, 0)
 
 
 @dataclass

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from layersweep.errors import Fallback, InputError
 from layersweep.families.spec import Decoder
 from layersweep.kv.arms import Arm
+from layersweep.stream.blocks import BlockSpec
 
 KEEPS_NOTHING = (
     "answers token by token: found a decoder that transformers' own layers compute, needed a "
@@ -40,4 +41,21 @@ def module_fallbacks(decoder: Decoder) -> Iterator[Fallback]:
         yield Fallback(
             "keys", "before RoPE", "as attention sees them",
             f"nothing here undoes what {decoder.model_type} does to them by their positions",
+        )  # fmt: skip
+
+
+def float_fallbacks(specs: Sequence[BlockSpec]) -> Iterator[Fallback]:
+    """What `--weights nf4` leaves as it is: matrices that are no `..._proj`."""
+    left = {
+        key: None
+        for spec in specs
+        if spec.layer is not None
+        for key, placed in spec.weights.items()
+        if len(placed.weight.shape) == 2 and not placed.packed
+    }
+    if left:
+        names = ", ".join([*list(left)[:4], *(["..."] if len(left) > 4 else [])])
+        yield Fallback(
+            "--weights nf4", "every matrix of a layer in 4 bits", "some as they are stored",
+            f"transformers' own layers have only their ..._proj packed, not {names}",
         )  # fmt: skip

@@ -21,7 +21,7 @@ from layersweep.stream.blocks import BlockSpec, block_specs, blocks_of
 from layersweep.stream.plan import Plan, make_plan
 from layersweep.stream.shapes import Machine, TileShape, most_experts_at_once, tile_flops
 from layersweep.stream.store import BlockStore
-from layersweep.sweep.generic_limits import module_fallbacks
+from layersweep.sweep.generic_limits import float_fallbacks, module_fallbacks
 from layersweep.sweep.loop import Engine, run_sweep
 from layersweep.sweep.record import LogitsReader
 from layersweep.sweep.sequences import Branch, BranchedSequence, Tile, tiles_of
@@ -260,12 +260,14 @@ def load(
         groups=most_experts_at_once(checkpoint.decoder, kind.itemsize, cpu=place == "cpu") > 1,
     )  # fmt: skip
     check_attention(checkpoint.decoder, compute.attention)
+    specs = block_specs(checkpoint, quantize=weights == "nf4")
     if checkpoint.decoder.generic:
-        also = (*compute.fallbacks, *module_fallbacks(checkpoint.decoder))
+        left = float_fallbacks(specs) if weights == "nf4" else ()
+        also = (*compute.fallbacks, *module_fallbacks(checkpoint.decoder), *left)
         compute = replace(compute, fallbacks=also)
     return Model(
         checkpoint=checkpoint,
-        specs=block_specs(checkpoint, quantize=weights == "nf4"),
+        specs=specs,
         compute=compute,
         # free memory, which "auto" takes, is what the context has left
         context_bytes=0 if place == "cpu" or vram == "auto" else context_bytes(place),
