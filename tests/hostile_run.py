@@ -139,6 +139,7 @@ def _in_forks(jobs: Sequence[Job], text: Path) -> Iterator[Met]:
 
 def _do(jobs: Sequence[Job], text: Path, pipe: int) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESSES, ADDRESSES))
+    torch.set_num_threads(1)  # renews torch's pool, which two threads of a fork would race to do
     start_mb = _memory_mb("VmRSS")
     with open(pipe, "w", encoding="utf-8") as lines:
         for job in jobs:

@@ -44,6 +44,7 @@ def met() -> dict[str, list[Met]]:
 
 
 def test_the_checkpoints_that_are_damaged_are_valid_before(met: dict[str, list[Met]]) -> None:
+    assert [one.err for one in met[""] if one.code] == []
     assert [(one.command, one.code) for one in met[""]] == [
         (command, 0) for _ in range(3) for command in ("inspect", "eval", "eval")
     ]
