@@ -64,6 +64,7 @@ def sweep_logits(
     resident: int = 0,
     sweeps: int = 1,
     ring: int | None = None,
+    reference: tuple[int, ...] = (),
 ) -> tuple[dict[int, list[Tensor]], BlockStore]:
     """{sequence index: logits per branch}, and the store after `sweeps` equal sweeps' tiles."""
     found: dict[int, list[Tensor]] = {}
@@ -79,7 +80,7 @@ def sweep_logits(
         host_ring=compute_ring(runs) if ring is None else ring,
     )
     store = BlockStore(model.specs, placement, torch.device("cpu"))
-    engine = Engine(model.checkpoint.decoder, store, model.compute, 0)
+    engine = Engine(model.checkpoint.decoder, store, model.compute, 0, reference=reference)
     for number in range(sweeps):
         run_sweep(engine, tiles[number::sweeps], read)
     engine.close()

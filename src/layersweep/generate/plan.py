@@ -37,6 +37,8 @@ class Holder(Protocol):
     def specs(self) -> list[BlockSpec]: ...
     @property
     def machine(self) -> Machine: ...
+    @property
+    def reference_shape(self) -> TileShape | None: ...
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,7 @@ class _Way:
         plan = make_plan(
             model.decoder, blocks_of(model.specs, layers), shapes, self.machine(model), self.first,
             units=self.units, further=(NEW_TOKENS - 1) * len(self.units),
+            reference=model.reference_shape,
         )  # fmt: skip
         if self.offload:
             return plan

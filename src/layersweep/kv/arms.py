@@ -7,10 +7,10 @@
 
 A fixed method has its bits in its name. Case does not matter, except in a file and its class.
 A bare name is input only: K3V2 means the best method at those bits with what it needs on real
-models, trellis:K3V2@sink=4 (kv.methods). Its options may say otherwise: K3V2@sink=0 is
-trellis:K3V2. What is spelled out is taken as it stands. Tables and files print the resolved name:
-the method, then the options in one order, codecs' defaults left out. Reading the grammar imports
-no torch.
+models, trellis:K3V2@fit=text@sink=4 (kv.methods). Its options may say otherwise:
+K3V2@fit=weights@sink=0 is trellis:K3V2. What is spelled out is taken as it stands. Tables and
+files print the resolved name: the method, then the options in one order, codecs' defaults left
+out. Reading the grammar imports no torch.
 """
 
 from __future__ import annotations
@@ -20,12 +20,18 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from types import MappingProxyType
 from typing import TYPE_CHECKING, NoReturn
 
 from layersweep.errors import InputError
 from layersweep.kv import custom
-from layersweep.kv.methods import BITS, DEFAULT_COUNTS, DEFAULT_METHOD, EXACT_BITS, METHODS
+from layersweep.kv.methods import (
+    BITS,
+    DEFAULT_COUNTS,
+    DEFAULT_METHOD,
+    DEFAULT_OPTIONS,
+    EXACT_BITS,
+    METHODS,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +42,6 @@ if TYPE_CHECKING:
 
 _NAMES = ("exact", "identity", "all")
 _COUNTS = ("pb", "window", "sink")
-_NO_COUNTS: Mapping[str, int] = MappingProxyType({})
 _PAIR = re.compile(r"k([0-9]+)(?:-([0-9]+))?v([0-9]+)(?:-([0-9]+))?", re.IGNORECASE)
 
 
@@ -76,6 +81,11 @@ class Arm:
     def simulated(self) -> bool:
         """The codec does not store the bits that are counted for it."""
         return self.codec is not None and self.codec.simulated
+
+    @property
+    def fits(self) -> bool:
+        """It takes coordinates from the reference text, where that rides (sweep/reference.py)."""
+        return ("fit", "text") in self.options
 
     @property
     def codec_version(self) -> str | None:
@@ -205,11 +215,10 @@ def _expand(words: _Words) -> list[Arm]:
     match = _PAIR.fullmatch(last)
     if not match:
         return [_fixed(words)]
-    defaults = _NO_COUNTS if method else DEFAULT_COUNTS
-    method = method or DEFAULT_METHOD
+    bare, method = not method, method or DEFAULT_METHOD
     if method in METHODS and METHODS[method].fixed_bits:
         raise words.error(f"found bits after {method}, needed {method} alone: it has its own")
-    own, counts = _options(words, method, defaults)
+    own, counts = _options(words, method, bare)
     keys, values = _bits(words, match[1], match[2]), _bits(words, match[3], match[4])
     return [_arm(words, method, k, v, own, counts) for k in keys for v in values]
 
@@ -230,9 +239,8 @@ def _named(words: _Words) -> list[Arm]:
         raise words.error(f"'{words.last}' takes no options")
     if words.last == "exact":
         return [replace(EXACT, requested=words.requested)]
-    kept = {DEFAULT_METHOD: DEFAULT_COUNTS}
     return [
-        _arm(words, name, keys, values, {}, kept.get(name, _NO_COUNTS))
+        _arm(words, name, keys, values, *_options(words, name, name == DEFAULT_METHOD))
         for name, method in METHODS.items()
         if method.installed
         for keys, values in method.pairs
@@ -278,10 +286,10 @@ def _suffix(options: Mapping[str, object]) -> str:
 
 
 def _options(
-    words: _Words, method: str, defaults: Mapping[str, int] = _NO_COUNTS
+    words: _Words, method: str, bare: bool = False
 ) -> tuple[dict[str, str], dict[str, int]]:
     """The codec's own options and the counts, each in their one order, the codec's defaults left
-    out. `defaults`: counts that are not given.
+    out. `bare`: those that are not given are what a bare name means.
 
     Whoever gets here is about to use the method: what it needs must be installed.
     """
@@ -301,6 +309,7 @@ def _options(
             found = "no value" if not equals else "it twice"
             raise words.error(f"option '{key}' has {found}, needed @{key}=N")
         given[key] = value
+    defaults = {**DEFAULT_OPTIONS, **DEFAULT_COUNTS} if bare else {}
     for key, allowed in own_values.items():
         if given.get(key, allowed[0]) not in allowed:
             raise words.error(f"found {key}={given[key]}, needed {' or '.join(allowed)}")
@@ -309,9 +318,10 @@ def _options(
             raise words.error(
                 f"found {key}={given[key]}, needed a whole number from 0", f"for example @{key}=2"
             )
-    own = {key: given[key] for key, (default, *_) in own_values.items() if key in given}
+    meant = {key: str(value) for key, value in defaults.items()} | given
+    own = {key: meant.get(key, first) for key, (first, *_) in own_values.items()}
     own = {key: value for key, value in own.items() if value != own_values[key][0]}
-    counts = {key: int(given.get(key, defaults.get(key, 0))) for key in _COUNTS}
+    counts = {key: int(meant.get(key, "0")) for key in _COUNTS}
     return own, {key: count for key, count in counts.items() if count}
 
 

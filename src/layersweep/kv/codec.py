@@ -136,7 +136,8 @@ class Codec(Protocol):
       stored one. Others raise InputError. With `wants_level`, too, a column D + 1 holds the rms
       around the means, to which stored scales are relative.
     - codecs with `wants_basis` are given x in the coordinates of stream.basis, where there is one,
-      by their caller, who turns back what they decode.
+      by their caller, who turns back what they decode; likewise values less what stream.prediction
+      makes of the decoded keys.
     """
 
     @property

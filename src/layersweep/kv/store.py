@@ -57,11 +57,13 @@ class KvStore:
     def appended(self, tensors: Sequence[Tensor]) -> KvStore:
         """With more tokens in every arm: a tensor [B,H,T,D] per stream, keys before RoPE. Raises
         InputError for a stream that a codec cannot take."""
-        shared = Shared()
-        return KvStore(
-            tuple(own.appended(x, shared) for own, x in zip(streams, tensors, strict=True))
-            for streams in self.arms
-        )
+        shared, arms = Shared(), []
+        for streams in self.arms:
+            found: list[StoredStream] = []
+            for own, x in zip(streams, tensors, strict=True):
+                found.append(own.appended(x, shared, found[0] if found else None))
+            arms.append(tuple(found))
+        return KvStore(arms)
 
     def since(self, first: int) -> KvStore:
         """Without the tokens before position `first`, at which nobody looks any more. They are
@@ -75,7 +77,9 @@ class KvStore:
     def decoded(self, arm: int) -> tuple[Tensor, ...]:
         """What the arm's attention reads, a tensor per stream. Do not write into them: what arms
         share stays as long as this store."""
-        return tuple(stream.decoded(self._read) for stream in self.arms[arm])
+        first, *others = self.arms[arm]
+        keys = first.decoded(self._read)
+        return (keys, *(stream.decoded(self._read, keys) for stream in others))
 
     def _read(self, encoded: Encoded) -> Tensor:
         if encoded not in self._shared:

@@ -155,9 +155,12 @@ class StoredStream:
             codec = None
         return cls(stream, codec, arm.sink, arm.window, mean_tokens, first)
 
-    def appended(self, x_BHTD: Tensor, shared: Shared | None = None) -> StoredStream:
+    def appended(
+        self, x_BHTD: Tensor, shared: Shared | None = None, keys: StoredStream | None = None
+    ) -> StoredStream:
         """With these tokens after those before, keys before RoPE. What another arm has encoded
-        alike is found in `shared`. Raises InputError for a stream that the codec cannot take."""
+        alike is found in `shared`. `keys`: with these tokens, for a stream that is predicted from
+        them. Raises InputError for a stream that the codec cannot take."""
         if self.middle is None:
             exact, kept = _after(self.head, x_BHTD), max(self.sink - self.first, 0)
             head, waiting = _some(exact[:, :, :kept]), exact[:, :, kept:]
@@ -167,21 +170,22 @@ class StoredStream:
             head, waiting = self.head, _after(self.tail, x_BHTD)
         middle, leaving = self.middle, max(waiting.shape[2] - self.window, 0)
         if leaving:
-            middle = self._encoded(waiting[:, :, :leaving], shared or Shared())
+            told = keys if self.stream.prediction else None
+            middle = self._encoded(waiting[:, :, :leaving], shared or Shared(), told)
         return replace(self, head=head, middle=middle, tail=_some(waiting[:, :, leaving:]))
 
-    def _encoded(self, x_BHTD: Tensor, shared: Shared) -> Encoded:
+    def _encoded(self, x_BHTD: Tensor, shared: Shared, keys: StoredStream | None) -> Encoded:
         """The middle with these tokens after it."""
         assert self.codec is not None
         codec, stream, before = self.codec, self.stream, self.middle
         begin = max(self.first, self.sink) - self.hidden
         start = begin + (before.packed.tokens if before else 0)
         stop = start + x_BHTD.shape[2]
-        key = (codec.sharing_key(stream), stream.name, before, start, stop)
+        key = (codec.sharing_key(stream), stream.name, before, start, stop, keys and keys.middle)
         if key not in shared.encoded:
             positions = shared.positions(len(x_BHTD), begin, stop, x_BHTD.device)
             own = positions[:, start - begin :]
-            ready = self._prepared(x_BHTD, own, start, shared)
+            ready = self._prepared(x_BHTD, own, start, shared, keys)
             if before is None:
                 packed = codec.encode(ready.x, stream, own, ready.mean)
             else:
@@ -190,21 +194,40 @@ class StoredStream:
             shared.encoded[key] = Encoded(codec, packed, positions, *coordinates, x_BHTD.dtype)
         return shared.encoded[key]
 
-    def _prepared(self, x_BHTD: Tensor, positions: Tensor, start: int, shared: Shared) -> Prepared:
+    def _prepared(
+        self, x_BHTD: Tensor, positions: Tensor, start: int, shared: Shared,
+        keys: StoredStream | None,
+    ) -> Prepared:  # fmt: skip
         assert self.codec is not None
         codec, basis = self.codec, basis_for(self.codec, self.stream)
-        of = (start, x_BHTD.shape[2], self.middle, basis is None, *mean_kind(codec))
+        tokens, told = x_BHTD.shape[2], keys and keys.middle
+        of = (start, tokens, self.middle, basis, told, *mean_kind(codec))
         ready = shared.prepared.get(self.stream.name)
         if ready is None or ready.of != of:
             rotation = self.stream.rotation
             x = rotation.undo(x_BHTD.float(), positions) if rotation else x_BHTD
+            if keys and self.stream.prediction:
+                x = x - self.stream.prediction.values(keys.between(start, start + tokens))
             x = basis.enter(x) if basis else x
             mean = None if self.middle else mean_for(codec, x[:, :, : self.mean_tokens])
             ready = shared.prepared[self.stream.name] = Prepared(of, x, mean)
         return ready
 
-    def decoded(self, read: Callable[[Encoded], Tensor] = Encoded.decoded) -> Tensor:
-        """What attention reads, [B,H,T,D] in the dtype that came; keys still before RoPE.
+    def between(self, start: int, stop: int) -> Tensor:
+        """What attention reads of these positions: of the newest that are encoded, or, where all
+        tokens are exact, of any."""
+        if self.middle is None:
+            assert self.head is not None
+            return self.head[:, :, start - self.first : stop - self.first]
+        return self.middle.without(self.middle.packed.tokens - (stop - start)).decoded()
+
+    def decoded(
+        self,
+        read: Callable[[Encoded], Tensor] = Encoded.decoded,
+        keys_BHTD: Tensor | None = None,
+    ) -> Tensor:
+        """What attention reads, [B,H,T,D] in the dtype that came; keys still before RoPE. `keys`
+        likewise, for a stream that is predicted from them.
 
         An exact stream returns the very tensor that was appended. Do not write into the result:
         arms share it.
@@ -212,6 +235,10 @@ class StoredStream:
         middle = None if self.middle is None else read(self.middle)
         if middle is not None and self.hidden:
             middle = middle[:, :, self.hidden :]
+        if middle is not None and keys_BHTD is not None and self.stream.prediction:
+            exact = 0 if self.head is None else self.head.shape[2]
+            keys = keys_BHTD[:, :, exact : exact + middle.shape[2]]
+            middle = (middle + self.stream.prediction.values(keys)).to(middle.dtype)
         parts = [part for part in (self.head, middle, self.tail) if part is not None]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 

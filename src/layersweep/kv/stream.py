@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from layersweep.kv.basis import Basis
+    from layersweep.kv.fit import Prediction
 
 Role = Literal["key", "value", "latent"]
 
@@ -30,7 +31,8 @@ class Stream:
     `rotation` is for callers that only have it rotated: undone before a codec and done again after
     it, while exact tokens stay as they came. `window`: how many tokens the layer can look at, the
     newest included, None for all. `basis`: the layer's own coordinates for codecs with
-    `wants_basis`, None for those that the stream comes in.
+    `wants_basis`, None for those that the stream comes in. `prediction`: what its layer's keys, the
+    stream before it, say of values, where codecs encode the rest.
 
     A codec spends its value bits on the role `value` and its key bits on the others: a latent,
     from which keys are computed too, and its rotary part decide where attention looks.
@@ -44,6 +46,7 @@ class Stream:
     window: int | None = None
     basis: Basis | None = None
     rotation: Rotation | None = None
+    prediction: Prediction | None = None
 
     def first_held(self, tokens: int) -> int:
         """Position of the first token that is still needed when `tokens` are there: the next one

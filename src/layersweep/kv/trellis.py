@@ -81,11 +81,13 @@ class Code:
 
 @dataclass(frozen=True)
 class Trellis(VectorCodec):
-    """See the module's text. `states`: of the trellis; more of them cost time and gain quality."""
+    """See the module's text. `states`: of the trellis; more of them cost time and gain quality.
+    `fit`: what its caller takes coordinates from, "weights" (kv/basis.py) or "text" (kv/fit.py)."""
 
     key_bits: int
     value_bits: int
     states: str = "256"
+    fit: str = "weights"
 
     method = "trellis"
     version = "2"

@@ -24,6 +24,7 @@ from layersweep.stream.shapes import (
     Machine,
     TileShape,
     dense_bytes,
+    fit_bytes,
     kept_bytes,
     scratch_bytes,
     temporary_bytes,
@@ -107,12 +108,14 @@ def make_plan(
     at_least: int = 1,
     units: Sequence[Sequence[int]] | None = None,
     further: int = 0,
+    reference: TileShape | None = None,
 ) -> Plan:
     """Cut `tiles` into sweeps that fit the machine's budgets, and place the weights.
 
     `at_least`: the fewest sweeps, if there are as many tiles. For generation, `units` are tiles (by
     index) that share no sweep with another unit, and each unit gets `at_least` sweeps; `further`
-    counts the walks over all weights after the sweeps, a token per branch in each.
+    counts the walks over all weights after the sweeps, a token per branch in each. `reference`: a
+    tile that rides on every sweep (sweep/reference.py).
 
     On the CPU both budgets are host memory and `vram` bounds the working set alone. Raises
     BudgetError with needed, available and what would fit.
@@ -120,7 +123,10 @@ def make_plan(
     runs = runs_of(specs)
     whole = sum(run.nbytes for run in runs)
     host_ring = host_ring_bytes(runs, machine)
-    peaks = _peaks(decoder, runs, tiles, machine)
+    peaks = _peaks(decoder, runs, [*tiles, *([reference] if reference else [])], machine)
+    if reference:
+        peaks["reference text"] = tile_bytes(decoder, reference, machine.element)
+        peaks["reference text"] += fit_bytes(decoder, reference)
     sizes = [tile_bytes(decoder, tile, machine.element) for tile in tiles]
     fixed, biggest = sum(peaks.values()), max(sizes, default=0)
     if fixed + biggest > machine.vram:

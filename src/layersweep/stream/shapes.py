@@ -126,6 +126,20 @@ def tile_bytes(decoder: Decoder, tile: TileShape, element: int) -> int:
     return 2 * tile.rows * decoder.hidden_size * element + routing
 
 
+def fit_bytes(decoder: Decoder, tile: TileShape) -> int:
+    """What torch's allocator holds while a layer's coordinates are fitted to the reference text:
+    scores of a KV head's queries several times, covariances in float64."""
+    most = 0
+    for layer in decoder.distinct_layers:
+        one = layer.attention
+        if one.num_kv_heads and not one.latent:
+            heads, width = one.num_heads // one.num_kv_heads, one.stream_width
+            scores = 7 * 4 * heads * tile.rows**2
+            covariances = 8 * width * (3 * width + 3 * tile.rows + decoder.hidden_size)
+            most = max(most, scores, covariances + 12 * tile.rows * one.query_width)
+    return most
+
+
 def rows_at_once(feed: Feed, role: Role, rows: int, *, cpu: bool) -> int:
     """Most rows of a tile of `rows` that go through an MLP or an expert in one product. A function
     of the tile alone, so that budgets change no number."""

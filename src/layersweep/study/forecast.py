@@ -14,11 +14,12 @@ from layersweep.runs.shard import share
 from layersweep.stream.blocks import BlockSpec
 from layersweep.stream.plan import Plan, make_plan
 from layersweep.stream.rates import SWEEP_EFFICIENCY, MachineRates
-from layersweep.stream.shapes import Machine, tile_flops
-from layersweep.sweep.sequences import Tile
-from layersweep.sweep.shapes import check_length, tile_shape
+from layersweep.stream.shapes import Machine, TileShape, tile_flops
+from layersweep.sweep.sequences import Tile, reference_tile
+from layersweep.sweep.shapes import check_length, length_limit, tile_shape
 from layersweep.tasks.registry import TASKS, asked
 from layersweep.tasks.settings import SHORTEN, EvalSettings
+from layersweep.text.reference import MOST
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,8 @@ def forecast(
     if tiles:
         costs = [tile_flops(decoder, shape) for shape in shapes]
         most = share(costs, machine.devices)[0]  # of the device with most to compute
-        plans.append(make_plan(decoder, specs, [shapes[index] for index in most], place))
+        mine = [shapes[index] for index in most]
+        plans.append(make_plan(decoder, specs, mine, place, reference=_reference(decoder, arms)))
         sweeps, read = len(plans[0].sweeps), plans[0].bytes_to_read
         again = (plans[0].bytes_to_read - stored) / machine.disk
         total = max(plans[0].flops / rate, first_read + again, plans[0].bytes_to_read / machine.h2d)
@@ -104,6 +106,7 @@ class _Absent:
     decoder: Decoder
     specs: list[BlockSpec]
     machine: Machine
+    reference_shape: TileShape | None
 
 
 def _generation(
@@ -118,7 +121,8 @@ def _generation(
 ) -> tuple[Generation, str]:
     """As `eval` does it: layers over the devices if answers are all there is to do and they fit,
     else each device its share of the tiles; of those, the one with most to do."""
-    whole = _Absent(decoder, specs, replace(place, ram=rates.ram, sharers=1))
+    reference = _reference(decoder, arms)
+    whole = _Absent(decoder, specs, replace(place, ram=rates.ram, sharers=1), reference)
     if alone and rates.devices > 1 and wants_layers_shared([whole]):
         try:
             found = plan_generation([whole] * rates.devices, tiles, arms)
@@ -126,10 +130,18 @@ def _generation(
         except NoRoomTogether:
             pass
     mine = [tiles[index] for index in share([float(tile.rows) for tile in tiles], rates.devices)[0]]
-    one = whole if rates.devices == 1 else _Absent(decoder, specs, place)
+    one = whole if rates.devices == 1 else _Absent(decoder, specs, place, reference)
     found = plan_generation([one], mine, arms)
     each = " on each device" if rates.devices > 1 else ""
     return found, f"{_walks(found)}{each}"
+
+
+def _reference(decoder: Decoder, arms: Sequence[Arm]) -> TileShape | None:
+    """Of the reference text, where it rides; as long as it can be."""
+    if decoder.generic or not any(arm.fits for arm in arms):
+        return None
+    ids = (0,) * min(MOST, length_limit(decoder)[0])
+    return tile_shape(reference_tile(ids), decoder.query_width)
 
 
 def _walks(generation: Generation) -> str:

@@ -6,9 +6,9 @@ then reads the weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import cast
 
@@ -39,6 +39,7 @@ from layersweep.tasks.settings import SHORTEN, EvalSettings
 from layersweep.tasks.task import GeneratedTask, Source, Task
 from layersweep.text.bos import resolve_bos
 from layersweep.text.encoding import EncodedText
+from layersweep.text.reference import reference_ids
 from layersweep.text.source import SourceText, load_text
 from layersweep.text.tokenizer import TextTokenizer, check_ids
 
@@ -256,6 +257,7 @@ def prepare_study(
     tokenizer = TextTokenizer.load(model.checkpoint.folder)
     text = load_text(settings.text, model.checkpoint.source)
     bos_id = resolve_bos(tokenizer, settings.bos)
+    model = with_reference(model, arms, tokenizer, bos_id)
     encoded = EncodedText(text.text, tokenizer, model.ram.bytes)
     source = Source(settings, encoded, arms, decoder, model.compute)
     kinds = [] if settings.gate == "only" else asked(settings)
@@ -278,6 +280,19 @@ def prepare_study(
     )  # fmt: skip
     study.plan_rest()
     return study
+
+
+def with_reference(
+    model: Model, arms: Sequence[Arm], tokenizer: TextTokenizer, bos_id: int | None
+) -> Model:
+    """With the reference text, where an arm takes its coordinates from it and the sweep does."""
+    wanted = any(arm.fits for arm in arms)
+    if model.decoder.generic or not wanted:
+        return model
+    ids = reference_ids(tokenizer, bos_id, length_limit(model.decoder)[0])
+    check_ids(ids, model.decoder.vocab_size)
+    beside = tuple(replace(one, reference=ids) for one in model.beside)
+    return replace(model, reference=ids, beside=beside)
 
 
 def tile_key(tile: Tile) -> TileKey:

@@ -15,6 +15,7 @@ from layersweep.kv.store import KvStore
 from layersweep.model.routing import route
 from layersweep.sweep.context import LayerContext, Table
 from layersweep.sweep.heads import Projected, Streams, project, read, turned_queries
+from layersweep.sweep.reference import fitted
 from layersweep.sweep.sequences import Branch, BranchedSequence, Group, Tile
 from layersweep.sweep.state import Routing, TileState, attention_batch
 from layersweep.sweep.step import attend_step
@@ -50,6 +51,8 @@ def _attend_rows(state: TileState, group: Group, context: LayerContext) -> None:
     if layer.attention_norm:
         x = _normed(hidden, "attention_norm", layer.attention_norm, context)
     projected = project(x, len(group.sequences), context)
+    if context.fits:
+        context.fit = fitted(projected, context.table(group.rows_each), context)
     out = take(len(hidden), layer.attention.out_width, dtype=dtype)
     attend = attend_step if group.sequences[0].past else attend_group
     attend(state.tile, group, projected, out, context)

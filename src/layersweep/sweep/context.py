@@ -12,6 +12,7 @@ from layersweep.families.spec import Attention, Decoder, Layer, Norm, Rope
 from layersweep.kv.arms import Arm
 from layersweep.kv.basis import Basis, key_basis
 from layersweep.kv.codec import wants_basis
+from layersweep.kv.fit import Fit
 from layersweep.kv.stream import Stream
 from layersweep.model.attention import Rule
 from layersweep.model.compute import Compute, Scratch
@@ -57,6 +58,9 @@ class LayerContext:
     cache_bits: dict[tuple[str, str], list[float]]
     # None in evaluations, which drop a layer's keys and values
     caches: KeptCaches | None = None
+    # of the reference text, where it rides; `fits`: the visit is that of the text itself
+    fit: Fit | None = None
+    fits: bool = False
 
     @property
     def layer(self) -> Layer:
@@ -85,11 +89,15 @@ class LayerContext:
         return streams_of(self.attention)
 
     def streams(self, arm: Arm) -> tuple[Stream, ...]:
-        """The same with the layer's own coordinates for keys, where the arm asks for them and
-        they follow from the weights."""
+        """The same with the layer's own coordinates for keys, where the arm asks for them: those
+        of the reference text, or those that follow from the weights."""
         keys, *others = self.plain_streams
-        wanted = arm.codec is not None and wants_basis(arm.codec)
-        if not wanted or self.basis is None:
+        if arm.codec is None or not wants_basis(arm.codec):
+            return self.plain_streams
+        if self.fit and arm.fits:
+            (values,) = others
+            return replace(keys, basis=self.fit.keys), replace(values, prediction=self.fit.values)
+        if self.basis is None:
             return self.plain_streams
         return (replace(keys, basis=self.basis), *others)
 

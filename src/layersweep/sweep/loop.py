@@ -19,6 +19,7 @@ from torch import Tensor
 from layersweep.errors import InputError
 from layersweep.families.spec import Decoder
 from layersweep.families.weights import layer_blocks
+from layersweep.kv.fit import Fit
 from layersweep.model.compute import Compute, Scratch
 from layersweep.stream.blocks import Block
 from layersweep.stream.shapes import experts_at_once
@@ -36,7 +37,7 @@ from layersweep.sweep.record import (
     Progress,
     SweepRecord,
 )
-from layersweep.sweep.sequences import Tile
+from layersweep.sweep.sequences import Tile, reference_tile, want_reference
 from layersweep.sweep.state import Routing, TileState, read_rows
 from layersweep.sweep.turn import HostTurn
 
@@ -54,7 +55,8 @@ class Engine:
     """What sweeps of one model share: where blocks come from, and memory to compute in.
 
     `layers`: those that this engine holds, all by default; the first one's has the embedding, too,
-    and the last one's the head.
+    and the last one's the head. `reference`: tokens of the text that arms with @fit=text take
+    their coordinates from; without it, these follow from the weights.
     """
 
     def __init__(
@@ -64,8 +66,10 @@ class Engine:
         compute: Compute,
         scratch_bytes: int,
         layers: range | None = None,
+        reference: tuple[int, ...] = (),
     ) -> None:
         self.decoder, self.store, self.compute = decoder, store, compute
+        self.reference = reference
         self.layers = layers or range(decoder.num_hidden_layers)
         self._visiting = threading.Lock()
         self.weights = DenseWeights(decoder, compute)
@@ -119,6 +123,10 @@ def run_sweep(
         [TileState(tile, decoder.query_width) for tile in group]
         for group in ([lead] if lead else [], tiles)
     ]
+    reference = None
+    if engine.reference and want_reference(tiles):
+        reference = TileState(reference_tile(engine.reference), decoder.query_width)
+        groups[0].append(reference)
     every = [*groups[0], *groups[1]]
     visits = _Visits(progress, decoder, len(tiles))
     with torch.inference_mode(), engine.compute.numerics(), ExitStack() as leave:
@@ -129,7 +137,7 @@ def run_sweep(
             visit = leave.enter_context(ExitStack())
             visit.enter_context(stage.visited())
             with turn:
-                sweep = _Sweep(stage, record, caches, visits, every, turn)
+                sweep = _Sweep(stage, record, caches, visits, every, turn, reference)
                 if stage.layers[0] == 0:
                     sweep.embed(every)
                 else:
@@ -141,7 +149,8 @@ def run_sweep(
                     sweep.visit_layer(layer, groups[0], groups[1], check)
                 sweep.report(check)
                 if stage.layers[-1] == decoder.num_hidden_layers - 1:
-                    sweep.read_head(every, read_logits)
+                    read = [state for state in every if state is not reference]
+                    sweep.read_head(read, read_logits)
             for phase, seconds in sweep.clock.seconds().items():
                 record.seconds[phase] = record.seconds.get(phase, 0.0) + seconds
     for index, state in enumerate(groups[1]):
@@ -176,8 +185,9 @@ class _Sweep:
         visited: _Visits,
         states: list[TileState],
         turn: HostTurn,
+        reference: TileState | None,
     ) -> None:
-        self.visited, self.turn = visited, turn
+        self.visited, self.turn, self.reference = visited, turn, reference
         self.decoder, self.store, self.compute = engine.decoder, engine.store, engine.compute
         self.weights, self.scratch = engine.weights, engine.scratch
         self.record, self.caches = record, caches
@@ -212,11 +222,12 @@ class _Sweep:
         described, compute = self.decoder.layers[layer], self.compute
         at_once = experts_at_once(self.decoder, described, compute.dtype.itemsize, cpu=compute.cpu)
         self.weights.fill_attention(self._block(attention), specs, at_once)
+        fit = None
         if lead:
             with self.clock.phase("gate"):
-                self._attend(layer, lead, None)
+                fit = self._attend(layer, lead, None)
         with self.clock.phase("attention"):
-            self._attend(layer, rest, self.caches, self.visited)
+            self._attend(layer, rest, self.caches, fit, self.visited)
             self.store.release(attention)
             with self.turn.away():  # the one place in a layer where the host waits for the device
                 Routing.settle([state.routing for state in (*lead, *rest) if state.routing])
@@ -263,15 +274,19 @@ class _Sweep:
         layer: int,
         states: list[TileState],
         caches: KeptCaches | None,
+        fit: Fit | None = None,
         done: Callable[[], None] = lambda: None,
-    ) -> None:
+    ) -> Fit | None:
+        """What is fitted to the reference text, if it is one of them."""
         context = LayerContext(
             self.decoder, layer, self.weights.attention, self.tables, self.compute, self.scratch,
-            self.record.cache_bits, caches,
+            self.record.cache_bits, caches, fit,
         )  # fmt: skip
         for state in states:
+            context.fits = state is self.reference and not context.attention.latent
             visit_attention(state, context)
             done()
+        return context.fit
 
     def _leave(self, layer: int, states: list[TileState]) -> None:
         """Add what the layer's second half found once, and note who has become non-finite; no

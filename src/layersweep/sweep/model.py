@@ -24,7 +24,13 @@ from layersweep.stream.store import BlockStore
 from layersweep.sweep.generic_limits import float_fallbacks, module_fallbacks
 from layersweep.sweep.loop import Engine, run_sweep
 from layersweep.sweep.record import LogitsReader
-from layersweep.sweep.sequences import Branch, BranchedSequence, Tile, tiles_of
+from layersweep.sweep.sequences import (
+    Branch,
+    BranchedSequence,
+    Tile,
+    reference_tile,
+    tiles_of,
+)
 from layersweep.sweep.shapes import check_length, tile_shape
 from layersweep.units import format_bytes
 
@@ -49,7 +55,8 @@ class Model:
 
     `context_bytes`: device memory that CUDA itself holds, part of the `vram` budget. `sharers`:
     processes on this host that read the same files, `ram` is the share of one. `beside`: the same
-    on further devices, for generation. `say`: who is told of a fallback while it is used.
+    on further devices, for generation. `reference`: see Engine. `say`: who is told of a fallback
+    while it is used.
     """
 
     checkpoint: Checkpoint
@@ -62,6 +69,7 @@ class Model:
     context_bytes: int = 0
     sharers: int = 1
     beside: tuple[Model, ...] = ()
+    reference: tuple[int, ...] = ()
     say: Callable[[Fallback], None] = field(default=lambda fallback: None, compare=False)
 
     def __repr__(self) -> str:
@@ -130,7 +138,14 @@ class Model:
         """Where `tiles` and weights go, in `at_least` sweeps if there are so many tiles. Raises
         BudgetError for what cannot fit."""
         shapes = [self.shape(tile) for tile in tiles]
-        return make_plan(self.checkpoint.decoder, self.specs, shapes, self.machine, at_least)
+        return make_plan(
+            self.decoder, self.specs, shapes, self.machine, at_least, reference=self.reference_shape
+        )
+
+    @property
+    def reference_shape(self) -> TileShape | None:
+        """Of the tile that rides ahead of every sweep."""
+        return self.shape(reference_tile(self.reference)) if self.reference else None
 
     def flops(self, tile: Tile) -> float:
         """Operations of a tile in one sweep."""
@@ -165,7 +180,7 @@ class Model:
 
                 engine: Engine = GenericEngine(decoder, store, self.compute, plan.scratch)
             else:
-                engine = Engine(decoder, store, self.compute, plan.scratch, layers)
+                engine = Engine(decoder, store, self.compute, plan.scratch, layers, self.reference)
             undo.pop_all()
         return engine
 

@@ -18,7 +18,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from layersweep.kv.arms import Arm
+from layersweep.kv.arms import EXACT, Arm
 
 Role = Literal["baseline", "arm", "control"]
 
@@ -123,6 +123,18 @@ class Tile:
             groups.append(Group(self.sequences[first:last], first, start))
             start, first = groups[-1].stop, last
         return groups
+
+
+def reference_tile(ids: tuple[int, ...]) -> Tile:
+    """The reference text as a tile of its own; no logits are read."""
+    branch = Branch(EXACT, ids, (0, 0), role="baseline")
+    return Tile("reference", (BranchedSequence((), (branch,)),))
+
+
+def want_reference(tiles: list[Tile]) -> bool:
+    """Whether prefixes of `tiles` are encoded in coordinates that come from it."""
+    sequences = [one for tile in tiles for one in tile.sequences if not one.past]
+    return any(branch.arm.fits for one in sequences for branch in one.branches)
 
 
 def tiles_of(name: str, sequences: list[BranchedSequence], size: int) -> list[Tile]:

@@ -1,0 +1,117 @@
+"""Coordinates of keys, and values from keys, fitted to what a layer makes of a text.
+
+Legend: N tokens, G KV heads, Q query heads, D and E the sizes of a key and a value head.
+
+Hidden states are far from white, so weights alone (kv/basis.py) say little about which directions
+keys and queries use, and nothing about what a key knows of its value: both are projections of one
+hidden state. A text shows both. An error e of key t moves the score of query s by <q, e>, and the
+prediction by p (1 - p) <q, e>^2 (to second order, p its attention). So with
+    seen  Q = sum over s, t of p (1 - p) q q^T, q turned by their distance
+    keys  C = sum over t of w k k^T around the mean, w the sum over s of p (1 - p)
+an error that is even in the coordinates of `even` costs least. With S the covariance of all keys
+and values of a layer
+    P = (S_kk + noise)^-1 S_kv
+predicts a token's values from its decoded keys. The cache stores keys, and what they leave of
+values: on real models a quarter to a half of the variance.
+
+Nothing more is stored: whoever has the model and the text can fit again. The text is the package's
+own (text/reference.txt), never one that is measured. A thousand tokens are few for a thousand
+directions, so a share of white hidden states is added to S. Best linear prediction: Wiener (1949).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from layersweep.kv.basis import FLOOR, Basis, square_roots
+
+WHITE = 0.3  # white hidden states' share of the variance, keys and values each
+NOISE = 0.03  # of decoded keys, against their variance in their coordinates
+SEEN_FLOOR = 0.01  # of the mean, for directions that no query looks at
+WEIGHT_FLOOR = 0.05  # of the mean, for keys that no query looks at
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """`weight` float32 [G D, G E]: all values of a token from all of its keys."""
+
+    weight: Tensor
+
+    def values(self, k_BGTD: Tensor) -> Tensor:
+        """Keys before RoPE -> [B, G, T, E] float32."""
+        batch, heads, tokens, _ = k_BGTD.shape
+        rows = k_BGTD.float().transpose(1, 2).reshape(batch * tokens, -1)
+        return (rows @ self.weight).view(batch, tokens, heads, -1).transpose(1, 2)
+
+
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """Of one layer: coordinates of its keys, and what they say of its values."""
+
+    keys: Basis
+    values: Prediction
+
+
+def fit(k_GND: Tensor, v_GNE: Tensor, weight_GN: Tensor, seen_GDD: Tensor, white: Tensor) -> Fit:
+    """Keys before RoPE, values, and what queries make of the keys, see the module's text; `white`
+    [G D + G E, H] makes keys and values of hidden states. Does not wait for their device."""
+    k, v = _centred(k_GND), _centred(v_GNE)
+    weight = weight_GN.double() + WEIGHT_FLOOR * weight_GN.double().mean(1, keepdim=True)
+    basis = even(k.transpose(1, 2) @ (k * weight.unsqueeze(2)), seen_GDD.double())
+    return Fit(basis, Prediction(_prediction(k, v, white, basis).float().contiguous()))
+
+
+def even(covariance: Tensor, seen: Tensor) -> Basis:
+    """[G, D, D] float64 each -> the coordinates in which an even error costs least, as in
+    kv/basis.py; L is the root of `seen`."""
+    dim = covariance.shape[1]
+    eye = torch.eye(dim, dtype=torch.float64, device=covariance.device)
+    look, inverse_look = square_roots(
+        _unit(seen) + SEEN_FLOOR * eye, SEEN_FLOOR, dim * (1 + SEEN_FLOOR)
+    )
+    most = dim * (1 + FLOOR)
+    root, _ = square_roots(_unit(look @ covariance @ look) + FLOOR * eye, FLOOR, most)
+    fourth, inverse_fourth = square_roots(root, FLOOR**0.5, most**0.5)
+    into, back = look @ inverse_fourth, fourth @ inverse_look
+    return Basis(into.float().contiguous(), back.float().contiguous())
+
+
+def _prediction(k_GND: Tensor, v_GNE: Tensor, white: Tensor, basis: Basis) -> Tensor:
+    """P [G D, G E]. The noise of decoded keys is even in their coordinates."""
+    size, tokens = k_GND.shape[0] * k_GND.shape[2], k_GND.shape[1]
+    x = torch.cat((_columns(k_GND), _columns(v_GNE)), dim=1)
+    covariance = x.T @ x / tokens
+    rows = torch.cat((_share(white[:size], k_GND), _share(white[size:], v_GNE)))
+    covariance = covariance + (rows @ rows.T).double()
+    variance = (k_GND @ basis.into.double()).square().mean((1, 2))
+    back = basis.back.double()
+    noise = NOISE * variance.view(-1, 1, 1) * (back.transpose(1, 2) @ back)
+    for head, own in enumerate(noise):
+        at = slice(head * len(own), (head + 1) * len(own))
+        covariance[at, at] += own
+    factor = torch.linalg.cholesky_ex(covariance[:size, :size])[0]
+    return torch.cholesky_solve(covariance[:size, size:], factor)
+
+
+def _share(white: Tensor, x_GND: Tensor) -> Tensor:
+    """`white` [G D, H] scaled: what it makes of white states has a share of the variance of x."""
+    ratio = x_GND.square().sum((0, 2)).mean() / white.double().square().sum().clamp(min=1e-30)
+    return white * (WHITE * ratio).sqrt().to(white.dtype)
+
+
+def _centred(x_GND: Tensor) -> Tensor:
+    x = x_GND.double()
+    return x - x.mean(1, keepdim=True)
+
+
+def _columns(x_GND: Tensor) -> Tensor:
+    return x_GND.transpose(0, 1).reshape(x_GND.shape[1], -1)
+
+
+def _unit(matrix: Tensor) -> Tensor:
+    """Divided by the mean of its diagonal."""
+    mean = matrix.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-30)
+    return matrix / mean.view(-1, 1, 1)
