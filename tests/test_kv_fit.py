@@ -1,8 +1,9 @@
-"""Coordinates and predictions from a text: what they promise, and that stores and sweeps use them."""
+"""Coordinates and predictions from a text: what they promise, and who uses them."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -90,7 +91,7 @@ def test_sums_by_distance_equal_a_loop(tokens: int, seed: int) -> None:
 def test_distances_are_near_one_by_one_and_far_in_ratios() -> None:
     edges = _edges(1024)
     assert edges[:5] == [0, 1, 2, 3, 4] and edges[-1] == 1024 and len(edges) <= 25
-    assert max(b / a for a, b in zip(edges[4:], edges[5:], strict=False)) < 1.5
+    assert max(b / a for a, b in pairwise(edges[4:])) < 1.5
 
 
 # --- stored streams ------------------------------------------------------------------------------

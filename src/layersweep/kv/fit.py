@@ -30,8 +30,7 @@ from layersweep.kv.basis import FLOOR, Basis, square_roots
 
 WHITE = 0.3  # white hidden states' share of the variance, keys and values each
 NOISE = 0.03  # of decoded keys, against their variance in their coordinates
-SEEN_FLOOR = 0.01  # of the mean, for directions that no query looks at
-WEIGHT_FLOOR = 0.05  # of the mean, for keys that no query looks at
+SEEN_FLOOR = 0.1  # of the mean, for directions that no query looks at
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +58,7 @@ def fit(k_GND: Tensor, v_GNE: Tensor, weight_GN: Tensor, seen_GDD: Tensor, white
     """Keys before RoPE, values, and what queries make of the keys, see the module's text; `white`
     [G D + G E, H] makes keys and values of hidden states. Does not wait for their device."""
     k, v = _centred(k_GND), _centred(v_GNE)
-    weight = weight_GN.double() + WEIGHT_FLOOR * weight_GN.double().mean(1, keepdim=True)
+    weight = weight_GN.double()
     basis = even(k.transpose(1, 2) @ (k * weight.unsqueeze(2)), seen_GDD.double())
     return Fit(basis, Prediction(_prediction(k, v, white, basis).float().contiguous()))
 
