@@ -22,9 +22,10 @@ REAL_OUT := demo-real-results
 REAL_ARMS := K3V2,e8:K3V2,int4
 
 # Packages of the dev group in pyproject.toml need pip >= 25.1 (--group). Each step says one line;
-# pip itself speaks only when it fails.
+# pip itself speaks only when it fails. It compiles nothing: Python compiles what is imported, and
+# most of torch, transformers and sympy, 100 MB of source, never is.
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-INSTALL := $(PIP) install -qq --constraint constraints.txt
+INSTALL := $(PIP) install -qq --no-compile --constraint constraints.txt
 
 .PHONY: demo demo-real test test-slow test-gpu lint clean
 .DELETE_ON_ERROR:
