@@ -29,7 +29,6 @@ from layersweep.kv.trellis_search import (
     states_of,
 )
 
-
 RATES = [
     pytest.param(bits, marks=pytest.mark.slow) if bits in LONG_COMPILED else bits for bits in BITS
 ]

@@ -38,6 +38,4 @@ CHANGED = frozenset({
 
 def parameters(names: Iterable[str], core: frozenset[str] = CORE) -> list[object]:
     """Names for pytest.mark.parametrize, those beyond `core` marked."""
-    return [
-        name if name in core else pytest.param(name, marks=pytest.mark.slow) for name in names
-    ]
+    return [name if name in core else pytest.param(name, marks=pytest.mark.slow) for name in names]
