@@ -60,6 +60,27 @@ class Subject:
         cuts = [(ids, PREFIX) for ids in window_ids(vocab)] + [(needle, NEEDLE_PREFIX)]
         return [(cached.prefilled(self.model, ids[:cut]), ids[cut:]) for ids, cut in cuts]
 
+    @cached_property
+    def at_once(self) -> bool:
+        """Whether transformers' own cache, untouched, continues a prefix by many tokens as its
+        forward pass does; Mamba 1 (Jamba) drops its state there, but not for a single token.
+
+        Raises NotImplementedError where neither does.
+        """
+        for at_once in (True, False):
+            found = self.continued(None, at_once=at_once)
+            if found.distance(self.expected) < TOLERANCE:
+                return at_once
+        raise NotImplementedError("transformers' cache does not continue its own forward pass")
+
+    def continued(self, through: cached.Through | None, *, at_once: bool) -> Losses:
+        """transformers' losses behind its caches, replaced by what `through` makes of them."""
+        found = [
+            cached.branch_losses(self.model, prefix, branch, through, at_once=at_once)
+            for prefix, branch in self.prefixes
+        ]
+        return Losses(torch.stack(found[:-1]), found[-1][-NEEDLE_ANSWER:])
+
 
 @dataclass(frozen=True)
 class Exact:
@@ -146,11 +167,7 @@ def through_arm(subject: Subject, name: str) -> tuple[float, float]:
     """(difference of the losses of an arm, what the arm does to them)."""
     model = ours.opened(subject.folder)
     codec = codec_of(name, model.decoder)
-    found = [
-        cached.branch_losses(subject.model, prefix, branch, codec)
-        for prefix, branch in subject.prefixes
-    ]
-    theirs = Losses(torch.stack(found[:-1]), found[-1][-NEEDLE_ANSWER:])
+    theirs = subject.continued(codec, at_once=subject.at_once)
     mine = ours.losses(model, parse(name))
     return mine.distance(theirs), theirs.distance(subject.expected)
 
