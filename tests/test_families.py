@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families.checks import TOLERANCE, Subject, complaints, exact, generated, through_arm
+from families.checks import TOLERANCE, Subject, complaints, exact, generated, nf4, through_arm
 from families.dense import DENSE
 from families.hybrids import HYBRIDS
 from families.oracle import effects
@@ -73,6 +73,11 @@ kinds = pytest.mark.parametrize(
 @each
 def test_losses_equal_transformers(family: Subject) -> None:
     assert exact(family).largest < TOLERANCE
+
+
+@pytest.mark.parametrize("family", parameters(HYBRIDS), indirect=True)
+def test_linear_layers_as_nf4(family: Subject) -> None:
+    assert nf4(family) < TOLERANCE
 
 
 @changing

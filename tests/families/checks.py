@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from families import cached, oracle, ours
 from families.changes import changes, unknown
-from families.nf4 import quantized
+from families.nf4 import rounded
 from families.probe import (
     NEEDLE_ANSWER,
     NEEDLE_PREFIX,
@@ -112,9 +112,7 @@ def generated(subject: Subject) -> float:
 
 def nf4(subject: Subject) -> float:
     """The difference under `--weights nf4`; that NF4 itself moves the losses is asserted."""
-    rounded = subject.folder / "rounded"
-    quantized(subject.folder, rounded)
-    expected = oracle.losses(oracle.opened(rounded))
+    expected = oracle.losses(rounded(subject.model))
     assert expected.distance(subject.expected) > MOVES
     return ours.losses(ours.opened(subject.folder, "nf4")).distance(expected)
 
