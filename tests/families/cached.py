@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,24 +43,40 @@ class Prefilled:
 def prefilled(model: PreTrainedModel, prefix: Tensor) -> Prefilled:
     """After prefix [T]."""
     found = Prefilled(len(prefix), DynamicCache(config=model.config))
-    with torch.inference_mode(), _watched(model, found.cache, found.kept):
+    with torch.no_grad(), _watched(model, found.cache, found.kept):
         model(prefix[None], **_given(model, found.cache))
-        for index, kept in found.kept.items():
-            _check_kept(kept, found.cache.layers[index])
+    for index, kept in found.kept.items():
+        layer = found.cache.layers[index]
+        if not any(_holds(kept, held) for held in (layer.keys, layer.values)):
+            found.kept[index] = _undone(kept, layer.keys)
     return found
-
-
-def _check_kept(kept: Kept, layer: Any) -> None:
-    """Raises NotImplementedError where the cache holds anything but the rotated keys: a norm that
-    follows RoPE, or a part of the head that was turned alone."""
-    if not any(_holds(kept, held) for held in (layer.keys, layer.values)):
-        raise NotImplementedError("the cache does not hold keys as RoPE left them")
 
 
 def _holds(kept: Kept, held: Tensor) -> bool:
     """Whether a tensor of the cache is the last of the rotated keys."""
     turned = kept.rotate(kept.keys)[:, :, -held.shape[2] :]
-    return turned.shape == held.shape and torch.equal(turned, held)
+    return turned.shape == held.shape and torch.allclose(turned, held, atol=1e-5)
+
+
+def _undone(kept: Kept, held: Tensor) -> Kept:
+    """The keys that RoPE would make `held` of, where it turned the first part of a head alone, or
+    where a norm followed it. It turns pairs, so that its transpose turns them back.
+
+    Raises NotImplementedError where it does more than turning.
+    """
+    part, rows = kept.keys.shape[-1], held.shape[2]
+
+    def rotate(keys: Tensor) -> Tensor:
+        return torch.cat((kept.rotate(keys[..., :part]), keys[..., part:]), -1)
+
+    whole = held.new_zeros(*kept.keys.shape[:-1], held.shape[-1])
+    keys = whole.clone().requires_grad_()
+    whole[:, :, -rows:] = held
+    (back,) = torch.autograd.grad(rotate(keys), keys, whole)
+    found = Kept(back, rotate)
+    if not _holds(found, held):
+        raise NotImplementedError("the cache does not hold keys as RoPE left them")
+    return found
 
 
 def branch_losses(
@@ -70,15 +86,17 @@ def branch_losses(
     through: Through | None,
     *,
     at_once: bool = True,
+    as_seen: Container[int] = (),
 ) -> Tensor:
     """[len(branch) - 1], with the prefix's cache replaced by what `through` makes of it; tokens
-    `at_once` or one after the other."""
+    `at_once` or one after the other. `as_seen`: layers whose keys stay as attention sees them."""
     cache = copy.deepcopy(prefix.cache)
     found = []
     with torch.inference_mode():
         if through is not None:
             for index, layer in enumerate(cache.layers):
-                _overwrite(layer, prefix.kept.get(index), index, through)
+                kept = None if index in as_seen else prefix.kept.get(index)
+                _overwrite(layer, kept, index, through)
         # Bamba would count the positions of each call from 0
         positions = torch.arange(prefix.tokens, prefix.tokens + len(branch))
         for some in torch.arange(len(branch)).split(len(branch) if at_once else 1):
@@ -103,7 +121,7 @@ def _overwrite(layer: Any, kept: Kept | None, index: int, through: Through) -> N
     """A window's layer holds its last tokens alone; a latent one (latent, rotated key); one with
     a state has no keys."""
     if kept is None:
-        if getattr(layer, "keys", None) is not None:  # no RoPE in this layer
+        if getattr(layer, "keys", None) is not None:  # none that is undone
             layer.keys, layer.values = through(layer.keys, layer.values, index)
         return
     held = layer.keys.shape[2]

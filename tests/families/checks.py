@@ -4,7 +4,7 @@ tools/measure_families.py prints."""
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -73,10 +73,14 @@ class Subject:
                 return at_once
         raise NotImplementedError("transformers' cache does not continue its own forward pass")
 
-    def continued(self, through: cached.Through | None, *, at_once: bool) -> Losses:
+    def continued(
+        self, through: cached.Through | None, *, at_once: bool, as_seen: Container[int] = ()
+    ) -> Losses:
         """transformers' losses behind its caches, replaced by what `through` makes of them."""
         found = [
-            cached.branch_losses(self.model, prefix, branch, through, at_once=at_once)
+            cached.branch_losses(
+                self.model, prefix, branch, through, at_once=at_once, as_seen=as_seen
+            )
             for prefix, branch in self.prefixes
         ]
         return Losses(torch.stack(found[:-1]), found[-1][-NEEDLE_ANSWER:])
@@ -165,7 +169,9 @@ def through_arm(subject: Subject, name: str) -> tuple[float, float]:
     """(difference of the losses of an arm, what the arm does to them)."""
     model = ours.opened(subject.folder)
     codec = codec_of(name, model.decoder)
-    theirs = subject.continued(codec, at_once=subject.at_once)
+    layers = model.decoder.generic.layers if model.decoder.generic else ()
+    blind = {at for at, layer in enumerate(layers) if not layer.turning}  # which the run says
+    theirs = subject.continued(codec, at_once=subject.at_once, as_seen=blind)
     mine = ours.losses(model, parse(name))
     return mine.distance(theirs), theirs.distance(subject.expected)
 
