@@ -144,13 +144,13 @@ def test_a_cache_that_grows_equals_one_made_at_once(arm: str) -> None:
 
 
 def test_arms_do_not_share_values_that_other_keys_predict() -> None:
-    arms, x = ["trellis:K3V2", "trellis:K2V2", "trellis:K16V2"], pair()
-    together = store_of(arms, told()).appended(x)
-    for index, arm in enumerate(arms):
-        for one, another in zip(
-            together.decoded(index), store_of([arm], told()).appended(x).decoded(0), strict=True
-        ):
-            assert torch.equal(one, another)
+    ours, plain, x = told(), keys_and_values(GROUPS, DIM), pair()
+    arms = [("trellis:K3V2", ours), ("trellis:K2V2", ours), ("trellis:K3V2@states=1024", plain),
+            ("trellis:K16V2", ours)]  # fmt: skip
+    together = KvStore.empty([(parse(arm), own) for arm, own in arms], 0, 1).appended(x)
+    for index, (arm, own) in enumerate(arms):
+        alone = store_of([arm], own).appended(x).decoded(0)
+        assert all(map(torch.equal, together.decoded(index), alone))
 
 
 # --- sweeps --------------------------------------------------------------------------------------

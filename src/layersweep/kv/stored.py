@@ -200,7 +200,7 @@ class StoredStream:
     ) -> Prepared:  # fmt: skip
         assert self.codec is not None
         codec, basis = self.codec, basis_for(self.codec, self.stream)
-        tokens, told = x_BHTD.shape[2], keys and keys.middle
+        tokens, told = x_BHTD.shape[2], keys and (keys.stream, keys.middle)
         of = (start, tokens, self.middle, basis, told, *mean_kind(codec))
         ready = shared.prepared.get(self.stream.name)
         if ready is None or ready.of != of:
