@@ -7,6 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import tiny_study
 import torch
 from checkpoint_builders import tiny_checkpoint
 from hypothesis import given, settings
@@ -14,14 +15,18 @@ from hypothesis import strategies as st
 from test_sweep import random_ids, sweep_logits, windows
 from torch import Tensor
 
+from layersweep.families.spec import Latent
 from layersweep.kv import parse
 from layersweep.kv.arms import EXACT
 from layersweep.kv.fit import Fit, even, fit
 from layersweep.kv.store import KvStore
 from layersweep.kv.stream import Stream, keys_and_values
-from layersweep.sweep.model import load
+from layersweep.stream.shapes import fit_bytes, tile_bytes
+from layersweep.study.study import prepare_study
+from layersweep.sweep.model import Model, load
 from layersweep.sweep.reference import FIRST, _by_distance, _edges
-from layersweep.sweep.sequences import tiles_of
+from layersweep.sweep.sequences import reference_tile, tiles_of
+from layersweep.tasks.settings import EvalSettings
 from layersweep.text.reference import MOST, reference_ids
 from layersweep.text.tokenizer import TextTokenizer
 
@@ -75,7 +80,7 @@ def test_few_tokens_predict_no_worse_than_nothing() -> None:
     assert left.square().mean() < 0.7 * other_v.square().mean()
 
 
-@settings(max_examples=20)
+@settings(max_examples=8)
 @given(tokens=st.integers(6, 40), seed=st.integers(0, 99))
 def test_sums_by_distance_equal_a_loop(tokens: int, seed: int) -> None:
     moved = draw(3, tokens, tokens, seed=seed).tril()[..., FIRST:]
@@ -176,6 +181,42 @@ def test_a_sweep_fits_on_the_reference_text_alone(tiny: Path) -> None:
         assert torch.equal(exact, without[index][0])
         assert torch.equal(weights, without[index][2]) and torch.equal(weights, without[index][1])
         assert not torch.equal(text, weights)
+
+
+def test_its_memory_is_planned(tiny: Path) -> None:
+    model = load(str(tiny), device="cpu")
+    tiles = tiles_of("t", windows(model, 2, [EXACT]), 2)
+    plan, alone = replace(model, reference=(1,) * 200).plan(tiles), model.plan(tiles)
+    shape = model.shape(reference_tile((1,) * 200))
+    wanted = tile_bytes(model.decoder, shape, 4) + fit_bytes(model.decoder, shape)
+    assert plan.peaks["reference text"] == wanted > 200**2 * 4
+    assert plan.device_bytes >= alone.device_bytes + wanted
+
+
+def test_a_study_gives_the_text_to_arms_that_ask_and_says_where_it_cannot() -> None:
+    model = load(str(tiny_study.model_folder()), device="cpu")
+    asked = EvalSettings(
+        kv="K3V2,e8:K3V2", segments=2, prefix=64, continuation=32, tasks=("ppl",), gate="off",
+        text=str(tiny_study.text_file()),
+    )  # fmt: skip
+    study = prepare_study(model, asked)
+    assert len(study.model.reference) == min(MOST, model.decoder.max_position_embeddings)
+    assert not [one for one in study.fallbacks if "coordinates" in one.what]
+    assert prepare_study(model, replace(asked, kv="e8:K3V2")).model.reference == ()
+    study.model = model_of_latents(model)
+    (said,) = [one for one in study.fallbacks if "coordinates" in one.what]
+    assert said.what == "coordinates of trellis:K3V2@fit=text@sink=4"
+    assert said.used == "those in which keys come"
+
+
+def model_of_latents(model: Model) -> Model:
+    """The description alone."""
+    decoder, latent = model.decoder, Latent(8, 4, 4)
+    layers = [
+        replace(one, attention=replace(one.attention, latent=latent)) for one in decoder.layers
+    ]
+    decoder = replace(decoder, layers=tuple(layers))
+    return replace(model, checkpoint=replace(model.checkpoint, decoder=decoder))
 
 
 def test_the_reference_text_fills_a_window_of_the_bundled_model() -> None:

@@ -16,7 +16,7 @@ from layersweep.stream.plan import Plan, make_plan
 from layersweep.stream.rates import SWEEP_EFFICIENCY, MachineRates
 from layersweep.stream.shapes import Machine, TileShape, tile_flops
 from layersweep.sweep.sequences import Tile, reference_tile
-from layersweep.sweep.shapes import check_length, length_limit, tile_shape
+from layersweep.sweep.shapes import can_fit, check_length, length_limit, tile_shape
 from layersweep.tasks.registry import TASKS, asked
 from layersweep.tasks.settings import SHORTEN, EvalSettings
 from layersweep.text.reference import MOST
@@ -138,7 +138,7 @@ def _generation(
 
 def _reference(decoder: Decoder, arms: Sequence[Arm]) -> TileShape | None:
     """Of the reference text, where it rides; as long as it can be."""
-    if decoder.generic or not any(arm.fits for arm in arms):
+    if not (can_fit(decoder) and any(arm.fits for arm in arms)):
         return None
     ids = (0,) * min(MOST, length_limit(decoder)[0])
     return tile_shape(reference_tile(ids), decoder.query_width)

@@ -32,7 +32,7 @@ from layersweep.sweep.generic_limits import check_modules
 from layersweep.sweep.loop import Engine
 from layersweep.sweep.model import Model
 from layersweep.sweep.sequences import Tile
-from layersweep.sweep.shapes import check_length, length_limit
+from layersweep.sweep.shapes import can_fit, check_length, length_limit
 from layersweep.sweep.streams import every_stream
 from layersweep.tasks.registry import asked
 from layersweep.tasks.settings import SHORTEN, EvalSettings
@@ -213,6 +213,11 @@ class Study:
             why = numba_refusal() if device.type == "cpu" else SLOW_ON_GPU
             wanted, used = "a compiled search", "plain torch, slower"
             found += [Fallback(f"encoder of {name}", wanted, used, why) for name in slow]
+        if not can_fit(self.model.decoder):
+            wanted, used = "those of the reference text", "those in which keys come"
+            why = "transformers' own layers, or latents, have no others"
+            fits = [arm.name for arm in self.arms if arm.fits]
+            found += [Fallback(f"coordinates of {name}", wanted, used, why) for name in fits]
         gate = self.gate.tokens.fallbacks if self.gate else ()
         return [*self.left_out, *found, *gate, *self.model.compute.fallbacks]
 
@@ -286,8 +291,7 @@ def with_reference(
     model: Model, arms: Sequence[Arm], tokenizer: TextTokenizer, bos_id: int | None
 ) -> Model:
     """With the reference text, where an arm takes its coordinates from it and the sweep does."""
-    wanted = any(arm.fits for arm in arms)
-    if model.decoder.generic or not wanted:
+    if not (can_fit(model.decoder) and any(arm.fits for arm in arms)):
         return model
     ids = reference_ids(tokenizer, bos_id, length_limit(model.decoder)[0])
     check_ids(ids, model.decoder.vocab_size)

@@ -11,6 +11,13 @@ from layersweep.sweep.sequences import BranchedSequence, Tile
 from layersweep.sweep.state import attention_batch
 
 
+def can_fit(decoder: Decoder) -> bool:
+    """Whether coordinates can be fitted to the reference text: not where transformers' own layers
+    compute, nor where all that is kept are latents."""
+    kept = (layer.attention for layer in decoder.distinct_layers)
+    return not decoder.generic and any(one.num_kv_heads and not one.latent for one in kept)
+
+
 def length_limit(decoder: Decoder) -> tuple[int, str]:
     """Most tokens of a sequence, and the field of config.json that says so."""
     return decoder.max_position_embeddings, "max_position_embeddings"
