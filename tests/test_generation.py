@@ -31,7 +31,7 @@ from layersweep.kv.arms import EXACT, Arm, parse_arms
 from layersweep.stream.blocks import BlockSpec, blocks_of
 from layersweep.stream.host import HostStage
 from layersweep.stream.runs import Placement, compute_ring, runs_of, spread_layers
-from layersweep.stream.shapes import Machine, tile_bytes
+from layersweep.stream.shapes import Machine, TileShape, tile_bytes
 from layersweep.stream.store import BlockStore
 from layersweep.study.run import TimeLimit
 from layersweep.study.shrink import shrink
@@ -60,6 +60,7 @@ class Card:
     ram: int
     decoder: Decoder = MIXTRAL
     specs: list[BlockSpec] = field(default_factory=lambda: SPECS)
+    reference_shape: TileShape | None = None
 
     @property
     def machine(self) -> Machine:

@@ -188,9 +188,9 @@ def test_its_memory_is_planned(tiny: Path) -> None:
     tiles = tiles_of("t", windows(model, 2, [EXACT]), 2)
     plan, alone = replace(model, reference=(1,) * 200).plan(tiles), model.plan(tiles)
     shape = model.shape(reference_tile((1,) * 200))
-    wanted = tile_bytes(model.decoder, shape, 4) + fit_bytes(model.decoder, shape)
-    assert plan.peaks["reference text"] == wanted > 200**2 * 4
-    assert plan.device_bytes >= alone.device_bytes + wanted
+    held = tile_bytes(model.decoder, shape, 4)
+    assert plan.peaks["reference text"] == held == alone.peaks["hidden states"] // 128 * 200
+    assert plan.peaks["temporaries"] >= fit_bytes(model.decoder, shape) > 4 * 4 * 200**2
 
 
 def test_a_study_gives_the_text_to_arms_that_ask_and_says_where_it_cannot() -> None:
