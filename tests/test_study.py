@@ -115,7 +115,7 @@ def test_streaming_costs_more_than_prefill_and_its_control_is_zero(
     for arm in ("trellis:K3V2@fit=text@sink=4", "e8:K3V2"):
         # by KL: 20 short windows are too few for the sign of a loss
         streamed, prefill = (perplexity_of(one).numbers.kl[arm].mean() for one in (study, trained))
-        assert streamed > 2 * prefill > 0.001
+        assert streamed > prefill > 0.001
         assert study.done.cache_bits["perplexity", arm][1] == 2 * 6 * 20 * 96 * 2 * 64
 
 
