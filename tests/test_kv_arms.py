@@ -16,15 +16,15 @@ from layersweep.kv import parse, parse_arms
 @pytest.mark.parametrize(
     ("text", "name"),
     [
-        ("K3V2", "trellis:K3V2@fit=text@sink=4"),
-        (" k3v2", "trellis:K3V2@fit=text@sink=4"),
-        ("K3V2@pb=2", "trellis:K3V2@fit=text@pb=2@sink=4"),
-        ("K3V2@window=64@pb=2", "trellis:K3V2@fit=text@pb=2@window=64@sink=4"),
-        ("K3V2@states=1024", "trellis:K3V2@states=1024@fit=text@sink=4"),
-        ("K3V2@sink=0", "trellis:K3V2@fit=text"),
-        ("K3V2@fit=weights@sink=0", "trellis:K3V2"),
-        ("K3V2@sink=8", "trellis:K3V2@fit=text@sink=8"),
-        ("K16V2", "trellis:K16V2@fit=text@sink=4"),
+        ("K3V2", "trellis:K3V2@fit=1@sink=4"),
+        (" k3v2", "trellis:K3V2@fit=1@sink=4"),
+        ("K3V2@pb=2", "trellis:K3V2@fit=1@pb=2@sink=4"),
+        ("K3V2@window=64@pb=2", "trellis:K3V2@fit=1@pb=2@window=64@sink=4"),
+        ("K3V2@states=1024", "trellis:K3V2@states=1024@fit=1@sink=4"),
+        ("K3V2@sink=0", "trellis:K3V2@fit=1"),
+        ("K3V2@fit=0@sink=0", "trellis:K3V2"),
+        ("K3V2@sink=8", "trellis:K3V2@fit=1@sink=8"),
+        ("K16V2", "trellis:K16V2@fit=1@sink=4"),
         ("trellis:K3V2", "trellis:K3V2"),
         ("trellis:K3V2@sink=0", "trellis:K3V2"),
         (" E8:k4V2 ", "e8:K4V2"),
@@ -83,13 +83,13 @@ def test_lists_grids_and_duplicates() -> None:
     assert names("Lloyd:K3V2, exact,lloyd:k3v2,e8:K4V2") == ["lloyd:K3V2", "e8:K4V2"]
     assert names("exact") == []
     assert len(names("K2-4V2-4")) == 9
-    assert names("K2-3V2") == ["trellis:K2V2@fit=text@sink=4", "trellis:K3V2@fit=text@sink=4"]
+    assert names("K2-3V2") == ["trellis:K2V2@fit=1@sink=4", "trellis:K3V2@fit=1@sink=4"]
     assert names("trellis:K2-3V2") == ["trellis:K2V2", "trellis:K3V2"]
-    assert names("K3V2,trellis:K3V2@fit=text@sink=4,trellis:K3V2") == [
-        "trellis:K3V2@fit=text@sink=4",
+    assert names("K3V2,trellis:K3V2@fit=1@sink=4,trellis:K3V2") == [
+        "trellis:K3V2@fit=1@sink=4",
         "trellis:K3V2",
     ]
-    assert {"trellis:K3V2@fit=text@sink=4", "trellis:K4V2@fit=text@sink=4"} < set(names("all"))
+    assert {"trellis:K3V2@fit=1@sink=4", "trellis:K4V2@fit=1@sink=4"} < set(names("all"))
     assert "trellis:K3V2" not in names("all")
     assert names("e8:K6-16V2@pb=1") == ["e8:K6V2@pb=1", "e8:K8V2@pb=1", "e8:K16V2@pb=1"]
     assert {"e8:K3V2", "e8:K4V2", "lloyd:K3V2", "kivi:K4V2", "voronoi:K3V2"} < set(names("all"))

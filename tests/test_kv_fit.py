@@ -169,7 +169,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_sweep_fits_on_the_reference_text_alone(tiny: Path) -> None:
     """Its numbers do not depend on what else rides, and without it weights serve."""
     model = load(str(tiny), device="cpu")
-    arms = [EXACT, parse("trellis:K2V2@fit=text"), parse("trellis:K2V2")]
+    arms = [EXACT, parse("trellis:K2V2@fit=1"), parse("trellis:K2V2")]
     tiles = tiles_of("t", windows(model, 4, arms), 2)
     reference = random_ids(200, 128, 77)
     both, _ = sweep_logits(model, tiles, reference=reference)
@@ -205,7 +205,7 @@ def test_a_study_gives_the_text_to_arms_that_ask_and_says_where_it_cannot() -> N
     assert prepare_study(model, replace(asked, kv="e8:K3V2")).model.reference == ()
     study.model = model_of_latents(model)
     (said,) = [one for one in study.fallbacks if "coordinates" in one.what]
-    assert said.what == "coordinates of trellis:K3V2@fit=text@sink=4"
+    assert said.what == "coordinates of trellis:K3V2@fit=1@sink=4"
     assert said.used == "those in which keys come"
 
 

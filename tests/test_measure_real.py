@@ -33,5 +33,5 @@ def test_every_arm_of_the_study_is_one() -> None:
         [arm.name for arm in parse_arms(TOOL[n])] for n in ("PREFILL", "STREAMING")
     )
     for names in (prefill, streaming):
-        assert {"trellis:K3V2@fit=text@sink=4", "trellis:K3V2", "e8:K3V2"} < set(names)
+        assert {"trellis:K3V2@fit=1@sink=4", "trellis:K3V2", "e8:K3V2"} < set(names)
     assert (len(prefill), len(streaming)) == (25, 8)

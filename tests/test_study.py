@@ -99,9 +99,9 @@ def test_one_bit_keys_are_worse_than_three(model: Model) -> None:
         a: (n - perplexity_of(study).numbers.nll["exact"]).mean()
         for a, n in perplexity_of(study).numbers.nll.items()
     }
-    assert loss["trellis:K1V16@fit=text@sink=4"] > 3 * abs(loss["trellis:K3V16@fit=text@sink=4"])
-    assert loss["trellis:K1V16@fit=text@sink=4"] > 0.01
-    assert abs(loss["trellis:K8V8@fit=text@sink=4"]) < 1e-3
+    assert loss["trellis:K1V16@fit=1@sink=4"] > 3 * abs(loss["trellis:K3V16@fit=1@sink=4"])
+    assert loss["trellis:K1V16@fit=1@sink=4"] > 0.01
+    assert abs(loss["trellis:K8V8@fit=1@sink=4"]) < 1e-3
 
 
 def test_streaming_costs_more_than_prefill_and_its_control_is_zero(
@@ -112,7 +112,7 @@ def test_streaming_costs_more_than_prefill_and_its_control_is_zero(
     whole = perplexity_of(trained).numbers.nll
     assert np.abs(exact - whole["exact"]).max() < 1e-5
     assert np.array_equal(perplexity_of(study).numbers.control_delta["exact"], np.zeros(4))
-    for arm in ("trellis:K3V2@fit=text@sink=4", "e8:K3V2"):
+    for arm in ("trellis:K3V2@fit=1@sink=4", "e8:K3V2"):
         # by KL: 20 short windows are too few for the sign of a loss
         streamed, prefill = (perplexity_of(one).numbers.kl[arm].mean() for one in (study, trained))
         assert streamed > prefill > 0.001
@@ -141,7 +141,7 @@ def test_python_interface_returns_the_schema(model: Model) -> None:
     )  # fmt: skip
     validate(results)
     arm = results["perplexity"]["arms"][0]
-    assert arm["arm"] == "trellis:K3V2@fit=text@window=16@sink=4"
+    assert arm["arm"] == "trellis:K3V2@fit=1@window=16@sink=4"
     # 20 of 64 tokens exact at 16 bits, 44 at (3 + 2) / 2 and an 8-bit scale per 64,
     # one mean and level
     assert arm["bits_per_element"] == pytest.approx((20 * 16 + 44 * 2.625 + 16 * 65 / 64) / 64)
@@ -160,7 +160,7 @@ def test_a_slow_search_is_announced(tiny: Model, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("layersweep.study.study.numba_refusal", lambda: "numba is not installed")
     found = [f for f in prepare_study(tiny, settings).fallbacks if "encoder" in f.what]
     assert [(f.what, f.used, f.why) for f in found] == [
-        ("encoder of trellis:K3V2@fit=text@sink=4", "plain torch, slower", "numba is not installed")
+        ("encoder of trellis:K3V2@fit=1@sink=4", "plain torch, slower", "numba is not installed")
     ]
 
 
@@ -169,7 +169,7 @@ def test_arms_of_all_that_do_not_take_a_head_size_are_left_out_and_said() -> Non
     fitting, left_out = fitting_arms(parse_arms("all"), streams, cpu, torch.float32)
     names = [one.wanted for one in left_out]
     assert "int4" in names and "q8_0" in names
-    assert "trellis:K3V2@fit=text@sink=4" in [arm.name for arm in fitting]
+    assert "trellis:K3V2@fit=1@sink=4" in [arm.name for arm in fitting]
     assert str(left_out[names.index("int4")]) == (
         "--kv all: wanted int4, used nothing: left out: int4: stream 'k' has head size 80, "
         "needed a multiple of 64"

@@ -7,8 +7,8 @@
 
 A fixed method has its bits in its name. Case does not matter, except in a file and its class.
 A bare name is input only: K3V2 means the best method at those bits with what it needs on real
-models, trellis:K3V2@fit=text@sink=4 (kv.methods). Its options may say otherwise:
-K3V2@fit=weights@sink=0 is trellis:K3V2. What is spelled out is taken as it stands. Tables and
+models, trellis:K3V2@fit=1@sink=4 (kv.methods). Its options may say otherwise:
+K3V2@fit=0@sink=0 is trellis:K3V2. What is spelled out is taken as it stands. Tables and
 files print the resolved name: the method, then the options in one order, codecs' defaults left
 out. Reading the grammar imports no torch.
 """
@@ -85,7 +85,7 @@ class Arm:
     @property
     def fits(self) -> bool:
         """It takes coordinates from the reference text, where that rides (sweep/reference.py)."""
-        return ("fit", "text") in self.options
+        return ("fit", "1") in self.options
 
     @property
     def codec_version(self) -> str | None:

@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 BITS = (1, 2, 3, 4, 5, 6, 8, 16)
 EXACT_BITS = 16
-# A bare K3V2 is DEFAULT_METHOD with what it needs on real models, trellis:K3V2@fit=text@sink=4.
+# A bare K3V2 is DEFAULT_METHOD with what it needs on real models, trellis:K3V2@fit=1@sink=4.
 # Language models send most of their attention to the first token, whose value is nearly zero: coded
 # with the others' channel mean it costs SmolLM2-135M 9.5 %, kept exact 1.2 % (docs/codecs.md).
 DEFAULT_METHOD = "trellis"
-DEFAULT_OPTIONS: Mapping[str, str] = MappingProxyType({"fit": "text"})
+DEFAULT_OPTIONS: Mapping[str, str] = MappingProxyType({"fit": "1"})
 DEFAULT_COUNTS: Mapping[str, int] = MappingProxyType({"sink": 4})
 REFERENCE_BITS = ((3, 2), (4, 2))
 
@@ -63,7 +63,7 @@ METHODS = MappingProxyType(
         "trellis": Method(
             "layersweep.kv.trellis",
             "Trellis",
-            options=(("states", ("256", "1024")), ("fit", ("weights", "text"))),
+            options=(("states", ("256", "1024")), ("fit", ("0", "1"))),
         ),
         "e8": Method("layersweep.kv.e8", "E8", options=(("v", ("0.6", "0.5")),)),
         "lloyd": Method("layersweep.kv.lloyd", "Lloyd"),

@@ -82,12 +82,12 @@ class Code:
 @dataclass(frozen=True)
 class Trellis(VectorCodec):
     """See the module's text. `states`: of the trellis; more of them cost time and gain quality.
-    `fit`: what its caller takes coordinates from, "weights" (kv/basis.py) or "text" (kv/fit.py)."""
+    `fit`: "1" where coordinates come from a text (kv/fit.py), not from weights (kv/basis.py)."""
 
     key_bits: int
     value_bits: int
     states: str = "256"
-    fit: str = "weights"
+    fit: str = "0"
 
     method = "trellis"
     version = "2"

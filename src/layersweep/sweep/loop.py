@@ -56,7 +56,7 @@ class Engine:
     """What sweeps of one model share: where blocks come from, and memory to compute in.
 
     `layers`: those that this engine holds, all by default; the first one's has the embedding, too,
-    and the last one's the head. `reference`: tokens of the text that arms with @fit=text take
+    and the last one's the head. `reference`: tokens of the text that arms with @fit=1 take
     their coordinates from; without it, these follow from the weights.
     """
 

@@ -1,5 +1,5 @@
 """The reference text: prose, dialogue, lists, code and tables of the package's own, from which
-arms with @fit=text take their coordinates. No study measures on it.
+arms with @fit=1 take their coordinates. No study measures on it.
 
 Changing it changes what these codecs make: their version rises with it.
 """
