@@ -69,7 +69,7 @@ def test_fields() -> None:
 
 
 def test_a_bare_name_keeps_recent_tokens_in_better_shape_where_a_cache_grows() -> None:
-    grown = "trellis:K2V2@found=1@window=8@block=16@fine=112@sink=1"
+    grown = "trellis:K2V2@found=1@window=8@block=16@fine=96@sink=1"
     assert parse("K2V2", growing=True).name == grown
     assert parse("K2V2@fine=0@block=0@window=0", growing=True).name == "trellis:K2V2@found=1@sink=1"
     names = [arm.name for arm in parse_arms("K2V2,trellis:K2V2,int4", growing=True)]

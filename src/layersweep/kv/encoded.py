@@ -60,6 +60,7 @@ class Found:
 
     def without(self, tokens: int) -> Found:
         """Less its first `tokens`, a multiple of FLAGS."""
+        assert tokens % FLAGS == 0
         return replace(self, flags=self.flags[:, tokens // FLAGS :])
 
     def moved(self, move: Move) -> Found:

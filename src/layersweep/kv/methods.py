@@ -19,7 +19,7 @@ EXACT_BITS = 16
 DEFAULT_METHOD = "trellis"
 DEFAULTS: Mapping[str, str] = MappingProxyType({"found": "1", "sink": "1"})
 GROWING_DEFAULTS: Mapping[str, str] = MappingProxyType(
-    {**DEFAULTS, "window": "8", "block": "16", "fine": "112"}
+    {**DEFAULTS, "window": "8", "block": "16", "fine": "96"}
 )
 FIRST_BLOCK = 128  # tokens that a channel mean comes from where later ones are not known yet
 FINE_BITS = 2  # of what a codec has left of recent tokens
