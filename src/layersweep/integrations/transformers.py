@@ -8,6 +8,11 @@ the original keys and values of its first call, so that a one-shot perplexity th
 nothing. Which layers keep a window, all tokens or a state is what transformers' DynamicCache makes
 of the model's config; states stay exact.
 
+What a cache holds depends on how many tokens it has, not on the pieces they came in (for means
+that needs `@block`, which a bare name has). A query reads what is held once its whole piece is in:
+of a prompt in one piece, early queries see tokens coded that were still in the window when a text
+grows token by token.
+
 Models hand their keys over after RoPE. For a codec it is undone and done again, by the model's own
 tables and functions and the token's index in the cache. Under left padding that index is not the
 position, which shifts all keys of a sequence alike and changes no score. A layer without RoPE that

@@ -4,7 +4,8 @@ tokens   first ..... sink ................... T - window ......... T
          |  head      |  middle, by the codec  |  tail             |
 
 Numbers are positions in the text. Tokens are appended in any number of pieces, and each is encoded
-once, when it leaves the arm's window. Until one does, all of them are the head. `first` is 0 where
+once, when it leaves the arm's window, perhaps with a block of others. Until one does, all of them
+are the head. `first` is 0 where
 a layer can look at all tokens; otherwise it moves on, and with it goes a sink that nobody sees.
 """
 
