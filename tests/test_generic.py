@@ -36,7 +36,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "llama": {}, "mistral": {}, "qwen3_moe": {}, "gemma2": {}, "gemma3_text": {}, "gpt_oss": {},
     "olmoe": {}, "smollm3": {}, "granitemoe": {}, "glm4_moe": {}, "gpt2": {},
     "cohere2": {"logit_scale": 1.0}, "qwen3_next": {}, "opt": {}, "phimoe": {},
-    "falcon_h1": {}, "deepseek_v3": {"num_key_value_heads": 4, "head_dim": 8},
+    "falcon_h1": {}, "beam": {}, "deepseek_v3": {"num_key_value_heads": 4, "head_dim": 8},
 }  # fmt: skip
 
 
