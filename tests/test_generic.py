@@ -256,6 +256,7 @@ def test_a_missing_expert_is_named(make: Any, made: Made) -> None:
         ("diffllama", "two attention calls"),
         ("doge", "computes with its attention mask"),
         ("falcon", "attention of its own"),
+        ("llama4_text", "counts row by row"),
         ("openai-gpt", "no layer that attends"),
         ("inkling_text", "position_bias"),
     ],

@@ -41,6 +41,7 @@ REFUSED = {
     "glm_moe_dsa": "attention mask",
     "gpt_neo": "attention of its own",
     "gpt_neox_japanese": "attention mask",
+    "llama4_text": "counts row by row",
     "longcat_flash": "2 modules with attention",
     "mamba": "position_ids",
     "mamba2": "position_ids",
