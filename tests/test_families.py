@@ -1,6 +1,6 @@
 """Every family of decoders beside transformers: float32 losses of windows and of a needle.
 
-pytest -m families      all the variants of tests/families, with their fields changed
+make test-slow      all the variants of tests/families, with their fields changed
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def test_a_changed_field_moves_the_losses_as_transformers_do(family: Subject) ->
     assert complaints(family) == []
 
 
-@pytest.mark.families
+@pytest.mark.slow
 @pytest.mark.parametrize("family", CACHES.values(), ids=CACHES, indirect=True)
 def test_an_arm_equals_caches_that_are_unlike_others(family: Subject) -> None:
     difference, effect = through_arm(family, "lloyd:K3V2")
@@ -112,7 +112,7 @@ def test_a_token_at_a_time_equals_transformers(family: Subject) -> None:
     assert generated(family) < TOLERANCE
 
 
-@pytest.mark.families
+@pytest.mark.slow
 @pytest.mark.parametrize("family", TINY, indirect=True)
 def test_every_tensor_moves_the_losses_of_transformers(family: Subject) -> None:
     """A tensor that moves nothing could be left out, or read wrongly, and no test would see it."""
@@ -120,7 +120,7 @@ def test_every_tensor_moves_the_losses_of_transformers(family: Subject) -> None:
     assert [name for name in unseen if not name.endswith(family.tiny.still)] == []
 
 
-@pytest.mark.families
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", REFUSED)
 def test_what_cannot_run_is_refused_with_its_reason(model_type: str) -> None:
     fields = TINY[model_type].config().to_dict()
@@ -128,7 +128,7 @@ def test_what_cannot_run_is_refused_with_its_reason(model_type: str) -> None:
     assert REFUSED[model_type] in problem.sentence()
 
 
-@pytest.mark.families
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", sorted(OTHER_KINDS[ENCODERS]))
 def test_an_encoder_is_refused_by_its_name(model_type: str, tmp_path: Path) -> None:
     fields = CONFIG_MAPPING[model_type]().to_dict()

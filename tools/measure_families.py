@@ -127,7 +127,10 @@ def table(lines: list[dict[str, object]]) -> str:
         rows += [f"| `{name}` | {reason} |" for name, reason in refused.items()]
     untried = [f"`{line['model']}`" for line in lines if "untried" in line or "crashed" in line]
     if untried:
-        rows += ["", f"Not tried, since no tiny model of the type can be made: {', '.join(untried)}."]
+        rows += [
+            "",
+            f"Not tried, since no tiny model of the type can be made: {', '.join(untried)}.",
+        ]
     return "\n".join(rows)
 
 

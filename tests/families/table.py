@@ -17,7 +17,7 @@ from families.small import Tiny
 
 TINY: Mapping[str, Tiny] = {**DENSE, **EXPERTS, **HYBRIDS}
 
-# What every run of the tests takes; the others are marked `families`.
+# What every run of the tests takes; the others are marked `slow`.
 CORE = frozenset({
     *("llama", "llama:bias", "llama:tied", "llama:llama3", "llama:linear", "llama:yarn"),
     *("mistral", "qwen2", "qwen2:window", "qwen3", "olmo2", "olmo3", "phi3", "phi3:longrope"),
@@ -60,7 +60,7 @@ CHANGED = frozenset({
 def parameters(names: Iterable[str], core: frozenset[str] = CORE) -> list[object]:
     """Names for pytest.mark.parametrize but those of REFUSED, those beyond `core` marked."""
     return [
-        name if name in core else pytest.param(name, marks=pytest.mark.families)
+        name if name in core else pytest.param(name, marks=pytest.mark.slow)
         for name in names
         if name not in TINY or TINY[name].model_type not in REFUSED
     ]
