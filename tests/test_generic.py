@@ -282,10 +282,15 @@ def test_a_model_that_fails_fails_in_the_sweep(make: Any, monkeypatch: pytest.Mo
         swept(ours, TILES)
 
 
-@pytest.mark.parametrize("weights", ["auto", "nf4"])
-def test_it_equals_the_program_of_this_package(weights: str, make: Any, made: Made) -> None:
-    make("qwen3_moe")
-    folder = made["qwen3_moe"][1]
+@pytest.mark.parametrize(
+    ("kind", "weights"),
+    [("qwen3_moe", "auto"), ("qwen3_moe", "nf4"), ("gpt_oss", "nf4")],  # which stores columns
+)
+def test_it_equals_the_program_of_this_package(
+    kind: str, weights: str, make: Any, made: Made
+) -> None:
+    make(kind)
+    folder = made[kind][1]
     (generic, _), (own, _) = (
         swept(opened(folder, weights=weights, program=program), TILES)
         for program in ("generic", "auto")
