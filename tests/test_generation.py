@@ -429,7 +429,8 @@ def test_bits_of_arms_that_are_arithmetic_alone() -> None:
 
 @pytest.mark.parametrize(
     ("options", "exact"), [("@sink=4", 4), ("@window=1000", 1000), ("@pb=4", 2000 / 4),
-                           ("@pb=4@window=1000@sink=4", 1004 + 996 / 4)],
+                           ("@pb=4@window=1000@sink=4", 1004 + 996 / 4),
+                           ("@fine=100", 100 * 3 / 12.5)],
 )  # fmt: skip
 def test_tokens_that_stay_exact_are_planned_at_16_bits(options: str, exact: float) -> None:
     """Of 2000 prefix tokens, on average over 32 layers."""

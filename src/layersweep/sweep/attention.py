@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -180,6 +181,12 @@ def _keep(
         context.caches.layer(tile, context.index).keep(group, first, prefix, pairs, at_once)
 
 
+@lru_cache(maxsize=64)  # every layer asks alike, and a copy to a device makes the host wait
+def _coded_until(arm: Arm, tokens: int, device: torch.device) -> Tensor:
+    """Up to where the codec has the past of each of `tokens` tokens."""
+    return torch.tensor([arm.coded_until(at + 1) for at in range(tokens)], device=device)
+
+
 def _attend_streaming(
     tile_name: str, branch: Branch, q: Tensor, streams: Streams, table: Table | None,
     context: LayerContext,
@@ -213,7 +220,7 @@ def _attend_streaming(
     views += [(exact[0], views[-1][1])] * (group > 1) + [exact] * near
     keys, values = (torch.cat(part, dim=2) for part in zip(*views, strict=True))
     key_at = torch.arange(tokens, device=q.device)
-    until = torch.tensor([arm.coded_until(at + 1) for at in range(tokens)], device=q.device)
+    until = _coded_until(arm, tokens, q.device)
     pieces = []
     for first in range(0, tokens, QUERY_CHUNK):
         some = slice(first, first + QUERY_CHUNK)
