@@ -16,7 +16,7 @@ from layersweep.errors import InputError
 from layersweep.kv import Stream, parse_arms
 from layersweep.kv.codec import Codec, Packed, check_stream
 from layersweep.kv.identity import Untransformed
-from layersweep.kv.kivi import KeyGroups
+from layersweep.kv.groups import TokenGroups
 from layersweep.tasks.perplexity.task import control_arms
 
 # Every arm, and the multiple that a head size must be of.
@@ -181,7 +181,7 @@ def test_kivi_keys_are_per_channel_and_the_last_ones_exact() -> None:
     x = gaussians(1, 1, 70, 64)
     codec = codec_of("kivi:K2V2")
     packed = encode(codec, x)
-    assert isinstance(packed, KeyGroups)
+    assert isinstance(packed, TokenGroups)
     decoded = codec.decode(packed, positions_of(x))
     assert torch.equal(decoded[:, :, 64:], x[:, :, 64:])
     column = x[0, 0, 32:64, 3]

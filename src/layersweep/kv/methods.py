@@ -57,6 +57,7 @@ class Method:
 
 _GROUPS = (("group", ("64", "32", "128")),)
 _ROTATE = (("rotate", ("0", "1")),)
+_RESIDUAL = (("residual", ("0", "32", "64", "128")),)
 METHODS = MappingProxyType(
     {
         "trellis": Method(
@@ -66,7 +67,7 @@ METHODS = MappingProxyType(
         "lloyd": Method("layersweep.kv.lloyd", "Lloyd"),
         "turbo": Method("layersweep.kv.turbo", "Turbo"),
         "voronoi": Method("layersweep.kv.voronoi", "Voronoi"),
-        "kivi": Method("layersweep.kv.kivi", "Kivi"),
+        "kivi": Method("layersweep.kv.kivi", "Kivi", _RESIDUAL),
         "nexusquant": Method(
             "layersweep.kv.nexusquant", "NexusQuant", package=("nexusquant", "nexusquant-kv")
         ),

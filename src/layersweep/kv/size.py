@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from layersweep.kv.arms import Arm
-from layersweep.kv.codec import key_group, role_bits
+from layersweep.kv.codec import grouping, role_bits
 from layersweep.kv.methods import EXACT_BITS
 from layersweep.kv.stream import State, Stream
 
@@ -80,9 +80,9 @@ def _stream_bits(arm: Arm, stream: Stream, tokens: int, exact: bool, like: Tenso
 def _coded_bits(arm: Arm, stream: Stream, tokens: int, like: Tensor | None) -> float:
     """Bits of `tokens` tokens in the codec: means are counted once, groups of tokens are alike."""
     assert arm.codec is not None
-    group = 1 if stream.role == "value" else key_group(arm.codec)
-    step = group * -(-_PROBE // group)
-    few = step + tokens % step
+    how = grouping(arm.codec, stream.role)
+    step = how.group * -(-_PROBE // how.group)
+    few = step * (1 + -(-how.keep // step)) + tokens % step
     if tokens <= few:
         return 8 * _probe(arm, stream, tokens, like) if tokens else 0.0
     low, high = (_probe(arm, stream, count, like) for count in (few, few + step))

@@ -22,8 +22,8 @@ from layersweep.kv.codec import (
     Codec,
     Packed,
     basis_for,
+    grouping,
     join_batches,
-    key_group,
     pad_tokens,
     role_bits,
 )
@@ -229,7 +229,7 @@ class StoredStream:
         if unseen >= middle.packed.tokens:  # all that is seen is in the tail, now and from now on
             tail = None if self.tail is None else self.tail[:, :, unseen - middle.packed.tokens :]
             return replace(self, first=first, hidden=0, head=tail, middle=None, tail=None)
-        group = 1 if self.stream.role == "value" else key_group(middle.codec)
+        group = grouping(middle.codec, self.stream.role).group
         whole = unseen // group * group if middle.can_be_cut else 0
         if whole:
             key = (middle, whole)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from layersweep.families.spec import Norm
 from layersweep.kv.arms import Arm
-from layersweep.kv.codec import key_group
+from layersweep.kv.codec import Grouping, grouping
 from layersweep.kv.store import KvStore
 from layersweep.model.routing import route
 from layersweep.sweep.context import LayerContext, Table
@@ -185,10 +185,13 @@ def _attend_streaming(
     context: LayerContext,
 ) -> Tensor:  # fmt: skip
     """Every token reads the decoded streams of every earlier token and of itself; with `@window=W`,
-    the last W tokens (itself included) exactly, and exactly too the keys that wait until a group
-    of theirs is full."""
+    the last W tokens (itself included) exactly, and exactly too what a codec has not let go of yet:
+    keys, values or both that wait until a group of theirs is full."""
     tokens, arm = q.shape[2], branch.arm
-    group = 1 if arm.codec is None else key_group(arm.codec)
+    roles = context.plain_streams[0].role, context.plain_streams[-1].role
+    how_keys, how_values = (
+        Grouping() if arm.codec is None else grouping(arm.codec, role) for role in roles
+    )
     attention, rule, sinks = context.compute.attention, context.rule, context.sinks
     stored = _stored([arm], streams, context, mean_tokens=STREAMING_MEAN, whole=True)
     first = context.plain_streams[0].first_held(tokens)
@@ -197,7 +200,10 @@ def _attend_streaming(
         held = _stored([arm], _some(streams, slice(first, tokens)), context, first=first)
     _count(tile_name, [arm], held, context)
     q = turned_queries(q, 0, table, context)
-    parts = 1 + (group > 1) + (arm.window > 0)
+    # One of the two is exact in between, where they are not let go of alike.
+    between = how_keys != how_values
+    near = arm.window > 0 or Grouping() not in (how_keys, how_values)
+    parts = 1 + between + near
     if parts == 1:
         keys, values = read([stored.decoded(0)], 0, table, context)
         return attention(q, keys, values, rule=rule, sinks=sinks)
@@ -205,17 +211,23 @@ def _attend_streaming(
     coded = _stored([every], streams, context, mean_tokens=STREAMING_MEAN, whole=True).decoded(0)
     coded_keys, coded_values = read([coded], 0, table, context)
     exact_keys, exact_values = read([streams], 0, table, context)
-    keys = torch.cat([coded_keys, *[exact_keys] * (parts - 1)], dim=2)
-    part_values = [coded_values] * (1 + (group > 1)) + [exact_values] * (arm.window > 0)
-    values = torch.cat(part_values, dim=2)
+    keys_wait = how_values == Grouping()
+    part_keys = [coded_keys] + [exact_keys if keys_wait else coded_keys] * between
+    part_values = [coded_values] + [coded_values if keys_wait else exact_values] * between
+    keys = torch.cat(part_keys + [exact_keys] * near, dim=2)
+    values = torch.cat(part_values + [exact_values] * near, dim=2)
     key_at = torch.arange(tokens, device=q.device)
     pieces = []
     for first in range(0, tokens, QUERY_CHUNK):
         at = key_at[first : first + QUERY_CHUNK, None]
         left = (at + 1 - arm.sink - arm.window).clamp(min=0)  # tokens that have left the window
-        keys_from, values_from = arm.sink + left // group * group, arm.sink + left
-        far, near = key_at < keys_from, key_at >= values_from
-        masks = [far, ~far & ~near, near] if group > 1 else [far, near]
+        keys_from, values_from = (
+            arm.sink + (left - how.keep).clamp(min=0) // how.group * how.group
+            for how in (how_keys, how_values)
+        )
+        far = key_at < torch.minimum(keys_from, values_from)
+        exact = key_at >= torch.maximum(keys_from, values_from)
+        masks = [far, ~far & ~exact, exact] if between else [far, exact]
         seen = key_at <= at
         if rule.window is not None:
             seen &= key_at > at - rule.window
