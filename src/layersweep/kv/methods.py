@@ -66,14 +66,18 @@ METHODS = MappingProxyType(
         "e8": Method("layersweep.kv.e8", "E8", options=(("v", ("0.6", "0.5")),)),
         "lloyd": Method("layersweep.kv.lloyd", "Lloyd"),
         "turbo": Method("layersweep.kv.turbo", "Turbo"),
+        "turboquant": Method("layersweep.kv.turboquant", "TurboQuant"),
         "voronoi": Method("layersweep.kv.voronoi", "Voronoi"),
         "kivi": Method("layersweep.kv.kivi", "Kivi", _RESIDUAL),
+        "kvarn": Method("layersweep.kv.kvarn", "KVarN", (("group", ("128", "64")),)),
+        "oscar": Method("layersweep.kv.oscar", "Oscar"),
         "nexusquant": Method(
             "layersweep.kv.nexusquant", "NexusQuant", package=("nexusquant", "nexusquant-kv")
         ),
         "int4": Method("layersweep.kv.uniform", "Uniform", _GROUPS, fixed_bits=4),
         "int2": Method("layersweep.kv.uniform", "Uniform", _GROUPS, fixed_bits=2),
         "q8_0": Method("layersweep.kv.ggml", "Ggml", _ROTATE, fixed_bits=8),
+        "q5_0": Method("layersweep.kv.ggml", "Ggml", _ROTATE, fixed_bits=5),
         "q4_0": Method("layersweep.kv.ggml", "Ggml", _ROTATE, fixed_bits=4),
         "fp8": Method("layersweep.kv.fp8", "Fp8", fixed_bits=8),
     }
