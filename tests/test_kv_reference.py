@@ -14,26 +14,35 @@ from torch import Tensor
 
 from layersweep.errors import InputError
 from layersweep.kv import Stream, parse_arms
-from layersweep.kv.codec import Codec, Packed, check_stream
-from layersweep.kv.identity import Untransformed
+from layersweep.kv.codec import Codec, Packed, check_stream, grouping
 from layersweep.kv.groups import TokenGroups
+from layersweep.kv.identity import Untransformed
 from layersweep.tasks.perplexity.task import control_arms
 
 # Every arm, and the multiple that a head size must be of.
 ARMS = {
     "turbo:K3V2": 8,
+    "turboquant:K3V4": 8,
+    "turboquant:K8V3": 8,
+    "kvarn:K4V2@group=64": 8,
+    "oscar:K2V2": 8,
     "voronoi:K3V2": 8,
     "kivi:K3V2": 32,
+    "kivi:K3V2@residual=32": 32,
     "int4": 64,
     "int2": 64,
     "int4@group=32": 32,
     "int2@group=128": 128,
     "q8_0": 32,
     "q4_0": 32,
-    "q4_0@rotate=1": 32,
+    "q5_0": 32,
+    "q4_0@rotate=1": 64,
+    "q5_0@rotate=1": 64,
     "fp8": 8,
 }
 DIMS = (64, 80, 96, 128, 256)
+# Those with tokens that stay exact, or numbers without a scale, have other limits of size.
+SCALED = [arm for arm in ARMS if "residual" not in arm and "K8" not in arm]
 
 
 CPU = torch.device("cpu")
@@ -64,6 +73,15 @@ def same(a: Packed, b: Packed) -> bool:
         ("kivi:K2V2", "key", 3.0, 0.1544),
         ("kivi:K4V4", "key", 5.0, 0.0061),
         ("int2@group=32", "key", 3.0, 0.1544),
+        # |x^| = |x| costs a little of the error, and gives the inner products of keys
+        ("turboquant:K4V4", "key", 4.125, 0.00925),
+        ("turboquant:K3V3", "key", 3.125, 0.0340),
+        ("turboquant:K3V3", "value", 3.25, 0.0459),
+        ("turboquant:K8V4", "key", 8.0, 0.000705),
+        ("oscar:K2V2", "key", 2.25, 0.1560),
+        ("oscar:K2V2", "value", 2.25, 0.1271),
+        ("kivi:K2V2@residual=128", "value", 3.0 + 13 / 32, 0.1544 * 31 / 32),
+        ("kivi:K2V2@residual=128", "key", 3.0, 0.1544),
         # 0.0663, 0.0168 and 0.00429 have been reported for this design. At 2 bits the nearest of
         # all 65,536 points had 0.0719 under the best of three sets of 4 scales that were tried.
         ("voronoi:K2V2", "key", 2.375, 0.0814),
@@ -82,7 +100,7 @@ def test_error_and_true_bits(arm: str, role: str, bits: float, mse: float) -> No
 @pytest.mark.parametrize(
     ("arm", "bits"),
     [("int4", 4.5), ("int2", 2.5), ("int4@group=32", 5.0), ("int2@group=128", 2.25),
-     ("q8_0", 8.5), ("q4_0", 4.5), ("q4_0@rotate=1", 4.5), ("fp8", 8.125)],
+     ("q8_0", 8.5), ("q5_0", 5.5), ("q4_0", 4.5), ("q4_0@rotate=1", 4.5), ("fp8", 8.125)],
 )  # fmt: skip
 def test_true_bits_per_element(arm: str, bits: float) -> None:
     codec, x = codec_of(arm), gaussians(1, 4, 64, 128)
@@ -101,6 +119,7 @@ def test_error_of_the_formats_without_a_published_figure() -> None:
     assert error("int4") == pytest.approx(0.00805, rel=0.01)
     assert error("q4_0") == pytest.approx(0.00741, rel=0.01)
     assert error("q4_0@rotate=1") == pytest.approx(0.00741, rel=0.01)
+    assert error("q5_0") == pytest.approx(0.00182, rel=0.01)
     assert error("q8_0") == pytest.approx(2.9e-5, rel=0.02)
     assert error("fp8") == pytest.approx(6.6e-4, rel=0.01)
 
@@ -192,10 +211,136 @@ def test_kivi_keys_are_per_channel_and_the_last_ones_exact() -> None:
     assert 8 * codec.nbytes(packed) == 64 * (64 * 3 + 6 * 16)
 
 
+def test_kivi_with_a_residual_keeps_the_last_values_and_the_keys_of_an_unfilled_block() -> None:
+    """300 tokens at 128: 256 keys are coded, in groups of 32 still, and 172 values."""
+    codec, plain, x = (
+        codec_of("kivi:K2V2@residual=128"),
+        codec_of("kivi:K2V2"),
+        gaussians(1, 1, 300, 64),
+    )
+    for role, coded in (("key", 256), ("value", 172)):
+        stream = stream_of(role, x)
+        packed = codec.encode(x, stream, positions_of(x))
+        decoded = codec.decode(packed, positions_of(x))
+        assert 8 * codec.nbytes(packed) == 64 * (coded * 3 + (300 - coded) * 16)
+        assert torch.equal(decoded[:, :, coded:], x[:, :, coded:])
+        every = plain.decode(plain.encode(x, stream, positions_of(x)), positions_of(x))
+        assert torch.equal(decoded[:, :, :coded], every[:, :, :coded])
+
+
+# --- arithmetic of published methods, written once more with matrices ----------------------------
+
+
+def hadamard(size: int) -> Tensor:
+    matrix = torch.ones(1, 1)
+    while len(matrix) < size:
+        matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), matrix)
+    return matrix / size**0.5
+
+
+def affine(x: Tensor, bits: int) -> Tensor:
+    """Every row between its minimum and its maximum, by fp16 scales."""
+    low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+    scale, zero = ((high - low) / (2**bits - 1)).half().float(), low.half().float()
+    return ((x - zero) / scale).round().clamp(0, 2**bits - 1) * scale + zero
+
+
+def decoded_by(arm: str, role: str, x: Tensor) -> Tensor:
+    codec = codec_of(arm)
+    return codec.decode(codec.encode(x, stream_of(role, x), positions_of(x)), positions_of(x))
+
+
+@pytest.mark.parametrize(("role", "size"), [("key", 128), ("value", 64)])
+def test_the_rotation_of_llama_cpp(role: str, size: int) -> None:
+    """Keys in one block of a head, values in blocks of 64: H q4_0(H x) with the plain format."""
+    x = gaussians(1, 2, 40, 128)
+    blocks = torch.block_diag(*[hadamard(size)] * (128 // size))
+    expected = decoded_by("q4_0", role, x @ blocks) @ blocks
+    # a number that rounding moves across the middle of a step differs by that step
+    apart = (decoded_by("q4_0@rotate=1", role, x) - expected).abs().amax(-1)
+    assert (apart > 1e-5).float().mean() < 0.02
+
+
+def test_turboquant_keys_keep_their_length_and_values_are_not_rotated() -> None:
+    x = gaussians(1, 2, 40, 64) + 1
+    keys = decoded_by("turboquant:K3V3", "key", x)
+    assert (keys.norm(dim=-1) / x.norm(dim=-1) - 1).abs().max() < 2**-11
+    assert torch.equal(decoded_by("turboquant:K3V3", "value", x), affine(x, 3))
+    assert torch.equal(decoded_by("turboquant:K8V3", "key", x), x.to(torch.float8_e4m3fn).float())
+
+
+@pytest.mark.parametrize(("role", "place"), [("key", 122), ("value", 117)])
+def test_oscar_clips_at_the_published_share_of_magnitudes(role: str, place: int) -> None:
+    x = gaussians(1, 2, 40, 128)
+    turned = x @ hadamard(128)
+    limit = turned.abs().sort(dim=-1).values[..., place, None]
+    expected = affine(turned.clamp(-limit, limit), 2) @ hadamard(128)
+    assert ((decoded_by("oscar:K2V2", role, x) - expected).abs() > 1e-4).float().mean() < 0.01
+
+
+def evened(tile: Tensor) -> tuple[Tensor, Tensor]:
+    """KVarN's scales of the columns and rows of a tile, as logarithms, as it computes them."""
+
+    def uneven(left: Tensor) -> Tensor:
+        spreads = [left.std(dim) for dim in (0, 1)]
+        return sum((s.max() / s.min() for s in spreads), torch.zeros(()))
+
+    column, row = torch.zeros(1, tile.shape[1]), torch.zeros(len(tile), 1)
+    best, least = (column, row), uneven(tile)
+    for _ in range(16):
+        left = tile / column.exp() / row.exp()
+        column = (column + left.std(0, keepdim=True).clamp(1e-3, 1e3).log()).clamp(-0.3, 10)
+        left = tile / column.exp() / row.exp()
+        row = (row + left.std(1, keepdim=True).clamp(1e-3, 1e3).log()).clamp(-0.3, 10)
+        if (found := uneven(tile / column.exp() / row.exp())) <= least:
+            best, least = (column, row), found
+    return best[0].exp(), best[1].exp()
+
+
+@pytest.mark.parametrize("size", [0.1, 5.0])
+@pytest.mark.parametrize("role", ["key", "value"])
+def test_kvarn_evens_a_tile_and_codes_its_rows(role: str, size: float) -> None:
+    """Small numbers stay below the smallest scale that it allows; tokens differ by a factor of 20."""
+    x = gaussians(1, 1, 70, 64) * torch.linspace(0.1, 2, 70).unsqueeze(1) * size
+    tile = x[0, 0, :64] @ hadamard(64)
+    tile = tile.T if role == "key" else tile  # rows are channels of keys, tokens of values
+    column, row = evened(tile)
+    left, last = tile / column / row, 2 ** (4 if role == "key" else 2) - 1
+    low, high = left.amin(1, keepdim=True), left.amax(1, keepdim=True)
+    code = ((left - low) * last / (high - low)).round()
+    scale, zero = (row * (high - low) / last).half().float(), (row * low).half().float()
+    expected = (code * scale + zero) * column.half().float()
+    expected = (expected.T if role == "key" else expected) @ hadamard(64)
+    decoded = decoded_by("kvarn:K4V2@group=64", role, x)[0, 0]
+    # where no scale can get smaller, all rounds are alike, and rounding takes one: fp16 apart
+    assert ((decoded[:64] - expected).abs() > 0.01 * size).float().mean() < 0.01
+    assert torch.equal(decoded[64:], x[0, 0, 64:])
+
+
+@pytest.mark.parametrize("bits", [4, 5, 8])
+def test_ggml_bytes_are_those_of_its_own_package(bits: int) -> None:
+    gguf = pytest.importorskip("gguf", reason="gguf is not installed")
+    x = gaussians(1, 1, 500, 96)
+    expected = gguf.quants.quantize(x.numpy(), gguf.GGMLQuantizationType[f"Q{bits}_0"])
+    assert np.array_equal(encode(codec_of(f"q{bits}_0"), x).codes.numpy(), expected)
+
+
+def test_turboquant_is_a_published_package_without_its_signs() -> None:
+    """turboquant-plus-vllm, the keys' half of it. Its 4-bit levels stop 2 % short of Lloyd-Max."""
+    theirs = pytest.importorskip("turboquant_vllm.torch_ops", reason="it is not installed")
+    x = gaussians(1, 1, 500, 128)
+    quantizer = theirs.PolarQuantTorch(128, 3, device="cpu")
+    quantizer.signs1.fill_(1)
+    quantizer.signs2.fill_(1)
+    expected = quantizer.dequantize(*quantizer.quantize(x[0, 0], norm_correction=True))
+    apart = decoded_by("turboquant:K3V3", "key", x)[0, 0] - expected
+    assert (apart.abs().amax(-1) > 5e-3).float().mean() < 0.03
+
+
 # --- the contract --------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     arm=st.sampled_from(list(ARMS)),
     role=st.sampled_from(["key", "value"]),
@@ -234,11 +379,11 @@ def test_batch_order_slices_and_append_change_no_bit(
 
 
 @pytest.mark.parametrize("role", ["key", "value"])
-@pytest.mark.parametrize("arm", list(ARMS))
+@pytest.mark.parametrize("arm", SCALED)
 def test_special_vectors(arm: str, role: str) -> None:
     """Zero stays zero, a constant nearly so, fp16's limits of size, and non-finite stays visible
     and, but for a group's other tokens, alone."""
-    codec, x = codec_of(arm), gaussians(1, 2, 32, 128)
+    codec, x = codec_of(arm), gaussians(1, 2, 64, 128)
     stream, at = stream_of(role, x), positions_of(x)
 
     def through(some: Tensor) -> Tensor:
@@ -246,9 +391,12 @@ def test_special_vectors(arm: str, role: str) -> None:
 
     assert torch.equal(through(torch.zeros_like(x)), torch.zeros_like(x))
     constant = through(torch.full_like(x, -2.5))
-    assert constant.mean().item() == pytest.approx(-2.5, rel=0.2)
+    if not arm.startswith(
+        ("turboquant", "kvarn", "oscar")
+    ):  # it is one spike after a plain Hadamard
+        assert constant.mean().item() == pytest.approx(-2.5, rel=0.2)
     clean = through(x)
-    for size in (1e-3, 1e3):
+    for size in () if arm.startswith("kvarn") else (1e-3, 1e3):  # whose scales have limits
         error = (through(x * size) / size - clean).square().mean()
         assert error < 0.02 * clean.square().mean()
     assert through(x * 1e-12).abs().max() < 1e-10
@@ -259,12 +407,13 @@ def test_special_vectors(arm: str, role: str) -> None:
         decoded = through(bad)
         assert not torch.isfinite(decoded[0, 1, 9, 7])
         assert torch.equal(decoded[0, 0], clean[0, 0])
-        tokens = [t for t in range(32) if t != 9]
+        same = torch.ones(64, 128, dtype=torch.bool)
         if arm.startswith("kivi") and role == "key":
-            channels = [c for c in range(128) if c != 7]
-            assert torch.equal(decoded[0, 1][:, channels], clean[0, 1][:, channels])
+            same[:32, 7] = False
         else:
-            assert torch.equal(decoded[0, 1, tokens], clean[0, 1, tokens])
+            tile = grouping(codec, role).group  # type: ignore[arg-type]
+            same[9 // tile * tile :][:tile] = False
+        assert torch.equal(decoded[0, 1][same], clean[0, 1][same])
 
 
 def test_the_identity_of_a_codec_without_transforms_changes_nothing() -> None:

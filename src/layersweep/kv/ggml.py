@@ -7,7 +7,8 @@ Blocks of 32 consecutive channels, each an fp16 scale d followed by its codes:
            x^ = d * (code - 8)
     q5_0   the same with d = m / -16, code = trunc(x / d + 16.5), at most 31; the fifth bits of the
            32 codes stand in 4 bytes between the scale and the low ones;  x^ = d * (code - 16)
-The scale in use is the one before fp16 rounding, by its reciprocal. Bits per element: 8.5, 5.5, 4.5.
+The scale in use is the one before fp16 rounding, by its reciprocal. Bits per element: 8.5, 5.5 and
+4.5.
 
 rotate=1: the Sylvester Hadamard matrix over its square root goes over consecutive channels, keys in
 blocks of the largest power of two that divides the head size, values in blocks of 64. llama.cpp

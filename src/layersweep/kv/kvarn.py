@@ -1,4 +1,4 @@
-"""`kvarn`: tiles of 128 tokens, rotated and scaled along both axes, min and max. `@group=64` halves.
+"""`kvarn`: tiles of 128 tokens (or `@group=64`), rotated, scaled along both axes, min and max.
 
 Of a tile, D channels x S tokens, rotated by the Sylvester Hadamard matrix over sqrt(D):
     16 times: divide every column by its standard deviation, then every row by its own. The products
@@ -11,8 +11,8 @@ Rows are the channels of keys and the tokens of values. Stored are, as fp16, r s
 every row and c for every column. Tokens stay exact until their tile is full. Bits per element of a
 full tile: keys bits + 32 / S + 16 / D, values bits + 16 / S + 32 / D.
 
-Source: KVarN, arXiv 2606.03458, and its code in vLLM: kv_cache_dtype kvarn_k4v2_g128, sinkhorn.py and
-kvarn_store.py. The program multiplies scales as sums of logarithms; it keeps the first tile of a
+Source: KVarN, arXiv 2606.03458, and its code for vLLM (kv_cache_dtype kvarn_k4v2_g128, sinkhorn.py,
+kvarn_store.py). The program multiplies scales as sums of logarithms. It keeps the first tile of a
 text exact, too: write @sink=128. Keys come before RoPE, there after it.
 """
 

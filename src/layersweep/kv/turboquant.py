@@ -7,12 +7,13 @@ scale: x^ = e4m3(x), NaN beyond 464, where vLLM's conversion saturates.
 Values, per vector, with L = 2^bits - 1: zero = min(x), scale = (max(x) - min(x)) / L, both fp16;
     code = round((x - zero) / scale);   x^ = scale * code + zero
 Bits per element: keys bits + 16 / D, or 8; values bits + 32 / D. vLLM's names are turboquant_k8v4,
-_4bit_nc, _k3v4_nc and _3bit_nc: K8V4, K4V4, K3V4 and K3V3. Its default leaves the first and last two
-layers exact: write @pb=2.
+_4bit_nc, _k3v4_nc and _3bit_nc: K8V4, K4V4, K3V4 and K3V3. By default it leaves the first and last
+two layers exact: write @pb=2.
 
 Source: vllm/model_executor/layers/quantization/turboquant and triton_turboquant_store.py,
-triton_turboquant_decode.py of vllm/v1/attention/ops. What differs: levels solved exactly, where vLLM
-integrates by 200 trapezoids; value codes made for the rounded scale; keys before RoPE, there after.
+triton_turboquant_decode.py of vllm/v1/attention/ops. What differs: levels solved exactly, where
+vLLM integrates by 200 trapezoids; value codes made for the rounded scale; keys before RoPE, there
+after it.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class TurboQuant(RowCodec):
     def layout(self, dim: int, bits: int) -> Layout:
         return Layout(dim * bits // 8)
 
-    def encode_rows(self, x_ND: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    def encode_rows(self, x_ND: Tensor, bits: int) -> tuple[Tensor, Tensor | None]:
         y_DN = rotate(x_ND, randomized=False)
         square = add_rows(y_DN * y_DN)
         inverse = square.clamp(min=_SMALLEST_SQUARE).rsqrt_()
