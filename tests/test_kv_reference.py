@@ -300,7 +300,7 @@ def evened(tile: Tensor) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("size", [0.1, 5.0])
 @pytest.mark.parametrize("role", ["key", "value"])
 def test_kvarn_evens_a_tile_and_codes_its_rows(role: str, size: float) -> None:
-    """Small numbers stay below the smallest scale that it allows; tokens differ by a factor of 20."""
+    """Small numbers stay below the smallest scale that it allows. Tokens differ 20 times in size."""
     x = gaussians(1, 1, 70, 64) * torch.linspace(0.1, 2, 70).unsqueeze(1) * size
     tile = x[0, 0, :64] @ hadamard(64)
     tile = tile.T if role == "key" else tile  # rows are channels of keys, tokens of values

@@ -27,7 +27,8 @@ class Method:
     """Where a method's dataclass lives, and the values of each option, the default one first.
 
     `fixed_bits`: of a method that is an arm by its name alone. `package`: what must be installed
-    for it, as (module, name to install).
+    for it, as (module, name to install). `published`: the bits of keys and values that `all` takes
+    of a method with other bits than most.
     """
 
     module: str
@@ -35,6 +36,7 @@ class Method:
     options: tuple[tuple[str, tuple[str, ...]], ...] = ()
     fixed_bits: int | None = None
     package: tuple[str, str] | None = None
+    published: tuple[tuple[int, int], ...] = REFERENCE_BITS
 
     def build(self, key_bits: int, value_bits: int, options: dict[str, str]) -> Codec:
         kind = getattr(importlib.import_module(self.module), self.dataclass)
@@ -48,7 +50,7 @@ class Method:
     @property
     def pairs(self) -> tuple[tuple[int, int], ...]:
         """The bits of keys and values that `all` takes."""
-        return ((self.fixed_bits, self.fixed_bits),) if self.fixed_bits else REFERENCE_BITS
+        return ((self.fixed_bits, self.fixed_bits),) if self.fixed_bits else self.published
 
     @property
     def installed(self) -> bool:
@@ -66,11 +68,13 @@ METHODS = MappingProxyType(
         "e8": Method("layersweep.kv.e8", "E8", options=(("v", ("0.6", "0.5")),)),
         "lloyd": Method("layersweep.kv.lloyd", "Lloyd"),
         "turbo": Method("layersweep.kv.turbo", "Turbo"),
-        "turboquant": Method("layersweep.kv.turboquant", "TurboQuant"),
+        "turboquant": Method(
+            "layersweep.kv.turboquant", "TurboQuant", published=((3, 4), (4, 4), (8, 4), (3, 3))
+        ),
         "voronoi": Method("layersweep.kv.voronoi", "Voronoi"),
         "kivi": Method("layersweep.kv.kivi", "Kivi", _RESIDUAL),
         "kvarn": Method("layersweep.kv.kvarn", "KVarN", (("group", ("128", "64")),)),
-        "oscar": Method("layersweep.kv.oscar", "Oscar"),
+        "oscar": Method("layersweep.kv.oscar", "Oscar", published=((2, 2),)),
         "nexusquant": Method(
             "layersweep.kv.nexusquant", "NexusQuant", package=("nexusquant", "nexusquant-kv")
         ),

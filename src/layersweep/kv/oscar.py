@@ -10,9 +10,9 @@ Bits per element: bits + 32 / 128, or bits + 32 / D. The published cache is K2V2
 
 Source: OSCAR, arXiv 2605.17757, and its code (FutureMLS-Lab/OSCAR, compute_kv_rotation.py and
 oscar_rotation_clip_int2_kv.py). What differs: keys come before RoPE, there after it. The published
-rotation is U H P. U are the eigenvectors of a covariance that 30,000 tokens of calibration text give
-for every layer: for keys that of queries, for values that of values weighted by the scores of their
-keys. P is a permutation, which changes nothing within a group. Here U is left out, as by the
+rotation is U H P. U are the eigenvectors of a covariance that 30,000 tokens of calibration text
+give for every layer: for keys that of queries, for values that of values weighted by the scores of
+their keys. P is a permutation, which changes nothing within a group. Here U is left out, as by the
 program's own `--method hadamard`; `tools/measure_covariance.py` measures what it would gain.
 """
 
