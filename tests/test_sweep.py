@@ -213,7 +213,7 @@ def test_streaming_reads_every_token_through_the_codec(tiny: Path) -> None:
 @pytest.mark.parametrize(
     "name",
     ["lloyd:K2V2", "lloyd:K2V2@window=5@sink=3", "kivi:K2V16", "kivi:K2V16@window=5@sink=3",
-     "kivi:K2V2@residual=32@window=5@sink=3", "kvarn:K4V2@group=64@sink=2"],
+     "kivi:K2V16@residual=32", "kvarn:K4V2@group=64@sink=2"],
 )  # fmt: skip
 def test_streaming_equals_a_cache_that_grows_token_by_token(name: str, tiny: Path) -> None:
     """kivi's groups of keys count from when they are full, for the sweep as for a serving cache."""
