@@ -228,7 +228,7 @@ def _cache_bytes(model: Holder, tile: Tile, arms: Sequence[Arm]) -> int:
 
 def _coded(arm: Arm, prefix: int, layers: int) -> float:
     """Tokens of a prefix that go through the codec, on average over the layers."""
-    tokens = max(0, prefix - arm.sink - arm.window)
+    tokens = max(0, arm.coded_until(prefix) - arm.sink)
     return tokens * max(0, layers - 2 * arm.protect) / layers
 
 

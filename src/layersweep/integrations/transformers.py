@@ -35,11 +35,10 @@ from transformers.cache_utils import (
 
 from layersweep.errors import InputError
 from layersweep.kv.arms import Arm, parse
+from layersweep.kv.methods import FIRST_BLOCK
 from layersweep.kv.size import KvSize
 from layersweep.kv.store import KvStore
 from layersweep.kv.stream import Rotation, Stream, keys_and_values, latent_streams
-
-MEAN_TOKENS = 128  # a channel mean comes from the first tokens that are coded, and is frozen
 
 
 def cache_for(model: Any, kv: str) -> Cache:
@@ -52,7 +51,8 @@ def cache_for(model: Any, kv: str) -> Cache:
     and for layers that keep something else. What the arm's codec cannot take is refused with the
     first token.
     """
-    arm, config = parse(kv), model.config.get_text_config() if hasattr(model, "config") else None
+    arm = parse(kv, growing=True)
+    config = model.config.get_text_config() if hasattr(model, "config") else None
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     rotary = [name for name, _ in decoder.named_children() if "rotary_emb" in name]
     if config is None or rotary != ["rotary_emb"]:
@@ -219,7 +219,7 @@ class CodedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers has no 
             for stream in streams
         )
         self.streams = (keys, values)
-        self.store = KvStore.empty([(self.arm, self.streams)], *self.place, MEAN_TOKENS)
+        self.store = KvStore.empty([(self.arm, self.streams)], *self.place, FIRST_BLOCK)
         self.is_initialized = True
 
     def update(

@@ -137,6 +137,7 @@ class Codec(Protocol):
     - `mean` [B, H, D] float16 is subtracted and stored by codecs with `wants_mean`; append uses the
       stored one. Others raise InputError. With `wants_level`, too, a column D + 1 holds the rms
       around the means, to which stored scales are relative.
+    - codecs with `found` "1" are given sinks around their mean by their caller (kv.encoded).
     - codecs with `wants_basis` are given x in the coordinates of stream.basis, where there is one,
       by their caller, who turns back what they decode.
     """
@@ -188,6 +189,12 @@ def wants_level(codec: Codec) -> bool:
 def wants_basis(codec: Codec) -> bool:
     """Whether a codec spreads its error evenly, so that coordinates decide where it goes."""
     return bool(getattr(codec, "wants_basis", False))
+
+
+def finds_sinks(codec: Codec) -> bool:
+    """Whether a codec with a channel mean has tokens that look like the first one coded as a
+    difference from it (kv.encoded), by its caller."""
+    return getattr(codec, "found", "0") == "1"
 
 
 @dataclass(frozen=True)

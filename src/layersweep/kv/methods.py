@@ -14,11 +14,15 @@ if TYPE_CHECKING:
 
 BITS = (1, 2, 3, 4, 5, 6, 8, 16)
 EXACT_BITS = 16
-# A bare K3V2 is DEFAULT_METHOD with DEFAULT_COUNTS, trellis:K3V2@sink=4. Language models send most
-# of their attention to the first token, whose value is nearly zero: coded with the others'
-# channel mean it costs SmolLM2-135M 9.5 %, kept exact 1.2 % (docs/codecs.md).
+# A bare K3V2 is DEFAULT_METHOD with DEFAULTS, trellis:K3V2@found=1@sink=1; where a cache grows,
+# with GROWING_DEFAULTS. Why, by how much: docs/codecs.md, "Attention sinks", "Growing caches".
 DEFAULT_METHOD = "trellis"
-DEFAULT_COUNTS: Mapping[str, int] = MappingProxyType({"sink": 4})
+DEFAULTS: Mapping[str, str] = MappingProxyType({"found": "1", "sink": "1"})
+GROWING_DEFAULTS: Mapping[str, str] = MappingProxyType(
+    {**DEFAULTS, "window": "8", "block": "16", "fine": "96"}
+)
+FIRST_BLOCK = 128  # tokens that a channel mean comes from where later ones are not known yet
+FINE_BITS = 2  # of what a codec has left of recent tokens
 REFERENCE_BITS = ((3, 2), (4, 2))
 
 
@@ -27,8 +31,8 @@ class Method:
     """Where a method's dataclass lives, and the values of each option, the default one first.
 
     `fixed_bits`: of a method that is an arm by its name alone. `package`: what must be installed
-    for it, as (module, name to install). `published`: the bits of keys and values that `all` takes
-    of a method with other bits than most.
+    for it, as (module, name to install). `refines`: what it leaves of a vector can be coded again.
+    `published`: the bits of keys and values that `all` takes of a method with other bits than most.
     """
 
     module: str
@@ -36,6 +40,7 @@ class Method:
     options: tuple[tuple[str, tuple[str, ...]], ...] = ()
     fixed_bits: int | None = None
     package: tuple[str, str] | None = None
+    refines: bool = False
     published: tuple[tuple[int, int], ...] = REFERENCE_BITS
 
     def build(self, key_bits: int, value_bits: int, options: dict[str, str]) -> Codec:
@@ -63,15 +68,18 @@ _RESIDUAL = (("residual", ("0", "32", "64", "128")),)
 METHODS = MappingProxyType(
     {
         "trellis": Method(
-            "layersweep.kv.trellis", "Trellis", options=(("states", ("256", "1024")),)
+            "layersweep.kv.trellis",
+            "Trellis",
+            options=(("states", ("256", "1024")), ("found", ("0", "1"))),
+            refines=True,
         ),
-        "e8": Method("layersweep.kv.e8", "E8", options=(("v", ("0.6", "0.5")),)),
-        "lloyd": Method("layersweep.kv.lloyd", "Lloyd"),
-        "turbo": Method("layersweep.kv.turbo", "Turbo"),
+        "e8": Method("layersweep.kv.e8", "E8", options=(("v", ("0.6", "0.5")),), refines=True),
+        "lloyd": Method("layersweep.kv.lloyd", "Lloyd", refines=True),
+        "turbo": Method("layersweep.kv.turbo", "Turbo", refines=True),
         "turboquant": Method(
             "layersweep.kv.turboquant", "TurboQuant", published=((3, 4), (4, 4), (8, 4), (3, 3))
         ),
-        "voronoi": Method("layersweep.kv.voronoi", "Voronoi"),
+        "voronoi": Method("layersweep.kv.voronoi", "Voronoi", refines=True),
         "kivi": Method("layersweep.kv.kivi", "Kivi", _RESIDUAL),
         "kvarn": Method("layersweep.kv.kvarn", "KVarN", (("group", ("128", "64")),)),
         "oscar": Method("layersweep.kv.oscar", "Oscar", published=((2, 2),)),

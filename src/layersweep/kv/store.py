@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from layersweep.kv.arms import Arm
-from layersweep.kv.stored import Encoded, Move, Shared, StoredStream
+from layersweep.kv.encoded import Encoded, Move
+from layersweep.kv.stored import Shared, StoredStream
 from layersweep.kv.stream import Stream
 
 ALIGNMENT = 64

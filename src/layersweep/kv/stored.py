@@ -16,75 +16,22 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from layersweep.kv.arms import Arm
-from layersweep.kv.basis import Basis
+from layersweep.kv.arms import EXACT, Arm
 from layersweep.kv.codec import (
     Codec,
-    Packed,
     basis_for,
+    finds_sinks,
     grouping,
-    join_batches,
     pad_tokens,
     role_bits,
 )
+from layersweep.kv.encoded import FLAGS, Encoded, Found, Move
 from layersweep.kv.means import mean_for, mean_kind
 from layersweep.kv.methods import EXACT_BITS
-from layersweep.kv.stream import Rotation, Stream
+from layersweep.kv.stream import Stream
 
 # Exact tokens are counted as fp16 storage, whatever dtype the computation runs in.
 EXACT_ELEMENT_BITS = 16
-
-Move = Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True, eq=False)
-class Encoded:
-    """A packed range of tokens at `positions` [B, T], of `dtype` before and after. Arms share it:
-    it is never changed, and it is itself the key to what has been made of it."""
-
-    codec: Codec
-    packed: Packed
-    positions: Tensor
-    basis: Basis | None
-    rotation: Rotation | None
-    dtype: torch.dtype
-
-    def decoded(self) -> Tensor:
-        x = self.codec.decode(self.packed, self.positions)
-        x = self.basis.leave(x) if self.basis else x
-        return (self.rotation.redo(x, self.positions) if self.rotation else x).to(self.dtype)
-
-    def without(self, tokens: int) -> Encoded:
-        """Less its first `tokens`, as views."""
-        packed = self.packed.slice_tokens(tokens, self.packed.tokens)
-        return replace(self, packed=packed, positions=self.positions[:, tokens:])
-
-    @property
-    def can_be_cut(self) -> bool:
-        """Not where the packed form is that of somebody's own codec."""
-        return isinstance(self.packed, Packed)
-
-    def nbytes(self, hidden: int) -> float:
-        """Measured size, its first `hidden` tokens left out; by their share where they cannot be
-        cut off."""
-        if not hidden:
-            return self.codec.nbytes(self.packed)
-        if self.can_be_cut:
-            return self.codec.nbytes(self.packed.slice_tokens(hidden, self.packed.tokens))
-        return self.codec.nbytes(self.packed) * (1 - hidden / self.packed.tokens)
-
-    def moved(self, move: Move) -> Encoded:
-        """The bytes elsewhere. Positions and basis stay where their layer is computed."""
-        return replace(self, packed=self.packed.moved(move))
-
-    def joined(self, others: Sequence[Encoded]) -> Encoded | None:
-        """This one and `others` of other sequences as one batch; None where that cannot be."""
-        packed = join_batches([self.packed, *(other.packed for other in others)])
-        if packed is None:
-            return None
-        starts = torch.cat([one.positions[:, :1] for one in (self, *others)])
-        at = torch.arange(packed.tokens, device=starts.device)
-        return replace(self, packed=packed, positions=starts + at)
 
 
 @dataclass(frozen=True)
@@ -129,8 +76,7 @@ class StoredStream:
 
     stream: Stream
     codec: Codec | None
-    sink: int = 0
-    window: int = 0
+    arm: Arm = EXACT
     mean_tokens: int | None = None
     first: int = 0
     hidden: int = 0
@@ -149,46 +95,94 @@ class StoredStream:
         first: int = 0,
     ) -> StoredStream:
         """As `arm` keeps `stream` in a layer, from position `first` on: exactly where the layer is
-        protected, or has 16 bits for it (except where the transforms themselves are the arm)."""
-        codec = None if arm.is_exact_layer(layer, num_layers) else arm.codec
+        protected or its window too short for blocks, or has 16 bits for it (except where the
+        transforms themselves are the arm)."""
+        kept = arm.is_exact_layer(layer, num_layers) or arm.keeps_window(stream.window)
+        codec = None if kept else arm.codec
         if codec and arm.method != "identity" and role_bits(codec, stream) == EXACT_BITS:
             codec = None
-        return cls(stream, codec, arm.sink, arm.window, mean_tokens, first)
+        return cls(stream, codec, arm, mean_tokens, first)
 
     def appended(self, x_BHTD: Tensor, shared: Shared | None = None) -> StoredStream:
         """With these tokens after those before, keys before RoPE. What another arm has encoded
         alike is found in `shared`. Raises InputError for a stream that the codec cannot take."""
+        end, head = self.end + x_BHTD.shape[2], self.head
         if self.middle is None:
-            exact, kept = _after(self.head, x_BHTD), max(self.sink - self.first, 0)
+            exact, kept = _after(head, x_BHTD), max(self.arm.sink - self.first, 0)
             head, waiting = _some(exact[:, :, :kept]), exact[:, :, kept:]
-            if self.codec is None or waiting.shape[2] <= self.window:
-                return replace(self, head=exact)
         else:
-            head, waiting = self.head, _after(self.tail, x_BHTD)
-        middle, leaving = self.middle, max(waiting.shape[2] - self.window, 0)
+            exact, waiting = None, _after(self.tail, x_BHTD)
+        leaving = max(self.arm.coded_until(end) - (end - waiting.shape[2]), 0)
+        if exact is not None and (self.codec is None or not leaving):
+            return replace(self, head=exact)
+        middle = self.middle
         if leaving:
-            middle = self._encoded(waiting[:, :, :leaving], shared or Shared())
+            middle = self._encoded(waiting[:, :, :leaving], head, shared or Shared())
         return replace(self, head=head, middle=middle, tail=_some(waiting[:, :, leaving:]))
 
-    def _encoded(self, x_BHTD: Tensor, shared: Shared) -> Encoded:
-        """The middle with these tokens after it."""
+    def _encoded(self, x_BHTD: Tensor, head: Tensor | None, shared: Shared) -> Encoded:
+        """The middle with these tokens after it, and `head` before it."""
         assert self.codec is not None
         codec, stream, before = self.codec, self.stream, self.middle
-        begin = max(self.first, self.sink) - self.hidden
+        begin = max(self.first, self.arm.sink) - self.hidden
         start = begin + (before.packed.tokens if before else 0)
         stop = start + x_BHTD.shape[2]
         key = (codec.sharing_key(stream), stream.name, before, start, stop)
         if key not in shared.encoded:
             positions = shared.positions(len(x_BHTD), begin, stop, x_BHTD.device)
-            own = positions[:, start - begin :]
-            ready = self._prepared(x_BHTD, own, start, shared)
-            if before is None:
-                packed = codec.encode(ready.x, stream, own, ready.mean)
-            else:
-                packed = codec.append(before.packed, ready.x, own)
-            coordinates = basis_for(codec, stream), stream.rotation
-            shared.encoded[key] = Encoded(codec, packed, positions, *coordinates, x_BHTD.dtype)
-        return shared.encoded[key]
+            shared.encoded[key] = self._coded(x_BHTD, head, positions, start, shared)
+        if not self.arm.fine:
+            return shared.encoded[key]
+        fine = (*key, self.arm.fine)
+        if fine not in shared.encoded:
+            own = shared.positions(len(x_BHTD), start, stop, x_BHTD.device)
+            x = self._prepared(x_BHTD, own, start, shared).x
+            shared.encoded[fine] = shared.encoded[key].refined(
+                x, self.arm, stream, before.fine if before else None, self.mean_tokens
+            )
+        return shared.encoded[fine]
+
+    def _coded(
+        self, x_BHTD: Tensor, head: Tensor | None, positions: Tensor, start: int, shared: Shared
+    ) -> Encoded:
+        """`_encoded` without what is fine. `positions`: of the middle and of these tokens, the
+        first of which is at `start`."""
+        assert self.codec is not None
+        codec, stream, before = self.codec, self.stream, self.middle
+        already = before.packed.tokens if before else 0
+        own = positions[:, already:]
+        ready = self._prepared(x_BHTD, own, start, shared)
+        x, found = ready.x, None
+        if finds_sinks(codec):
+            mean = ready.mean if before is None else before.packed.mean
+            assert mean is not None
+            center = before.found.center if before and before.found else self._first_token(head, x)
+            around = mean[:, :, None, : stream.dim].float()
+            found = Found.of(x, center, around)
+            x = found.shift(x, around, 1)
+        if before is None:
+            packed = codec.encode(x, stream, own, ready.mean)
+        else:
+            packed = codec.append(before.packed, x, own)
+            if found and before.found:
+                found = before.found.followed(already, found, x.shape[2])
+        coordinates = basis_for(codec, stream), stream.rotation
+        return Encoded(codec, packed, positions, *coordinates, x_BHTD.dtype, found)
+
+    def _first_token(self, head: Tensor | None, like: Tensor) -> Tensor:
+        """The text's first token in the codec's coordinates, float16 [B,H,1,D]; zero where it is
+        coded itself, or has left the layer's window."""
+        if head is None or self.first:
+            return like.new_zeros(*like.shape[:2], 1, like.shape[3], dtype=torch.float16)
+        at = torch.zeros(len(head), 1, dtype=torch.long, device=head.device)
+        return self._entered(head[:, :, :1], at).to(torch.float16)
+
+    def _entered(self, x_BHTD: Tensor, positions: Tensor) -> Tensor:
+        """In the codec's coordinates."""
+        assert self.codec is not None
+        basis, rotation = basis_for(self.codec, self.stream), self.stream.rotation
+        x = rotation.undo(x_BHTD.float(), positions) if rotation else x_BHTD
+        return basis.enter(x) if basis else x
 
     def _prepared(self, x_BHTD: Tensor, positions: Tensor, start: int, shared: Shared) -> Prepared:
         assert self.codec is not None
@@ -196,9 +190,7 @@ class StoredStream:
         of = (start, x_BHTD.shape[2], self.middle, basis is None, *mean_kind(codec))
         ready = shared.prepared.get(self.stream.name)
         if ready is None or ready.of != of:
-            rotation = self.stream.rotation
-            x = rotation.undo(x_BHTD.float(), positions) if rotation else x_BHTD
-            x = basis.enter(x) if basis else x
+            x = self._entered(x_BHTD, positions)
             mean = None if self.middle else mean_for(codec, x[:, :, : self.mean_tokens])
             ready = shared.prepared[self.stream.name] = Prepared(of, x, mean)
         return ready
@@ -230,6 +222,7 @@ class StoredStream:
             tail = None if self.tail is None else self.tail[:, :, unseen - middle.packed.tokens :]
             return replace(self, first=first, hidden=0, head=tail, middle=None, tail=None)
         group = grouping(middle.codec, self.stream.role).group
+        group = max(group, FLAGS) if middle.found else group
         whole = unseen // group * group if middle.can_be_cut else 0
         if whole:
             key = (middle, whole)

@@ -81,11 +81,13 @@ class Code:
 
 @dataclass(frozen=True)
 class Trellis(VectorCodec):
-    """See the module's text. `states`: of the trellis; more of them cost time and gain quality."""
+    """See the module's text. `states`: of the trellis; more of them cost time and gain quality.
+    `found`: whether attention sinks are coded around the first token (kv.encoded)."""
 
     key_bits: int
     value_bits: int
     states: str = "256"
+    found: str = "0"
 
     method = "trellis"
     version = "2"
