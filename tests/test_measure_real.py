@@ -30,13 +30,16 @@ def test_lines_carry_their_run_and_make_the_table() -> None:
 
 
 def test_every_arm_of_the_study_is_one() -> None:
-    """The published method, and both forms of the default: with its sink and without."""
+    """The published method, and the default with what it needs and without."""
     prefill, streaming = (
-        [arm.name for arm in parse_arms(TOOL[n])] for n in ("PREFILL", "STREAMING")
+        [arm.name for arm in parse_arms(TOOL[n], growing=n == "STREAMING")]
+        for n in ("PREFILL", "STREAMING")
     )
     for names in (prefill, streaming):
-        assert {"trellis:K3V2@sink=4", "trellis:K3V2", "e8:K3V2"} < set(names)
-    assert (len(prefill), len(streaming)) == (25, 8)
+        assert {"trellis:K3V2", "e8:K3V2"} < set(names)
+    assert "trellis:K3V2@found=1@sink=1" in prefill
+    assert "trellis:K3V2@found=1@window=8@block=16@fine=96@sink=1" in streaming
+    assert (len(prefill), len(streaming)) == (25, 9)
 
 
 def test_reference_methods_share_a_row_in_both_modes(monkeypatch: pytest.MonkeyPatch) -> None:
