@@ -98,10 +98,10 @@ def test_two_t4s_hold_mixtral_together_and_read_it_once(
     assert [[len(tiles) for tiles in unit.first] for unit in plan.units] == first
     assert len(plan.stages[0].plan.copies) == plan.walks == walks
     assert plan.offload and plan.lanes == 2
-    # tiles of 5 trials in 2 lanes: a prefix exact at 16 bits, K3V2 at 3.5, K4V2 at 4, the first 4
-    # tokens of both at 16, and then 3 times 76 tokens
+    # tiles of 5 trials in 2 lanes: a prefix exact at 16 bits, K3V2 at 3.5, K4V2 at 4, the first
+    # token of both at 16, and then 3 times 76 tokens
     tiles = len(plan.units[0].tiles)
-    bits = (context - 60) * (16 + 3.5 + 4) + 4 * (12.5 + 12) + 228 * 16
+    bits = (context - 60) * (16 + 3.5 + 4) + (12.5 + 12) + 228 * 16
     held = tiles * 2 * 5 * 2 * 32 * 1024 * bits / 8
     assert plan.cache_bytes == int(held)
 
@@ -430,7 +430,8 @@ def test_bits_of_arms_that_are_arithmetic_alone() -> None:
 
 @pytest.mark.parametrize(
     ("options", "exact"), [("@sink=4", 4), ("@window=1000", 1000), ("@pb=4", 2000 / 4),
-                           ("@pb=4@window=1000@sink=4", 1004 + 996 / 4)],
+                           ("@pb=4@window=1000@sink=4", 1004 + 996 / 4),
+                           ("@fine=100", 100 * 3 / 12.5)],
 )  # fmt: skip
 def test_tokens_that_stay_exact_are_planned_at_16_bits(options: str, exact: float) -> None:
     """Of 2000 prefix tokens, on average over 32 layers."""

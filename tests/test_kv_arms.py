@@ -16,15 +16,14 @@ from layersweep.kv import parse, parse_arms
 @pytest.mark.parametrize(
     ("text", "name"),
     [
-        ("K3V2", "trellis:K3V2@fit=1@sink=4"),
-        (" k3v2", "trellis:K3V2@fit=1@sink=4"),
-        ("K3V2@pb=2", "trellis:K3V2@fit=1@pb=2@sink=4"),
-        ("K3V2@window=64@pb=2", "trellis:K3V2@fit=1@pb=2@window=64@sink=4"),
-        ("K3V2@states=1024", "trellis:K3V2@states=1024@fit=1@sink=4"),
-        ("K3V2@sink=0", "trellis:K3V2@fit=1"),
-        ("K3V2@fit=0@sink=0", "trellis:K3V2"),
-        ("K3V2@sink=8", "trellis:K3V2@fit=1@sink=8"),
-        ("K16V2", "trellis:K16V2@fit=1@sink=4"),
+        ("K3V2", "trellis:K3V2@fit=1@found=1@sink=1"),
+        (" k3v2", "trellis:K3V2@fit=1@found=1@sink=1"),
+        ("K3V2@pb=2", "trellis:K3V2@fit=1@found=1@pb=2@sink=1"),
+        ("K3V2@window=64@pb=2", "trellis:K3V2@fit=1@found=1@pb=2@window=64@sink=1"),
+        ("K3V2@states=1024", "trellis:K3V2@states=1024@fit=1@found=1@sink=1"),
+        ("K3V2@fit=0@sink=0@found=0", "trellis:K3V2"),
+        ("K3V2@sink=8", "trellis:K3V2@fit=1@found=1@sink=8"),
+        ("K16V2", "trellis:K16V2@fit=1@found=1@sink=1"),
         ("trellis:K3V2", "trellis:K3V2"),
         ("trellis:K3V2@sink=0", "trellis:K3V2"),
         (" E8:k4V2 ", "e8:K4V2"),
@@ -69,6 +68,42 @@ def test_fields() -> None:
     assert (exact.codec, exact.simulated, exact.codec_version) == (None, False, None)
 
 
+def test_a_bare_name_keeps_recent_tokens_in_better_shape_where_a_cache_grows() -> None:
+    grown = "trellis:K2V2@fit=1@found=1@window=8@block=16@fine=96@sink=1"
+    assert parse("K2V2", growing=True).name == grown
+    assert (
+        parse("K2V2@fine=0@block=0@window=0", growing=True).name
+        == "trellis:K2V2@fit=1@found=1@sink=1"
+    )
+    names = [arm.name for arm in parse_arms("K2V2,trellis:K2V2,int4", growing=True)]
+    assert names == [grown, "trellis:K2V2", "int4"]
+
+
+@pytest.mark.parametrize(
+    ("options", "tokens", "until"),
+    [
+        ("@sink=4", 3, 3),
+        ("@sink=4@window=10", 12, 4),
+        ("@sink=4@window=10", 50, 40),
+        ("@block=16@window=8", 135, 0),  # 127 have left: less than a mean is taken from
+        ("@block=16@window=8", 136, 128),
+        ("@block=16@window=8@sink=1", 152, 129),
+        ("@block=16@window=8@sink=1", 153, 145),
+        ("@block=48", 150, 144),
+    ],
+)
+def test_what_is_coded_follows_from_how_many_tokens_there_are(
+    options: str, tokens: int, until: int
+) -> None:
+    assert parse(f"lloyd:K3V2{options}").coded_until(tokens) == until
+
+
+def test_a_window_that_blocks_would_not_fill_stays_exact() -> None:
+    arm = parse("lloyd:K3V2@block=16@window=8@sink=1")
+    assert [arm.keeps_window(window) for window in (None, 153, 154)] == [False, True, False]
+    assert not parse("lloyd:K3V2@window=8").keeps_window(4)
+
+
 def test_protected_layers() -> None:
     arm = parse("K3V2@pb=2")
     assert [arm.is_exact_layer(i, 6) for i in range(6)] == [True, True, False, False, True, True]
@@ -83,13 +118,16 @@ def test_lists_grids_and_duplicates() -> None:
     assert names("Lloyd:K3V2, exact,lloyd:k3v2,e8:K4V2") == ["lloyd:K3V2", "e8:K4V2"]
     assert names("exact") == []
     assert len(names("K2-4V2-4")) == 9
-    assert names("K2-3V2") == ["trellis:K2V2@fit=1@sink=4", "trellis:K3V2@fit=1@sink=4"]
-    assert names("trellis:K2-3V2") == ["trellis:K2V2", "trellis:K3V2"]
-    assert names("K3V2,trellis:K3V2@fit=1@sink=4,trellis:K3V2") == [
-        "trellis:K3V2@fit=1@sink=4",
-        "trellis:K3V2",
+    assert names("K2-3V2") == [
+        "trellis:K2V2@fit=1@found=1@sink=1",
+        "trellis:K3V2@fit=1@found=1@sink=1",
     ]
-    assert {"trellis:K3V2@fit=1@sink=4", "trellis:K4V2@fit=1@sink=4"} < set(names("all"))
+    assert names("trellis:K2-3V2") == ["trellis:K2V2", "trellis:K3V2"]
+    bare = "trellis:K3V2@fit=1@found=1@sink=1"
+    assert names(f"K3V2,{bare},trellis:K3V2") == [bare, "trellis:K3V2"]
+    assert {"trellis:K3V2@fit=1@found=1@sink=1", "trellis:K4V2@fit=1@found=1@sink=1"} < set(
+        names("all")
+    )
     assert "trellis:K3V2" not in names("all")
     assert names("e8:K6-16V2@pb=1") == ["e8:K6V2@pb=1", "e8:K8V2@pb=1", "e8:K16V2@pb=1"]
     assert {"e8:K3V2", "e8:K4V2", "lloyd:K3V2", "kivi:K4V2", "voronoi:K3V2"} < set(names("all"))
@@ -109,14 +147,25 @@ def test_lists_grids_and_duplicates() -> None:
         ("q4_1", "unknown name 'q4_1'", "did you mean 'q4_0'?"),
         ("int4:K3V2", "found bits after int4, needed int4 alone", "METHOD:K3V2"),
         ("int4@group=48", "found group=48, needed 64 or 32 or 128", ""),
-        ("fp8@group=64", "unknown option of 'fp8' 'group', needed one of pb, window, sink", ""),
+        (
+            "fp8@group=64",
+            "unknown option of 'fp8' 'group', needed one of pb, window, block,",
+            "",
+        ),
         ("e8:fp8", "unknown name 'fp8' after 'e8'", ""),
         ("all@pb=1", "'all' takes no options", ""),
+        ("int4@fine=8", "found fine=8, needed one of trellis, e8, lloyd, turbo, voronoi", ""),
+        ("kivi:K3V2@fine=8", "found fine=8, needed one of trellis", ""),
+        ("lloyd:K3V2@found=1", "unknown option of 'lloyd' 'found'", ""),
         ("identity:e8@pb=1", "'identity' takes no pb", ""),
         ("x.py:Mine", "found a method without bits, needed x.py:Mine:K3V2", "FILE.py:CLASS"),
         ("x.py:Mine@pb=1", "found a method without bits, needed x.py:Mine:K3V2", ""),
         ("x.py:Lloyd:K3V2", "found a class with the name of 'lloyd'", ""),
-        ("x.py:Mine:K3V2@v=1", "unknown option of 'mine' 'v', needed one of pb, window, sink", ""),
+        (
+            "x.py:Mine:K3V2@v=1",
+            "unknown option of 'mine' 'v', needed one of pb, window, block,",
+            "",
+        ),
         ("exat", "unknown name 'exat'", "did you mean 'exact'?"),
         ("KV32", "unknown name 'kv32'", "METHOD:K3V2"),
         ("fp16", "unknown name 'fp16'", "exact, identity, all"),
@@ -125,7 +174,11 @@ def test_lists_grids_and_duplicates() -> None:
         ("K0V2", "found 0 bits", "16 keeps"),
         ("K4-2V2", "found the range 4-2", ""),
         ("lloyd:K3V2@windw=4", "unknown option of 'lloyd' 'windw'", "did you mean 'window'?"),
-        ("lloyd:K3V2@v=0.5", "unknown option of 'lloyd' 'v', needed one of pb, window, sink", ""),
+        (
+            "lloyd:K3V2@v=0.5",
+            "unknown option of 'lloyd' 'v', needed one of pb, window, block,",
+            "",
+        ),
         ("e8:K3V2@v=0.7", "found v=0.7, needed 0.6 or 0.5", ""),
         ("K3V2@pb=-1", "found pb=-1, needed a whole number from 0", "@pb=2"),
         ("K3V2@pb", "option 'pb' has no value", ""),

@@ -133,8 +133,8 @@ def test_at_the_same_bits_keys_and_values_lose_less() -> None:
     assert sizes[0] == sizes[1]
 
 
-@pytest.mark.parametrize("arm", ["trellis:K3V2@sink=4", "trellis:K3V2@sink=4@window=9",
-                                 "trellis:K16V2", "trellis:K2V16", "identity:trellis"])  # fmt: skip
+@pytest.mark.parametrize("arm", ["trellis:K3V2@sink=4", "trellis:K16V2", "trellis:K2V16", "identity:trellis",
+                                 "trellis:K3V2@found=1@sink=1@window=8@block=8@fine=16"])  # fmt: skip
 def test_a_cache_that_grows_equals_one_made_at_once(arm: str) -> None:
     streams, (k, v) = told(), pair()
     whole = store_of([arm], streams, mean=20).appended((k, v))
@@ -205,7 +205,7 @@ def test_a_study_gives_the_text_to_arms_that_ask_and_says_where_it_cannot() -> N
     assert prepare_study(model, replace(asked, kv="e8:K3V2")).model.reference == ()
     study.model = model_of_latents(model)
     (said,) = [one for one in study.fallbacks if "coordinates" in one.what]
-    assert said.what == "coordinates of trellis:K3V2@fit=1@sink=4"
+    assert said.what == "coordinates of trellis:K3V2@fit=1@found=1@sink=1"
     assert said.used == "those in which keys come"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -11,7 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from layersweep.kv import parse
-from layersweep.kv.codec import wants_mean
+from layersweep.kv.codec import role_bits, wants_mean
+from layersweep.kv.methods import FIRST_BLOCK
+from layersweep.kv.size import kv_size
 from layersweep.kv.store import KvStore, Waiting
 from layersweep.kv.stored import Shared, StoredStream
 from layersweep.kv.stream import keys_and_values
@@ -20,7 +23,8 @@ KEY, VALUE = keys_and_values(2, 64)
 POSITIONS = torch.arange(50).expand(3, -1)
 GROWING = ["exact", "lloyd:K3V2", "lloyd:K3V2@sink=4@window=10", "kivi:K3V2@window=3", "int4@pb=1",
            "trellis:K3V2", "trellis:K3V2@sink=4@window=10", "e8:K4V2@sink=3", "fp8@window=33",
-           "lloyd:K16V2", "identity:lloyd"]  # fmt: skip
+           "lloyd:K16V2", "identity:lloyd", "trellis:K3V2@found=1@sink=1", "lloyd:K3V2@fine=9",
+           "trellis:K2V2@found=1@window=3@fine=20@sink=2"]  # fmt: skip
 
 
 def some_x(seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -146,7 +150,7 @@ def test_means_and_levels_come_from_what_is_coded(mean_tokens: int | None) -> No
     """A sink is an outlier: with it in the mean, every other value is off by the mean's error."""
     plain, sink = some_x(), some_x()
     sink[:, :, :4] *= 100
-    empty = StoredStream.empty(parse("K3V2"), VALUE, 3, 8, mean_tokens)
+    empty = StoredStream.empty(parse("trellis:K3V2@sink=4"), VALUE, 3, 8, mean_tokens)
     for pieces in ((50,), (3, 7, 50)):  # at once, and a sink that fills over two calls
         both = []
         for x in (plain, sink):
@@ -156,6 +160,65 @@ def test_means_and_levels_come_from_what_is_coded(mean_tokens: int | None) -> No
             both.append(stream.decoded())
         assert torch.equal(both[1][:, :, :4], sink[:, :, :4])
         assert torch.equal(both[0][:, :, 4:], both[1][:, :, 4:])
+
+
+# --- growing caches ------------------------------------------------------------------------------
+
+BLOCKS = parse("trellis:K3V2@found=1@window=8@block=16@fine=40@sink=1")
+
+
+def long_x(tokens: int = 230, seed: int = 0) -> Tensor:
+    """A stream around a mean, with a sink at its start and another at 150."""
+    x = torch.randn(2, 2, tokens, 64, generator=torch.Generator().manual_seed(seed)) + 2
+    x[:, :, [0, 150]] = x[:, :, [0, 150]] * 0.02 + torch.linspace(-0.5, 0.5, 64)
+    return x
+
+
+@settings(deadline=None, max_examples=8)
+@given(stream=st.sampled_from([KEY, VALUE]),
+       cuts=st.lists(st.integers(1, 229), max_size=6, unique=True))  # fmt: skip
+def test_blocks_do_not_show_how_a_cache_has_grown(stream: object, cuts: list[int]) -> None:
+    """Means included: nothing is coded before the tokens that they come from are there."""
+    x = long_x()
+    empty = StoredStream.empty(BLOCKS, stream, 3, 8, FIRST_BLOCK)  # type: ignore[arg-type]
+    whole = grown = empty
+    for start, stop in zip([0, *sorted(cuts)], [*sorted(cuts), 230], strict=True):
+        grown = grown.appended(x[:, :, start:stop])
+    whole = whole.appended(x)
+    assert torch.equal(grown.decoded(), whole.decoded())
+    assert (grown.nbits, grown.held_bytes) == (whole.nbits, whole.held_bytes)
+    # 230 - 1 - 8 tokens have left, of which 208 are whole blocks
+    codec = 208 * (64 * stream.dim // 64 * role_bits(BLOCKS.codec, stream) + 8) + 65 * 16  # type: ignore
+    fine = 40 * (64 * 2 + 8) + 65 * 16
+    found = 64 * 16  # the first token; beside it a bit for each token
+    assert whole.nbits == 2 * (2 * (codec + fine + found + 22 * 64 * 16) + 208)
+    size = kv_size(BLOCKS, [(stream, stream)], 230)  # type: ignore[list-item]
+    assert 8 * size.nbytes == whole.nbits
+
+
+def test_what_is_fine_is_near_and_leaves_the_rest_as_it_is() -> None:
+    x = long_x()
+    plain, fine = (
+        StoredStream.empty(arm, VALUE, 3, 8, FIRST_BLOCK).appended(x).decoded()
+        for arm in (replace(BLOCKS, fine=0), BLOCKS)
+    )
+    assert torch.equal(plain[:, :, : 209 - 40], fine[:, :, : 209 - 40])
+    assert torch.equal(fine[:, :, 209:], x[:, :, 209:])
+    newest = slice(209 - 40, 209)
+    before, after = ((y - x)[:, :, newest].square().mean() for y in (plain, fine))
+    assert after < 0.15 * before  # 2 bits more: a tenth
+
+
+def test_found_sinks_are_coded_around_the_first_token() -> None:
+    x = long_x()
+    plain, found = (
+        stored(f"trellis:K2V2{option}@sink=1", x, VALUE).decoded() for option in ("", "@found=1")
+    )
+    before, after = ((y - x)[:, :, 150].square().mean() for y in (plain, found))
+    assert before > 0.1
+    assert after < 1e-4
+    others = torch.arange(230) != 150
+    assert torch.equal(plain[:, :, others], found[:, :, others])
 
 
 # --- several arms --------------------------------------------------------------------------------
@@ -224,7 +287,8 @@ def test_moved_decodes_alike_and_grows_alike(arms: list[str], room: int, tokens:
 @settings(deadline=None, max_examples=20)
 @given(
     arms=st.lists(st.sampled_from(["exact", "lloyd:K3V2", "lloyd:K4V2", "trellis:K3V2@sink=4",
-                                   "int4", "e8:K4V2@sink=3"]), min_size=1, max_size=4),
+                                   "trellis:K3V2@found=1@sink=1", "int4", "e8:K4V2@sink=3"]),
+                  min_size=1, max_size=4),
     lengths=st.lists(st.integers(5, 40), min_size=1, max_size=4),
 )  # fmt: skip
 def test_joined_decodes_alike_and_shares_alike(arms: list[str], lengths: list[int]) -> None:
@@ -243,9 +307,12 @@ def test_joined_decodes_alike_and_shares_alike(arms: list[str], lengths: list[in
             assert together.decoded(arm)[0].isfinite().all()
 
 
-@pytest.mark.parametrize("arm", ["lloyd:K3V2@window=3", "kivi:K3V2", "lloyd:K3V2@sink=30"])
+@pytest.mark.parametrize(
+    "arm", ["lloyd:K3V2@window=3", "kivi:K3V2", "lloyd:K3V2@sink=30", "lloyd:K3V2@fine=5"]
+)
 def test_what_cannot_be_padded_is_not_joined(arm: str) -> None:
-    """Exact tokens at the end, a packed form of its own, and a prefix that is all sink."""
+    """Exact tokens at the end, a packed form of its own, a prefix that is all sink, and what is
+    added to the last tokens."""
     stores = [
         store_of([arm]).appended((some_x()[:, :, :count], some_x()[:, :, :count]))
         for count in (40, 25)

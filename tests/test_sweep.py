@@ -255,14 +255,26 @@ def test_streaming_reads_every_token_through_the_codec(tiny: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["lloyd:K2V2", "lloyd:K2V2@window=5@sink=3", "kivi:K2V16", "kivi:K2V16@window=5@sink=3"]
+    ("name", "tokens"),
+    [
+        ("lloyd:K2V2", 75),
+        ("lloyd:K2V2@window=5@sink=3", 75),
+        ("kivi:K2V16", 75),
+        ("kivi:K2V16@window=5@sink=3", 75),
+        ("kivi:K2V16@residual=32", 75),
+        ("kvarn:K4V2@group=64@sink=2", 75),
+        ("lloyd:K2V2@fine=20@sink=1", 75),
+        ("lloyd:K2V2@window=5@block=16@fine=40@sink=1", 170),
+    ],
 )
-def test_streaming_equals_a_cache_that_grows_token_by_token(name: str, tiny: Path) -> None:
+def test_streaming_equals_a_cache_that_grows_token_by_token(
+    name: str, tokens: int, tiny: Path
+) -> None:
     """kivi's groups of keys count from when they are full, for the sweep as for a serving cache."""
     from layersweep.integrations.transformers import cache_for
 
-    ids = random_ids(75, 128, 5)
-    ride = BranchedSequence((), (Branch(parse(name), ids, (0, 75), streaming=True),))
+    ids = random_ids(tokens, 128, 5)
+    ride = BranchedSequence((), (Branch(parse(name), ids, (0, tokens), streaming=True),))
     logits, _ = sweep_logits(load(str(tiny), device="cpu"), [Tile("t", (ride,))])
     oracle = oracle_model(tiny)
     cache = cache_for(oracle, name)

@@ -21,14 +21,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-# A bare name is the default: its sink of 4 tokens is kept. K16 and V16 keep one stream exact.
+# A bare name is the default of its cache mode. K16 and V16 keep one stream exact.
 PREFILL = (
-    "K3V2,trellis:K3V2,K3V2@sink=1,K2V2,trellis:K2V2,K4V2,trellis:K4V2,K3V3,K4V4,K3V16,K16V2,"
+    "K3V2,trellis:K3V2,trellis:K3V2@sink=4,K2V2,trellis:K2V2,K4V2,trellis:K4V2,K3V3,K4V4,K3V16,K16V2,"
     "K3V2@pb=2,K3V2@window=64,e8:K3V2,e8:K3V2@sink=4,e8:K2V2,e8:K4V2,lloyd:K3V2@sink=4,"
     "turbo:K3V2@sink=4,kivi:K2V2,kivi:K2V2@sink=4,int4,q4_0,fp8,q8_0"
 )
 STREAMING = (
-    "K3V2,trellis:K3V2,K3V2@window=64,K4V2@window=64,e8:K3V2,e8:K3V2@sink=4@window=64,int4,fp8"
+    "K3V2,K2V2,K4V2,trellis:K3V2,trellis:K3V2@window=64@sink=4,e8:K3V2,e8:K3V2@window=64@sink=4,"
+    "int4,fp8"
 )
 SHOWN = ("bits_per_element", "ppl", "delta_percent", "ci95", "sem", "sem_iid", "n")
 SHOWN += ("kl_mean", "kl_p50", "kl_p999", "top1_agreement", "status", "codec_version")

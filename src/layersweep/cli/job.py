@@ -171,7 +171,8 @@ def _start(folder: RunFolder, study: Study, events: Events) -> None:
 def _load(job: Job, shard: Shard) -> Model:
     from layersweep.kv.arms import parse_arms
 
-    parse_arms(job.settings.kv)  # the cheapest refusal first: no torch yet
+    # the cheapest refusal first: no torch yet
+    parse_arms(job.settings.kv, growing=job.settings.streaming)
     from layersweep.sweep.model import load
 
     machine = replace(job.machine, device=device_of(job.machine.device, shard))

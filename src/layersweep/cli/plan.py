@@ -72,7 +72,7 @@ def plan(
         raise InputError(
             f"--weights: found '{weights}', needed auto, native or nf4", hint="--weights auto"
         )
-    arms = parse_arms(kv)
+    arms = parse_arms(kv, growing=settings.streaming)
     rates = _rates(machine, vram, ram)
     import torch
 

@@ -28,7 +28,7 @@ def rehearse_study(job: Job, layers: int) -> None:
     from layersweep.kv.arms import parse_arms
     from layersweep.study.rehearsal import rehearse
 
-    parse_arms(job.settings.kv)
+    parse_arms(job.settings.kv, growing=job.settings.streaming)
     from layersweep.sweep.model import load
 
     events = Events(Console(stderr=True))

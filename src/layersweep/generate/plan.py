@@ -10,6 +10,7 @@ from layersweep.errors import BudgetError, NoRoomTogether
 from layersweep.families.spec import Decoder
 from layersweep.generate.generation import Generation, Stage, Unit
 from layersweep.kv.arms import EXACT, Arm
+from layersweep.kv.methods import FINE_BITS
 from layersweep.stream.blocks import BlockSpec, blocks_of
 from layersweep.stream.plan import Plan, cut, make_plan
 from layersweep.stream.runs import spread_layers
@@ -223,7 +224,9 @@ def _cache_bytes(model: Holder, tile: Tile, arms: Sequence[Arm]) -> int:
     prefix = max(len(sequence.prefix) for sequence in tile.sequences)  # what all are padded to
     own = _columns(tile) - prefix
     each = sum(
-        exact * (prefix + own) - (exact - _bits(arm, exact)) * _coded(arm, prefix, layers)
+        exact * (prefix + own)
+        - (exact - _bits(arm, exact)) * _coded(arm, prefix, layers)
+        + _fine_bits(arm) * min(arm.fine, _coded(arm, prefix, layers))
         for arm in (EXACT, *arms)
     )
     return int(elements * len(tile.sequences) * each / 8)
@@ -231,8 +234,13 @@ def _cache_bytes(model: Holder, tile: Tile, arms: Sequence[Arm]) -> int:
 
 def _coded(arm: Arm, prefix: int, layers: int) -> float:
     """Tokens of a prefix that go through the codec, on average over the layers."""
-    tokens = max(0, prefix - arm.sink - arm.window)
+    tokens = max(0, arm.coded_until(prefix) - arm.sink)
     return tokens * max(0, layers - 2 * arm.protect) / layers
+
+
+def _fine_bits(arm: Arm) -> float:
+    """Bits of an element that is refined, as they are held."""
+    return SIMULATED_BITS if arm.simulated else FINE_BITS + OVERHEAD_BITS
 
 
 def _bits(arm: Arm, exact: float) -> float:

@@ -8,6 +8,11 @@ the original keys and values of its first call, so that a one-shot perplexity th
 nothing. Which layers keep a window, all tokens or a state is what transformers' DynamicCache makes
 of the model's config; states stay exact.
 
+What a cache holds depends on how many tokens it has, not on the pieces they came in (for means
+that needs `@block`, which a bare name has). A query reads what is held once its whole piece is in:
+of a prompt in one piece, early queries see tokens coded that were still in the window when a text
+grows token by token.
+
 Models hand their keys over after RoPE. For a codec it is undone and done again, by the model's own
 tables and functions and the token's index in the cache. Under left padding that index is not the
 position, which shifts all keys of a sequence alike and changes no score. A layer without RoPE that
@@ -35,11 +40,10 @@ from transformers.cache_utils import (
 
 from layersweep.errors import InputError
 from layersweep.kv.arms import Arm, parse
+from layersweep.kv.methods import FIRST_BLOCK
 from layersweep.kv.size import KvSize
 from layersweep.kv.store import KvStore
 from layersweep.kv.stream import Rotation, Stream, keys_and_values, latent_streams
-
-MEAN_TOKENS = 128  # a channel mean comes from the first tokens that are coded, and is frozen
 
 
 def cache_for(model: Any, kv: str) -> Cache:
@@ -52,7 +56,8 @@ def cache_for(model: Any, kv: str) -> Cache:
     and for layers that keep something else. What the arm's codec cannot take is refused with the
     first token.
     """
-    arm, config = parse(kv), model.config.get_text_config() if hasattr(model, "config") else None
+    arm = parse(kv, growing=True)
+    config = model.config.get_text_config() if hasattr(model, "config") else None
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     rotary = [name for name, _ in decoder.named_children() if "rotary_emb" in name]
     if config is None or rotary != ["rotary_emb"]:
@@ -219,7 +224,7 @@ class CodedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers has no 
             for stream in streams
         )
         self.streams = (keys, values)
-        self.store = KvStore.empty([(self.arm, self.streams)], *self.place, MEAN_TOKENS)
+        self.store = KvStore.empty([(self.arm, self.streams)], *self.place, FIRST_BLOCK)
         self.is_initialized = True
 
     def update(

@@ -7,10 +7,10 @@
 
 A fixed method has its bits in its name. Case does not matter, except in a file and its class.
 A bare name is input only: K3V2 means the best method at those bits with what it needs on real
-models, trellis:K3V2@fit=1@sink=4 (kv.methods). Its options may say otherwise:
-K3V2@fit=0@sink=0 is trellis:K3V2. What is spelled out is taken as it stands. Tables and
-files print the resolved name: the method, then the options in one order, codecs' defaults left
-out. Reading the grammar imports no torch.
+models, trellis:K3V2@found=1@sink=1, and where a cache grows with recent tokens in better shape, too
+(kv.methods). Its options may say otherwise: K3V2@sink=0@found=0 is trellis:K3V2. What is spelled
+out is taken as it stands. Tables and files print the resolved name: the method, then the options
+in one order, codecs' defaults left out. Reading the grammar imports no torch.
 """
 
 from __future__ import annotations
@@ -20,16 +20,19 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NoReturn
 
 from layersweep.errors import InputError
 from layersweep.kv import custom
 from layersweep.kv.methods import (
     BITS,
-    DEFAULT_COUNTS,
     DEFAULT_METHOD,
-    DEFAULT_OPTIONS,
+    DEFAULTS,
     EXACT_BITS,
+    FINE_BITS,
+    FIRST_BLOCK,
+    GROWING_DEFAULTS,
     METHODS,
 )
 
@@ -41,7 +44,8 @@ if TYPE_CHECKING:
     from layersweep.kv.stream import Stream
 
 _NAMES = ("exact", "identity", "all")
-_COUNTS = ("pb", "window", "sink")
+_COUNTS = ("pb", "window", "block", "fine", "sink")
+_NONE: Mapping[str, str] = MappingProxyType({})
 _PAIR = re.compile(r"k([0-9]+)(?:-([0-9]+))?v([0-9]+)(?:-([0-9]+))?", re.IGNORECASE)
 
 
@@ -50,8 +54,10 @@ class Arm:
     """One way to keep keys and values. `name` is resolved, `requested` what the user wrote.
 
     The first and last `protect` layers, the first `sink` tokens of the text and the last `window`
-    tokens stay exact. A stream with 16 bits is exact. `options` are the codec's own, defaults left
-    out. `source` is where somebody's own codec comes from, as the user wrote it.
+    tokens stay exact. A stream with 16 bits is exact. With a `block`, tokens leave the window that
+    many at a time. Of the newest `fine` tokens that are coded, what the codec left is coded, too.
+    `options` are the codec's own, defaults left out. `source` is where somebody's own codec comes
+    from, as the user wrote it.
     """
 
     name: str
@@ -62,6 +68,8 @@ class Arm:
     options: tuple[tuple[str, str], ...] = ()
     protect: int = 0
     window: int = 0
+    block: int = 0
+    fine: int = 0
     sink: int = 0
     source: str = ""
 
@@ -76,6 +84,13 @@ class Arm:
             of = self.name.split(":")[1].split("@")[0]
             return METHODS[of].identity(dict(self.options))
         return METHODS[self.method].build(self.key_bits, self.value_bits, dict(self.options))
+
+    @cached_property
+    def fine_codec(self) -> Codec | None:
+        """Of what the codec leaves of recent tokens."""
+        if not self.fine:
+            return None
+        return METHODS[self.method].build(FINE_BITS, FINE_BITS, dict(self.options))
 
     @property
     def simulated(self) -> bool:
@@ -126,6 +141,23 @@ class Arm:
         protected = layer < self.protect or layer >= num_layers - self.protect
         return self.method == "exact" or protected
 
+    def coded_until(self, tokens: int) -> int:
+        """Position up to which the codec has the tokens after the sink when `tokens` are there. It
+        depends on nothing else, so that a cache does not show in which pieces it has grown."""
+        left = tokens - self.window - self.sink
+        if self.block:
+            left = left // self.block * self.block if left >= FIRST_BLOCK else 0
+        return min(self.sink, tokens) + max(left, 0)
+
+    def keeps_window(self, window: int | None) -> bool:
+        """Whether a layer that looks at its last `window` tokens keeps them exact: they are gone
+        before the first block is full."""
+        return (
+            window is not None
+            and self.block > 0
+            and window <= self.sink + self.window + self.block + FIRST_BLOCK
+        )
+
 
 EXACT = Arm("exact", "exact", "exact", EXACT_BITS, EXACT_BITS)
 
@@ -135,9 +167,10 @@ def identity_arm(arm: Arm) -> Arm:
     return parse(f"identity:{arm.method}{_suffix(dict(arm.options))}")
 
 
-def parse(text: str) -> Arm:
-    """The one arm that `text` describes. Raises InputError for anything else."""
-    arms = _expand(_Words.of(text))
+def parse(text: str, *, growing: bool = False) -> Arm:
+    """The one arm that `text` describes. Raises InputError for anything else. `growing`: for a
+    cache that every token reads as it grows, which decides what a bare name means."""
+    arms = _expand(_Words.of(text), growing)
     if len(arms) != 1:
         raise InputError(
             f"KV arm '{text}': found {len(arms)} arms, needed one",
@@ -146,14 +179,14 @@ def parse(text: str) -> Arm:
     return arms[0]
 
 
-def parse_arms(text: str) -> list[Arm]:
-    """The arms of a comma-separated list, grids expanded, each resolved name once.
+def parse_arms(text: str, *, growing: bool = False) -> list[Arm]:
+    """The arms of a comma-separated list, grids expanded, each resolved name once; see parse.
 
     `exact` is left out: it is the baseline of every evaluation. Raises InputError.
     """
     arms: dict[str, Arm] = {}
     for item in text.split(","):
-        for arm in _expand(_Words.of(item)):
+        for arm in _expand(_Words.of(item), growing):
             first = arms.setdefault(arm.name, arm)
             if first.source != arm.source:
                 raise InputError(
@@ -201,7 +234,7 @@ class _Words:
         return InputError(f"KV arm '{self.requested}': {message}", hint=hint or _existing())
 
 
-def _expand(words: _Words) -> list[Arm]:
+def _expand(words: _Words, growing: bool) -> list[Arm]:
     method, last = words.method, words.last
     if not last:
         raise words.error("found an empty name, needed one")
@@ -209,21 +242,26 @@ def _expand(words: _Words) -> list[Arm]:
         if method in (*METHODS, *_NAMES):
             raise words.error(f"found a class with the name of '{method}', needed another name")
     elif method == "identity" or (not method and last in _NAMES):
-        return _named(words)
+        return _named(words, growing)
     elif method and method not in METHODS:
         words.refuse("method", method, METHODS)
     match = _PAIR.fullmatch(last)
     if not match:
         return [_fixed(words)]
-    bare, method = not method, method or DEFAULT_METHOD
+    defaults = _NONE if method else _defaults(growing)
+    method = method or DEFAULT_METHOD
     if method in METHODS and METHODS[method].fixed_bits:
         raise words.error(f"found bits after {method}, needed {method} alone: it has its own")
-    own, counts = _options(words, method, bare)
+    own, counts = _options(words, method, defaults)
     keys, values = _bits(words, match[1], match[2]), _bits(words, match[3], match[4])
     return [_arm(words, method, k, v, own, counts) for k in keys for v in values]
 
 
-def _named(words: _Words) -> list[Arm]:
+def _defaults(growing: bool) -> Mapping[str, str]:
+    return GROWING_DEFAULTS if growing else DEFAULTS
+
+
+def _named(words: _Words, growing: bool) -> list[Arm]:
     """exact, all, identity and identity:METHOD."""
     if words.method == "identity" or words.last == "identity":
         of = words.last if words.method else DEFAULT_METHOD
@@ -239,8 +277,9 @@ def _named(words: _Words) -> list[Arm]:
         raise words.error(f"'{words.last}' takes no options")
     if words.last == "exact":
         return [replace(EXACT, requested=words.requested)]
+    defaults = {DEFAULT_METHOD: _defaults(growing)}
     return [
-        _arm(words, name, keys, values, *_options(words, name, name == DEFAULT_METHOD))
+        _arm(words, name, keys, values, *_options(words, name, defaults.get(name, _NONE)))
         for name, method in METHODS.items()
         if method.installed
         for keys, values in method.pairs
@@ -276,6 +315,8 @@ def _arm(
         options=tuple(own.items()),
         protect=counts.get("pb", 0),
         window=counts.get("window", 0),
+        block=counts.get("block", 0),
+        fine=counts.get("fine", 0),
         sink=counts.get("sink", 0),
         source=words.source,
     )
@@ -286,10 +327,10 @@ def _suffix(options: Mapping[str, object]) -> str:
 
 
 def _options(
-    words: _Words, method: str, bare: bool = False
+    words: _Words, method: str, defaults: Mapping[str, str] = _NONE
 ) -> tuple[dict[str, str], dict[str, int]]:
     """The codec's own options and the counts, each in their one order, the codec's defaults left
-    out. `bare`: those that are not given are what a bare name means.
+    out. `defaults`: what is not given.
 
     Whoever gets here is about to use the method: what it needs must be installed.
     """
@@ -309,7 +350,7 @@ def _options(
             found = "no value" if not equals else "it twice"
             raise words.error(f"option '{key}' has {found}, needed @{key}=N")
         given[key] = value
-    defaults = {**DEFAULT_OPTIONS, **DEFAULT_COUNTS} if bare else {}
+    given = {**defaults, **given}
     for key, allowed in own_values.items():
         if given.get(key, allowed[0]) not in allowed:
             raise words.error(f"found {key}={given[key]}, needed {' or '.join(allowed)}")
@@ -318,10 +359,12 @@ def _options(
             raise words.error(
                 f"found {key}={given[key]}, needed a whole number from 0", f"for example @{key}=2"
             )
-    meant = {key: str(value) for key, value in defaults.items()} | given
-    own = {key: meant.get(key, first) for key, (first, *_) in own_values.items()}
+    if int(given.get("fine", 0)) and not (kind and kind.refines):
+        refining = ", ".join(name for name, one in METHODS.items() if one.refines)
+        raise words.error(f"found fine={given['fine']}, needed one of {refining} for it")
+    own = {key: given[key] for key, (default, *_) in own_values.items() if key in given}
     own = {key: value for key, value in own.items() if value != own_values[key][0]}
-    counts = {key: int(meant.get(key, "0")) for key in _COUNTS}
+    counts = {key: int(given.get(key, 0)) for key in _COUNTS}
     return own, {key: count for key, count in counts.items() if count}
 
 
@@ -342,5 +385,6 @@ def _existing() -> str:
     fixed = [name for name, method in METHODS.items() if method.fixed_bits]
     return (
         f"arms are exact, identity, all, {', '.join(fixed)}, or METHOD:K3V2 with METHOD one of "
-        f"{', '.join(paired)} or FILE.py:CLASS; options @pb=N @window=N @sink=N"
+        f"{', '.join(paired)} or FILE.py:CLASS; options "
+        "@pb=N @window=N @block=N @fine=N @sink=N"
     )

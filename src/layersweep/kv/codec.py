@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 from layersweep.errors import InputError
-from layersweep.kv.stream import Stream
+from layersweep.kv.stream import Role, Stream
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +24,7 @@ class Packed:
     scale  [batch, heads, tokens]         one number per vector, None where the codec has none
     mean   [batch, heads, dim] float16    subtracted from every vector before encoding, or None;
                                           one column more where the codec has a level
+    role   of the stream that they come from
     """
 
     bits: int
@@ -31,6 +32,7 @@ class Packed:
     codes: Tensor
     scale: Tensor | None
     mean: Tensor | None = None
+    role: Role = "key"
 
     @property
     def tokens(self) -> int:
@@ -135,6 +137,7 @@ class Codec(Protocol):
     - `mean` [B, H, D] float16 is subtracted and stored by codecs with `wants_mean`; append uses the
       stored one. Others raise InputError. With `wants_level`, too, a column D + 1 holds the rms
       around the means, to which stored scales are relative.
+    - codecs with `found` "1" are given sinks around their mean by their caller (kv.encoded).
     - codecs with `wants_basis` are given x in the coordinates of stream.basis, where there is one,
       by their caller, who turns back what they decode; likewise values less what stream.prediction
       makes of the decoded keys.
@@ -189,9 +192,30 @@ def wants_basis(codec: Codec) -> bool:
     return bool(getattr(codec, "wants_basis", False))
 
 
-def key_group(codec: Codec) -> int:
-    """Tokens whose keys are encoded together; until the last is there, all of them are exact."""
-    return int(getattr(codec, "key_group", 1))
+def finds_sinks(codec: Codec) -> bool:
+    """Whether a codec with a channel mean has tokens that look like the first one coded as a
+    difference from it (kv.encoded), by its caller."""
+    return getattr(codec, "found", "0") == "1"
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """How a codec lets go of exact tokens: the last `keep` of them never, the others in groups of
+    `group` that are encoded together, once the last of a group is there."""
+
+    group: int = 1
+    keep: int = 0
+
+    def coded(self, tokens: int) -> int:
+        """How many of the first `tokens` are encoded."""
+        return max(tokens - self.keep, 0) // self.group * self.group
+
+
+def grouping(codec: Codec, role: Role) -> Grouping:
+    """How `codec` encodes the tokens of such streams: each at once, for most codecs."""
+    asked = getattr(codec, "grouping", None)
+    found: Grouping = asked(role) if asked else Grouping()
+    return found
 
 
 def basis_for(codec: Codec, stream: Stream) -> Basis | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from layersweep.kv.arms import Arm
-from layersweep.kv.codec import key_group, role_bits
+from layersweep.kv.codec import Codec, finds_sinks, grouping, role_bits
 from layersweep.kv.methods import EXACT_BITS
 from layersweep.kv.stream import State, Stream
 
@@ -70,33 +70,36 @@ def kv_size(arm: Arm, layers: Sequence[Keeps], tokens: int, like: Tensor | None 
 def _stream_bits(arm: Arm, stream: Stream, tokens: int, exact: bool, like: Tensor | None) -> float:
     """Bits of one stream of one sequence, counted as StoredStream.nbits."""
     first, element_bits = stream.first_held(tokens), stream.heads * stream.dim * EXACT_BITS
-    codec = None if exact else arm.codec
+    codec = None if exact or arm.keeps_window(stream.window) else arm.codec
     if codec is None or (arm.method != "identity" and role_bits(codec, stream) == EXACT_BITS):
         return (tokens - first) * element_bits
-    coded = max(tokens - arm.window - max(first, arm.sink), 0)
-    return (tokens - first - coded) * element_bits + _coded_bits(arm, stream, coded, like)
+    coded = max(arm.coded_until(tokens) - max(first, arm.sink), 0)
+    bits = (tokens - first - coded) * element_bits + _coded_bits(codec, stream, coded, like)
+    if coded and finds_sinks(codec):  # a bit for each token, and what sinks are compared with
+        bits += 8 * -(-coded // 8) + element_bits
+    if arm.fine_codec:
+        bits += _coded_bits(arm.fine_codec, stream, min(coded, arm.fine), like)
+    return bits
 
 
-def _coded_bits(arm: Arm, stream: Stream, tokens: int, like: Tensor | None) -> float:
-    """Bits of `tokens` tokens in the codec: means are counted once, groups of tokens are alike."""
-    assert arm.codec is not None
-    group = 1 if stream.role == "value" else key_group(arm.codec)
-    step = group * -(-_PROBE // group)
-    few = step + tokens % step
+def _coded_bits(codec: Codec, stream: Stream, tokens: int, like: Tensor | None) -> float:
+    """Bits of `tokens` tokens in a codec: means are counted once, groups of tokens are alike."""
+    how = grouping(codec, stream.role)
+    step = how.group * -(-_PROBE // how.group)
+    few = step * (1 + -(-how.keep // step)) + tokens % step
     if tokens <= few:
-        return 8 * _probe(arm, stream, tokens, like) if tokens else 0.0
-    low, high = (_probe(arm, stream, count, like) for count in (few, few + step))
+        return 8 * _probe(codec, stream, tokens, like) if tokens else 0.0
+    low, high = (_probe(codec, stream, count, like) for count in (few, few + step))
     return 8 * (low + (tokens - few) // step * (high - low))
 
 
-def _probe(arm: Arm, stream: Stream, tokens: int, like: Tensor | None) -> float:
+def _probe(codec: Codec, stream: Stream, tokens: int, like: Tensor | None) -> float:
     """Bytes that the codec counts for so many vectors of zeros."""
     import torch
 
     from layersweep.kv.means import mean_for
 
-    assert arm.codec is not None
     like = torch.empty(0) if like is None else like
     x = like.new_zeros(1, stream.heads, tokens, stream.dim)
     at = torch.arange(tokens, device=like.device)[None]
-    return arm.codec.nbytes(arm.codec.encode(x, stream, at, mean_for(arm.codec, x)))
+    return codec.nbytes(codec.encode(x, stream, at, mean_for(codec, x)))

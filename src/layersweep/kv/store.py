@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from layersweep.kv.arms import Arm
-from layersweep.kv.stored import Encoded, Move, Shared, StoredStream
+from layersweep.kv.encoded import Encoded, Move
+from layersweep.kv.stored import Shared, StoredStream
 from layersweep.kv.stream import Stream
 
 ALIGNMENT = 64
@@ -79,7 +80,7 @@ class KvStore:
         share stays as long as this store."""
         first, *others = self.arms[arm]
         keys = first.decoded(self._read)
-        return (keys, *(stream.decoded(self._read, keys) for stream in others))
+        return (keys, *(stream.decoded(self._read, (first, keys)) for stream in others))
 
     def _read(self, encoded: Encoded) -> Tensor:
         if encoded not in self._shared:

@@ -4,7 +4,8 @@ tokens   first ..... sink ................... T - window ......... T
          |  head      |  middle, by the codec  |  tail             |
 
 Numbers are positions in the text. Tokens are appended in any number of pieces, and each is encoded
-once, when it leaves the arm's window. Until one does, all of them are the head. `first` is 0 where
+once, when it leaves the arm's window, perhaps with a block of others. Until one does, all of them
+are the head. `first` is 0 where
 a layer can look at all tokens; otherwise it moves on, and with it goes a sink that nobody sees.
 """
 
@@ -16,75 +17,22 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from layersweep.kv.arms import Arm
-from layersweep.kv.basis import Basis
+from layersweep.kv.arms import EXACT, Arm
 from layersweep.kv.codec import (
     Codec,
-    Packed,
     basis_for,
-    join_batches,
-    key_group,
+    finds_sinks,
+    grouping,
     pad_tokens,
     role_bits,
 )
+from layersweep.kv.encoded import FLAGS, Encoded, Found, Move
 from layersweep.kv.means import mean_for, mean_kind
 from layersweep.kv.methods import EXACT_BITS
-from layersweep.kv.stream import Rotation, Stream
+from layersweep.kv.stream import Stream
 
 # Exact tokens are counted as fp16 storage, whatever dtype the computation runs in.
 EXACT_ELEMENT_BITS = 16
-
-Move = Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True, eq=False)
-class Encoded:
-    """A packed range of tokens at `positions` [B, T], of `dtype` before and after. Arms share it:
-    it is never changed, and it is itself the key to what has been made of it."""
-
-    codec: Codec
-    packed: Packed
-    positions: Tensor
-    basis: Basis | None
-    rotation: Rotation | None
-    dtype: torch.dtype
-
-    def decoded(self) -> Tensor:
-        x = self.codec.decode(self.packed, self.positions)
-        x = self.basis.leave(x) if self.basis else x
-        return (self.rotation.redo(x, self.positions) if self.rotation else x).to(self.dtype)
-
-    def without(self, tokens: int) -> Encoded:
-        """Less its first `tokens`, as views."""
-        packed = self.packed.slice_tokens(tokens, self.packed.tokens)
-        return replace(self, packed=packed, positions=self.positions[:, tokens:])
-
-    @property
-    def can_be_cut(self) -> bool:
-        """Not where the packed form is that of somebody's own codec."""
-        return isinstance(self.packed, Packed)
-
-    def nbytes(self, hidden: int) -> float:
-        """Measured size, its first `hidden` tokens left out; by their share where they cannot be
-        cut off."""
-        if not hidden:
-            return self.codec.nbytes(self.packed)
-        if self.can_be_cut:
-            return self.codec.nbytes(self.packed.slice_tokens(hidden, self.packed.tokens))
-        return self.codec.nbytes(self.packed) * (1 - hidden / self.packed.tokens)
-
-    def moved(self, move: Move) -> Encoded:
-        """The bytes elsewhere. Positions and basis stay where their layer is computed."""
-        return replace(self, packed=self.packed.moved(move))
-
-    def joined(self, others: Sequence[Encoded]) -> Encoded | None:
-        """This one and `others` of other sequences as one batch; None where that cannot be."""
-        packed = join_batches([self.packed, *(other.packed for other in others)])
-        if packed is None:
-            return None
-        starts = torch.cat([one.positions[:, :1] for one in (self, *others)])
-        at = torch.arange(packed.tokens, device=starts.device)
-        return replace(self, packed=packed, positions=starts + at)
 
 
 @dataclass(frozen=True)
@@ -129,8 +77,7 @@ class StoredStream:
 
     stream: Stream
     codec: Codec | None
-    sink: int = 0
-    window: int = 0
+    arm: Arm = EXACT
     mean_tokens: int | None = None
     first: int = 0
     hidden: int = 0
@@ -149,11 +96,13 @@ class StoredStream:
         first: int = 0,
     ) -> StoredStream:
         """As `arm` keeps `stream` in a layer, from position `first` on: exactly where the layer is
-        protected, or has 16 bits for it (except where the transforms themselves are the arm)."""
-        codec = None if arm.is_exact_layer(layer, num_layers) else arm.codec
+        protected or its window too short for blocks, or has 16 bits for it (except where the
+        transforms themselves are the arm)."""
+        kept = arm.is_exact_layer(layer, num_layers) or arm.keeps_window(stream.window)
+        codec = None if kept else arm.codec
         if codec and arm.method != "identity" and role_bits(codec, stream) == EXACT_BITS:
             codec = None
-        return cls(stream, codec, arm.sink, arm.window, mean_tokens, first)
+        return cls(stream, codec, arm, mean_tokens, first)
 
     def appended(
         self, x_BHTD: Tensor, shared: Shared | None = None, keys: StoredStream | None = None
@@ -161,38 +110,92 @@ class StoredStream:
         """With these tokens after those before, keys before RoPE. What another arm has encoded
         alike is found in `shared`. `keys`: with these tokens, for a stream that is predicted from
         them. Raises InputError for a stream that the codec cannot take."""
+        end, head = self.end + x_BHTD.shape[2], self.head
         if self.middle is None:
-            exact, kept = _after(self.head, x_BHTD), max(self.sink - self.first, 0)
+            exact, kept = _after(head, x_BHTD), max(self.arm.sink - self.first, 0)
             head, waiting = _some(exact[:, :, :kept]), exact[:, :, kept:]
-            if self.codec is None or waiting.shape[2] <= self.window:
-                return replace(self, head=exact)
         else:
-            head, waiting = self.head, _after(self.tail, x_BHTD)
-        middle, leaving = self.middle, max(waiting.shape[2] - self.window, 0)
+            exact, waiting = None, _after(self.tail, x_BHTD)
+        leaving = max(self.arm.coded_until(end) - (end - waiting.shape[2]), 0)
+        if exact is not None and (self.codec is None or not leaving):
+            return replace(self, head=exact)
+        middle = self.middle
         if leaving:
             told = keys if self.stream.prediction else None
-            middle = self._encoded(waiting[:, :, :leaving], shared or Shared(), told)
+            middle = self._encoded(waiting[:, :, :leaving], head, shared or Shared(), told)
         return replace(self, head=head, middle=middle, tail=_some(waiting[:, :, leaving:]))
 
-    def _encoded(self, x_BHTD: Tensor, shared: Shared, keys: StoredStream | None) -> Encoded:
-        """The middle with these tokens after it."""
+    def _encoded(
+        self, x_BHTD: Tensor, head: Tensor | None, shared: Shared, keys: StoredStream | None
+    ) -> Encoded:
+        """The middle with these tokens after it, and `head` before it."""
         assert self.codec is not None
         codec, stream, before = self.codec, self.stream, self.middle
-        begin = max(self.first, self.sink) - self.hidden
+        begin = max(self.first, self.arm.sink) - self.hidden
         start = begin + (before.packed.tokens if before else 0)
         stop = start + x_BHTD.shape[2]
         key = (codec.sharing_key(stream), stream.name, before, start, stop, keys and keys.middle)
         if key not in shared.encoded:
             positions = shared.positions(len(x_BHTD), begin, stop, x_BHTD.device)
-            own = positions[:, start - begin :]
-            ready = self._prepared(x_BHTD, own, start, shared, keys)
-            if before is None:
-                packed = codec.encode(ready.x, stream, own, ready.mean)
-            else:
-                packed = codec.append(before.packed, ready.x, own)
-            coordinates = basis_for(codec, stream), stream.rotation
-            shared.encoded[key] = Encoded(codec, packed, positions, *coordinates, x_BHTD.dtype)
-        return shared.encoded[key]
+            shared.encoded[key] = self._coded(x_BHTD, head, positions, start, shared, keys)
+        if not self.arm.fine:
+            return shared.encoded[key]
+        fine = (*key, self.arm.fine)
+        if fine not in shared.encoded:
+            own = shared.positions(len(x_BHTD), start, stop, x_BHTD.device)
+            x = self._prepared(x_BHTD, own, start, shared, keys).x
+            shared.encoded[fine] = shared.encoded[key].refined(
+                x, self.arm, stream, before.fine if before else None, self.mean_tokens
+            )
+        return shared.encoded[fine]
+
+    def _coded(
+        self, x_BHTD: Tensor, head: Tensor | None, positions: Tensor, start: int, shared: Shared,
+        keys: StoredStream | None,
+    ) -> Encoded:  # fmt: skip
+        """`_encoded` without what is fine. `positions`: of the middle and of these tokens, the
+        first of which is at `start`."""
+        assert self.codec is not None
+        codec, stream, before = self.codec, self.stream, self.middle
+        already = before.packed.tokens if before else 0
+        own = positions[:, already:]
+        ready = self._prepared(x_BHTD, own, start, shared, keys)
+        x, found = ready.x, None
+        if finds_sinks(codec):
+            mean = ready.mean if before is None else before.packed.mean
+            assert mean is not None
+            center = (
+                before.found.center if before and before.found else self._first_token(head, x, keys)
+            )
+            around = mean[:, :, None, : stream.dim].float()
+            found = Found.of(x, center, around)
+            x = found.shift(x, around, 1)
+        if before is None:
+            packed = codec.encode(x, stream, own, ready.mean)
+        else:
+            packed = codec.append(before.packed, x, own)
+            if found and before.found:
+                found = before.found.followed(already, found, x.shape[2])
+        coordinates = basis_for(codec, stream), stream.rotation
+        return Encoded(codec, packed, positions, *coordinates, x_BHTD.dtype, found)
+
+    def _first_token(self, head: Tensor | None, like: Tensor, keys: StoredStream | None) -> Tensor:
+        """The text's first token in the codec's coordinates, float16 [B,H,1,D]; zero where it is
+        coded itself, or has left the layer's window."""
+        if head is None or self.first:
+            return like.new_zeros(*like.shape[:2], 1, like.shape[3], dtype=torch.float16)
+        at = torch.zeros(len(head), 1, dtype=torch.long, device=head.device)
+        told = None if keys is None or keys.head is None else keys.head[:, :, :1]
+        return self._entered(head[:, :, :1], at, told).to(torch.float16)
+
+    def _entered(self, x_BHTD: Tensor, positions: Tensor, keys_BHTD: Tensor | None) -> Tensor:
+        """In the codec's coordinates, less what these keys say of it."""
+        assert self.codec is not None
+        basis, rotation = basis_for(self.codec, self.stream), self.stream.rotation
+        x = rotation.undo(x_BHTD.float(), positions) if rotation else x_BHTD
+        if self.stream.prediction and keys_BHTD is not None:
+            x = x - self.stream.prediction.values(keys_BHTD)
+        return basis.enter(x) if basis else x
 
     def _prepared(
         self, x_BHTD: Tensor, positions: Tensor, start: int, shared: Shared,
@@ -204,30 +207,25 @@ class StoredStream:
         of = (start, tokens, self.middle, basis, told, *mean_kind(codec))
         ready = shared.prepared.get(self.stream.name)
         if ready is None or ready.of != of:
-            rotation = self.stream.rotation
-            x = rotation.undo(x_BHTD.float(), positions) if rotation else x_BHTD
-            if keys and self.stream.prediction:
-                x = x - self.stream.prediction.values(keys.between(start, start + tokens))
-            x = basis.enter(x) if basis else x
+            x = self._entered(x_BHTD, positions, keys.newest(start, tokens) if keys else None)
             mean = None if self.middle else mean_for(codec, x[:, :, : self.mean_tokens])
             ready = shared.prepared[self.stream.name] = Prepared(of, x, mean)
         return ready
 
-    def between(self, start: int, stop: int) -> Tensor:
-        """What attention reads of these positions: of the newest that are encoded, or, where all
-        tokens are exact, of any."""
+    def newest(self, start: int, tokens: int) -> Tensor:
+        """What stays of the newest coded tokens, which begin at `start`; exact where all are."""
         if self.middle is None:
             assert self.head is not None
-            return self.head[:, :, start - self.first : stop - self.first]
-        return self.middle.without(self.middle.packed.tokens - (stop - start)).decoded()
+            return self.head[:, :, start - self.first :][:, :, :tokens]
+        return self.middle.coarse(self.middle.packed.tokens - tokens)
 
     def decoded(
         self,
         read: Callable[[Encoded], Tensor] = Encoded.decoded,
-        keys_BHTD: Tensor | None = None,
+        keys: tuple[StoredStream, Tensor] | None = None,
     ) -> Tensor:
-        """What attention reads, [B,H,T,D] in the dtype that came; keys still before RoPE. `keys`
-        likewise, for a stream that is predicted from them.
+        """What attention reads, [B,H,T,D] in the dtype that came; keys still before RoPE. `keys`,
+        and what attention reads of them, for a stream that is predicted from them.
 
         An exact stream returns the very tensor that was appended. Do not write into the result:
         arms share it.
@@ -235,12 +233,18 @@ class StoredStream:
         middle = None if self.middle is None else read(self.middle)
         if middle is not None and self.hidden:
             middle = middle[:, :, self.hidden :]
-        if middle is not None and keys_BHTD is not None and self.stream.prediction:
-            exact = 0 if self.head is None else self.head.shape[2]
-            keys = keys_BHTD[:, :, exact : exact + middle.shape[2]]
-            middle = (middle + self.stream.prediction.values(keys)).to(middle.dtype)
+        if middle is not None and keys and self.stream.prediction:
+            told = self._told(*keys, middle.shape[2])
+            middle = (middle + self.stream.prediction.values(told)).to(middle.dtype)
         parts = [part for part in (self.head, middle, self.tail) if part is not None]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+    def _told(self, keys: StoredStream, read_BHTD: Tensor, tokens: int) -> Tensor:
+        """Keys of the middle as it was predicted from them: without what is fine."""
+        if keys.middle is not None and keys.middle.fine:
+            return keys.middle.coarse(keys.hidden)
+        exact = 0 if self.head is None else self.head.shape[2]
+        return read_BHTD[:, :, exact : exact + tokens]
 
     def since(self, first: int, shared: dict[Hashable, Encoded]) -> StoredStream:
         """Without the tokens before position `first`, not beyond `end`. What several streams share
@@ -256,7 +260,8 @@ class StoredStream:
         if unseen >= middle.packed.tokens:  # all that is seen is in the tail, now and from now on
             tail = None if self.tail is None else self.tail[:, :, unseen - middle.packed.tokens :]
             return replace(self, first=first, hidden=0, head=tail, middle=None, tail=None)
-        group = 1 if self.stream.role == "value" else key_group(middle.codec)
+        group = grouping(middle.codec, self.stream.role).group
+        group = max(group, FLAGS) if middle.found else group
         whole = unseen // group * group if middle.can_be_cut else 0
         if whole:
             key = (middle, whole)

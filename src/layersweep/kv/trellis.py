@@ -82,12 +82,14 @@ class Code:
 @dataclass(frozen=True)
 class Trellis(VectorCodec):
     """See the module's text. `states`: of the trellis; more of them cost time and gain quality.
-    `fit`: "1" where coordinates come from a text (kv/fit.py), not from weights (kv/basis.py)."""
+    `fit`: "1" where coordinates come from a text (kv/fit.py), not from weights (kv/basis.py).
+    `found`: whether attention sinks are coded around the first token (kv.encoded)."""
 
     key_bits: int
     value_bits: int
     states: str = "256"
     fit: str = "0"
+    found: str = "0"
 
     method = "trellis"
     version = "2"

@@ -243,7 +243,7 @@ def prepare_study(
 
     `kept`: finished sweeps are written down, so that there should be enough of them (sizing.py).
     """
-    arms = parse_arms(settings.kv)
+    arms = parse_arms(settings.kv, growing=settings.streaming)
     if model.beside and not settings.only_generates:
         raise InputError(
             f"--device: found {1 + len(model.beside)} devices in one process, needed one: only "

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from layersweep.families.spec import Norm
 from layersweep.kv.arms import Arm
-from layersweep.kv.codec import key_group
+from layersweep.kv.codec import Grouping, grouping
+from layersweep.kv.methods import FIRST_BLOCK
 from layersweep.kv.store import KvStore
 from layersweep.model.routing import route
 from layersweep.sweep.context import LayerContext, Table
@@ -21,7 +23,6 @@ from layersweep.sweep.state import Routing, TileState, attention_batch
 from layersweep.sweep.step import attend_step
 
 QUERY_CHUNK = 512
-STREAMING_MEAN = 128  # tokens that a channel mean comes from where later ones are not known yet
 
 
 def visit_attention(state: TileState, context: LayerContext) -> None:
@@ -183,46 +184,71 @@ def _keep(
         context.caches.layer(tile, context.index).keep(group, first, prefix, pairs, at_once)
 
 
+@lru_cache(maxsize=64)  # every layer asks alike, and a copy to a device makes the host wait
+def _coded_until(arm: Arm, tokens: int, device: torch.device) -> Tensor:
+    """Up to where the codec has the past of each of `tokens` tokens."""
+    return torch.tensor([arm.coded_until(at + 1) for at in range(tokens)], device=device)
+
+
 def _attend_streaming(
     tile_name: str, branch: Branch, q: Tensor, streams: Streams, table: Table | None,
     context: LayerContext,
 ) -> Tensor:  # fmt: skip
-    """Every token reads the decoded streams of every earlier token and of itself; with `@window=W`,
-    the last W tokens (itself included) exactly, and exactly too the keys that wait until a group
-    of theirs is full."""
+    """Every token reads what a cache holds once it is in, itself included: coded tokens, the newest
+    of them with what is `fine`; exactly what has not left the window or filled a block, and keys,
+    values or both that a codec has not let go of."""
     tokens, arm = q.shape[2], branch.arm
-    group = 1 if arm.codec is None else key_group(arm.codec)
+    roles = context.plain_streams[0].role, context.plain_streams[-1].role
+    how_keys, how_values = (
+        Grouping() if arm.codec is None else grouping(arm.codec, role) for role in roles
+    )
     attention, rule, sinks = context.compute.attention, context.rule, context.sinks
-    stored = _stored([arm], streams, context, mean_tokens=STREAMING_MEAN, whole=True)
+    stored = _stored([arm], streams, context, mean_tokens=FIRST_BLOCK, whole=True)
     first = context.plain_streams[0].first_held(tokens)
     held = stored
     if first:  # all tokens are read here, each by those in whose window it is; a cache holds fewer
         held = _stored([arm], _some(streams, slice(first, tokens)), context, first=first)
     _count(tile_name, [arm], held, context)
     q = turned_queries(q, 0, table, context)
-    parts = 1 + (group > 1) + (arm.window > 0)
+    # One of the two is exact in between, where they are not let go of alike.
+    between = how_keys != how_values
+    near = arm.window > 0 or arm.block > 0 or Grouping() not in (how_keys, how_values)
+    parts = 1 + (arm.fine > 0) + between + near
     if parts == 1:
         keys, values = read([stored.decoded(0)], 0, table, context)
         return attention(q, keys, values, rule=rule, sinks=sinks)
-    every = replace(arm, window=0)
-    coded = _stored([every], streams, context, mean_tokens=STREAMING_MEAN, whole=True).decoded(0)
-    coded_keys, coded_values = read([coded], 0, table, context)
-    exact_keys, exact_values = read([streams], 0, table, context)
-    keys = torch.cat([coded_keys, *[exact_keys] * (parts - 1)], dim=2)
-    part_values = [coded_values] * (1 + (group > 1)) + [exact_values] * (arm.window > 0)
-    values = torch.cat(part_values, dim=2)
+    exact = read([streams], 0, table, context)
+    if arm.keeps_window(rule.window):
+        return attention(q, *exact, rule=rule, sinks=sinks)
+    # every token in each of the shapes that it takes as it ages, the last one first
+    shapes = (0, tokens) if arm.fine else (0,)
+    every = [replace(arm, window=0, block=0, fine=fine) for fine in shapes]
+    coded = _stored(every, streams, context, mean_tokens=FIRST_BLOCK, whole=True)
+    views = [read([coded.decoded(i)], 0, table, context) for i in range(len(every))]
+    coded_keys, coded_values = views[-1]
+    keys_wait = how_values == Grouping()
+    views += [(exact[0], coded_values) if keys_wait else (coded_keys, exact[1])] * between
+    views += [exact] * near
+    keys, values = (torch.cat(part, dim=2) for part in zip(*views, strict=True))
     key_at = torch.arange(tokens, device=q.device)
+    until = _coded_until(arm, tokens, q.device)
     pieces = []
     for first in range(0, tokens, QUERY_CHUNK):
-        at = key_at[first : first + QUERY_CHUNK, None]
-        left = (at + 1 - arm.sink - arm.window).clamp(min=0)  # tokens that have left the window
-        keys_from, values_from = arm.sink + left // group * group, arm.sink + left
-        far, near = key_at < keys_from, key_at >= values_from
-        masks = [far, ~far & ~near, near] if group > 1 else [far, near]
+        some = slice(first, first + QUERY_CHUNK)
+        at, left = key_at[some, None], until[some, None]
+        keys_left, values_left = (
+            arm.sink + (left - arm.sink - how.keep).clamp(min=0) // how.group * how.group
+            for how in (how_keys, how_values)
+        )
+        coded_left = torch.minimum(keys_left, values_left)
+        borders = [coded_left - arm.fine] * (arm.fine > 0) + [coded_left]
+        borders += [torch.maximum(keys_left, values_left)] * between
+        before = [key_at < border for border in borders]
+        later = [torch.ones_like(before[0])]
+        masks = [b & ~a for a, b in zip([~later[0], *before], [*before, *later], strict=True)]
         seen = key_at <= at
         if rule.window is not None:
             seen &= key_at > at - rule.window
         mask = torch.cat(masks[:parts], dim=1) & seen.repeat(1, parts)
-        some = q[:, :, first : first + QUERY_CHUNK]
-        pieces.append(attention(some, keys, values, mask, rule=rule.masked(), sinks=sinks))
+        pieces.append(attention(q[:, :, some], keys, values, mask, rule=rule.masked(), sinks=sinks))
     return torch.cat(pieces, dim=2)
