@@ -133,8 +133,12 @@ def test_at_the_same_bits_keys_and_values_lose_less() -> None:
     assert sizes[0] == sizes[1]
 
 
-@pytest.mark.parametrize("arm", ["trellis:K3V2@sink=4", "trellis:K16V2", "trellis:K2V16", "identity:trellis",
-                                 "trellis:K3V2@found=1@sink=1@window=8@block=8@fine=16"])  # fmt: skip
+GROWING = "trellis:K3V2@found=1@sink=1@window=8@block=8@fine=16"
+
+
+@pytest.mark.parametrize(
+    "arm", ["trellis:K3V2@sink=4", "trellis:K16V2", "trellis:K2V16", "identity:trellis", GROWING]
+)
 def test_a_cache_that_grows_equals_one_made_at_once(arm: str) -> None:
     streams, (k, v) = told(), pair()
     whole = store_of([arm], streams, mean=20).appended((k, v))
