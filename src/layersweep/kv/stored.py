@@ -150,7 +150,7 @@ class StoredStream:
     ) -> StoredStream:
         """As `arm` keeps `stream` in a layer, from position `first` on: exactly where the layer is
         protected, or has 16 bits for it (except where the transforms themselves are the arm)."""
-        codec = None if arm.is_exact_layer(layer, num_layers) else arm.codec
+        codec = arm.in_layer(layer, num_layers).codec
         if codec and arm.method != "identity" and role_bits(codec, stream) == EXACT_BITS:
             codec = None
         return cls(stream, codec, arm.sink, arm.window, mean_tokens, first)
