@@ -149,20 +149,34 @@ def measured_peer(name: str, measure: Callable[[], PeerResult]) -> dict[str, Any
 
 @bench.command("codec")
 def codec(
-    kv: Annotated[str, typer.Option(help="Arms; their key bits are measured.")] = CODEC_ARMS,
+    kv: Annotated[
+        str | None, typer.Option(help="Arms; of vectors, their key bits are measured.")
+    ] = None,
     dim: Annotated[int, typer.Option(help="Head size.", min=8)] = 128,
     vectors: Annotated[int, typer.Option(help="Vectors per arm.", min=512)] = 16_384,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     seed: Annotated[int, typer.Option(help="Seed of the vectors.", min=0)] = 0,
+    model: Annotated[str | None, typer.Option(help="Measure its keys and values instead.")] = None,
+    text: Annotated[str | None, typer.Option(help="With --model: UTF-8 text.")] = None,
+    segments: Annotated[int, typer.Option(help="With --model: windows.", min=1)] = 4,
+    prefix: Annotated[int, typer.Option(help="With --model: tokens coded.", min=1)] = 1024,
+    continuation: Annotated[int, typer.Option(help="With --model: tokens after.", min=2)] = 128,
 ) -> None:
-    """What KV codecs lose at the bits that they store: error, logit KL, speed. No model needed."""
+    """What KV codecs lose at the bits that they store: error, logit KL, speed. No model needed;
+    with one, what each stream of each layer costs alone."""
+    if model is not None:
+        from layersweep.bench.sensitivity import Sample
+        from layersweep.cli.sensitivity import bench_model
+
+        bench_model(model, kv or "K3V2", Sample(text, segments, prefix, continuation), device)
+        return
     from layersweep.bench.codec import Bench, bench_codecs
     from layersweep.environment import device_facts, versions
     from layersweep.kv.arms import parse_arms
     from layersweep.sweep.model import resolve_device
 
     place = resolve_device(device)
-    rows = bench_codecs(parse_arms(kv), Bench(dim, vectors, seed, place), _say)
+    rows = bench_codecs(parse_arms(kv or CODEC_ARMS), Bench(dim, vectors, seed, place), _say)
     table = Table(box=None, pad_edge=False)
     for name in ("arm", "bits", "MSE", "before gain", "key KL", "encoded/s", "decoded/s"):
         table.add_column(name, justify="left" if name == "arm" else "right")

@@ -217,7 +217,7 @@ def _expand(words: Words) -> list[Arm]:
     method = method or DEFAULT_METHOD
     if method in METHODS and METHODS[method].fixed_bits:
         raise words.error(f"found bits after {method}, needed {method} alone: it has its own")
-    options = options_of(words, method, defaults, calibrates=True)
+    options = options_of(words, method, defaults, calibrates=method == DEFAULT_METHOD)
     if options.calibration:
         if match[2] or match[4]:
             raise words.error("found a range of bits, needed one mean with @calibration")

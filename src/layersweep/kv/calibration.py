@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -51,7 +52,7 @@ class LayerCosts:
 @dataclass(frozen=True)
 class Calibration:
     """What was measured: `model` and `fingerprint` of a checkpoint, `text_sha256` and shape of the
-    windows, `arm` without its bits. `name` and `sha256` are of the file."""
+    windows, `arms` at MEASURED_BITS. `name` and `sha256` are of the file."""
 
     model: str
     fingerprint: str
@@ -59,7 +60,7 @@ class Calibration:
     windows: int
     prefix: int
     continuation: int
-    arm: str
+    arms: tuple[str, ...]
     layers: tuple[LayerCosts, ...]
     name: str = ""
     sha256: str = ""
@@ -151,8 +152,8 @@ def read_calibration(path: Path) -> Calibration:
         if (content.pop("schema"), content.pop("bits")) != (SCHEMA, list(MEASURED_BITS)):
             raise ValueError(f"its schema is not {SCHEMA}")
         layers = tuple(_layer(**layer) for layer in content.pop("layers"))
-        digest = hashlib.sha256(data).hexdigest()
-        return Calibration(**content, layers=layers, name=path.stem, sha256=digest)
+        arms, digest = tuple(content.pop("arms")), hashlib.sha256(data).hexdigest()
+        return Calibration(**content, arms=arms, layers=layers, name=path.stem, sha256=digest)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(
             f"@calibration={path}: found no calibration ({error}), needed {SCHEMA}", hint=HINT
@@ -169,4 +170,7 @@ def _layer(
 def _cost(elements: int, nats: Sequence[float]) -> Cost:
     if len(nats) != len(MEASURED_BITS):
         raise ValueError(f"{len(nats)} costs where {len(MEASURED_BITS)} bits were measured")
-    return Cost(int(elements), tuple(map(float, nats)))
+    for cost in nats:
+        if not math.isfinite(cost):
+            raise ValueError(f"{cost} nats")
+    return Cost(elements, tuple(nats))

@@ -74,7 +74,11 @@ class Options:
 
 
 def options_of(
-    words: Words, method: str, defaults: Mapping[str, int] | None = None, *, calibrates: bool = False
+    words: Words,
+    method: str,
+    defaults: Mapping[str, int] | None = None,
+    *,
+    calibrates: bool = False,
 ) -> Options:
     """`defaults`: counts that are not given. `calibrates`: @calibration may be among them.
 
