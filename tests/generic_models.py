@@ -14,7 +14,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from layersweep.sweep import model as opening
 from layersweep.sweep.loop import run_sweep
 from layersweep.sweep.model import Model
-from layersweep.sweep.record import SweepRecord
+from layersweep.sweep.record import Pieces, SweepRecord, joined
 from layersweep.sweep.sequences import BranchedSequence, Tile
 
 SMALL: dict[str, Any] = {
@@ -69,8 +69,8 @@ def swept(model: Model, tiles: list[Tile]) -> tuple[list[list[list[Tensor]]], Sw
     """Logits by tile, sequence and branch, and what the sweep recorded."""
     found: list[list[list[Tensor]]] = [[] for _ in tiles]
 
-    def read(tile: Tile, number: int, sequence: BranchedSequence, logits: list[Tensor]) -> None:
-        found[tiles.index(tile)].append([one.clone() for one in logits])
+    def read(tile: Tile, number: int, sequence: BranchedSequence, pieces: Pieces) -> None:
+        found[tiles.index(tile)].append(joined(pieces))
 
     plan = model.plan(tiles)
     engine = model.open(plan)

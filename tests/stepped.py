@@ -10,6 +10,7 @@ from torch import Tensor
 from layersweep.kv.arms import Arm
 from layersweep.sweep.caches import KeptCaches
 from layersweep.sweep.loop import Engine, run_sweep
+from layersweep.sweep.record import Pieces, joined
 from layersweep.sweep.sequences import Branch, BranchedSequence, Tile
 
 Texts = list[tuple[list[int], list[int], list[list[int]]]]  # prefix, question, tokens of each arm
@@ -69,8 +70,8 @@ def in_one_pass(engine: Engine, rides: Texts, arms: list[Arm]) -> Tensor:
 def _read(engine: Engine, tile: Tile, caches: KeptCaches | None) -> Tensor:
     found: list[Tensor] = []
 
-    def read(tile: Tile, number: int, sequence: BranchedSequence, logits: list[Tensor]) -> None:
-        found.append(torch.stack(logits).cpu())
+    def read(tile: Tile, number: int, sequence: BranchedSequence, pieces: Pieces) -> None:
+        found.append(torch.stack(joined(pieces)).cpu())
 
     run_sweep(engine, [tile], read, caches=caches)
     return torch.stack(found)

@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from layersweep.checkpoint import Checkpoint, Weight, nf4, open_checkpoint, scan_checkpoint
+from layersweep.checkpoint.strict_json import MOST_VALUES
 from layersweep.errors import CheckpointError, InputError
 
 DTYPES = {
@@ -182,7 +183,9 @@ def test_packed_without_quant_state_is_read_and_announced(tmp_path: Path) -> Non
 
 def test_tokenizer_larger_than_the_vocabulary_is_a_note(tmp_path: Path) -> None:
     tiny_checkpoint(tmp_path)
-    tokenizer = {"model": {"vocab": {"a": 0, "b": VOCAB - 1}}, "added_tokens": []}
+    merges = [["a", "b"]] * (MOST_VALUES // 3)  # Gemma's has more values than other JSON may have
+    model = {"vocab": {"a": 0, "b": VOCAB - 1}, "merges": merges}
+    tokenizer = {"model": model, "added_tokens": []}
     (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
     assert not any("tokenizer" in note for note in open_checkpoint(str(tmp_path)).notes)
     tokenizer["added_tokens"] = [{"id": VOCAB + 4}]

@@ -205,11 +205,11 @@ def test_the_gain_of_a_copy_is_judged_by_what_is_left_to_gain(
     monkeypatch.setattr("layersweep.study.gate.SCALE_GAINS", {})  # these models are not sure enough
     gate = Gate(load("demo", device="cpu").decoder, GateTokens(list(range(256))), None)
     if refused is None:
-        gate.check_logits(knowing(first, second))
+        gate.check_logits([(slice(None), [knowing(first, second)])])
         assert all(check.passed for check in gate.checks)
         return
     with pytest.raises(GateError, match=refused):
-        gate.check_logits(knowing(first, second))
+        gate.check_logits([(slice(None), [knowing(first, second)])])
 
 
 def guessing(right: float, sure: float) -> torch.Tensor:
@@ -243,11 +243,11 @@ def test_logits_of_the_wrong_scale_are_refused(
 ) -> None:
     gate = Gate(load("demo", device="cpu").checkpoint.decoder, GateTokens(list(range(256))), None)
     if refused is None:
-        gate.check_logits(guessing(right, sure))
+        gate.check_logits([(slice(None), [guessing(right, sure)])])
         assert all(check.passed for check in gate.checks)
         return
     with pytest.raises(GateError, match=refused):
-        gate.check_logits(guessing(right, sure))
+        gate.check_logits([(slice(None), [guessing(right, sure)])])
 
 
 def test_a_non_finite_layer_is_refused_with_its_number(tmp_path: Path) -> None:

@@ -42,6 +42,7 @@ from layersweep.study.study import Study, prepare_study
 from layersweep.sweep.caches import KeptCaches, cache_memory
 from layersweep.sweep.loop import Engine, run_sweep
 from layersweep.sweep.model import Model, load
+from layersweep.sweep.record import Pieces, joined
 from layersweep.sweep.sequences import Branch, BranchedSequence, Tile, tiles_of
 from layersweep.tasks.settings import EvalSettings
 
@@ -91,8 +92,8 @@ def logits_of(
 ) -> tuple[dict[int, list[Tensor]], BlockStore]:
     found: dict[int, list[Tensor]] = {}
 
-    def read(tile: Tile, number: int, sequence: BranchedSequence, logits: list[Tensor]) -> None:
-        found[tile.first + number] = [part.clone() for part in logits]
+    def read(tile: Tile, number: int, sequence: BranchedSequence, pieces: Pieces) -> None:
+        found[tile.first + number] = joined(pieces)
 
     store = BlockStore(model.specs, placement, CUDA, decode=model.compute.ops.decode)
     engine = Engine(model.checkpoint.decoder, store, model.compute, model.plan(tiles).scratch)

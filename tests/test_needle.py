@@ -346,7 +346,7 @@ def judge(branches: list[list[list[list[float]]]], arms: str) -> NeedleTask:
     for number, predictions in enumerate(branches):
         # a constant added to all logits of a position changes no probability
         logits = [torch.tensor(rows).log() + 7.0 for rows in predictions]
-        job.read(tile, number, tile.sequences[number], logits)
+        job.read(tile, number, tile.sequences[number], [(slice(0, 2), logits)])
     job.settle()
     return job
 

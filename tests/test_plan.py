@@ -20,6 +20,7 @@ from layersweep.stream.shapes import (
     Machine,
     TileShape,
     dense_bytes,
+    head_bytes,
     rows_at_once,
     scratch_bytes,
     temporary_bytes,
@@ -40,7 +41,7 @@ T4 = Machine(vram=14 * GIB, ram=8 * GIB, element=2, cpu=False, repeats_kv=True)
 def tile(rows: int = 51_200) -> TileShape:
     return TileShape(
         name="t", rows=rows, longest=1536, spans=((1000, rows, 1),), read_rows=20 * 3 * 511,
-        read_at_once=3 * 511, branches=3, sequences_at_once=8, rows_at_once=rows * 8 // 20,
+        read_each=3 * 511, branches=3, sequences_at_once=8, rows_at_once=rows * 8 // 20,
     )  # fmt: skip
 
 
@@ -55,6 +56,17 @@ def test_mixtral_blocks_hold_the_published_bytes() -> None:
     layer = [spec for spec in SPECS if spec.layer == 0]
     assert [spec.stored_bytes for spec in layer[1:]] == [90_878_976] * 8
     assert 0 <= sum(s.nbytes for s in layer) - sum(s.stored_bytes for s in layer) < 176 * 256
+
+
+def test_logits_of_a_large_vocabulary_are_held_in_pieces() -> None:
+    # 512 MiB: 170 positions of 262,144 logits in float32 under 3 branches; Mixtral's fit whole
+    gemma = replace(MIXTRAL, vocab_size=262_144)
+    row = 2 * 4096 * 2
+    assert head_bytes(gemma, tile(), 2) == 3 * 170 * (4 * 262_144 + row) + 1024
+    assert head_bytes(MIXTRAL, tile(), 2) == 3 * 511 * (4 * 32_000 + row) + 1024
+    assert temporary_bytes(gemma, [tile()], T4) == temporary_bytes(MIXTRAL, [tile()], T4)
+    on_cpu = replace(T4, cpu=True)
+    assert temporary_bytes(gemma, [tile()], on_cpu) == 4 * 170 * 4 * 262_144
 
 
 STAY = "over the weights, which stay on the device"

@@ -28,10 +28,10 @@ def planned(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, An
     ("shape", "machine", "packed", "stored", "peak"),
     [
         # bytes as model.safetensors.index.json of the published models has them
-        ("qwen3-30b-a3b", "t4x2", False, 61_064_245_248, 6.55),
-        ("llama-3.1-8b", "rtx4090", False, 16_060_522_496, 11.8),
-        ("deepseek-v2-lite", "a100-80", False, 31_412_968_448, 7.45),
-        ("gpt-oss-20b", "t4x2", True, 12_523_958_256, 8.31),
+        ("qwen3-30b-a3b", "t4x2", False, 61_064_245_248, 5.06),
+        ("llama-3.1-8b", "rtx4090", False, 16_060_522_496, 10.83),
+        ("deepseek-v2-lite", "a100-80", False, 31_412_968_448, 6.69),
+        ("gpt-oss-20b", "t4x2", True, 12_523_958_256, 6.20),
     ],
 )
 def test_a_published_model_is_planned_from_its_headers(
@@ -47,7 +47,7 @@ def test_a_published_model_is_planned_from_its_headers(
     # without the NF4 table and the JSON of each weight, which are not read again
     assert stored * 0.99 < found["read_bytes"] <= stored
     assert found["sweeps"] == 1 and found["plan"]["vram"] == MACHINES[machine].vram
-    assert found["plan"]["device_bytes"] / GIB == pytest.approx(peak, rel=0.1)
+    assert found["plan"]["device_bytes"] / GIB == pytest.approx(peak, rel=0.02)
     assert found["first_read_s"] == pytest.approx(found["read_bytes"] / MACHINES[machine].disk)
     assert min(found["perplexity_s"], found["needle_s"], found["total_s"]) > 1
 

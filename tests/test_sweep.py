@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoint_builders import tiny_checkpoint
+from hypothesis import given
+from hypothesis import strategies as st
 from oracle_models import oracle_model, scored_with_cache
 from torch import Tensor
 
@@ -22,7 +24,9 @@ from layersweep.sweep.dense import DenseWeights
 from layersweep.sweep.feed import FeedVisit
 from layersweep.sweep.loop import Engine, run_sweep
 from layersweep.sweep.model import Model, load
+from layersweep.sweep.record import Pieces, joined
 from layersweep.sweep.sequences import Branch, BranchedSequence, Tile, tiles_of
+from layersweep.sweep.state import pieces_of
 
 LAYOUTS = [
     {"layout": "per_expert", "weights": "nf4", "nested": True, "router": "nf4", "shards": 3},
@@ -68,8 +72,8 @@ def sweep_logits(
     """{sequence index: logits per branch}, and the store after `sweeps` equal sweeps' tiles."""
     found: dict[int, list[Tensor]] = {}
 
-    def read(tile: Tile, number: int, sequence: BranchedSequence, logits: list[Tensor]) -> None:
-        found[tile.first + number] = [part.clone() for part in logits]
+    def read(tile: Tile, number: int, sequence: BranchedSequence, pieces: Pieces) -> None:
+        found[tile.first + number] = joined(pieces)
 
     runs = runs_of(model.specs)
     placement = Placement(
@@ -192,6 +196,45 @@ def test_exact_against_exact_is_zero_with_one_arm_or_five(tiny: Path) -> None:
         if baseline is not None:
             assert all(torch.equal(a, b) for a, b in zip(exact, baseline, strict=True))
         baseline = exact
+
+
+@pytest.mark.parametrize("at_once", [1, 5, 31])
+def test_logits_in_pieces_are_those_of_all_positions(
+    at_once: int, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load(str(tiny), device="cpu")
+    tiles = tiles_of("t", windows(model, 2, [EXACT, parse("K3V2")]), 2)
+    whole, _ = sweep_logits(model, tiles)
+    positions = len(whole[0][0])
+    monkeypatch.setattr("layersweep.stream.shapes.FEWEST_POSITIONS", at_once)
+    monkeypatch.setattr("layersweep.stream.shapes.LOGITS_BYTES", 0)
+    seen: list[slice] = []
+
+    def read(tile: Tile, number: int, sequence: BranchedSequence, pieces: Pieces) -> None:
+        start = 0
+        for at, logits in pieces:
+            seen.append(at)
+            for found, expected in zip(logits, whole[number], strict=True):
+                assert len(found) <= at_once
+                assert (found - expected[at]).abs().max() < 1e-5
+            start += len(logits[0])
+        assert start == positions
+
+    model.run(tiles, read)
+    assert len(seen) == 2 * -(-positions // at_once)
+
+
+@given(
+    ranges=st.lists(st.tuples(st.integers(0, 50), st.integers(1, 20)), min_size=1, max_size=4),
+    at_once=st.integers(1, 25),
+)
+def test_pieces_have_every_row_once(ranges: list[tuple[int, int]], at_once: int) -> None:
+    rows = [(first, first + count) for first, count in ranges]
+    pieces = list(pieces_of(rows, at_once))
+    for branch, (first, last) in enumerate(rows):
+        found = [range(*cut[branch]) for _, cut in pieces]
+        assert [row for part in found for row in part] == list(range(first, last))
+        assert all(len(part) <= at_once for part in found)
 
 
 def test_streaming_reads_every_token_through_the_codec(tiny: Path) -> None:

@@ -19,6 +19,7 @@ from layersweep.model.compute import Scratch, on_cpu
 from layersweep.sweep import loop
 from layersweep.sweep.dense import DenseWeights
 from layersweep.sweep.model import load
+from layersweep.sweep.record import joined
 from layersweep.sweep.sequences import Branch, BranchedSequence, Tile
 
 
@@ -68,7 +69,7 @@ def losses(folder: str) -> Tensor:
     model = load(folder, device="cpu", vram="1GiB", ram="1GiB")
     for sequence in (BranchedSequence(ids[:20], branched), BranchedSequence((), growing)):
         tile = Tile("t", (sequence,))
-        model.run([tile], lambda tile, index, sequence, logits: found.extend(logits))
+        model.run([tile], lambda tile, index, sequence, pieces: found.extend(joined(pieces)))
     return torch.cat([one.log_softmax(-1)[:, 0] for one in found])
 
 

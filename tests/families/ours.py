@@ -22,6 +22,7 @@ from families.probe import (
 from layersweep.kv.arms import EXACT, Arm
 from layersweep.sweep.caches import KeptCaches
 from layersweep.sweep.model import Model, load
+from layersweep.sweep.record import Pieces, joined
 from layersweep.sweep.sequences import Branch, BranchedSequence, Tile
 
 
@@ -58,11 +59,11 @@ def token_losses(model: Model, rides: list[BranchedSequence]) -> list[Tensor]:
     """Of the tokens that each ride's last branch reads; the other branches are computed too."""
     found: list[Tensor] = []
 
-    def read(tile: Tile, number: int, sequence: BranchedSequence, logits: list[Tensor]) -> None:
+    def read(tile: Tile, number: int, sequence: BranchedSequence, pieces: Pieces) -> None:
         branch = sequence.branches[-1]
         start, stop = branch.read
         target = torch.tensor(branch.ids[start + 1 : stop + 1])
-        found.append(-logits[-1].cpu().log_softmax(-1).gather(-1, target[:, None])[:, 0])
+        found.append(-joined(pieces)[-1].cpu().log_softmax(-1).gather(-1, target[:, None])[:, 0])
 
     model.run([Tile("probe", tuple(rides))], read)
     return found

@@ -16,7 +16,7 @@ from layersweep.checkpoint.files import Folder, read_small
 from layersweep.checkpoint.fused import straddled_elements, weights_of
 from layersweep.checkpoint.header import StoredTensor
 from layersweep.checkpoint.shards import Shards, open_shards
-from layersweep.checkpoint.strict_json import UnusableJson, parse_json
+from layersweep.checkpoint.strict_json import TOKENIZER_VALUES, UnusableJson, parse_json
 from layersweep.checkpoint.weights import Checkpoint, Weight
 from layersweep.families.names import LAYERS, Fused, Wanted
 from layersweep.families.registry import Description
@@ -247,7 +247,7 @@ def _tokenizer_note(folder: Folder, decoder: Decoder) -> Iterable[str]:
     if "tokenizer.json" not in folder.names() or not folder.has_values:
         return
     try:
-        tokenizer, _ = parse_json(read_small(folder, "tokenizer.json"))
+        tokenizer, _ = parse_json(read_small(folder, "tokenizer.json"), TOKENIZER_VALUES)
         vocabulary = tokenizer["model"]["vocab"]
         ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
         added = [token["id"] for token in tokenizer.get("added_tokens") or ()]

@@ -7,8 +7,9 @@ from collections import Counter
 from itertools import chain
 from typing import Any
 
-LARGEST_JSON = 32 * 2**20  # the index of 250,000 tensors
+LARGEST_JSON = 64 * 2**20  # the index of 500,000 tensors, a tokenizer of 500,000 tokens
 MOST_VALUES = 2**20  # the header of 100,000; a value of 3 bytes may take 300 in memory
+TOKENIZER_VALUES = 2**21  # a tokenizer of 262,144 tokens has 1.9 million
 DEEPEST = 32  # what is deeper cannot be compared, printed or freed without recursion
 
 
@@ -16,15 +17,16 @@ class UnusableJson(ValueError):
     """Its text is what was found: "no JSON (...)"."""
 
 
-def parse_json(raw: bytes) -> tuple[Any, list[str]]:
+def parse_json(raw: bytes, most_values: int = MOST_VALUES) -> tuple[Any, list[str]]:
     """The value in `raw`, and the keys that one of its objects has twice.
 
-    Raises UnusableJson for what is not UTF-8 or not JSON, too deep or too much.
+    Raises UnusableJson for what is not UTF-8 or not JSON, too deep, larger than LARGEST_JSON or of
+    more than `most_values` values.
     """
     if len(raw) > LARGEST_JSON:
         raise UnusableJson(f"{len(raw)} bytes of JSON, more than {LARGEST_JSON}")
-    if sum(map(raw.count, (b",", b"[", b"{"))) > MOST_VALUES:
-        raise UnusableJson(f"JSON of more than {MOST_VALUES} values")
+    if sum(map(raw.count, (b",", b"[", b"{"))) > most_values:
+        raise UnusableJson(f"JSON of more than {most_values} values")
     repeated: set[str] = set()
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

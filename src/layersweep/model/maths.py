@@ -172,6 +172,11 @@ def _clamped_swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
     return (up + 1) * (gate * torch.sigmoid(gate * SWIGLU_SLOPE))
 
 
+def losses(logits_TV: Tensor, target_T: Tensor) -> Tensor:
+    """Loss of each target in nats: [T]."""
+    return -logits_TV.log_softmax(-1).gather(1, target_T[:, None])[:, 0]
+
+
 def score_branches(logits: list[Tensor], target: Tensor) -> Tensor:
     """[branches, T, 3] float32: loss of the target [T], KL(exact || branch) in nats, and 1 where
     the first guess is that of the exact branch, which comes first. logits [T, V] each."""

@@ -150,6 +150,10 @@ class TorchOps:
         seen = torch.where(bad, layer, NEVER).to(torch.int32)
         first_bad.scatter_reduce_(0, unit_N.long(), seen, "amin")
 
+    def losses(self, logits_TV: Tensor, target_T: Tensor) -> Tensor:
+        """Loss of each target in nats: [T]."""
+        return maths.losses(logits_TV, target_T)
+
     def score_branches(self, logits: list[Tensor], target: Tensor) -> Tensor:
         """[branches, T, 3]: loss, KL from the first branch, agreement; see maths."""
         return maths.score_branches(logits, target)
@@ -265,6 +269,11 @@ class CudaOps(TorchOps):
         self, hidden: Tensor, update: Tensor, unit_N: Tensor, first_bad: Tensor, layer: int
     ) -> None:
         self.kernels.leave_layer_(hidden, update, unit_N, first_bad, layer)
+
+    def losses(self, logits_TV: Tensor, target_T: Tensor) -> Tensor:
+        found = torch.empty(len(target_T), 1, device=target_T.device)
+        self.kernels.score_exact(logits_TV, target_T, found)
+        return found[:, 0]
 
     def score_branches(self, logits: list[Tensor], target: Tensor) -> Tensor:
         scores = torch.empty(len(logits), len(target), 3, device=target.device)

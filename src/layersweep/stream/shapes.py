@@ -12,6 +12,8 @@ from layersweep.families.weights import BlockShape, Role, blocks
 
 EXPERT_SPREAD = 1.25  # an expert's rows go through at most this many times its even share at once
 GROUP_BYTES = 256 * 2**20  # of dense experts that are visited together
+LOGITS_BYTES = 512 * 2**20  # of logits that are held at once
+FEWEST_POSITIONS = 64  # that one product of the head takes, whatever they need
 DENSE_ROWS = 12_800  # of an MLP that all rows go through: enough for full speed
 # On the CPU an expert's rows go through in pieces whose activations stay in the cache.
 CPU_EXPERT_ROWS = 2048
@@ -25,7 +27,7 @@ class TileShape:
 
     `rows`: tokens; `longest`: keys of its longest sequence; `spans`: (past, own, how often) of the
     runs of tokens that attend to a past and to themselves, causally; `read_rows`: rows whose
-    logits are read, `read_at_once`: of one sequence; `branches`: most of one sequence;
+    logits are read, `read_each`: of one sequence; `branches`: most of one sequence;
     `sequences_at_once`, `rows_at_once`: of one attention call; `kept_columns`: keys of all
     branches that a call attends to where their answers are generated.
     """
@@ -35,7 +37,7 @@ class TileShape:
     longest: int
     spans: tuple[tuple[int, int, int], ...]
     read_rows: int
-    read_at_once: int
+    read_each: int
     branches: int
     sequences_at_once: int
     rows_at_once: int
@@ -201,10 +203,17 @@ def attention_bytes(decoder: Decoder, tile: TileShape, element: int) -> int:
     return most * element + 16 * SCRATCH_ALIGNMENT
 
 
+def positions_at_once(branches: int, vocab_size: int) -> int:
+    """Positions of one sequence whose logits, float32 under `branches` arms, are held at once: as
+    many as fit LOGITS_BYTES. A function of the tile alone, so that budgets change no number."""
+    return max(FEWEST_POSITIONS, LOGITS_BYTES // (4 * vocab_size * branches))
+
+
 def head_bytes(decoder: Decoder, tile: TileShape, element: int) -> int:
-    """Scratch of one sequence's logits, float32, and its normed rows."""
+    """Scratch of the logits of one sequence that are held at once, and of its normed rows."""
     row = 4 * decoder.vocab_size + 2 * decoder.hidden_size * element
-    return tile.read_at_once * row + 4 * SCRATCH_ALIGNMENT
+    rows = tile.branches * positions_at_once(tile.branches, decoder.vocab_size)
+    return min(tile.read_each, rows) * row + 4 * SCRATCH_ALIGNMENT
 
 
 def scratch_bytes(decoder: Decoder, tiles: Sequence[TileShape], machine: Machine) -> int:
@@ -234,8 +243,10 @@ def temporary_bytes(decoder: Decoder, tiles: Sequence[TileShape], machine: Machi
         routing = tile.rows * (decoder.experts_per_token * 40 + decoder.num_experts * 12)
         if decoder.routes_in_float32:
             routing += 4 * tile.rows_at_once * decoder.hidden_size
-        per_branch = tile.read_at_once // max(1, tile.branches)
-        logits = 4 * per_branch * 4 * decoder.vocab_size
+        logits = 0
+        if machine.cpu or not machine.kernels:  # a kernel needs no memory of its own for them
+            positions = positions_at_once(tile.branches, decoder.vocab_size)
+            logits = 4 * min(tile.read_each // tile.branches, positions) * 4 * decoder.vocab_size
         if decoder.generic:
             from layersweep.stream.generic_shapes import module_bytes
 

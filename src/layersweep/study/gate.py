@@ -8,22 +8,23 @@ model whose attention works predicts the second copy far better than the first.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from layersweep.checkpoint.files import LocalFolder, read_small
 from layersweep.checkpoint.strict_json import UnusableJson, parse_json
 from layersweep.errors import GateError, InputError
 from layersweep.families.spec import Decoder
 from layersweep.kv.arms import EXACT
+from layersweep.model import maths
 from layersweep.problems import FileProblem
 from layersweep.study.gate_tokens import GateTokens
-from layersweep.sweep.record import LayerHealth
+from layersweep.sweep.record import LayerHealth, Pieces
 from layersweep.sweep.sequences import Branch, BranchedSequence, Tile
 from layersweep.text.tokenizer import hash_ids
 
@@ -35,6 +36,7 @@ SCALE_GAINS = {0.5: 0.5, 2.0: 0.1}
 CARD_TOLERANCE = 0.02
 LARGEST_HALF = 3e4  # of a hidden state in float16: the next layer may double it
 NAME = "gate"
+Losses = Callable[[Tensor, Tensor], Tensor]  # of logits [T, V] and targets [T]
 
 
 @dataclass(frozen=True)
@@ -130,16 +132,15 @@ class Gate:
             f"the router of layer {layer} looks dead: see `layersweep inspect`",
         )
 
-    def check_logits(self, logits: Tensor) -> None:
+    def check_logits(self, pieces: Pieces, losses: Losses = maths.losses) -> None:
         """Compare the two copies, and the first with its logits halved and doubled: a last norm
         or head of another model has them at another scale. Synthetic weights cannot pass this
-        and are not asked to."""
+        and are not asked to. Overwrites the logits."""
         if self.decoder.synthetic:
             return
-        target = torch.tensor(self.ids[1:], device=logits.device)
-        nll = functional.cross_entropy(logits, target, reduction="none")
+        nll = self._losses(pieces, losses)
         half = len(self.ids) // 2
-        first, second = nll[: half - 1].mean().item(), nll[half:].mean().item()
+        first, second = nll[1.0][: half - 1].mean().item(), nll[1.0][half:].mean().item()
         self.copies_nll = first, second
         limit = math.log(self.decoder.vocab_size) - 1
         self._require(
@@ -154,8 +155,7 @@ class Gate:
             "attention does not find the first copy: check rope_theta and the layers' norms",
         )
         for scale, allowed in SCALE_GAINS.items():
-            scaled = functional.cross_entropy(logits[: half - 1] * scale, target[: half - 1])
-            gain = first - scaled.item()
+            gain = first - nll[scale][: half - 1].mean().item()
             self._require(
                 Check(f"logits x {scale:g}", gain <= allowed, gain, allowed),
                 f"logits times {scale:g} predict the text {gain:.3f} nats better, needed at most "
@@ -173,6 +173,17 @@ class Gate:
                 f"{promised:.4f}",
                 "this build computes something else than the one that made the card",
             )
+
+    def _losses(self, pieces: Pieces, losses: Losses) -> dict[float, Tensor]:
+        """Of all tokens but the first, by what the logits are multiplied with."""
+        target = torch.tensor(self.ids[1:])
+        found: dict[float, list[Tensor]] = {1.0: [], **{scale: [] for scale in SCALE_GAINS}}
+        for at, (logits,) in pieces:
+            own, before = target[at].to(logits.device), 1.0
+            for scale, parts in found.items():
+                parts.append(losses(logits.mul_(scale / before), own))  # powers of two: exact
+                before = scale
+        return {scale: torch.cat(parts) for scale, parts in found.items()}
 
     def check_peak(self, peak_bytes: int, planned_bytes: int) -> None:
         """The measured peak must lie within the plan; noted, not fatal: the run is over."""

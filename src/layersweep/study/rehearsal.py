@@ -7,7 +7,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from layersweep.errors import GateError, InputError
 from layersweep.families.spec import Decoder
@@ -16,6 +15,7 @@ from layersweep.study.gate import Check
 from layersweep.study.study import Study, prepare_study
 from layersweep.sweep.loop import run_sweep
 from layersweep.sweep.model import Model
+from layersweep.sweep.record import Pieces
 from layersweep.sweep.sequences import BranchedSequence, Tile
 from layersweep.tasks.settings import EvalSettings
 
@@ -89,10 +89,8 @@ def first_layers(model: Model, layers: int) -> Model:
     return replace(model, checkpoint=shallow, specs=specs)
 
 
-def _check_finite(
-    tile: Tile, number: int, sequence: BranchedSequence, logits: list[Tensor]
-) -> None:
-    if not torch.isfinite(logits[0]).all():
+def _check_finite(tile: Tile, number: int, sequence: BranchedSequence, pieces: Pieces) -> None:
+    if not all(torch.isfinite(logits).all() for _, (logits,) in pieces):
         raise GateError(
             "rehearsal: the head's logits are not finite, needed finite ones",
             hint="the last norm or the head is damaged: see `layersweep inspect`",

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from layersweep.errors import Fallback, GateError, MachineError
 from layersweep.generate.lanes import Lead, generate_units
@@ -22,7 +21,7 @@ from layersweep.study.shrink import KEPT, of_the_host, out_of_memory, shrink
 from layersweep.study.sizing import gemm_rate
 from layersweep.study.study import Study, tile_key
 from layersweep.sweep.loop import Engine, run_sweep
-from layersweep.sweep.record import Progress, SweepRecord
+from layersweep.sweep.record import Pieces, Progress, SweepRecord
 from layersweep.sweep.sequences import BranchedSequence, Tile
 
 Finished = Callable[[FinishedSweep], None]
@@ -249,14 +248,14 @@ def _sweep_tiles(
 
 
 def _read(
-    study: Study, tile: Tile, number: int, sequence: BranchedSequence, logits: list[Tensor]
+    study: Study, tile: Tile, number: int, sequence: BranchedSequence, pieces: Pieces
 ) -> None:
     for task in study.tasks:
         if task.name == tile.name:
-            task.read(tile, number, sequence, logits)
+            task.read(tile, number, sequence, pieces)
             return
     assert study.gate is not None
-    study.gate.check_logits(logits[0])
+    study.gate.check_logits(pieces, study.model.compute.ops.losses)
 
 
 def _generate(

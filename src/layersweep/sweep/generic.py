@@ -7,7 +7,7 @@ See sweep/loop.py for what a sweep is, model/generic/walk.py for what halts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
@@ -21,6 +21,7 @@ from layersweep.model.compute import Compute
 from layersweep.model.generic.decoder import Modules
 from layersweep.model.generic.walk import AtExperts, AtLayer
 from layersweep.stream.generic_shapes import HEAD_ROWS
+from layersweep.stream.shapes import positions_at_once
 from layersweep.stream.store import BlockStore
 from layersweep.sweep.clock import PhaseClock
 from layersweep.sweep.dense import Views
@@ -30,12 +31,13 @@ from layersweep.sweep.record import (
     LayerCheck,
     LayerHealth,
     LogitsReader,
+    Piece,
     Progress,
     SweepRecord,
 )
 from layersweep.sweep.sequences import Tile
 from layersweep.sweep.shapes import check_length
-from layersweep.sweep.state import Routing, read_rows
+from layersweep.sweep.state import Routing, Rows, pieces_of, read_rows
 
 
 class GenericEngine(Engine):
@@ -201,21 +203,28 @@ class _Sweep:
 
     def _read(self, walking: Walking, read_logits: LogitsReader) -> None:
         walking.go()
-        start, take = 0, self.engine.scratch.take
+        start = 0
         for number, sequence in enumerate(walking.tile.sequences):
-            ranges = read_rows(sequence, start)
-            rows = torch.cat([walking.hidden[first:last] for first, last in ranges])
+            pieces = self._pieces(walking, read_rows(sequence, start))
+            read_logits(walking.tile, number, sequence, pieces)
+            start += sequence.rows
+        walking.halt = None
+
+    def _pieces(self, walking: Walking, ranges: list[Rows]) -> Iterator[Piece]:
+        vocabulary = self.engine.decoder.vocab_size
+        for positions, cut in pieces_of(
+            ranges, positions_at_once(walking.tile.branches, vocabulary)
+        ):
+            rows = torch.cat([walking.hidden[first:last] for first, last in cut])
             with self.engine.scratch.frame():
-                logits = take(len(rows), self.engine.decoder.vocab_size, dtype=torch.float32)
+                logits = self.engine.scratch.take(len(rows), vocabulary, dtype=torch.float32)
                 parts = zip(
                     torch.split(rows, HEAD_ROWS), torch.split(logits, HEAD_ROWS), strict=True
                 )
                 for some, into in parts:
                     into.copy_(self.modules.logits(some, self._product))
-                of_branches = torch.split(logits, [last - first for first, last in ranges])
-                read_logits(walking.tile, number, sequence, list(of_branches))
-            start += sequence.rows
-        walking.halt = None
+                of_branches = torch.split(logits, [last - first for first, last in cut])
+                yield positions, list(of_branches)
 
     def _product(self, x_NH: Tensor, weight_VH: Tensor) -> Tensor:
         memory = x_NH.new_empty(len(x_NH), len(weight_VH), dtype=torch.float32)

@@ -21,7 +21,7 @@ from layersweep.families.spec import Decoder
 from layersweep.families.weights import layer_blocks
 from layersweep.model.compute import Compute, Scratch
 from layersweep.stream.blocks import Block
-from layersweep.stream.shapes import experts_at_once
+from layersweep.stream.shapes import experts_at_once, positions_at_once
 from layersweep.stream.store import BlockStore
 from layersweep.sweep.attention import visit_attention
 from layersweep.sweep.caches import KeptCaches
@@ -33,11 +33,12 @@ from layersweep.sweep.record import (
     LayerCheck,
     LayerHealth,
     LogitsReader,
+    Piece,
     Progress,
     SweepRecord,
 )
 from layersweep.sweep.sequences import Tile
-from layersweep.sweep.state import Routing, TileState, read_rows
+from layersweep.sweep.state import Routing, Rows, TileState, pieces_of, read_rows
 from layersweep.sweep.turn import HostTurn
 from layersweep.sweep.watch import Watch
 
@@ -101,12 +102,13 @@ def run_sweep(
     """Visit every block once with all `tiles`, on `engine`, and `then` on those that hold the later
     layers.
 
-    `read_logits(tile, sequence index, sequence, logits per branch [rows, V] float32)` is
-    called once per sequence at the end; the logits are gone when it returns. `check` sees the
-    lead tile of each layer, once the next one's attention is done, and may raise. With `caches`,
-    keys and values of `tiles` (of one name) are kept between sweeps. Sweeps that run at once, each
-    in a thread, share one `turn`. `watch` sees the attention of each group of `tiles` in each
-    layer; transformers' own layers show nothing.
+    `read_logits(tile, sequence index, sequence, pieces)` is called once per sequence at the end.
+    Its logits come in pieces of as many positions as memory is planned for: (positions, a tensor
+    [rows, V] float32 per branch), gone when the next piece is asked for. `check` sees the lead
+    tile of each layer, once the next one's attention is done, and may raise. With `caches`, keys
+    and values of `tiles` (of one name) are kept between sweeps. Sweeps that run at once, each in a
+    thread, share one `turn`. `watch` sees the attention of each group of `tiles` in each layer;
+    transformers' own layers show nothing.
     """
     if engine.decoder.generic:
         from layersweep.sweep.generic import GenericEngine, run_modules
@@ -313,16 +315,20 @@ class _Sweep:
             self.weights.fill_head(self._block(index))
             self.store.release(index)
             for state in states:
-                start = 0
+                start, at_once = 0, positions_at_once(state.tile.branches, self.decoder.vocab_size)
                 for number, sequence in enumerate(state.tile.sequences):
-                    with self.scratch.frame():
-                        logits = self._logits(state.hidden, read_rows(sequence, start))
-                        read_logits(state.tile, number, sequence, logits)
+                    pieces = self._pieces(state.hidden, read_rows(sequence, start), at_once)
+                    read_logits(state.tile, number, sequence, pieces)
                     start += sequence.rows
                     done += 1
                     self.visited.progress("logits", done, total)
 
-    def _logits(self, hidden: Tensor, ranges: list[tuple[int, int]]) -> list[Tensor]:
+    def _pieces(self, hidden: Tensor, ranges: list[Rows], at_once: int) -> Iterator[Piece]:
+        for positions, rows in pieces_of(ranges, at_once):
+            with self.scratch.frame():
+                yield positions, self._logits(hidden, rows)
+
+    def _logits(self, hidden: Tensor, ranges: list[Rows]) -> list[Tensor]:
         """Logits [rows, V] float32 of row ranges of a tile."""
         ops, decoder = self.compute.ops, self.decoder
         rows = torch.cat([hidden[first:last] for first, last in ranges])

@@ -23,7 +23,7 @@ from layersweep.stream.shapes import Machine, TileShape, most_experts_at_once, t
 from layersweep.stream.store import BlockStore
 from layersweep.sweep.generic_limits import float_fallbacks, module_fallbacks
 from layersweep.sweep.loop import Engine, run_sweep
-from layersweep.sweep.record import LogitsReader, Progress, SweepRecord
+from layersweep.sweep.record import LogitsReader, Pieces, Progress, SweepRecord
 from layersweep.sweep.sequences import Branch, BranchedSequence, Tile, tiles_of
 from layersweep.sweep.shapes import check_length, tile_shape
 from layersweep.sweep.watch import Watch
@@ -194,10 +194,11 @@ class Model:
         tiles = tiles_of("score", rides, SCORE_TILE)
         scores: list[Tensor] = [torch.empty(0)] * len(rides)
 
-        def read(tile: Tile, number: int, sequence: BranchedSequence, logits: list[Tensor]) -> None:
-            target = torch.tensor(sequence.branches[0].ids[1:], device=logits[0].device)
-            chosen = logits[0].log_softmax(-1).gather(1, target[:, None])[:, 0]
-            scores[tile.first + number] = chosen.cpu()
+        def read(tile: Tile, number: int, sequence: BranchedSequence, pieces: Pieces) -> None:
+            compute = self.compute
+            target = torch.tensor(sequence.branches[0].ids[1:], device=compute.device)
+            losses = [compute.ops.losses(logits, target[at]) for at, (logits,) in pieces]
+            scores[tile.first + number] = -torch.cat(losses).cpu()
 
         self.run(tiles, read)
         return scores

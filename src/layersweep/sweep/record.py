@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from layersweep.sweep.sequences import BranchedSequence, Tile
@@ -21,7 +22,9 @@ class LayerHealth:
     router_spread: float | None
 
 
-LogitsReader = Callable[[Tile, int, BranchedSequence, list[Tensor]], None]
+Piece = tuple[slice, list[Tensor]]  # some of the positions that branches read: logits of each
+Pieces = Iterable[Piece]
+LogitsReader = Callable[[Tile, int, BranchedSequence, Pieces], None]
 LayerCheck = Callable[[LayerHealth], None]
 Progress = Callable[[str, int, int], None]
 
@@ -53,3 +56,9 @@ class SweepRecord:
         for phase, seconds in later.seconds.items():
             self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
         self.moved_bytes += later.moved_bytes
+
+
+def joined(pieces: Pieces) -> list[Tensor]:
+    """Logits [rows, V] of each branch in memory of their own, for those who read few."""
+    kept = [[logits.clone() for logits in of_branches] for _, of_branches in pieces]
+    return [torch.cat(of_branch) for of_branch in zip(*kept, strict=True)]

@@ -100,6 +100,11 @@ class Tile:
     def rows(self) -> int:
         return sum(sequence.rows for sequence in self.sequences)
 
+    @property
+    def branches(self) -> int:
+        """Most of one sequence."""
+        return max(len(sequence.branches) for sequence in self.sequences)
+
     def ids(self) -> NDArray[np.int64]:
         """All token ids in row order, [rows]."""
         parts = ((s.prefix, *(b.ids for b in s.branches)) for s in self.sequences)

@@ -38,8 +38,8 @@ def tile_shape(tile: Tile, heads_times_dim: int) -> TileShape:
         longest=longest,
         spans=_spans(tile),
         read_rows=sum(_read(sequence) for sequence in tile.sequences),
-        read_at_once=max(_read(sequence) for sequence in tile.sequences),
-        branches=max(len(sequence.branches) for sequence in tile.sequences),
+        read_each=max(_read(sequence) for sequence in tile.sequences),
+        branches=tile.branches,
         sequences_at_once=at_once,
         rows_at_once=_rows_at_once(tile, longest, heads_times_dim),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -130,10 +130,20 @@ def _units(tile: Tile) -> tuple[Tensor, int]:
     return units.to(torch.int32), len(lengths)
 
 
-def read_rows(sequence: BranchedSequence, start: int) -> list[tuple[int, int]]:
+Rows = tuple[int, int]  # the first, and the first beyond
+
+
+def read_rows(sequence: BranchedSequence, start: int) -> list[Rows]:
     """Row ranges of the tile whose logits the branches of a sequence at `start` want."""
     ranges, at = [], start + len(sequence.prefix)
     for branch in sequence.branches:
         ranges.append((at + branch.read[0], at + branch.read[1]))
         at += len(branch.ids)
     return ranges
+
+
+def pieces_of(ranges: list[Rows], at_once: int) -> Iterator[tuple[slice, list[Rows]]]:
+    """`ranges` cut alike, `at_once` rows of each at a time: which of them, and where they are."""
+    for start in range(0, max(last - first for first, last in ranges), at_once):
+        cut = [(first + start, min(first + start + at_once, last)) for first, last in ranges]
+        yield slice(start, start + at_once), [(min(rows), rows[1]) for rows in cut]

@@ -17,12 +17,11 @@ from layersweep.tasks.settings import EvalSettings
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-    from torch import Tensor
 
     from layersweep.families.spec import Decoder
     from layersweep.kv.arms import Arm
     from layersweep.model.compute import Compute
-    from layersweep.sweep.record import LogitsReader
+    from layersweep.sweep.record import LogitsReader, Pieces
     from layersweep.sweep.sequences import BranchedSequence, Tile
     from layersweep.text.encoding import EncodedText
 
@@ -100,9 +99,7 @@ class Task(Protocol):
 
     def tiles(self) -> list[Tile]: ...
 
-    def read(
-        self, tile: Tile, number: int, sequence: BranchedSequence, logits: list[Tensor]
-    ) -> None:
+    def read(self, tile: Tile, number: int, sequence: BranchedSequence, pieces: Pieces) -> None:
         """Take what counts from the logits of one sequence; it may stay on the device."""
 
     def settle(self) -> None:

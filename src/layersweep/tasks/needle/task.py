@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from layersweep.kv.arms import EXACT, Arm
+from layersweep.model import maths
+from layersweep.sweep.record import Pieces, joined
 from layersweep.sweep.sequences import Branch, BranchedSequence, Tile, tiles_of
 from layersweep.tasks.needle.measurements import TrialInfo
 from layersweep.tasks.needle.numbers import NeedleNumbers
@@ -107,17 +109,16 @@ class NeedleTask:
         ]
         return tiles_of(self.name, rides, tile_size(self.settings))
 
-    def read(
-        self, tile: Tile, number: int, sequence: BranchedSequence, logits: list[Tensor]
-    ) -> None:
+    def read(self, tile: Tile, number: int, sequence: BranchedSequence, pieces: Pieces) -> None:
         """Judge one trial from the logits [answer tokens, V] of each branch; `settle` brings
         the verdicts to the host."""
+        logits = joined(pieces)
         index = tile.first + number
         trial = self.trials[index]
         answer = torch.tensor(trial.branch_ids[-trial.answer_length :], device=logits[0].device)
         best = torch.stack([branch.argmax(-1) for branch in logits])
-        scores = [branch.log_softmax(-1).gather(1, answer[:, None])[:, 0] for branch in logits]
-        self._judged.append((index, torch.stack((best.double(), -torch.stack(scores).double()))))
+        losses = torch.stack([maths.losses(branch, answer) for branch in logits])
+        self._judged.append((index, torch.stack((best.double(), losses.double()))))
 
     def forget(self) -> None:
         self._judged.clear()
@@ -156,8 +157,8 @@ class NeedleTask:
         """
         chosen: dict[int, list[list[int]]] = {}
 
-        def pick(tile: Tile, number: int, sequence: BranchedSequence, logits: list[Tensor]) -> None:
-            best = [int(branch[-1].argmax()) for branch in logits]
+        def pick(tile: Tile, number: int, sequence: BranchedSequence, pieces: Pieces) -> None:
+            best = [int(branch[-1].argmax()) for branch in joined(pieces)]
             tokens = chosen.setdefault(tile.first + number, [[] for _ in best])
             for branch, token in zip(tokens, best, strict=True):
                 branch.append(token)

@@ -19,6 +19,7 @@ from layersweep.errors import GateError
 from layersweep.kv.arms import EXACT, Arm, identity_arm
 from layersweep.kv.methods import METHODS
 from layersweep.model import maths
+from layersweep.sweep.record import Pieces
 from layersweep.sweep.sequences import Branch, BranchedSequence, Role, Tile, tiles_of
 from layersweep.tasks.arms import ArmInfo, KvBytes
 from layersweep.tasks.kv_bytes import kv_bytes
@@ -113,17 +114,16 @@ class PerplexityTask:
         ]  # fmt: skip
         return tiles_of(self.name, windows, TILE_SEGMENTS)
 
-    def read(
-        self, tile: Tile, number: int, sequence: BranchedSequence, logits: list[Tensor]
-    ) -> None:
-        """Score one window: `logits` [scored, V] per branch, the exact baseline first.
+    def read(self, tile: Tile, number: int, sequence: BranchedSequence, pieces: Pieces) -> None:
+        """Score one window: logits [positions, V] per branch, the exact baseline first.
 
         The numbers stay on the device until `settle`: a copy per window would hold it up.
         """
         index = tile.first + number
         window = self.windows[index]
-        target = torch.tensor(window.ids[window.prefix + 1 :], device=logits[0].device)
-        self._scored.append((index, sequence, self.score(logits, target)))
+        target = torch.tensor(window.ids[window.prefix + 1 :], device=self.device)
+        scores = [self.score(logits, target[at]) for at, logits in pieces]
+        self._scored.append((index, sequence, torch.cat(scores, dim=1)))
 
     def forget(self) -> None:
         self._scored.clear()
