@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from layersweep.bench.sensitivity import KEYS, VALUES, Part, Sensitivity
+from layersweep.errors import InputError
 from layersweep.kv.arms import Arm, parse
 from layersweep.kv.calibration import MEASURED_BITS, Calibration, Cost, LayerCosts
 from layersweep.kv.stream import Stream
@@ -38,6 +40,12 @@ def calibration_of(model: Model, found: Sensitivity) -> Calibration:
 def _cost(found: Sensitivity, layer: int, stream: str, streams: list[Stream]) -> Cost | None:
     if not streams:
         return None
-    nats = (found.nats(arm, Part(stream, layer)) for arm in found.arms)
+    nats = [found.nats(arm, Part(stream, layer)) for arm in found.arms]
+    if not all(map(math.isfinite, nats)):
+        raise InputError(
+            f"layer {layer}: found predictions that are not finite with its {stream} coded, "
+            "needed finite ones",
+            hint="see `layersweep bench codec --model`",
+        )
     elements = sum(one.heads * one.dim for one in streams)
     return Cost(elements, tuple(float(f"{cost:.4g}") for cost in nats))

@@ -51,18 +51,20 @@ class Attended:
     def divergence(self, index: int) -> Tensor:
         """KL(exact || coded) of attention, nats, [B, Q, T]: of the first branch's queries, which
         an exact past made, over the keys as branch `index` stores them and its own, exact ones."""
-        with self.context.scratch.frame():
-            exact = read([self.past, self.own], self.first, self.table, self.context)[0]
-            coded = read([self.store.decoded(index), self.own], self.first, self.table,
-                         self.context)[0]  # fmt: skip
-            q = self.q[:, :, self.branch(0)]
-            seen = maths.branch_mask(q.shape[2], exact.shape[2], q.device, self.context.rule.window)
-            pieces = []
-            for first in range(0, q.shape[2], QUERIES):
-                some, mask = q[:, :, first : first + QUERIES], seen[first : first + QUERIES]
-                both = (self._weights(some, keys, mask) for keys in (exact, coded))
-                pieces.append(_divergence(*both))
+        exact, coded = (self._keys(past) for past in (self.past, self.store.decoded(index)))
+        q = self.q[:, :, self.branch(0)]
+        seen = maths.branch_mask(q.shape[2], exact.shape[2], q.device, self.context.rule.window)
+        pieces = []
+        for first in range(0, q.shape[2], QUERIES):
+            some, mask = q[:, :, first : first + QUERIES], seen[first : first + QUERIES]
+            both = (self._weights(some, keys, mask) for keys in (exact, coded))
+            pieces.append(_divergence(*both))
         return torch.cat(pieces, dim=2)
+
+    def _keys(self, past: Streams) -> Tensor:
+        """Turned keys of a past and of the first branch. The scratch is planned for one of them."""
+        with self.context.scratch.frame():
+            return read([past, self.own], self.first, self.table, self.context)[0].clone()
 
     def _weights(self, q_BQTD: Tensor, k_BGSD: Tensor, mask: Tensor) -> Tensor:
         """What each key's value counts for, [B, Q, T, S] float32; with a sink's share, which is no
