@@ -86,23 +86,28 @@ def _measured(
 
 
 def _show(row: dict[str, Any]) -> None:
-    """Everything in thousandths of a nat per token, but for the error of attention's output."""
+    """KL and loss of each stream of each layer, KL of attention, error of attention's output."""
     console = Console(stderr=True)
     streams: list[str] = [name for name in ("keys", "values") if name in row]
     table = Table(title=row["job"], box=None, pad_edge=False, title_justify="left")
     table.add_column("layer")
     for stream in streams:
-        for what in ("KL", "loss", *(("attention KL",) if stream == "keys" else ()), "output"):
-            table.add_column(f"{stream} {what}", justify="right")
+        for what in (stream, "loss", *(("attention",) if stream == "keys" else ()), "output"):
+            table.add_column(what, justify="right")
     for layer in row["layers"]:
         table.add_row(str(layer["layer"]), *_cells(layer, streams))
     table.add_row("all", *_cells(row, streams))
     console.print(table)
-    total = row["everything"]
+    total, bits = row["everything"], row["bits_per_element"]
     console.print(
-        f"everything: {row['bits_per_element']:.2f} bits, KL {_milli(total['kl'])}, loss "
-        f"{_milli(total['delta_nll'])}; KL of all parts alone {_milli(sum_of_parts(row))}; "
-        "thousandths of a nat per token; output: squared error over energy",
+        f"everything: {'?' if bits is None else f'{bits:.2f}'} bits, KL {_milli(total['kl'])}, loss "
+        f"{_milli(total['delta_nll'])}; sum of the KL of single layers "
+        f"{_milli(sum_of_parts(row))}",
+        highlight=False,
+    )
+    console.print(
+        "keys, values: KL of predictions; attention: KL of its weights; these and the loss in "
+        "thousandths of a nat per token; output: squared error of attention's output over energy",
         highlight=False,
     )
 
