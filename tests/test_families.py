@@ -1,6 +1,6 @@
 """Every family of decoders beside transformers: float32 losses of windows and of a needle.
 
-pytest -m families      all the variants of tests/families, with their fields changed
+make test-slow      all the variants of tests/families, with their fields changed
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families.checks import TOLERANCE, Subject, complaints, exact, generated, through_arm
+from families.checks import TOLERANCE, Subject, complaints, exact, generated, nf4, through_arm
 from families.dense import DENSE
 from families.hybrids import HYBRIDS
 from families.oracle import effects
@@ -31,6 +31,15 @@ ATTENTION_KINDS = {
     "part of the head": "glm4",
     "two thetas": "gemma3_text",
     "latent": "deepseek_v2",
+    "latent as wide as its rotary key": "glm4_moe_lite",
+}
+CACHES = {
+    "a state dropped between two calls": "jamba",
+    "positions counted anew": "bamba",
+    "attention shared by layers": "zamba2",
+    "the first part of a head turned apart": "phi",
+    "a norm after RoPE": "nanochat",
+    "a norm after RoPE, with weights": "hunyuan_v1_moe",
 }
 # Not run on tiny models: what they are. tools/measure_families.py tries them, too.
 ENCODERS = "an encoder, or a decoder that reads one"
@@ -71,9 +80,22 @@ def test_losses_equal_transformers(family: Subject) -> None:
     assert exact(family).largest < TOLERANCE
 
 
+@pytest.mark.parametrize("family", parameters(HYBRIDS), indirect=True)
+def test_linear_layers_as_nf4(family: Subject) -> None:
+    assert nf4(family) < TOLERANCE
+
+
 @changing
 def test_a_changed_field_moves_the_losses_as_transformers_do(family: Subject) -> None:
     assert complaints(family) == []
+
+
+@pytest.mark.families
+@pytest.mark.parametrize("family", CACHES.values(), ids=CACHES, indirect=True)
+def test_an_arm_equals_caches_that_are_unlike_others(family: Subject) -> None:
+    difference, effect = through_arm(family, "lloyd:K3V2")
+    assert difference < TOLERANCE
+    assert effect > 1e-3
 
 
 @kinds
@@ -89,7 +111,7 @@ def test_a_token_at_a_time_equals_transformers(family: Subject) -> None:
     assert generated(family) < TOLERANCE
 
 
-@pytest.mark.families
+@pytest.mark.slow
 @pytest.mark.parametrize("family", TINY, indirect=True)
 def test_every_tensor_moves_the_losses_of_transformers(family: Subject) -> None:
     """A tensor that moves nothing could be left out, or read wrongly, and no test would see it."""
@@ -97,7 +119,7 @@ def test_every_tensor_moves_the_losses_of_transformers(family: Subject) -> None:
     assert [name for name in unseen if not name.endswith(family.tiny.still)] == []
 
 
-@pytest.mark.families
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", sorted(OTHER_KINDS[ENCODERS]))
 def test_an_encoder_is_refused_by_its_name(model_type: str, tmp_path: Path) -> None:
     fields = CONFIG_MAPPING[model_type]().to_dict()

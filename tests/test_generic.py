@@ -20,12 +20,15 @@ from layersweep.families.generic.mixing import ROWS, Called
 from layersweep.families.generic.rehearsal import rehearse
 from layersweep.families.registry import describe
 from layersweep.kv.arms import EXACT, Arm, parse
+from layersweep.model.compute import on_cpu
 from layersweep.model.generic.walk import Walk
 from layersweep.sweep.generic_limits import check_modules, module_fallbacks
 from layersweep.sweep.loop import run_sweep
 from layersweep.sweep.model import Model
 from layersweep.sweep.record import LayerHealth
 from layersweep.sweep.sequences import Branch, BranchedSequence, Tile
+from layersweep.sweep.streams import state_bytes
+from layersweep.tasks.kv_bytes import kv_bytes
 
 LONGEST = 400
 KINDS: dict[str, dict[str, Any]] = {
@@ -403,3 +406,18 @@ def test_fields_that_transformers_does_not_read_are_listed() -> None:
     fields["quantization_config"] = {"quant_method": "gptq"}
     (problem,) = describe(fields, "config.json", generic=True).problems
     assert "quant_method" in problem.sentence()
+
+
+def test_states_are_counted_as_transformers_keeps_them() -> None:
+    """Layers 0 to 2 of 4: a convolution over 2 * 2 * 16 + 4 * 16 channels of 4 tokens in bfloat16,
+    and 4 heads of 16 x 16 in float32; layer 3: 2 heads of 16, keys and values."""
+    fields = small_config("qwen3_next").to_dict()
+    decoder = describe(fields, "config.json", generic=True).decoder
+    assert decoder is not None
+    assert state_bytes(decoder) == 3 * (2 * 128 * 4 + 4 * 4 * 16 * 16)
+    found = kv_bytes(EXACT, decoder, on_cpu())
+    assert found == {str(at): 2 * 2 * 2 * 16 + 15_360 / at for at in (4096, 32_768)}
+    fields = small_config("minimax").to_dict()  # whose cache is its own
+    decoder = describe(fields, "config.json", generic=True).decoder
+    assert decoder is not None and state_bytes(decoder) is None
+    assert kv_bytes(EXACT, decoder, on_cpu()) is None

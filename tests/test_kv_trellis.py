@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_kv_codecs import codec_of, gaussians, keys, positions_of
+from test_kv_codecs import BITS, LONG_COMPILED, codec_of, gaussians, keys, positions_of
 from torch import Tensor
 
 from layersweep.errors import InputError
@@ -28,6 +28,10 @@ from layersweep.kv.trellis_search import (
     search_oracle,
     states_of,
 )
+
+RATES = [
+    pytest.param(bits, marks=pytest.mark.slow) if bits in LONG_COMPILED else bits for bits in BITS
+]
 
 
 @pytest.fixture
@@ -93,7 +97,7 @@ def test_two_passes_come_close_to_the_best_of_all_rings() -> None:
     assert found.mean() < best.mean() * 1.08
 
 
-@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 8])
+@pytest.mark.parametrize("bits", RATES)
 @pytest.mark.parametrize("ties", [False, True])
 def test_compiled_and_torch_searches_agree_bit_for_bit(bits: int, ties: bool, seed: int) -> None:
     assert encoder_name() == "numba"
@@ -223,7 +227,7 @@ def test_the_level_of_one_token_and_of_none_around_the_mean() -> None:
     assert nothing is not None and nothing[0, 0, 64] == 2**-14
 
 
-@pytest.mark.parametrize("bits", [1, 2, 3, 4, 5, 6, 8])
+@pytest.mark.parametrize("bits", RATES)
 @pytest.mark.parametrize("dim", [64, 80, 96, 128, 256])
 def test_error_against_lloyd_at_fewer_bits(bits: int, dim: int) -> None:
     x = gaussians(1, 2, 500, dim)

@@ -126,14 +126,14 @@ def test_a_damaged_sweep_is_computed_again(
 
 def test_what_is_no_sweep_of_this_study(undisturbed: Path) -> None:
     settings = EvalSettings(
-        kv="K3V2", tasks=("ppl",), segments=40, prefix=96, continuation=32, gate="off",
+        kv="fp8", tasks=("ppl",), segments=40, prefix=96, continuation=32, gate="off",
         text=str(tiny_study.text_file()),
     )  # fmt: skip
     study = prepare_study(layersweep.load(str(tiny_study.model_folder()), device="cpu"), settings)
     data = (undisturbed / "sweeps" / "0001.safetensors").read_bytes()
     assert unpack(study.record, data).tiles == [TileKey("perplexity", 20, 20)]
     other_tile = sealed(data.replace(b'\\"first\\": 20', b'\\"first\\": 21'))
-    other_arm = sealed(data.replace(b"trellis:K3V2", b"trellis:K4V2"))
+    other_arm = sealed(data.replace(b"fp8", b"fp9"))
     other_format = sealed(data.replace(b"layersweep.sweep/2", b"layersweep.sweep/3"))
     results = (undisturbed / "results.json").read_bytes()
     for damaged in (
@@ -172,7 +172,7 @@ def test_generation_is_one_unit(tmp_path: Path, capsys: pytest.CaptureFixture[st
     [
         (("--seed", "1"), "seed 0 there, 1 here"),
         (("--segments", "39"), "segments 40 there, 39 here"),
-        (("--kv", "e8:K3V2"), "arms ['trellis:K3V2"),
+        (("--kv", "e8:K3V2"), "arms ['fp8"),
         (("--router-dtype", "hidden"), "router-dtype float32 there, hidden here"),
     ],
 )

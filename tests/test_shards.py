@@ -161,9 +161,6 @@ def test_a_process_for_each_device(
     assert "found the shards of a run of 2 processes, needed 3" in capsys.readouterr().err
     assert evaluate("--out", str(folder), "--resume") == 2
     assert "as many devices" in capsys.readouterr().err
-    shutil.rmtree(folder / "shards" / "2-of-2" / "sweeps")
-    assert evaluate("--device", "cpu,cpu", "--out", str(folder), "--resume") == 0
-    same(folder, alone)
 
 
 def test_a_failing_worker_is_told_once(capfd: pytest.CaptureFixture[str]) -> None:

@@ -165,20 +165,20 @@ def test_bca_is_deterministic_and_follows_its_seed():
 
 
 def test_coverage_of_simulated_studies():
-    """The fast part of tools/measure_coverage.py: 500 studies of 80 windows per case.
+    """The fast part of tools/measure_coverage.py: 100 studies of 80 windows per case.
 
-    Each case may miss 93-97 % by 2 binomial errors, sqrt(0.95 * 0.05 / 500) = 1 %; all 3,000
-    together, with an error of 0.4 %, may not. At 1.96 they hold 91 %.
+    Each case may miss 93-97 % by 2 binomial errors, sqrt(0.95 * 0.05 / 100) = 2 %; all 600
+    together, with an error of 0.9 %, may not. At 1.96 they hold 91 %.
     """
     tool = runpy.run_path(str(TOOLS / "measure_coverage.py"))
     held = [
-        tool["count_inside"](case, groups, stretches, 500, resamples=1000) / 500
+        tool["count_inside"](case, groups, stretches, 100, resamples=1000) / 100
         for groups, stretches in tool["groupings"]()
         for case in tool["CASES"]
         if case.must_hold
     ]
     assert len(held) == 6
-    assert all(0.91 <= share <= 0.99 for share in held), held
+    assert min(held) >= 0.89, held
     assert 0.93 <= np.mean(held) <= 0.97
 
 
@@ -256,14 +256,14 @@ def test_no_ratio_without_two_groups_or_without_any_loss():
 
 @pytest.mark.parametrize("articles", [10, 24])
 def test_coverage_of_loss_ratios(articles):
-    """2000 studies: the share of intervals that hold the true ratio, 0.5; its error is 0.5 %."""
+    """500 studies: the share of intervals that hold the true ratio, 0.5; its error is 1 %."""
     rng = np.random.default_rng(30)
     found = [
-        loss_ratio(*two_arm_study(rng, articles), seed=study, resamples=2000)
-        for study in range(2000)
+        loss_ratio(*two_arm_study(rng, articles), seed=study, resamples=1000)
+        for study in range(500)
     ]
     intervals = [ratio.ci95 for ratio in found if ratio is not None]
-    assert len(intervals) >= 1880
+    assert len(intervals) >= 470
     assert 0.93 <= np.mean([low <= 0.5 <= high for low, high in intervals]) <= 0.97
 
 
@@ -290,7 +290,7 @@ def test_undefined_numbers_are_none():
     assert one_article.sem_iid == pytest.approx(0.05)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     st.lists(st.floats(-1, 1, allow_nan=False), min_size=1, max_size=12),
     st.integers(1, 5),
@@ -324,7 +324,7 @@ def test_text_before_the_first_heading_is_grouped_in_blocks():
     assert found.labels.tolist() == [0, 0, 0, 0, 1, 1, 2, 3, 4, 5, 6, 7, 8, 9]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.lists(st.integers(-9, 9), min_size=5, max_size=40).filter(any))
 def test_plain_tests_equal_scipys(values):
     """Integers have ties and zeros, as deltas of equal windows do."""
@@ -379,8 +379,8 @@ def test_flips_are_counted_up_to_sixteen_groups_and_drawn_beyond():
     assert flip_test(seventeen, apart(17), seed=0) == flip_test(seventeen, apart(17), seed=0)
     drawn = [flip_test(seventeen, apart(17), seed=seed) for seed in range(4)]
     assert set(drawn) <= {(1 + hits) / 100_001 for hits in range(12)}  # 1.5 of 100,000 expected
-    known = np.random.default_rng(2).standard_normal(20) + 0.4
-    shares = [flip_test(known, apart(20), seed=seed) for seed in (1, 2)]
+    known = np.random.default_rng(2).standard_normal(17) + 0.4
+    shares = [flip_test(known, apart(17), seed=seed) for seed in (1, 2)]
     assert shares[0] != shares[1]
     assert shares[0] == pytest.approx(shares[1], rel=0.1)
     exact = stats.permutation_test(
@@ -408,7 +408,7 @@ def test_haystacks_are_grouped_by_stretches_of_four():
 
 
 def test_false_positives_of_every_printed_p(monkeypatch):
-    """The fast part of tools/measure_tests.py: 200 studies, 4 arms each, and all of them pooled.
+    """The fast part of tools/measure_tests.py: 100 studies, 4 arms each, and all of them pooled.
 
     Blocks at 0.5 are the hard case: Wilcoxon over their windows errs in a quarter of the studies.
     """
@@ -417,15 +417,15 @@ def test_false_positives_of_every_printed_p(monkeypatch):
     printed = []
     for rho in (0.0, 0.5):
         for groups, stretches in tool["groupings"](80):
-            found = tool["count_windows"](groups, stretches, rho, 200)
+            found = tool["count_windows"](groups, stretches, rho, 100)
             printed += [count for name, count in found.items() if "iid" not in name]
             if rho:
-                assert found["Wilcoxon, iid"] / 200 > 0.15
-    # 2.5 binomial errors of one, sqrt(0.05 * 0.95 / 200) = 1.5 %; the mean of all has a third of it
-    assert all(0.012 <= count / 200 <= 0.09 for count in printed), printed
-    assert 0.03 <= np.mean(printed) / 200 <= 0.07
-    needles = tool["count_needles"](60, 0.5, 200)
-    assert needles["sign flips"] / 200 <= 0.07
+                assert found["Wilcoxon, iid"] / 100 > 0.15
+    # 2.5 binomial errors of one, sqrt(0.05 * 0.95 / 100) = 2.2 %; the mean of all has a third of it
+    assert max(printed) / 100 <= 0.105, printed
+    assert 0.03 <= np.mean(printed) / 100 <= 0.07
+    needles = tool["count_needles"](60, 0.5, 100)
+    assert needles["sign flips"] / 100 <= 0.07
 
 
 def test_holm_by_hand():

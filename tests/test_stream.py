@@ -311,8 +311,8 @@ def test_a_file_is_dropped_from_the_page_cache_once_nothing_more_of_it_is_read(
     read_parts, drop = RunReader._read, RunReader.drop
     monkeypatch.setattr(
         RunReader, "_read",
-        lambda self, parts: (read.extend(part.source.file.parent.name for part in parts),
-                             read_parts(self, parts))[1],
+        lambda self, parts, memory: (read.extend(part.source.file.parent.name for part in parts),
+                                     read_parts(self, parts, memory))[1],
     )  # fmt: skip
     monkeypatch.setattr(
         RunReader,

@@ -24,7 +24,7 @@ TINY = MIXTRAL_8X7B.with_fields(
     }
 )  # fmt: skip
 SETTINGS = (
-    "--kv", "K3V2", "--segments", "40", "--prefix", "96", "--continuation", "32",
+    "--kv", "fp8", "--segments", "40", "--prefix", "96", "--continuation", "32",
     "--niah-context", "384", "--niah-per-depth", "1",
 )  # fmt: skip
 TILES = 3  # 2 of windows, 1 of needles

@@ -4,7 +4,7 @@ tools/measure_families.py prints."""
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from families import cached, oracle, ours
 from families.changes import changes, unknown
-from families.nf4 import quantized
+from families.nf4 import rounded
 from families.probe import (
     NEEDLE_ANSWER,
     NEEDLE_PREFIX,
@@ -60,6 +60,31 @@ class Subject:
         cuts = [(ids, PREFIX) for ids in window_ids(vocab)] + [(needle, NEEDLE_PREFIX)]
         return [(cached.prefilled(self.model, ids[:cut]), ids[cut:]) for ids, cut in cuts]
 
+    @cached_property
+    def at_once(self) -> bool:
+        """Whether transformers' own cache, untouched, continues a prefix by many tokens as its
+        forward pass does; Mamba 1 (Jamba) drops its state there, but not for a single token.
+
+        Raises NotImplementedError where neither does.
+        """
+        for at_once in (True, False):
+            found = self.continued(None, at_once=at_once)
+            if found.distance(self.expected) < TOLERANCE:
+                return at_once
+        raise NotImplementedError("transformers' cache does not continue its own forward pass")
+
+    def continued(
+        self, through: cached.Through | None, *, at_once: bool, as_seen: Container[int] = ()
+    ) -> Losses:
+        """transformers' losses behind its caches, replaced by what `through` makes of them."""
+        found = [
+            cached.branch_losses(
+                self.model, prefix, branch, through, at_once=at_once, as_seen=as_seen
+            )
+            for prefix, branch in self.prefixes
+        ]
+        return Losses(torch.stack(found[:-1]), found[-1][-NEEDLE_ANSWER:])
+
 
 @dataclass(frozen=True)
 class Exact:
@@ -91,9 +116,7 @@ def generated(subject: Subject) -> float:
 
 def nf4(subject: Subject) -> float:
     """The difference under `--weights nf4`; that NF4 itself moves the losses is asserted."""
-    rounded = subject.folder / "rounded"
-    quantized(subject.folder, rounded)
-    expected = oracle.losses(oracle.opened(rounded))
+    expected = oracle.losses(rounded(subject.model))
     assert expected.distance(subject.expected) > MOVES
     return ours.losses(ours.opened(subject.folder, "nf4")).distance(expected)
 
@@ -146,11 +169,9 @@ def through_arm(subject: Subject, name: str) -> tuple[float, float]:
     """(difference of the losses of an arm, what the arm does to them)."""
     model = ours.opened(subject.folder)
     codec = codec_of(name, model.decoder)
-    found = [
-        cached.branch_losses(subject.model, prefix, branch, codec)
-        for prefix, branch in subject.prefixes
-    ]
-    theirs = Losses(torch.stack(found[:-1]), found[-1][-NEEDLE_ANSWER:])
+    layers = model.decoder.generic.layers if model.decoder.generic else ()
+    blind = {at for at, layer in enumerate(layers) if not layer.turning}  # which the run says
+    theirs = subject.continued(codec, at_once=subject.at_once, as_seen=blind)
     mine = ours.losses(model, parse(name))
     return mine.distance(theirs), theirs.distance(subject.expected)
 

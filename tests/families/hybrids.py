@@ -56,7 +56,9 @@ HYBRIDS: Mapping[str, Tiny] = {
         },
         still=("sliding_window", "time_step_limit"),
     ),
-    "olmo_hybrid": Tiny("olmo_hybrid", {**LINEAR, "linear_value_head_dim": 24}),
+    "olmo_hybrid": Tiny(
+        "olmo_hybrid", {**LINEAR, "linear_num_value_heads": 2, "linear_value_head_dim": 16}
+    ),
     "minimax": Tiny("minimax", {**LINEAR, "block_size": 32}),
     "recurrent_gemma": Tiny("recurrent_gemma", {"attention_window_size": WINDOW}),
     "mamba": Tiny("mamba"),

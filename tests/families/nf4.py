@@ -1,38 +1,37 @@
-"""A float checkpoint as `--weights nf4` sees it, by the codec of the tests' own builders."""
+"""transformers' model as `--weights nf4` has it, by the codec of the tests' own builders."""
 
 from __future__ import annotations
 
-import shutil
-from pathlib import Path
+import copy
 
-from checkpoint_builders import pack, read_tensors, unpack
-from safetensors.torch import save_file
+import torch
+from checkpoint_builders import pack, unpack
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-# what stays float: it is small, and decides where a token goes, or it is no matrix product
-FLOAT = (
-    "embed",
-    "lm_head",
-    "router",
-    ".gate.",
-    "shared_expert_gate",
-    "conv1d",
-    "conv.conv",
-    "norm",
-    "bias",
-)
+# of linear layers: what is small and decides where a token goes
+ROUTERS = ("router", "gate", "shared_expert_gate")
 
 
-def quantized(folder: Path, into: Path) -> None:
-    """Every matrix of the layers rounded to NF4 (blocks of 64, plain absmax), as float32."""
-    into.mkdir()
-    shutil.copy(folder / "config.json", into)
-    tensors = read_tensors(folder)
-    for name, tensor in tensors.items():
-        if tensor.ndim >= 2 and not any(part in name for part in FLOAT):
-            # gpt_oss stores [in, out] of each expert; blocks run along what a row is multiplied by
-            turned = name.endswith(("experts.gate_up_proj", "experts.down_proj"))
-            matrix = tensor.transpose(-1, -2) if turned else tensor
-            packed = pack(name, matrix.reshape(-1, matrix.shape[-1]), nested=False)
-            rounded = unpack(name, packed).view(matrix.shape)
-            tensors[name] = (rounded.transpose(-1, -2) if turned else rounded).contiguous()
-    save_file(tensors, into / "model.safetensors", metadata={"format": "pt"})
+def rounded(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy with the linear layers and the experts of its decoder layers in NF4 (blocks of 64,
+    plain absmax)."""
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            parts = name.split(".")
+            if not any(part.isdigit() for part in parts) or set(parts) & set(ROUTERS):
+                continue
+            for key, matrix in module.named_parameters(recurse=False):
+                if isinstance(module, nn.Linear) and key == "weight":
+                    matrix.copy_(_rounded(matrix))
+                elif matrix.ndim == 3 and key.endswith("_proj"):  # experts, one after the other
+                    turned = getattr(module, "is_transposed", False)
+                    matrix.copy_(_rounded(matrix.mT).mT if turned else _rounded(matrix))
+    return model
+
+
+def _rounded(matrix: Tensor) -> Tensor:
+    """Blocks run along what a row is multiplied by."""
+    packed = pack("weight", matrix.reshape(-1, matrix.shape[-1]), nested=False)
+    return unpack("weight", packed).view(matrix.shape)

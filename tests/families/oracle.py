@@ -24,7 +24,9 @@ disable_progress_bar()
 
 def make(tiny: Tiny, folder: Path) -> None:
     """A random model of `tiny` in `folder`, as transformers publishes it."""
-    model = _empty(tiny.config())
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # some modules draw what they start from, and `randomize` adds to it
+        model = _empty(tiny.config())
     randomize(model)
     model.save_pretrained(folder)
     if tiny.published:

@@ -17,7 +17,7 @@ from families.small import Tiny
 
 TINY: Mapping[str, Tiny] = {**DENSE, **EXPERTS, **HYBRIDS}
 
-# What every run of the tests takes; the others are marked `families`.
+# What every run of the tests takes; the others are marked `slow`.
 CORE = frozenset({
     *("llama", "llama:bias", "llama:tied", "llama:llama3", "llama:linear", "llama:yarn"),
     *("mistral", "qwen2", "qwen2:window", "qwen3", "olmo2", "olmo3", "phi3", "phi3:longrope"),
@@ -38,6 +38,4 @@ CHANGED = frozenset({
 
 def parameters(names: Iterable[str], core: frozenset[str] = CORE) -> list[object]:
     """Names for pytest.mark.parametrize, those beyond `core` marked."""
-    return [
-        name if name in core else pytest.param(name, marks=pytest.mark.families) for name in names
-    ]
+    return [name if name in core else pytest.param(name, marks=pytest.mark.slow) for name in names]

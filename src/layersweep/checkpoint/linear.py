@@ -15,9 +15,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from layersweep.checkpoint.header import StoredTensor
+from layersweep.families.weights import ROUTERS
 
 FLOATS = ("BF16", "F16", "F32")
-ROUTERS = frozenset({"gate", "router", "wg", "shared_expert_gate", "expert_gate"})
 HEADS = frozenset({"head", "lm_head"})  # a layer that predicts further tokens may have its own
 _NOT_LINEAR = re.compile(r"embed|norm|conv", re.IGNORECASE)
 _UP, _DOWN = ".experts.gate_up_proj", ".experts.down_proj"

@@ -18,6 +18,7 @@ from layersweep.runs.files import write_atomically
 from layersweep.runs.shard import WHOLE, Shard
 from layersweep.study.meter import host_bytes
 from layersweep.study.study import Study
+from layersweep.sweep.streams import state_bytes
 from layersweep.units import format_bytes
 
 LAST_EVENTS = 50
@@ -108,11 +109,13 @@ def budget_line(study: Study) -> str:
         if len(generation.stages) > 1:
             held = (f"{s.layers.start}-{s.layers.stop - 1}" for s in generation.stages)
             ways.append(f"layers {' and '.join(held)} on a device each")
+    states = state_bytes(model.decoder)
+    kept = f"; a sequence keeps {format_bytes(states)} of states" if states else ""
     return (
         f"[budget] vram {format_bytes(model.vram.bytes)} ({model.vram.source}), ram "
         f"{format_bytes(model.ram.bytes)} ({model.ram.source}); planned working set "
         f"{format_bytes(study.planned_device_bytes)}, {tiles} in {', '.join(ways)}; "
-        f"{format_bytes(sum(plan.bytes_to_read for plan in plans))} to read"
+        f"{format_bytes(sum(plan.bytes_to_read for plan in plans))} to read{kept}"
     )
 
 

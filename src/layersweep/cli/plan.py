@@ -81,7 +81,7 @@ def plan(
     from layersweep.stream.blocks import block_specs
     from layersweep.study.fitting import fitting_arms
     from layersweep.study.forecast import forecast
-    from layersweep.sweep.streams import every_stream
+    from layersweep.sweep.streams import every_stream, state_bytes
 
     checkpoint, problems = scan_checkpoint(model, revision)  # of a hub id, headers alone
     if checkpoint is None:
@@ -98,6 +98,7 @@ def plan(
             "machine": dataclasses.asdict(rates),
             "forecast": _as_json(found),
             "cheaper": [{"settings": words, "total_s": seconds} for words, seconds in cheaper],
+            "state_bytes": state_bytes(checkpoint.decoder),
             "left_out": [fallback._asdict() for fallback in left_out],
             "notes": list(checkpoint.notes),
         }
@@ -105,6 +106,8 @@ def plan(
         return
     notes = [f"note: {printable(note)}" for note in checkpoint.notes]
     notes += [f"fallback: {fallback}" for fallback in left_out]
+    if states := state_bytes(checkpoint.decoder):
+        notes.append(f"note: a sequence keeps {format_bytes(states)} of states, of any length")
     _show(Console(), checkpoint, rates, found, cheaper, notes)
 
 

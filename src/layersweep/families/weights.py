@@ -17,18 +17,29 @@ from layersweep.families.spec import Attention, Decoder, Feed, Layer
 Role = Literal["embed", "attention", "mlp", "shared", "expert", "head"]
 Shape = tuple[int, ...]
 
+# Modules whose matrices decide where a token goes, which are linear layers in some releases of
+# transformers and bare parameters in others.
+ROUTERS = frozenset({"gate", "router", "wg", "shared_expert_gate", "expert_gate"})
+
 
 @dataclass(frozen=True)
 class BlockShape:
     """`weights`: key within the block -> dense shape, those that are one product side by side.
     `expert` is set where the role is "expert". `float32`: keys that are computed with in float32,
-    whatever the others are computed with in."""
+    whatever the others are computed with in. `linear`: keys of linear layers' weights; None where
+    these end in "_proj"."""
 
     role: Role
     layer: int | None
     weights: Mapping[str, Shape]
     expert: int | None = None
     float32: frozenset[str] = frozenset()
+    linear: frozenset[str] | None = None
+
+    def packs(self, key: str) -> bool:
+        """Whether `--weights nf4` packs a weight: of a linear layer, if that is no router. Routers
+        are 0.02 % of a layer and decide where every token goes."""
+        return key.endswith("_proj") if self.linear is None else key in self.linear
 
     @property
     def name(self) -> str:

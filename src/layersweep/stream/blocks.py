@@ -114,7 +114,8 @@ class BlockSpec:
 
 
 def block_specs(checkpoint: Checkpoint, *, quantize: bool = False) -> list[BlockSpec]:
-    """All blocks of a checkpoint in sweep order; `quantize` turns float matrices into NF4."""
+    """All blocks of a checkpoint in sweep order; `quantize` turns float weights into NF4 (see
+    BlockShape.packs)."""
     return specs_of(checkpoint.decoder, checkpoint.weights, quantize=quantize)
 
 
@@ -129,8 +130,7 @@ def _spec(block: BlockShape, weights: Mapping[str, Weight], quantize: bool) -> B
     placed, end = {}, 0
     for key in block.weights:
         weight = weights[block.canonical(key)]
-        # projections alone: a router is 0.02 % of a layer and decides where every token goes
-        to_nf4 = quantize and weight.quant is None and key.endswith("_proj")
+        to_nf4 = quantize and weight.quant is None and block.packs(key)
         placed[key], end = _place(weight, end, to_nf4)
     stored = sum(read_bytes(p.weight) for p in placed.values())
     return BlockSpec(block, placed, end, stored)

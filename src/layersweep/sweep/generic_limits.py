@@ -45,7 +45,7 @@ def module_fallbacks(decoder: Decoder) -> Iterator[Fallback]:
 
 
 def float_fallbacks(specs: Sequence[BlockSpec]) -> Iterator[Fallback]:
-    """What `--weights nf4` leaves as it is: matrices that are no `..._proj`."""
+    """What `--weights nf4` leaves as it is: matrices of no linear layer, and routers."""
     left = {
         key: None
         for spec in specs
@@ -57,5 +57,5 @@ def float_fallbacks(specs: Sequence[BlockSpec]) -> Iterator[Fallback]:
         names = ", ".join([*list(left)[:4], *(["..."] if len(left) > 4 else [])])
         yield Fallback(
             "--weights nf4", "every matrix of a layer in 4 bits", "some as they are stored",
-            f"transformers' own layers have only their ..._proj packed, not {names}",
+            f"weights of linear layers are packed, routers excepted, not {names}",
         )  # fmt: skip

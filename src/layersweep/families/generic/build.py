@@ -77,7 +77,7 @@ def _with_floats(value: Any) -> Any:
     return [_with_floats(part) for part in value] if isinstance(value, list) else value
 
 
-def build(config: PreTrainedConfig) -> PreTrainedModel:
+def build(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The causal model of a config, of which it gets a copy: models that share one share the
     choice of kernels, too. Raises Unsupported for what is no decoder alone."""
     from transformers import AutoModelForCausalLM
@@ -92,7 +92,7 @@ def build(config: PreTrainedConfig) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
-                own, attn_implementation=NAME, experts_implementation=NAME, dtype=torch.float32
+                own, attn_implementation=NAME, experts_implementation=NAME, dtype=dtype
             )
     except FOREIGN_FAILURES as failure:
         raise Unsupported(where, first_line(failure), "a model that can be built") from failure

@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from layersweep.families.fields import MOST_EXPERTS, MOST_LAYERS
 from layersweep.families.generic.build import base_of, build, config_of, text_part
 from layersweep.families.generic.interfaces import Unsupported
@@ -15,7 +17,7 @@ from layersweep.families.generic.parts import GenericLayer, GenericParts
 from layersweep.families.generic.rehearsal import Rehearsed, rehearse
 from layersweep.families.generic.wanted import GenericNames, pieces_of, short, split_key
 from layersweep.families.spec import Attention, Decoder, Feed, Layer, Norm, Router
-from layersweep.families.weights import BlockShape, Shape
+from layersweep.families.weights import ROUTERS, BlockShape, Shape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -111,6 +113,7 @@ def _blocks(model: PreTrainedModel, found: Rehearsed) -> Iterator[BlockShape]:
         *(getattr(model, "_keep_in_fp32_modules_strict", None) or ()),
     ]
     floats = re.compile(rf"(^|\.)({'|'.join(map(re.escape, kept)) or '$.'})(\.|$)")
+    linear = frozenset(_linear_weights(model, found))
 
     def block(role: Any, layer: int | None, prefix: str, names: list[str]) -> BlockShape:
         keys: dict[str, Shape] = {}
@@ -122,7 +125,9 @@ def _blocks(model: PreTrainedModel, found: Rehearsed) -> Iterator[BlockShape]:
                 keys[f"{part}.{key}"] = (count, *shapes[name][1:])
         exact = {short(name.removeprefix(prefix)) for name in names if floats.search(name)}
         in_float32 = frozenset(key for key in keys if split_key(key)[1] in exact)
-        return BlockShape(role, layer, keys, float32=in_float32)
+        packed = {short(name.removeprefix(prefix)) for name in names if name in linear} - exact
+        of_linear = frozenset(key for key in keys if split_key(key)[1] in packed)
+        return BlockShape(role, layer, keys, float32=in_float32, linear=of_linear)
 
     parts = [layer for layer, _, _ in found.layers]
     prefixes = tuple(f"{layer.module}." for layer in parts)
@@ -146,6 +151,14 @@ def _blocks(model: PreTrainedModel, found: Rehearsed) -> Iterator[BlockShape]:
             for expert in range(module.num_experts):
                 yield BlockShape("expert", index, pieces, expert)
     yield block("head", None, "", [name for name in beside if name not in first])
+
+
+def _linear_weights(model: PreTrainedModel, found: Rehearsed) -> Iterator[str]:
+    """Of the decoder layers, but for routers: what bitsandbytes packs."""
+    for layer, _, _ in found.layers:
+        for name, module in model.get_submodule(layer.module).named_modules():
+            if isinstance(module, nn.Linear) and not ROUTERS & set(name.split(".")):
+                yield f"{layer.module}.{name}.weight"
 
 
 def _expert_shapes(model: PreTrainedModel, layer: GenericLayer) -> dict[str, tuple[int, ...]]:

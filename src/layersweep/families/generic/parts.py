@@ -20,6 +20,15 @@ class Turning:
 
 
 @dataclass(frozen=True)
+class KeptState:
+    """What a layer keeps of all tokens together: `elements` numbers of `bits` bits."""
+
+    name: str
+    elements: int
+    bits: int
+
+
+@dataclass(frozen=True)
 class GenericLayer:
     """One decoder layer, by the names of its modules in the model.
 
@@ -28,7 +37,8 @@ class GenericLayer:
     chunk of that many alone. `experts`: the module whose experts come one at a time, "" for none.
     `mixers` let tokens see each other in another way than by attention: they run sequence by
     sequence. `rowwise` compute each row by itself, `attends_in` is the part around attention, which
-    can be called for some of the sequences.
+    can be called for some of the sequences. `states`: of the mixers; None where transformers' cache
+    does not say how large they are.
     """
 
     module: str
@@ -39,6 +49,7 @@ class GenericLayer:
     mixers: tuple[str, ...] = ()
     rowwise: tuple[str, ...] = ()
     attends_in: str = ""
+    states: tuple[KeptState, ...] | None = ()
 
 
 @dataclass(frozen=True)

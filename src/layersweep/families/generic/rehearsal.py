@@ -20,9 +20,10 @@ from layersweep.families.generic.build import (
 from layersweep.families.generic.interfaces import OWN_MASK, Unsupported, visiting
 from layersweep.families.generic.mixing import ROWS
 from layersweep.families.generic.notes import Attended, LayerNotes, Notes
-from layersweep.families.generic.parts import GenericLayer
+from layersweep.families.generic.parts import GenericLayer, KeptState
 from layersweep.families.generic.rotation import find_turning, probed_positions
 from layersweep.families.generic.stand_ins import StandIns
+from layersweep.families.generic.states import states_of
 from layersweep.families.spec import Attention
 
 if TYPE_CHECKING:
@@ -60,9 +61,11 @@ def rehearse(config: PreTrainedConfig, longest: int) -> Rehearsed:
         torch.set_num_threads(threads)
     _check(config.model_type, notes)
     first = {names[part] for part, when in notes.outside.items() if when == "before"}
+    mixing = any(noted.mixers for noted in notes.of_layer)
+    states = (mixing and states_of(config, len(layers))) or [()] * len(layers)
     return Rehearsed(
         tuple(
-            _layer(names, layer, noted, keys.of_layer[index], positions)
+            _layer(names, layer, noted, keys.of_layer[index], positions, states[index])
             for index, (layer, noted) in enumerate(zip(layers, notes.of_layer, strict=True))
         ),
         frozenset(first),
@@ -75,6 +78,7 @@ def _layer(
     noted: LayerNotes,
     keys: LayerNotes,
     positions: list[int],
+    states: tuple[KeptState, ...],
 ) -> tuple[GenericLayer, Attention | None, int]:
     for what, found in (("attention", noted.attends), ("experts", noted.experts)):
         if len(found) > 1:
@@ -92,6 +96,7 @@ def _layer(
         attends_in=names[noted.attending] if noted.attending else "",
         mixers=tuple(names[part] for part in noted.mixers),
         rowwise=tuple(names[part] for part in noted.rowwise),
+        states=(states or None) if noted.mixers else (),
     ), attention, per_token  # fmt: skip
 
 
