@@ -98,13 +98,16 @@ def _show(row: dict[str, Any]) -> None:
         table.add_row(str(layer["layer"]), *_cells(layer, streams))
     table.add_row("all", *_cells(row, streams))
     console.print(table)
-    total, bits = row["everything"], row["bits_per_element"]
-    console.print(
-        f"everything: {'?' if bits is None else f'{bits:.2f}'} bits, KL {_milli(total['kl'])}, loss "
-        f"{_milli(total['delta_nll'])}; sum of the KL of single layers "
-        f"{_milli(sum_of_parts(row))}",
-        highlight=False,
+    bits, kl, loss = (
+        row["bits_per_element"],
+        row["everything"]["kl"],
+        row["everything"]["delta_nll"],
     )
+    words = [
+        f"everything: {'?' if bits is None else f'{bits:.2f}'} bits", f"KL {_milli(kl)}",
+        f"loss {_milli(loss)}", f"sum of the KL of single layers {_milli(sum_of_parts(row))}",
+    ]  # fmt: skip
+    console.print(", ".join(words), highlight=False)
     console.print(
         "keys, values: KL of predictions; attention: KL of its weights; these and the loss in "
         "thousandths of a nat per token; output: squared error of attention's output over energy",
