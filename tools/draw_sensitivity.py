@@ -44,6 +44,7 @@ def draw(axes: Any, row: dict[str, Any]) -> None:
             axes.axhline(1000 * row[stream]["kl"], color=color, lw=1, ls=":")
     axes.axhline(1000 * row["everything"]["kl"], color="0.4", lw=1, label="everything")
     axes.set_yscale("log")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("layer, coded alone (dotted: all layers)")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
