@@ -145,12 +145,27 @@ def test_the_bench_prints_a_table_and_a_line(capsys: pytest.CaptureFixture[str])
     )
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--segments", "2"], "--segments: found no --model, needed one with it"),
+        (["--model", "demo", "--dim", "64"], "--dim: found --model, needed none with it"),
+    ],
+)
+def test_options_of_the_other_bench_are_refused(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["bench", "codec", *words]) == 2
+    assert f"error: {message}\n" in capsys.readouterr().err
+
+
 def test_calibrate_writes_what_an_arm_reads(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file, model = tmp_path / "tiny.json", str(tiny_study.model_folder())
     words = ["calibrate", model, "--text", str(tiny_study.text_file()), "--out", str(file)]
     assert run([*words, *WINDOWS]) == 0
+    assert run(["calibrate", model, "--out", str(tmp_path / "no/such.json")]) == 2
     arm = parse(f"K3V2@calibration={file}")
     arm.check_model(2, load(model, device="cpu").checkpoint.fingerprint)
     assert arm.layer_bits is not None and sum(map(sum, arm.layer_bits)) == 2 * (3 + 2)

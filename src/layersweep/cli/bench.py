@@ -34,6 +34,8 @@ CODEC_ARMS = (
     + ",int2,int4,q4_0,q4_0@rotate=1,q8_0,fp8"
 )
 
+OF_VECTORS, OF_MODEL = ("dim", "vectors", "seed"), ("text", "segments", "prefix", "continuation")
+
 bench = typer.Typer(
     name="bench", help="Speeds against the ceilings of this machine, and what codecs lose.",
     no_args_is_help=True, rich_markup_mode=None,
@@ -149,6 +151,7 @@ def measured_peer(name: str, measure: Callable[[], PeerResult]) -> dict[str, Any
 
 @bench.command("codec")
 def codec(
+    context: typer.Context,
     kv: Annotated[
         str | None, typer.Option(help="Arms; of vectors, their key bits are measured.")
     ] = None,
@@ -164,6 +167,11 @@ def codec(
 ) -> None:
     """What KV codecs lose at the bits that they store: error, logit KL, speed. No model needed;
     with one, what each stream of each layer costs alone."""
+    other = OF_MODEL if model is None else OF_VECTORS
+    for name in other:
+        if (source := context.get_parameter_source(name)) and source.name == "COMMANDLINE":
+            found = "no --model, needed one" if model is None else "--model, needed none"
+            raise InputError(f"--{name}: found {found} with it", hint="see `bench codec --help`")
     if model is not None:
         from layersweep.bench.sensitivity import Sample
         from layersweep.cli.sensitivity import bench_model

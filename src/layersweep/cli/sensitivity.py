@@ -10,6 +10,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from layersweep.errors import InputError
+
 if TYPE_CHECKING:
     from layersweep.bench.sensitivity import Sample, Sensitivity
     from layersweep.kv.arms import Arm
@@ -57,6 +59,8 @@ def calibrate(
     from layersweep.bench.sensitivity import Sample
     from layersweep.kv.calibration import write_calibration
 
+    if not out.absolute().parent.is_dir():  # said before an hour of measuring
+        raise InputError(f"--out {out}: found no folder {out.parent}, needed one to write into")
     sample = Sample(text, segments, prefix, continuation)
     model, found = _measured(source, arms_to_measure(), sample, vram, device)
     calibration = calibration_of(model, found)
