@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from layersweep.errors import InputError
+from layersweep.errors import Fallback, InputError
 
 if TYPE_CHECKING:
     from layersweep.bench.sensitivity import Sample, Sensitivity
@@ -83,7 +83,11 @@ def _measured(
 
     console = Console(stderr=True)
     model = load(source, vram=vram, device=device)
-    for fallback in model.compute.fallbacks:
+    fallbacks = list(model.compute.fallbacks)
+    if model.decoder.generic:
+        why = "transformers' own layers compute this model"
+        fallbacks.append(Fallback("attention", "its KL and its output's error", "neither", why))
+    for fallback in fallbacks:
         console.print(f"fallback: {fallback}", highlight=False, markup=False, soft_wrap=True)
     with SweepProgress(console) as progress:
         return model, measure_parts(model, arms, sample, progress)
