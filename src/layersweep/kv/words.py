@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -92,15 +92,7 @@ def options_of(
         )
     own_values = dict(kind.options) if kind else {}
     known = [*own_values, *_KEPT, *(["calibration"] if calibrates else [])]
-    given: dict[str, str] = {}
-    for option in words.options:
-        key, equals, value = option.partition("=")
-        if key not in known:
-            words.refuse(f"option of '{method}'", key, known)
-        if not equals or key in given:
-            found = "no value" if not equals else "it twice"
-            raise words.error(f"option '{key}' has {found}, needed @{key}=N")
-        given[key] = value
+    given = _given(words, method, known)
     for key, allowed in own_values.items():
         if given.get(key, allowed[0]) not in allowed:
             raise words.error(f"found {key}={given[key]}, needed {' or '.join(allowed)}")
@@ -117,6 +109,20 @@ def options_of(
             "a calibration gives bits to all layers",
         )
     return Options(own, kept, read_calibration(Path(given["calibration"])))
+
+
+def _given(words: Words, method: str, known: Sequence[str]) -> dict[str, str]:
+    """Options and their values, each once."""
+    given: dict[str, str] = {}
+    for option in words.options:
+        key, equals, value = option.partition("=")
+        if key not in known:
+            words.refuse(f"option of '{method}'", key, known)
+        if not equals or key in given:
+            found = "no value" if not equals else "it twice"
+            raise words.error(f"option '{key}' has {found}, needed @{key}=N")
+        given[key] = value
+    return given
 
 
 def _spelled(option: str) -> str:

@@ -204,13 +204,9 @@ class Model:
         return scores
 
     def run(
-        self,
-        tiles: list[Tile],
-        read: LogitsReader,
-        *,
-        watch: Watch | None = None,
+        self, tiles: list[Tile], read: LogitsReader, *, watch: Watch | None = None,
         progress: Progress = lambda phase, done, total: None,
-    ) -> SweepRecord:
+    ) -> SweepRecord:  # fmt: skip
         """Sweep `tiles` in as many sweeps as the budget needs; what all of them leave."""
         plan, record = self.plan(tiles), SweepRecord()
         engine = self.open(plan, self.say)
