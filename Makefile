@@ -27,6 +27,9 @@ REAL_ARMS := K3V2,e8:K3V2,int4
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install -qq --no-compile --constraint constraints.txt
 
+# Where it is set, as in many containers, each process of the tests would compile all it imports.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo demo-real test test-slow test-gpu lint clean
 .DELETE_ON_ERROR:
 

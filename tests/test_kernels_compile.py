@@ -53,7 +53,9 @@ def holds_kernels(name: str, cubin: bytes) -> None:
         assert kernel.encode() + b"\0" in cubin
 
 
-@pytest.mark.parametrize("dim", (8, 248))
+@pytest.mark.parametrize(
+    "dim", [8, 248, *(pytest.param(dim, marks=pytest.mark.slow) for dim in (80, 256))]
+)
 def test_lloyd_compiles_for_other_head_sizes(dim: int) -> None:
     cubin = compile_cubin(read_source("lloyd"), (7, 5), {"SCALAR": 0, "DIM": dim})
     assert cubin.startswith(b"\x7fELF")
