@@ -14,12 +14,13 @@ from families.dense import DENSE
 from families.hybrids import HYBRIDS
 from families.oracle import effects
 from families.small import write_json
-from families.table import CHANGED, CORE, TINY, parameters
+from families.table import CHANGED, CORE, REFUSED, TINY, parameters
 from safetensors.torch import save_file
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from layersweep.errors import InputError
+from layersweep.families.registry import describe
 from layersweep.sweep.model import load
 
 ATTENTION_KINDS = {
@@ -90,7 +91,7 @@ def test_a_changed_field_moves_the_losses_as_transformers_do(family: Subject) ->
     assert complaints(family) == []
 
 
-@pytest.mark.families
+@pytest.mark.slow
 @pytest.mark.parametrize("family", CACHES.values(), ids=CACHES, indirect=True)
 def test_an_arm_equals_caches_that_are_unlike_others(family: Subject) -> None:
     difference, effect = through_arm(family, "lloyd:K3V2")
@@ -117,6 +118,14 @@ def test_every_tensor_moves_the_losses_of_transformers(family: Subject) -> None:
     """A tensor that moves nothing could be left out, or read wrongly, and no test would see it."""
     unseen = [name for name, moved in effects(family.model).items() if moved < TOLERANCE]
     assert [name for name in unseen if not name.endswith(family.tiny.still)] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", REFUSED)
+def test_what_cannot_run_is_refused_with_its_reason(model_type: str) -> None:
+    fields = TINY[model_type].config().to_dict()
+    (problem,) = describe(fields, "config.json").problems
+    assert REFUSED[model_type] in problem.sentence()
 
 
 @pytest.mark.slow

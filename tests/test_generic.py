@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from families.table import parameters
 from families.weights import randomize
 from generic_models import difference, opened, random_model, saved, small_config, swept
 from live_bytes import LiveBytes
@@ -35,7 +36,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "llama": {}, "mistral": {}, "qwen3_moe": {}, "gemma2": {}, "gemma3_text": {}, "gpt_oss": {},
     "olmoe": {}, "smollm3": {}, "granitemoe": {}, "glm4_moe": {}, "gpt2": {},
     "cohere2": {"logit_scale": 1.0}, "qwen3_next": {}, "opt": {}, "phimoe": {},
-    "falcon_h1": {}, "deepseek_v3": {"num_key_value_heads": 4, "head_dim": 8},
+    "falcon_h1": {}, "beam": {}, "deepseek_v3": {"num_key_value_heads": 4, "head_dim": 8},
 }  # fmt: skip
 
 
@@ -255,6 +256,7 @@ def test_a_missing_expert_is_named(make: Any, made: Made) -> None:
         ("diffllama", "two attention calls"),
         ("doge", "computes with its attention mask"),
         ("falcon", "attention of its own"),
+        ("llama4_text", "counts row by row"),
         ("openai-gpt", "no layer that attends"),
         ("inkling_text", "position_bias"),
     ],
@@ -280,10 +282,15 @@ def test_a_model_that_fails_fails_in_the_sweep(make: Any, monkeypatch: pytest.Mo
         swept(ours, TILES)
 
 
-@pytest.mark.parametrize("weights", ["auto", "nf4"])
-def test_it_equals_the_program_of_this_package(weights: str, make: Any, made: Made) -> None:
-    make("qwen3_moe")
-    folder = made["qwen3_moe"][1]
+@pytest.mark.parametrize(
+    ("kind", "weights"),
+    [("qwen3_moe", "auto"), ("qwen3_moe", "nf4"), ("gpt_oss", "nf4")],  # which stores columns
+)
+def test_it_equals_the_program_of_this_package(
+    kind: str, weights: str, make: Any, made: Made
+) -> None:
+    make(kind)
+    folder = made[kind][1]
     (generic, _), (own, _) = (
         swept(opened(folder, weights=weights, program=program), TILES)
         for program in ("generic", "auto")
@@ -344,7 +351,33 @@ def test_a_branch_that_is_not_finite_is_named_with_its_layer(
     assert record.nonfinite == {(0, 0, 1): 2}
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3_moe", "qwen3_next"])
+# How far a plan may be above the peak: with experts further, all of whose rows may go to one.
+EXCESS = {
+    "llama": 1.15, "starcoder2": 1.15, "phi": 1.15, "lfm2": 1.15, "falcon_h1": 1.15,
+    "qwen3_moe": 1.4, "qwen3_next": 1.4, "dbrx": 1.4,
+}  # fmt: skip
+WATCHED = frozenset({"starcoder2", "lfm2", "qwen3_next"})  # in every run of the tests
+SIZES: dict[str, dict[str, Any]] = {
+    "qwen3_next": {"layer_types": ["linear_attention", "full_attention"]},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_heads": 8},
+    "dbrx": {
+        "d_model": 128,
+        "n_heads": 4,
+        "n_layers": 2,
+        "max_seq_len": 512,
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+        "ffn_config": {
+            "hidden_size": 128,
+            "ffn_hidden_size": 80,
+            "moe_num_experts": 6,
+            "moe_top_k": 2,
+        },
+    },
+}
+
+
+@pytest.mark.parametrize("kind", parameters(EXCESS, WATCHED))
 def test_memory_stays_within_the_plan(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -353,10 +386,9 @@ def test_memory_stays_within_the_plan(
         "hidden_size": 128, "intermediate_size": 320, "moe_intermediate_size": 80,
         "head_dim": 32, "num_hidden_layers": 2,
     }  # fmt: skip
-    if kind == "qwen3_next":
-        sizes["layer_types"] = ["linear_attention", "full_attention"]  # type: ignore[assignment]
     known = small_config(kind)
     fields = {key: size for key, size in sizes.items() if hasattr(known, key)}
+    fields |= SIZES.get(kind, {})
     ours = opened(saved(random_model(small_config(kind, **fields)), tmp_path))
     own = tuple(Branch(parse(arm), ids(64, 7), (0, 63)) for arm in ("exact", "fp8", "identity"))
     tiles = [Tile("t", (BranchedSequence(ids(128, 5), own),) * 6) for _ in range(2)]
@@ -367,7 +399,17 @@ def test_memory_stays_within_the_plan(
     peaks = ours.plan(tiles).peaks
     planned = sum(peaks.values()) - peaks["fixed"]
     weights = sum(spec.nbytes for spec in ours.specs)  # in the ring, which is no working set
-    assert 0.35 * planned < live.peak - weights < planned
+    peak = live.peak - weights
+    assert peak < planned < EXCESS[kind] * peak
+
+
+def test_a_plan_that_could_not_be_measured_is_said() -> None:
+    """JetMoE asks how many rows each of its experts has."""
+    fields = small_config("jetmoe", kv_channels=16).to_dict()
+    found = describe(fields, "config.json", generic=True)
+    assert found.decoder is not None
+    (guess,) = [one for one in module_fallbacks(found.decoder, 2) if one.what == "memory plan"]
+    assert guess.used == "a generous guess" and "meta" in guess.why
 
 
 def test_images_are_left_to_others(tmp_path: Path) -> None:
@@ -396,7 +438,7 @@ def test_what_such_a_decoder_cannot_do_is_refused() -> None:
     check_modules(found.decoder, [EXACT], generates=False)
     found = describe(small_config("zaya", num_experts_per_tok=1).to_dict(), "config.json")
     assert found.decoder is not None
-    assert [one.used for one in module_fallbacks(found.decoder)] == ["as attention sees them"]
+    assert [one.used for one in module_fallbacks(found.decoder, 4)] == ["as attention sees them"]
 
 
 def test_fields_that_transformers_does_not_read_are_listed() -> None:

@@ -108,7 +108,7 @@ def names() -> Iterator[str]:
 
 
 def table(lines: list[dict[str, object]]) -> str:
-    """Markdown: what works, then what is refused, then what was not tried."""
+    """Markdown: what runs, what is refused, and what was not tried."""
     rows = [
         "| model | path | float32 | NF4 | study | streaming | needle | generate | fields changed |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -121,13 +121,21 @@ def table(lines: list[dict[str, object]]) -> str:
         if refused := line.get("fields_refused"):
             changed += f", refused: {', '.join(f'`{field}`' for field in refused)}"
         rows.append(f"| `{line['model']}` | {line['path']} | {' | '.join(marks)} | {changed} |")
-    others = [line for line in lines if "path" not in line]
-    if others:
-        rows += ["", "| refused or not tried | reason |", "|---|---|"]
-    for line in others:
-        reason = line.get("refused") or line.get("crashed") or line.get("untried")
-        rows.append(f"| `{line['model']}` | {reason} |")
+    refused = {str(line["model"]): _reason(line) for line in lines if "refused" in line}
+    if refused:
+        rows += ["", "| refused | reason |", "|---|---|"]
+        rows += [f"| `{name}` | {reason} |" for name, reason in refused.items()]
+    untried = [f"`{line['model']}`" for line in lines if "untried" in line or "crashed" in line]
+    if untried:
+        rows += [
+            "",
+            f"Not tried, since no tiny model of the type can be made: {', '.join(untried)}.",
+        ]
     return "\n".join(rows)
+
+
+def _reason(line: dict[str, object]) -> str:
+    return re.sub(r"^found model_type '[^']*', where ", "", str(line["refused"]))
 
 
 def _mark(line: dict[str, object], key: str) -> str:

@@ -143,11 +143,15 @@ def _watched(model: PreTrainedModel, cache: DynamicCache, kept: dict[int, Kept])
     turned: list[Kept] = []
     update = cache.update
 
-    def watching(apply: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Any]:
-        def applied(q: Tensor, k: Tensor, *rest: Any, **more: Any) -> tuple[Tensor, Tensor]:
-            rotate = lambda keys: apply(q, keys, *rest, **more)[1]  # noqa: E731
-            turned.append(Kept(k.clone(), rotate))
-            return apply(q, k, *rest, **more)
+    def watching(apply: Callable[..., Any]) -> Callable[..., Any]:
+        def applied(q: Tensor, k: Tensor, *rest: Any, **more: Any) -> Any:
+            found = apply(q, k, *rest, **more)
+            if isinstance(found, Tensor):  # queries, then keys: [B, T, heads, dim] and the angles
+                x, rotate = q.transpose(1, 2), lambda x: apply(x.transpose(1, 2), k, *rest, **more)
+                turned.append(Kept(x.clone(), lambda keys: rotate(keys).transpose(1, 2)))
+            else:
+                turned.append(Kept(k.clone(), lambda keys: apply(q, keys, *rest, **more)[1]))
+            return found
 
         return applied
 

@@ -105,10 +105,11 @@ EXPERTS: Mapping[str, Tiny] = {
             "num_hidden_layers": 4,
             "intermediate_size_mlp": 80,
             "interleave_moe_layer_step": 2,
-            "attention_chunk_size": 32,
+            "attention_chunk_size": 96,  # within one, all that came before is seen
             "floor_scale": 16,
             "no_rope_layers": [1, 1, 1, 0],
         },
+        still=("attention_chunk_size",),
     ),
     "hy_v3": Tiny("hy_v3", {"router_scaling_factor": 1.5}),
     "laguna": Tiny(

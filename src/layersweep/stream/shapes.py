@@ -250,7 +250,10 @@ def temporary_bytes(decoder: Decoder, tiles: Sequence[TileShape], machine: Machi
         if decoder.generic:
             from layersweep.stream.generic_shapes import module_bytes
 
-            attention += module_bytes(decoder, tile, machine.element, cpu=machine.cpu)
+            attending, codecs = attention + codecs, 0
+            attention = module_bytes(
+                decoder, tile, machine.element, attending=attending, cpu=machine.cpu
+            )
         most = max(most, attention + codecs, routing, logits)
     if not machine.cpu and not machine.kernels:  # products and float32 norms beside the scratch
         rows = max((tile.rows for tile in tiles), default=0)

@@ -8,6 +8,7 @@ from layersweep.errors import Fallback, InputError
 from layersweep.families.spec import Decoder
 from layersweep.kv.arms import Arm
 from layersweep.stream.blocks import BlockSpec
+from layersweep.stream.generic_shapes import costs
 
 KEEPS_NOTHING = (
     "answers token by token: found a decoder that transformers' own layers compute, needed a "
@@ -30,8 +31,8 @@ def check_modules(decoder: Decoder, arms: Sequence[Arm], *, generates: bool) -> 
         )
 
 
-def module_fallbacks(decoder: Decoder) -> Iterator[Fallback]:
-    """What is not as wanted, whatever is measured."""
+def module_fallbacks(decoder: Decoder, element: int) -> Iterator[Fallback]:
+    """What is not as wanted, whatever is measured, in numbers of `element` bytes."""
     assert decoder.generic is not None
     if decoder.generic.text_of:
         used = f"its text part, a {decoder.model_type}"
@@ -42,6 +43,8 @@ def module_fallbacks(decoder: Decoder) -> Iterator[Fallback]:
             "keys", "before RoPE", "as attention sees them",
             f"nothing here undoes what {decoder.model_type} does to them by their positions",
         )  # fmt: skip
+    if why := costs(decoder, element).guessed:
+        yield Fallback("memory plan", "what lives at once, measured", "a generous guess", why)
 
 
 def float_fallbacks(specs: Sequence[BlockSpec]) -> Iterator[Fallback]:

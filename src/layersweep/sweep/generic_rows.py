@@ -115,8 +115,10 @@ class TileRows:
                 rows_BT = first - whole.start + torch.cat((torch.arange(before), own))
 
                 def take(x: Tensor, rows_BT: Tensor = rows_BT) -> Tensor:
-                    axis = _row_axis(x, whole)
-                    return x if axis is None else x.select(0, 0)[rows_BT.to(x.device)]
+                    axis, rows = _row_axis(x, whole), rows_BT.to(x.device)
+                    if axis == 2:
+                        return x[0][:, rows].transpose(0, 1)
+                    return x if axis is None else x[0][rows]
 
                 found = forward(*mapped(args, take), **mapped(kwargs, take))
                 new = slice(before if number else 0, None)
@@ -142,8 +144,10 @@ def _sequences(x_HND: Tensor, group: Group) -> Tensor:
 
 
 def _row_axis(x: Tensor, whole: slice) -> int | None:
-    """Where a tensor has a row per token: [1, N, ...] or [N, ...]."""
+    """Where a tensor has a row per token: [1, N, ...], [1, 1, N, ...] or [N, ...]."""
     rows = whole.stop - whole.start
+    if x.ndim > 2 and x.shape[:3] == (1, 1, rows):
+        return 2
     if x.ndim > 1 and x.shape[:2] == (1, rows):
         return 1
     return 0 if x.ndim > 0 and x.shape[0] == rows else None

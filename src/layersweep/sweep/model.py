@@ -271,7 +271,7 @@ def load(
     specs = block_specs(checkpoint, quantize=weights == "nf4")
     if checkpoint.decoder.generic:
         left = float_fallbacks(specs) if weights == "nf4" else ()
-        also = (*compute.fallbacks, *module_fallbacks(checkpoint.decoder), *left)
+        also = (*compute.fallbacks, *module_fallbacks(checkpoint.decoder, kind.itemsize), *left)
         compute = replace(compute, fallbacks=also)
     return Model(
         checkpoint=checkpoint,

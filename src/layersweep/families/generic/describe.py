@@ -15,7 +15,13 @@ from layersweep.families.generic.interfaces import Unsupported
 from layersweep.families.generic.names import rows_together
 from layersweep.families.generic.parts import GenericLayer, GenericParts
 from layersweep.families.generic.rehearsal import Rehearsed, rehearse
-from layersweep.families.generic.wanted import GenericNames, pieces_of, short, split_key
+from layersweep.families.generic.wanted import (
+    GenericNames,
+    pieces_of,
+    short,
+    split_key,
+    stores_columns,
+)
 from layersweep.families.spec import Attention, Decoder, Feed, Layer, Norm, Router
 from layersweep.families.weights import ROUTERS, BlockShape, Shape
 
@@ -96,7 +102,7 @@ def _layer(
 ) -> Layer:
     if parts.experts:
         experts: Any = model.get_submodule(parts.experts)
-        inner = _expert_shapes(model, parts)["down_proj"][0 if experts.is_transposed else 1]
+        inner = _expert_shapes(model, parts)["down_proj"][1]
         feed = Feed(inner, experts=experts.num_experts, router=Router(per_token))
     else:  # the widest matrix of the layer
         layer = model.get_submodule(parts.module)
@@ -162,12 +168,13 @@ def _linear_weights(model: PreTrainedModel, found: Rehearsed) -> Iterator[str]:
 
 
 def _expert_shapes(model: PreTrainedModel, layer: GenericLayer) -> dict[str, tuple[int, ...]]:
-    """Of the parameters that have a part for each expert: the shape of a part."""
+    """Of the parameters that have a part for each expert: the shape of a part, as a linear layer
+    has it."""
     if not layer.experts:
         return {}
     module: Any = model.get_submodule(layer.experts)
     return {
-        key: tuple(parameter.shape[1:])
+        key: tuple((parameter.mT if stores_columns(module, parameter) else parameter).shape[1:])
         for key, parameter in module.named_parameters(recurse=False)
         if parameter.shape[0] == module.num_experts
     }

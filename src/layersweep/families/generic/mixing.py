@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 # Of a rehearsal; no other size of a model is likely to be the same.
 ROWS = 23
@@ -32,6 +33,14 @@ class Called:
     def mixes(self) -> bool:
         return any(map(self._reaches, (_poisoned, _other)))
 
+    def counts(self) -> bool:
+        """Whether it counts the rows that it is called with. It would take their places in a tile
+        for positions, which no number need show at so few rows."""
+        watch = _RangesMade()
+        with watch:
+            self.module(*self.args, **self.kwargs)
+        return ROWS in watch.lengths
+
     def _reaches(self, spoil: Callable[[Tensor], Tensor]) -> bool:
         """Whether other rows come out differently where one is spoilt."""
         change = partial(_with_row, spoil)
@@ -40,6 +49,20 @@ class Called:
             not _others_equal(before, after)
             for before, after in zip(tensors_in(self.found), tensors_in(again), strict=True)
         )
+
+
+class _RangesMade(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes how long ranges of integers are that somebody makes."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.lengths: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if func.overloadpacket is torch.ops.aten.arange:
+            self.lengths.add(found.numel())
+        return found
 
 
 def _poisoned(row: Tensor) -> Tensor:

@@ -138,6 +138,10 @@ class Notes:
             return
         if attends and not routes:
             noted.attending = noted.attending or part
+            if not mixes and self._calls[part].counts():
+                raise Unsupported(
+                    type(part).__name__, "positions that it counts row by row", "position_ids"
+                )
         if not mixes and not routes:
             return
         before = len(noted.mixers)

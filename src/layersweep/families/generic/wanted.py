@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from layersweep.families.generic.interfaces import Unsupported
 from layersweep.families.generic.names import Source, Weight, parts_of_an_expert, weights_of
@@ -15,6 +15,7 @@ from layersweep.families.spec import Decoder
 from layersweep.families.weights import BlockShape, Shape
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
 _MATRIX = ".weight"
@@ -39,6 +40,11 @@ def split_key(key: str) -> tuple[int | None, str]:
     """(1, "gate_up_proj") of "1.gate_up_proj", (None, ...) of a key that is a whole parameter."""
     number, _, rest = key.partition(".")
     return (int(number), rest) if number.isdigit() else (None, key)
+
+
+def stores_columns(experts: Any, parameter: Tensor) -> bool:
+    """Whether a parameter of all experts has columns of their matrices where others have rows."""
+    return bool(experts.is_transposed) and parameter.ndim == 3
 
 
 def pieces_of(
@@ -95,9 +101,13 @@ class GenericNames:
                 [name for name in block.weights if split_key(name)[1] == key] for block in own[1:]
             ]
             found = self._find(f"{layer.experts}.{key}", there)
+            experts = self._model.get_submodule(layer.experts)
+            columns = stores_columns(experts, experts.get_parameter(key))
             if found[0].expert is None:
-                wants.fused.append(_all_experts(own[1:], members, found[0]))
+                wants.fused.append(_all_experts(own[1:], members, found[0], columns))
                 continue
+            if columns:
+                raise Unsupported(found[0].name, "an expert at a time, as columns", "them as rows")
             for block, keys, weight in zip(own[1:], members, found, strict=True):
                 wants.single.extend(
                     Wanted(block.canonical(name), (source.stored,), block.weights[name])
@@ -166,17 +176,20 @@ class GenericNames:
         return {name: [back(one) for one in weights] for name, weights in found.items()}
 
 
-def _all_experts(blocks: list[BlockShape], members: list[list[str]], weight: Weight) -> Fused:
-    """All experts in one stored tensor, rows of each below those of the one before."""
+def _all_experts(
+    blocks: list[BlockShape], members: list[list[str]], weight: Weight, columns: bool
+) -> Fused:
+    """All experts in one stored tensor, rows of each below those of the one before; `columns`
+    where it has them transposed."""
     experts, *one = weight.shape
     parts, rows = [], 0
     for block, keys in zip(blocks, members, strict=True):
         for key in keys:
             shape = block.weights[key]
-            own = shape[0] if len(one) > 1 else 1
+            own = shape[-1 if columns else 0] if len(one) > 1 else 1
             parts.append(Part(block.canonical(key), shape, rows, own))
             rows += own
-    return Fused((weight.sources[0].stored,), (experts, *one), tuple(parts))
+    return Fused((weight.sources[0].stored,), (experts, *one), tuple(parts), columns)
 
 
 def _shorter(name: str) -> Iterator[str]:

@@ -27,6 +27,5 @@ def expert_rows(module: nn.Module, one: Mapping[str, Tensor], x_NH: Tensor) -> T
 
 
 def _product(x: Tensor, one: Mapping[str, Tensor], name: str, of: Any) -> Tensor:
-    weight = one[name]
-    found = linear(x, weight.T if of.is_transposed else weight)
+    found = linear(x, one[name])
     return found.add_(one[f"{name}_bias"]) if of.has_bias else found
