@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,6 +20,9 @@ from layersweep.model.rope import rope_table
 from layersweep.sweep.caches import KeptCaches
 from layersweep.sweep.dense import Views
 from layersweep.sweep.streams import streams_of
+
+if TYPE_CHECKING:
+    from layersweep.sweep.watch import Watch
 
 Table = tuple[Tensor, Tensor]  # cos and sin [positions, dim]
 
@@ -57,6 +61,7 @@ class LayerContext:
     cache_bits: dict[tuple[str, str], list[float]]
     # None in evaluations, which drop a layer's keys and values
     caches: KeptCaches | None = None
+    watch: Watch | None = None
 
     @property
     def layer(self) -> Layer:

@@ -40,6 +40,7 @@ from layersweep.sweep.record import (
 from layersweep.sweep.sequences import Tile
 from layersweep.sweep.state import Routing, Rows, TileState, pieces_of, read_rows
 from layersweep.sweep.turn import HostTurn
+from layersweep.sweep.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,7 @@ def run_sweep(
     caches: KeptCaches | None = None,
     turn: HostTurn | None = None,
     progress: Progress = lambda phase, done, total: None,
+    watch: Watch | None = None,
 ) -> SweepRecord:
     """Visit every block once with all `tiles`, on `engine`, and `then` on those that hold the later
     layers.
@@ -105,7 +107,8 @@ def run_sweep(
     [rows, V] float32 per branch), gone when the next piece is asked for. `check` sees the lead
     tile of each layer, once the next one's attention is done, and may raise. With `caches`, keys
     and values of `tiles` (of one name) are kept between sweeps. Sweeps that run at once, each in a
-    thread, share one `turn`.
+    thread, share one `turn`. `watch` sees the attention of each group of `tiles` in each layer;
+    transformers' own layers show nothing.
     """
     if engine.decoder.generic:
         from layersweep.sweep.generic import GenericEngine, run_modules
@@ -131,7 +134,7 @@ def run_sweep(
             visit = leave.enter_context(ExitStack())
             visit.enter_context(stage.visited())
             with turn:
-                sweep = _Sweep(stage, record, caches, visits, every, turn)
+                sweep = _Sweep(stage, record, caches, visits, every, turn, watch)
                 if stage.layers[0] == 0:
                     sweep.embed(every)
                 else:
@@ -178,8 +181,9 @@ class _Sweep:
         visited: _Visits,
         states: list[TileState],
         turn: HostTurn,
+        watch: Watch | None,
     ) -> None:
-        self.visited, self.turn = visited, turn
+        self.visited, self.turn, self.watch = visited, turn, watch
         self.decoder, self.store, self.compute = engine.decoder, engine.store, engine.compute
         self.weights, self.scratch = engine.weights, engine.scratch
         self.record, self.caches = record, caches
@@ -218,7 +222,7 @@ class _Sweep:
             with self.clock.phase("gate"):
                 self._attend(layer, lead, None)
         with self.clock.phase("attention"):
-            self._attend(layer, rest, self.caches, self.visited)
+            self._attend(layer, rest, self.caches, self.visited, self.watch)
             self.store.release(attention)
             with self.turn.away():  # the one place in a layer where the host waits for the device
                 Routing.settle([state.routing for state in (*lead, *rest) if state.routing])
@@ -266,10 +270,11 @@ class _Sweep:
         states: list[TileState],
         caches: KeptCaches | None,
         done: Callable[[], None] = lambda: None,
+        watch: Watch | None = None,
     ) -> None:
         context = LayerContext(
             self.decoder, layer, self.weights.attention, self.tables, self.compute, self.scratch,
-            self.record.cache_bits, caches,
+            self.record.cache_bits, caches, watch,
         )  # fmt: skip
         for state in states:
             visit_attention(state, context)
