@@ -23,7 +23,7 @@ from layersweep.kv.stream import State, keys_and_values, latent_streams
 CPU = torch.device("cpu")
 ALL = parse_arms("all,trellis:K1V1,identity")
 # Head sizes that a method of `all` cannot take, by the numbers that it groups.
-TOO_SHORT = {"int4": 64, "int2": 64, "q8_0": 32, "q4_0": 32, "kivi": 32}
+TOO_SHORT = {"int4": 64, "int2": 64, "q8_0": 32, "q5_0": 32, "q4_0": 32, "kivi": 32}
 DIMS = [64, 80, 96, 112, 128, 192, 256, 512]
 # Keys of unequal size, a latent, a window: what transformers' families keep.
 LAYERS = {
@@ -238,7 +238,9 @@ def test_windows_of_prefixes_of_several_lengths_are_one_batch() -> None:
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-@pytest.mark.parametrize("name", [*ARMS, "kivi:K2V2@window=33", "trellis:K3V2@window=64@sink=4"])
+@pytest.mark.parametrize(
+    "name", [*ARMS, "kivi:K2V2@residual=128@window=33", "kvarn:K4V2", "oscar:K2V2@window=64@sink=4"]
+)
 @pytest.mark.parametrize("tokens", [1, 14, 300])
 def test_size_by_arithmetic_is_the_size_that_is_measured(
     name: str, layer: str, tokens: int

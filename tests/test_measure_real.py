@@ -6,11 +6,13 @@ import json
 import runpy
 from pathlib import Path
 
+import pytest
 from results_builders import build_results
 
 from layersweep.kv import parse_arms
 
-TOOL = runpy.run_path(str(Path(__file__).resolve().parent.parent / "tools/measure_real.py"))
+TOOLS = Path(__file__).resolve().parent.parent / "tools"
+TOOL = runpy.run_path(str(TOOLS / "measure_real.py"))
 
 
 def test_lines_carry_their_run_and_make_the_table() -> None:
@@ -38,3 +40,16 @@ def test_every_arm_of_the_study_is_one() -> None:
     assert "trellis:K3V2@found=1@sink=1" in prefill
     assert "trellis:K3V2@found=1@window=8@block=16@fine=96@sink=1" in streaming
     assert (len(prefill), len(streaming)) == (25, 9)
+
+
+def test_reference_methods_share_a_row_in_both_modes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(TOOLS))
+    tool = runpy.run_path(str(TOOLS / "measure_reference.py"))
+    found = list(tool["lines"](build_results()))
+    both = [*found, *({**line, "mode": "streaming"} for line in found[:1])]
+    _, _, first, second, *_ = tool["table"](both).splitlines()
+    loss, kl = first.split(" | ")[2], first.split(" | ")[4]
+    assert first.split(" | ")[5:7] == [loss, kl]
+    assert first.endswith("| 2.69 | 2.69 |")
+    assert second.count("|") == 10
+    assert "|  |  |" in second

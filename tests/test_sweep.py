@@ -260,6 +260,8 @@ def test_streaming_reads_every_token_through_the_codec(tiny: Path) -> None:
         ("lloyd:K2V2@window=5@sink=3", 75),
         ("kivi:K2V16", 75),
         ("kivi:K2V16@window=5@sink=3", 75),
+        ("kivi:K2V16@residual=32", 75),
+        ("kvarn:K4V2@group=64@sink=2", 75),
         ("lloyd:K2V2@fine=20@sink=1", 75),
         ("lloyd:K2V2@window=5@block=16@fine=40@sink=1", 170),
     ],

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 from layersweep.errors import InputError
-from layersweep.kv.stream import Stream
+from layersweep.kv.stream import Role, Stream
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +24,7 @@ class Packed:
     scale  [batch, heads, tokens]         one number per vector, None where the codec has none
     mean   [batch, heads, dim] float16    subtracted from every vector before encoding, or None;
                                           one column more where the codec has a level
+    role   of the stream that they come from
     """
 
     bits: int
@@ -31,6 +32,7 @@ class Packed:
     codes: Tensor
     scale: Tensor | None
     mean: Tensor | None = None
+    role: Role = "key"
 
     @property
     def tokens(self) -> int:
@@ -195,9 +197,24 @@ def finds_sinks(codec: Codec) -> bool:
     return getattr(codec, "found", "0") == "1"
 
 
-def key_group(codec: Codec) -> int:
-    """Tokens whose keys are encoded together; until the last is there, all of them are exact."""
-    return int(getattr(codec, "key_group", 1))
+@dataclass(frozen=True)
+class Grouping:
+    """How a codec lets go of exact tokens: the last `keep` of them never, the others in groups of
+    `group` that are encoded together, once the last of a group is there."""
+
+    group: int = 1
+    keep: int = 0
+
+    def coded(self, tokens: int) -> int:
+        """How many of the first `tokens` are encoded."""
+        return max(tokens - self.keep, 0) // self.group * self.group
+
+
+def grouping(codec: Codec, role: Role) -> Grouping:
+    """How `codec` encodes the tokens of such streams: each at once, for most codecs."""
+    asked = getattr(codec, "grouping", None)
+    found: Grouping = asked(role) if asked else Grouping()
+    return found
 
 
 def basis_for(codec: Codec, stream: Stream) -> Basis | None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from layersweep.kv.codec import Codec, Packed
 from layersweep.kv.rotate import rotate, rotate_back
+from layersweep.kv.stream import Role
 from layersweep.kv.vector_codec import Layout, RowCodec
 
 
@@ -49,8 +50,9 @@ class Untransformed(Identity):
 
     randomized: bool = False
 
-    def _pack(self, x: Tensor, bits: int, mean: Tensor | None) -> Packed:
-        return Packed(bits, x.shape[3], x.to(torch.float32, copy=True), scale=None)
+    def pack(self, x: Tensor, bits: int, mean: Tensor | None, role: Role) -> Packed:
+        codes = x.to(torch.float32, copy=True)
+        return Packed(bits, x.shape[3], codes, scale=None, role=role)
 
-    def decode(self, packed: Packed, positions: Tensor) -> Tensor:
+    def unpack(self, packed: Packed) -> Tensor:
         return packed.codes

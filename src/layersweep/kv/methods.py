@@ -32,6 +32,7 @@ class Method:
 
     `fixed_bits`: of a method that is an arm by its name alone. `package`: what must be installed
     for it, as (module, name to install). `refines`: what it leaves of a vector can be coded again.
+    `published`: the bits of keys and values that `all` takes of a method with other bits than most.
     """
 
     module: str
@@ -40,6 +41,7 @@ class Method:
     fixed_bits: int | None = None
     package: tuple[str, str] | None = None
     refines: bool = False
+    published: tuple[tuple[int, int], ...] = REFERENCE_BITS
 
     def build(self, key_bits: int, value_bits: int, options: dict[str, str]) -> Codec:
         kind = getattr(importlib.import_module(self.module), self.dataclass)
@@ -53,7 +55,7 @@ class Method:
     @property
     def pairs(self) -> tuple[tuple[int, int], ...]:
         """The bits of keys and values that `all` takes."""
-        return ((self.fixed_bits, self.fixed_bits),) if self.fixed_bits else REFERENCE_BITS
+        return ((self.fixed_bits, self.fixed_bits),) if self.fixed_bits else self.published
 
     @property
     def installed(self) -> bool:
@@ -62,6 +64,7 @@ class Method:
 
 _GROUPS = (("group", ("64", "32", "128")),)
 _ROTATE = (("rotate", ("0", "1")),)
+_RESIDUAL = (("residual", ("0", "32", "64", "128")),)
 METHODS = MappingProxyType(
     {
         "trellis": Method(
@@ -73,14 +76,20 @@ METHODS = MappingProxyType(
         "e8": Method("layersweep.kv.e8", "E8", options=(("v", ("0.6", "0.5")),), refines=True),
         "lloyd": Method("layersweep.kv.lloyd", "Lloyd", refines=True),
         "turbo": Method("layersweep.kv.turbo", "Turbo", refines=True),
+        "turboquant": Method(
+            "layersweep.kv.turboquant", "TurboQuant", published=((3, 4), (4, 4), (8, 4), (3, 3))
+        ),
         "voronoi": Method("layersweep.kv.voronoi", "Voronoi", refines=True),
-        "kivi": Method("layersweep.kv.kivi", "Kivi"),
+        "kivi": Method("layersweep.kv.kivi", "Kivi", _RESIDUAL),
+        "kvarn": Method("layersweep.kv.kvarn", "KVarN", (("group", ("128", "64")),)),
+        "oscar": Method("layersweep.kv.oscar", "Oscar", published=((2, 2),)),
         "nexusquant": Method(
             "layersweep.kv.nexusquant", "NexusQuant", package=("nexusquant", "nexusquant-kv")
         ),
         "int4": Method("layersweep.kv.uniform", "Uniform", _GROUPS, fixed_bits=4),
         "int2": Method("layersweep.kv.uniform", "Uniform", _GROUPS, fixed_bits=2),
         "q8_0": Method("layersweep.kv.ggml", "Ggml", _ROTATE, fixed_bits=8),
+        "q5_0": Method("layersweep.kv.ggml", "Ggml", _ROTATE, fixed_bits=5),
         "q4_0": Method("layersweep.kv.ggml", "Ggml", _ROTATE, fixed_bits=4),
         "fp8": Method("layersweep.kv.fp8", "Fp8", fixed_bits=8),
     }

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from layersweep.kv.arms import Arm
-from layersweep.kv.codec import Codec, finds_sinks, key_group, role_bits
+from layersweep.kv.codec import Codec, finds_sinks, grouping, role_bits
 from layersweep.kv.methods import EXACT_BITS
 from layersweep.kv.stream import State, Stream
 
@@ -84,9 +84,9 @@ def _stream_bits(arm: Arm, stream: Stream, tokens: int, exact: bool, like: Tenso
 
 def _coded_bits(codec: Codec, stream: Stream, tokens: int, like: Tensor | None) -> float:
     """Bits of `tokens` tokens in a codec: means are counted once, groups of tokens are alike."""
-    group = 1 if stream.role == "value" else key_group(codec)
-    step = group * -(-_PROBE // group)
-    few = step + tokens % step
+    how = grouping(codec, stream.role)
+    step = how.group * -(-_PROBE // how.group)
+    few = step * (1 + -(-how.keep // step)) + tokens % step
     if tokens <= few:
         return 8 * _probe(codec, stream, tokens, like) if tokens else 0.0
     low, high = (_probe(codec, stream, count, like) for count in (few, few + step))

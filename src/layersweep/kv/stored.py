@@ -22,7 +22,7 @@ from layersweep.kv.codec import (
     Codec,
     basis_for,
     finds_sinks,
-    key_group,
+    grouping,
     pad_tokens,
     role_bits,
 )
@@ -222,7 +222,7 @@ class StoredStream:
         if unseen >= middle.packed.tokens:  # all that is seen is in the tail, now and from now on
             tail = None if self.tail is None else self.tail[:, :, unseen - middle.packed.tokens :]
             return replace(self, first=first, hidden=0, head=tail, middle=None, tail=None)
-        group = 1 if self.stream.role == "value" else key_group(middle.codec)
+        group = grouping(middle.codec, self.stream.role).group
         group = max(group, FLAGS) if middle.found else group
         whole = unseen // group * group if middle.can_be_cut else 0
         if whole:

@@ -6,7 +6,8 @@ This is the smaller mean squared error of the two, and it shrinks vectors: <x, x
 on average, d the distortion. Bits per element: bits + 16 / D.
 
 Source: TurboQuant, arXiv 2504.19874, the variant for mean squared error, with the levels of the
-Gaussian (its limit for large D) and a randomized Hadamard matrix for the rotation.
+Gaussian (its limit for large D) and a randomized Hadamard matrix for the rotation. `turboquant` is
+what vLLM ships under that name.
 """
 
 from __future__ import annotations

@@ -4,9 +4,11 @@ Such a method is a RowCodec, a frozen dataclass of its hyper-parameters with
     layout(dim, bits)                  what a vector takes
     encode_rows(x [N, D], bits)        -> codes [N, width], scale [N] or None
     decode_rows(codes, scale, dim, bits) -> x^ [N, D]
-and perhaps `check`, for streams that it cannot take. The frame cuts [B, H, T, D] into rows, a few
-at a time, so it keeps the promises of `kv.codec.Codec`: a vector knows neither its batch nor the
-tokens before it. A method that can only do all rows at once (trellis) is a VectorCodec.
+and perhaps `check`, for streams that it cannot take, and `for_role`, where values are not stored as
+keys are. The frame cuts [B, H, T, D] into rows, a few at a time, so it keeps the promises of
+`kv.codec.Codec`: a vector knows neither its batch nor the tokens before it. A method that can only
+do all rows at once (trellis) is a VectorCodec, one that encodes tokens together a GroupCodec
+(kv/groups.py).
 """
 
 from __future__ import annotations
@@ -18,9 +20,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from layersweep.kv.codec import Codec, Packed, check_input, join_tokens, role_bits
+from layersweep.kv.codec import Codec, Grouping, Packed, check_input, join_tokens, role_bits
 from layersweep.kv.rotate import row_chunks
-from layersweep.kv.stream import Stream
+from layersweep.kv.stream import Role, Stream
 
 
 @dataclass(frozen=True)
@@ -65,26 +67,36 @@ class VectorCodec(ABC):
     def check(self, stream: Stream) -> None:  # noqa: B027 (most methods take every stream)
         """Raise InputError for a stream whose shape or bits the method cannot take."""
 
+    def for_role(self, role: Role) -> VectorCodec:
+        """What encodes and decodes such streams: this codec, unless keys and values differ."""
+        return self
+
+    def grouping(self, role: Role) -> Grouping:
+        """How the method lets go of exact tokens."""
+        return Grouping()
+
     def encode(
         self, x: Tensor, stream: Stream, positions: Tensor, mean: Tensor | None = None
     ) -> Packed:
         check_input(self, x, stream, mean)
-        self.check(stream)
-        return self._pack(x, role_bits(self, stream), mean)
+        codec = self.for_role(stream.role)
+        codec.check(stream)
+        return codec.pack(x, role_bits(self, stream), mean, stream.role)
 
     def append(self, packed: Packed, x: Tensor, positions: Tensor) -> Packed:
-        return join_tokens([packed, self._pack(x, packed.bits, packed.mean)])
+        return self.for_role(packed.role).extend(packed, x)
 
     def decode(self, packed: Packed, positions: Tensor) -> Tensor:
-        return self.decode_all(packed).view(*packed.codes.shape[:3], packed.dim)
+        return self.for_role(packed.role).unpack(packed)
 
     def nbytes(self, packed: Packed) -> int:
         return packed.held_bytes
 
     def sharing_key(self, stream: Stream) -> Hashable:
-        """Method, the bits of the stream's role, and all options."""
-        options = (v for name, v in vars(self).items() if name not in ("key_bits", "value_bits"))
-        return (self.method, role_bits(self, stream), *options)
+        """Method, the bits of the stream's role, and all options of what encodes it."""
+        codec = self.for_role(stream.role)
+        options = (v for name, v in vars(codec).items() if name not in ("key_bits", "value_bits"))
+        return (self.method, type(codec), role_bits(self, stream), *options)
 
     @abstractmethod
     def encode_all(
@@ -96,11 +108,20 @@ class VectorCodec(ABC):
     def decode_all(self, packed: Packed) -> Tensor:
         """x^ [B H T, D] float32."""
 
-    def _pack(self, x: Tensor, bits: int, mean: Tensor | None) -> Packed:
+    def pack(self, x: Tensor, bits: int, mean: Tensor | None, role: Role) -> Packed:
+        """x [B,H,T,D] of a stream of that role, encoded."""
         shape, dim = x.shape[:3], x.shape[3]
         codes, scale = self.encode_all(x, bits, mean)
         codes = codes.view(*shape, codes.shape[1])
-        return Packed(bits, dim, codes, None if scale is None else scale.view(shape), mean)
+        return Packed(bits, dim, codes, None if scale is None else scale.view(shape), mean, role)
+
+    def extend(self, packed: Packed, x: Tensor) -> Packed:
+        """The tokens of x [B,H,T,D] after those of `packed`."""
+        return join_tokens([packed, self.pack(x, packed.bits, packed.mean, packed.role)])
+
+    def unpack(self, packed: Packed) -> Tensor:
+        """x^ [B,H,T,D] float32."""
+        return self.decode_all(packed).view(*packed.codes.shape[:3], packed.dim)
 
 
 class RowCodec(VectorCodec):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from layersweep.families.spec import Norm
 from layersweep.kv.arms import Arm
-from layersweep.kv.codec import key_group
+from layersweep.kv.codec import Grouping, grouping
 from layersweep.kv.methods import FIRST_BLOCK
 from layersweep.kv.store import KvStore
 from layersweep.model.routing import route
@@ -192,10 +192,13 @@ def _attend_streaming(
     context: LayerContext,
 ) -> Tensor:  # fmt: skip
     """Every token reads what a cache holds once it is in, itself included: coded tokens, the newest
-    of them with what is `fine`; keys that wait until a group of theirs is full, and what has not
-    left the window or filled a block, exactly."""
+    of them with what is `fine`; exactly what has not left the window or filled a block, and keys,
+    values or both that a codec has not let go of."""
     tokens, arm = q.shape[2], branch.arm
-    group = 1 if arm.codec is None else key_group(arm.codec)
+    roles = context.plain_streams[0].role, context.plain_streams[-1].role
+    how_keys, how_values = (
+        Grouping() if arm.codec is None else grouping(arm.codec, role) for role in roles
+    )
     attention, rule, sinks = context.compute.attention, context.rule, context.sinks
     stored = _stored([arm], streams, context, mean_tokens=FIRST_BLOCK, whole=True)
     first = context.plain_streams[0].first_held(tokens)
@@ -204,8 +207,10 @@ def _attend_streaming(
         held = _stored([arm], _some(streams, slice(first, tokens)), context, first=first)
     _count(tile_name, [arm], held, context)
     q = turned_queries(q, 0, table, context)
-    near = arm.window > 0 or arm.block > 0
-    parts = 1 + (arm.fine > 0) + (group > 1) + near
+    # One of the two is exact in between, where they are not let go of alike.
+    between = how_keys != how_values
+    near = arm.window > 0 or arm.block > 0 or Grouping() not in (how_keys, how_values)
+    parts = 1 + (arm.fine > 0) + between + near
     if parts == 1:
         keys, values = read([stored.decoded(0)], 0, table, context)
         return attention(q, keys, values, rule=rule, sinks=sinks)
@@ -217,7 +222,10 @@ def _attend_streaming(
     every = [replace(arm, window=0, block=0, fine=fine) for fine in shapes]
     coded = _stored(every, streams, context, mean_tokens=FIRST_BLOCK, whole=True)
     views = [read([coded.decoded(i)], 0, table, context) for i in range(len(every))]
-    views += [(exact[0], views[-1][1])] * (group > 1) + [exact] * near
+    coded_keys, coded_values = views[-1]
+    keys_wait = how_values == Grouping()
+    views += [(exact[0], coded_values) if keys_wait else (coded_keys, exact[1])] * between
+    views += [exact] * near
     keys, values = (torch.cat(part, dim=2) for part in zip(*views, strict=True))
     key_at = torch.arange(tokens, device=q.device)
     until = _coded_until(arm, tokens, q.device)
@@ -225,8 +233,13 @@ def _attend_streaming(
     for first in range(0, tokens, QUERY_CHUNK):
         some = slice(first, first + QUERY_CHUNK)
         at, left = key_at[some, None], until[some, None]
-        keys_left = arm.sink + (left - arm.sink) // group * group
-        borders = [keys_left - arm.fine] * (arm.fine > 0) + [keys_left] + [left] * (group > 1)
+        keys_left, values_left = (
+            arm.sink + (left - arm.sink - how.keep).clamp(min=0) // how.group * how.group
+            for how in (how_keys, how_values)
+        )
+        coded_left = torch.minimum(keys_left, values_left)
+        borders = [coded_left - arm.fine] * (arm.fine > 0) + [coded_left]
+        borders += [torch.maximum(keys_left, values_left)] * between
         before = [key_at < border for border in borders]
         later = [torch.ones_like(before[0])]
         masks = [b & ~a for a, b in zip([~later[0], *before], [*before, *later], strict=True)]
