@@ -34,6 +34,7 @@ BAD = {
     "unknown method": (["--kv", "loyd:K3V2"], "loyd", "did you mean 'lloyd'"),
     "odd bits": (["--kv", "K7V2"], "7 bits", "16"),
     "no arm": (["--kv", "exact"], "needed an arm", "--kv"),
+    "layers": (["--kv", "K3V2@layers=4-6"], "found @layers=4-6, needed layers from 0 to 5", "0"),
     "negative segments": (["--segments", "-3"], "--segments: found -3", "--segments"),
     "segments no number": (["--segments", "many"], "'many'", "--segments"),
     "too little text": (["--segments", "100000"], "100000", "--segments"),

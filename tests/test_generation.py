@@ -331,7 +331,7 @@ OWN = f"{Path(__file__).parent / 'own_codec.py'}:Rounded:K3V2"
 STEPPED = [EXACT, *parse_arms(f"K3V2,K4V2,lloyd:K3V2@window=3@sink=2,kivi:K2V16,{OWN}")]
 JOINED = [
     EXACT,
-    *parse_arms("K3V2,K4V2,lloyd:K3V2@sink=2,int4@pb=1,fp8,e8:K3V2"),
+    *parse_arms("K3V2,K4V2,lloyd:K3V2@sink=2,int4@pb=1,fp8@layers=1,e8:K3V2"),
 ]  # whatever their lengths
 
 
@@ -431,7 +431,8 @@ def test_bits_of_arms_that_are_arithmetic_alone() -> None:
 @pytest.mark.parametrize(
     ("options", "exact"), [("@sink=4", 4), ("@window=1000", 1000), ("@pb=4", 2000 / 4),
                            ("@pb=4@window=1000@sink=4", 1004 + 996 / 4),
-                           ("@fine=100", 100 * 3 / 12.5)],
+                            ("@fine=100", 100 * 3 / 12.5),
+                            ("@layers=1-24@pb=4", 2000 * 11 / 32)],
 )  # fmt: skip
 def test_tokens_that_stay_exact_are_planned_at_16_bits(options: str, exact: float) -> None:
     """Of 2000 prefix tokens, on average over 32 layers."""

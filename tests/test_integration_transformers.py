@@ -30,7 +30,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_checkpoint(tmp_path_factory.mktemp("tiny"))
 
 
-@pytest.mark.parametrize("name", ["lloyd:K3V2", "lloyd:K2V16", "lloyd:K3V2@pb=1", "exact"])
+@pytest.mark.parametrize(
+    "name", ["lloyd:K3V2", "lloyd:K2V16", "lloyd:K3V2@pb=1", "lloyd:K1V1@layers=1", "exact"]
+)
 def test_a_first_call_equals_a_streamed_sequence_of_the_sweep(name: str, tiny: Path) -> None:
     """Every token reads every earlier one and itself through the codec, in both."""
     ids = random_ids(60, 128, 3)

@@ -703,6 +703,9 @@ def test_a_rehearsal_refuses_what_a_run_would(
         (("--rehearse", "2", "--out", str(tmp_path)), "a rehearsal leaves no numbers"),
         (("--rehearse", "2", "--gate", "off"), "needed the gate"),
         (("--rehearse", "2", "--prefix", "9000"), "the model's limit"),
+        (("--rehearse", "2", "--kv", "K3V2@layers=6"), "needed layers from 0 to 5"),
     ):
         assert run([*study, *more]) == 2
         assert says in capsys.readouterr().err
+    # layers that the whole model has, and its beginning has not
+    assert run([*tiny_study.words("--kv", "lloyd:K3V2@layers=1"), "--rehearse", "1"]) == 0

@@ -46,6 +46,9 @@ from layersweep.kv import parse, parse_arms
         ("turbo:K3V2", "turbo:K3V2"),
         ("voronoi:K4V2@sink=4", "voronoi:K4V2@sink=4"),
         ("KIVI:k2v2@window=128", "kivi:K2V2@window=128"),
+        ("K3V2@layers=7", "trellis:K3V2@found=1@layers=7@sink=1"),
+        ("K3V16@sink=4@layers=00-07@pb=1", "trellis:K3V16@found=1@pb=1@layers=0-7@sink=4"),
+        ("int4@layers=3-3", "int4@layers=3"),
     ],
 )
 def test_resolved_names(text: str, name: str) -> None:
@@ -111,6 +114,18 @@ def test_protected_layers() -> None:
     assert all(parse("exact").is_exact_layer(i, 6) for i in range(6))
 
 
+def test_layers_that_are_coded() -> None:
+    def coded(text: str) -> list[int]:
+        arm = parse(text)
+        return [layer for layer in range(6) if not arm.is_exact_layer(layer, 6)]
+
+    assert coded("K3V2@layers=3") == [3]
+    assert coded("K3V2@layers=0-3@pb=1") == [1, 2, 3]
+    parse("K3V2@layers=2-5").check_model(6)
+    with pytest.raises(InputError, match="found @layers=2-5, needed layers from 0 to 4"):
+        parse("K3V2@layers=2-5").check_model(5)
+
+
 def test_lists_grids_and_duplicates() -> None:
     def names(text: str) -> list[str]:
         return [arm.name for arm in parse_arms(text)]
@@ -149,7 +164,7 @@ def test_lists_grids_and_duplicates() -> None:
         ("int4@group=48", "found group=48, needed 64 or 32 or 128", ""),
         (
             "fp8@group=64",
-            "unknown option of 'fp8' 'group', needed one of pb, window, block,",
+            "unknown option of 'fp8' 'group', needed one of pb, layers, window, block,",
             "",
         ),
         ("e8:fp8", "unknown name 'fp8' after 'e8'", ""),
@@ -163,7 +178,7 @@ def test_lists_grids_and_duplicates() -> None:
         ("x.py:Lloyd:K3V2", "found a class with the name of 'lloyd'", ""),
         (
             "x.py:Mine:K3V2@v=1",
-            "unknown option of 'mine' 'v', needed one of pb, window, block,",
+            "unknown option of 'mine' 'v', needed one of pb, layers, window, block,",
             "",
         ),
         ("exat", "unknown name 'exat'", "did you mean 'exact'?"),
@@ -176,7 +191,7 @@ def test_lists_grids_and_duplicates() -> None:
         ("lloyd:K3V2@windw=4", "unknown option of 'lloyd' 'windw'", "did you mean 'window'?"),
         (
             "lloyd:K3V2@v=0.5",
-            "unknown option of 'lloyd' 'v', needed one of pb, window, block,",
+            "unknown option of 'lloyd' 'v', needed one of pb, layers, window, block,",
             "",
         ),
         ("e8:K3V2@v=0.7", "found v=0.7, needed 0.6 or 0.5", ""),
@@ -184,6 +199,9 @@ def test_lists_grids_and_duplicates() -> None:
         ("K3V2@pb", "option 'pb' has no value", ""),
         ("K3V2@pb=1@pb=2", "option 'pb' has it twice", ""),
         ("exact@pb=1", "'exact' takes no options", ""),
+        ("K3V2@layers=3-1", "found layers=3-1, needed the smaller number first", "@layers=0-7"),
+        ("K3V2@layers=a", "found layers=a, needed a layer or the first and the last", "@layers=0"),
+        ("identity:e8@layers=1", "'identity' takes no layers", ""),
         ("identity:nf4", "unknown method 'nf4'", ""),
         ("lloyd:K2-4V2", "found 3 arms, needed one", "lloyd:K2V2"),
         ("", "found an empty name", "exact"),

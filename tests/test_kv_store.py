@@ -50,7 +50,8 @@ def coded(arm: str, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("arm", "layer"), [("exact", 3), ("lloyd:K3V2@pb=2", 1), ("lloyd:K3V2@pb=2", 6)]
+    ("arm", "layer"),
+    [("exact", 3), ("lloyd:K3V2@pb=2", 1), ("lloyd:K3V2@pb=2", 6), ("lloyd:K3V2@layers=4-7", 3)],
 )
 def test_exact_layers_hand_back_the_very_tensor(arm: str, layer: int) -> None:
     x = some_x()

@@ -239,7 +239,14 @@ def test_windows_of_prefixes_of_several_lengths_are_one_batch() -> None:
 
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize(
-    "name", [*ARMS, "kivi:K2V2@residual=128@window=33", "kvarn:K4V2", "oscar:K2V2@window=64@sink=4"]
+    "name",
+    [
+        *ARMS,
+        "kivi:K2V2@residual=128@window=33",
+        "kvarn:K4V2",
+        "oscar:K2V2@window=64@sink=4",
+        "trellis:K3V2@window=64@sink=4@layers=1-2",
+    ],
 )
 @pytest.mark.parametrize("tokens", [1, 14, 300])
 def test_size_by_arithmetic_is_the_size_that_is_measured(

@@ -75,7 +75,7 @@ def test_arms_that_do_not_take_the_heads_are_left_out_and_said(
     asked = (folder, "--for", "t4", "--kv")
     left_out = planned(capsys, *asked, "all")["left_out"]
     assert [one["wanted"] for one in left_out] == [
-        *("kivi:K3V2", "kivi:K4V2", "int4", "int2", "q8_0", "q4_0")
+        *("kivi:K3V2", "kivi:K4V2", "int4", "int2", "q8_0", "q5_0", "q4_0")
     ]
     assert run(["plan", *asked, "all"]) == 0
     why = "int4: stream 'k' has head size 80, needed a multiple of 64"

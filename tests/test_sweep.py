@@ -119,7 +119,7 @@ def test_a_sequence_beyond_the_models_limit_is_refused(tiny: Path) -> None:
 
 @pytest.mark.parametrize("name", ["lloyd:K3V2", "lloyd:K1V16", "e8:K4V2", "e8:K3V2@v=0.5",
                                   "lloyd:K2V2@pb=1", "lloyd:K2V2@window=7@sink=3",
-                                  "identity:lloyd"])  # fmt: skip
+                                  "lloyd:K2V2@layers=1", "identity:lloyd"])  # fmt: skip
 def test_branch_equals_transformers_with_an_overwritten_cache(name: str, tiny: Path) -> None:
     model = load(str(tiny), device="cpu")
     arm = parse(name)
@@ -143,6 +143,19 @@ def test_branch_equals_transformers_with_an_overwritten_cache(name: str, tiny: P
         ours = logits[0][index].log_softmax(-1).gather(1, target)[:, 0]
         theirs = scored_with_cache(oracle, list(ride.prefix), branch, transform)
         assert (ours - theirs).abs().max() < 1e-4, (name, index)
+
+
+def test_all_layers_named_are_all_layers_and_none_but_one_leave_the_others_exact(
+    tiny: Path,
+) -> None:
+    """The last layer's error reaches no key of another: each layer alone, then both."""
+    model = load(str(tiny), device="cpu")
+    names = ("K2V2", "K2V2@layers=0-1", "K2V2@layers=0", "K16V2@layers=1")
+    arms = [EXACT, *(parse(f"lloyd:{name}") for name in names)]
+    logits, _ = sweep_logits(model, [Tile("t", tuple(windows(model, 1, arms)))])
+    exact, coded, both, *alone = logits[0]
+    assert torch.equal(coded, both)
+    assert all(not torch.equal(part, other) for part in alone for other in (exact, coded))
 
 
 def test_numbers_do_not_depend_on_placement_or_number_of_sweeps(tiny: Path) -> None:

@@ -22,6 +22,7 @@ from layersweep.cli.merge import merge
 from layersweep.cli.plan import plan
 from layersweep.cli.quantize import quantize
 from layersweep.cli.report import compare, report
+from layersweep.cli.sensitivity import calibrate
 from layersweep.cli.synth import synth
 from layersweep.notebook import in_notebook_shell
 
@@ -47,6 +48,7 @@ app.command("report")(report)
 app.command("compare")(compare)
 app.command("synth")(synth)
 app.command("quantize")(quantize)
+app.command("calibrate")(calibrate)
 app.command("kaggle")(kaggle)
 app.add_typer(bench)
 app.add_typer(codec)

@@ -34,6 +34,8 @@ CODEC_ARMS = (
     + ",int2,int4,q4_0,q4_0@rotate=1,q8_0,fp8"
 )
 
+OF_VECTORS, OF_MODEL = ("dim", "vectors", "seed"), ("text", "segments", "prefix", "continuation")
+
 bench = typer.Typer(
     name="bench", help="Speeds against the ceilings of this machine, and what codecs lose.",
     no_args_is_help=True, rich_markup_mode=None,
@@ -149,20 +151,40 @@ def measured_peer(name: str, measure: Callable[[], PeerResult]) -> dict[str, Any
 
 @bench.command("codec")
 def codec(
-    kv: Annotated[str, typer.Option(help="Arms; their key bits are measured.")] = CODEC_ARMS,
+    context: typer.Context,
+    kv: Annotated[
+        str | None, typer.Option(help="Arms; of vectors, their key bits are measured.")
+    ] = None,
     dim: Annotated[int, typer.Option(help="Head size.", min=8)] = 128,
     vectors: Annotated[int, typer.Option(help="Vectors per arm.", min=512)] = 16_384,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     seed: Annotated[int, typer.Option(help="Seed of the vectors.", min=0)] = 0,
+    model: Annotated[str | None, typer.Option(help="Measure its keys and values instead.")] = None,
+    text: Annotated[str | None, typer.Option(help="With --model: UTF-8 text.")] = None,
+    segments: Annotated[int, typer.Option(help="With --model: windows.", min=1)] = 4,
+    prefix: Annotated[int, typer.Option(help="With --model: tokens coded.", min=1)] = 1024,
+    continuation: Annotated[int, typer.Option(help="With --model: tokens after.", min=2)] = 128,
 ) -> None:
-    """What KV codecs lose at the bits that they store: error, logit KL, speed. No model needed."""
+    """What KV codecs lose at the bits that they store: error, logit KL, speed. No model needed;
+    with one, what each stream of each layer costs alone."""
+    other = OF_MODEL if model is None else OF_VECTORS
+    for name in other:
+        if (source := context.get_parameter_source(name)) and source.name == "COMMANDLINE":
+            found = "no --model, needed one" if model is None else "--model, needed none"
+            raise InputError(f"--{name}: found {found} with it", hint="see `bench codec --help`")
+    if model is not None:
+        from layersweep.bench.sensitivity import Sample
+        from layersweep.cli.sensitivity import bench_model
+
+        bench_model(model, kv or "K3V2", Sample(text, segments, prefix, continuation), device)
+        return
     from layersweep.bench.codec import Bench, bench_codecs
     from layersweep.environment import device_facts, versions
     from layersweep.kv.arms import parse_arms
     from layersweep.sweep.model import resolve_device
 
     place = resolve_device(device)
-    rows = bench_codecs(parse_arms(kv), Bench(dim, vectors, seed, place), _say)
+    rows = bench_codecs(parse_arms(kv or CODEC_ARMS), Bench(dim, vectors, seed, place), _say)
     table = Table(box=None, pad_edge=False)
     for name in ("arm", "bits", "MSE", "before gain", "key KL", "encoded/s", "decoded/s"):
         table.add_column(name, justify="left" if name == "arm" else "right")

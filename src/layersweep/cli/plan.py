@@ -88,6 +88,8 @@ def plan(
         raise problems_error(problems)
     specs = block_specs(checkpoint, quantize=weights == "nf4")
     cpu, streams = torch.device("cpu"), every_stream(checkpoint.decoder)
+    for arm in arms:
+        arm.check_model(checkpoint.decoder.num_hidden_layers, checkpoint.fingerprint)
     arms, left_out = fitting_arms(arms, streams, cpu, torch.float32)
     found = forecast(checkpoint.decoder, specs, settings, arms, rates)
     cheaper = _cheaper(checkpoint, specs, settings, arms, rates, found.total_s)

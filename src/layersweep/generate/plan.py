@@ -235,7 +235,7 @@ def _cache_bytes(model: Holder, tile: Tile, arms: Sequence[Arm]) -> int:
 def _coded(arm: Arm, prefix: int, layers: int) -> float:
     """Tokens of a prefix that go through the codec, on average over the layers."""
     tokens = max(0, arm.coded_until(prefix) - arm.sink)
-    return tokens * max(0, layers - 2 * arm.protect) / layers
+    return tokens * sum(not arm.is_exact_layer(layer, layers) for layer in range(layers)) / layers
 
 
 def _fine_bits(arm: Arm) -> float:

@@ -67,6 +67,7 @@ def cache_for(model: Any, kv: str) -> Cache:
             hint="decoder models of transformers with one rotary module are supported",
         )
     theirs = DynamicCache(config=config).layers
+    arm.check_model(len(theirs))
     kinds = getattr(config, "layer_types", None) or [None] * len(theirs)
     rotated = getattr(config, "no_rope_layers", None) or [1] * len(theirs)
     layers: list[Any] = []
@@ -184,8 +185,8 @@ def _applied_by(module: Any) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
 
 class CodedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers has no types
     """One layer's keys and values, or its latent, as an arm keeps them. Everything that is read has
-    gone through the codec, the newest token included, except what `@sink`, `@window`, `@pb` and 16
-    bits keep exact.
+    gone through the codec, the newest token included, except what `@sink`, `@window`, `@pb`,
+    `@layers` and 16 bits keep exact.
 
     With a `window` W it holds what DynamicSlidingWindowLayer holds, the last W - 1 tokens, and
     returns these and the new ones.

@@ -6,6 +6,8 @@
     option := "@" key "=" value
 
 A fixed method has its bits in its name. Case does not matter, except in a file and its class.
+@pb, @layers, @window and @sink say what stays exact. With @calibration=FILE (kv.calibration) the
+bits are means over the layers, and may be fractions: K2.5V2.
 A bare name is input only: K3V2 means the best method at those bits with what it needs on real
 models, trellis:K3V2@found=1@sink=1, and where a cache grows with recent tokens in better shape, too
 (kv.methods). Its options may say otherwise: K3V2@sink=0@found=0 is trellis:K3V2. What is spelled
@@ -15,18 +17,17 @@ in one order, codecs' defaults left out. Reading the grammar imports no torch.
 
 from __future__ import annotations
 
-import difflib
+import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from types import MappingProxyType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from layersweep.errors import InputError
 from layersweep.kv import custom
+from layersweep.kv.calibration import Calibration
 from layersweep.kv.methods import (
-    BITS,
     DEFAULT_METHOD,
     DEFAULTS,
     EXACT_BITS,
@@ -35,6 +36,7 @@ from layersweep.kv.methods import (
     GROWING_DEFAULTS,
     METHODS,
 )
+from layersweep.kv.words import NAMES, Options, Words, bits_of, layers_of, options_of, written
 
 if TYPE_CHECKING:
     import torch
@@ -43,47 +45,50 @@ if TYPE_CHECKING:
     from layersweep.kv.codec import Codec, Packed
     from layersweep.kv.stream import Stream
 
-_NAMES = ("exact", "identity", "all")
-_COUNTS = ("pb", "window", "block", "fine", "sink")
-_NONE: Mapping[str, str] = MappingProxyType({})
-_PAIR = re.compile(r"k([0-9]+)(?:-([0-9]+))?v([0-9]+)(?:-([0-9]+))?", re.IGNORECASE)
+_BITS = r"([0-9]+(?:\.[0-9]+)?)(?:-([0-9]+))?"
+_PAIR = re.compile(f"k{_BITS}v{_BITS}", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Arm:
     """One way to keep keys and values. `name` is resolved, `requested` what the user wrote.
 
-    The first and last `protect` layers, the first `sink` tokens of the text and the last `window`
-    tokens stay exact. A stream with 16 bits is exact. With a `block`, tokens leave the window that
-    many at a time. Of the newest `fine` tokens that are coded, what the codec left is coded, too.
-    `options` are the codec's own, defaults left out. `source` is where somebody's own codec comes
-    from, as the user wrote it.
+    The first and last `protect` layers, those that are not among `layers`, the first `sink` tokens
+    of the text and the last `window` tokens stay exact. A stream with 16 bits is exact. With a
+    `block`, tokens leave the window that many at a time. Of the newest `fine` tokens that are
+    coded, what the codec left is coded, too. With a `calibration` the bits are means over the
+    layers. `options` are the codec's own, defaults left out. `source` is where somebody's own codec
+    comes from, as the user wrote it.
     """
 
     name: str
     requested: str
     method: str
-    key_bits: int
-    value_bits: int
+    key_bits: float
+    value_bits: float
     options: tuple[tuple[str, str], ...] = ()
     protect: int = 0
+    layers: range | None = None
     window: int = 0
     block: int = 0
     fine: int = 0
     sink: int = 0
     source: str = ""
+    calibration: Calibration | None = None
 
     @cached_property
     def codec(self) -> Codec | None:
-        """None for the exact cache. Loads torch, or somebody's file: InputError if it cannot."""
+        """None for the exact cache; at bits rounded up where layers have bits of their own
+        (`in_layer`). Loads torch, or somebody's file: InputError if it cannot."""
         if self.method == "exact":
             return None
+        key_bits, value_bits = math.ceil(self.key_bits), math.ceil(self.value_bits)
         if self.source:
-            return custom.build(self.source, self.key_bits, self.value_bits)
+            return custom.build(self.source, key_bits, value_bits)
         if self.method == "identity":
             of = self.name.split(":")[1].split("@")[0]
             return METHODS[of].identity(dict(self.options))
-        return METHODS[self.method].build(self.key_bits, self.value_bits, dict(self.options))
+        return METHODS[self.method].build(key_bits, value_bits, dict(self.options))
 
     @cached_property
     def fine_codec(self) -> Codec | None:
@@ -104,7 +109,11 @@ class Arm:
 
     @property
     def codec_version(self) -> str | None:
-        return None if self.codec is None else self.codec.version
+        """Of the code, and of the file that bits come from."""
+        if self.codec is None:
+            return None
+        own = self.calibration
+        return self.codec.version + (f", calibration {own.sha256[:8]}" if own else "")
 
     def encoder_on(self, device: torch.device) -> str | None:
         """What encodes on a device, for example "torch"; None for the exact cache."""
@@ -139,7 +148,43 @@ class Arm:
     def is_exact_layer(self, layer: int, num_layers: int) -> bool:
         """Whether layer 0 <= `layer` < `num_layers` keeps its keys and values as they are."""
         protected = layer < self.protect or layer >= num_layers - self.protect
-        return self.method == "exact" or protected
+        left_out = self.layers is not None and layer not in self.layers
+        return self.method == "exact" or protected or left_out
+
+    def in_layer(self, layer: int, num_layers: int) -> Arm:
+        """What a layer keeps: nothing coded, or the arm at the layer's own bits."""
+        if self.is_exact_layer(layer, num_layers):
+            return EXACT
+        return self if self.layer_bits is None else self._at(*self.layer_bits[layer])
+
+    @property
+    def codecs(self) -> list[Codec]:
+        """Those of all layers, each once."""
+        pairs = dict.fromkeys(self.layer_bits) if self.layer_bits else None
+        arms = [self] if pairs is None else [self._at(*pair) for pair in pairs]
+        return [arm.codec for arm in arms if arm.codec is not None]
+
+    @cached_property
+    def layer_bits(self) -> list[tuple[int, int]] | None:
+        """Bits of keys and values in each layer, by the calibration."""
+        own = self.calibration
+        return None if own is None else own.bits(self.key_bits, self.value_bits)
+
+    def _at(self, key_bits: int, value_bits: int) -> Arm:
+        """The same at these bits in every layer."""
+        return replace(self, key_bits=key_bits, value_bits=value_bits, calibration=None)
+
+    def check_model(self, num_layers: int, fingerprint: str | None = None) -> None:
+        """Raise InputError for `@layers` beyond a model, or another model's calibration.
+        `fingerprint`: of its checkpoint, if that is known."""
+        if self.layers is not None and self.layers[-1] >= num_layers:
+            raise InputError(
+                f"KV arm '{self.requested}': found @layers={written(self.layers)}, needed layers "
+                f"from 0 to {num_layers - 1}, which the model has",
+                hint="layers are counted from 0",
+            )
+        if self.calibration is not None:
+            self.calibration.check_model(num_layers, fingerprint)
 
     def coded_until(self, tokens: int) -> int:
         """Position up to which the codec has the tokens after the sink when `tokens` are there. It
@@ -164,13 +209,13 @@ EXACT = Arm("exact", "exact", "exact", EXACT_BITS, EXACT_BITS)
 
 def identity_arm(arm: Arm) -> Arm:
     """The transforms of `arm` without its quantization, in every layer and token."""
-    return parse(f"identity:{arm.method}{_suffix(dict(arm.options))}")
+    return parse(f"identity:{arm.method}{Options(dict(arm.options), {}).suffix}")
 
 
 def parse(text: str, *, growing: bool = False) -> Arm:
     """The one arm that `text` describes. Raises InputError for anything else. `growing`: for a
     cache that every token reads as it grows, which decides what a bare name means."""
-    arms = _expand(_Words.of(text), growing)
+    arms = _expand(Words.of(text), growing)
     if len(arms) != 1:
         raise InputError(
             f"KV arm '{text}': found {len(arms)} arms, needed one",
@@ -186,205 +231,110 @@ def parse_arms(text: str, *, growing: bool = False) -> list[Arm]:
     """
     arms: dict[str, Arm] = {}
     for item in text.split(","):
-        for arm in _expand(_Words.of(item), growing):
+        for arm in _expand(Words.of(item), growing):
             first = arms.setdefault(arm.name, arm)
-            if first.source != arm.source:
+            if (first.source, first.calibration) != (arm.source, arm.calibration):
                 raise InputError(
                     f"KV arm '{arm.requested}': found '{first.requested}' with the same name "
                     f"{arm.name}, needed a name for each",
-                    hint="give one of the classes another name",
+                    hint="give one of the classes or files another name",
                 )
     return [arm for arm in arms.values() if arm.method != "exact"]
 
 
-@dataclass(frozen=True)
-class _Words:
-    """What the user wrote, cut: "e8", "k3v2", ("pb=2",) of "e8:K3V2@pb=2"."""
-
-    requested: str
-    method: str
-    last: str
-    options: tuple[str, ...]
-    source: str
-
-    @classmethod
-    def of(cls, text: str) -> _Words:
-        requested = text.strip()
-        path, in_file, rest = requested.rpartition(".py:")
-        core, *options = rest.split("@")
-        head, _, last = core.rpartition(":")
-        lower, given = head.lower(), tuple(option.lower() for option in options)
-        if in_file:
-            source = path + in_file + head
-        else:  # without a method or with one of ours, no entry points need to be read
-            known = not head or lower in (*METHODS, *_NAMES)
-            source = "" if known or not custom.is_custom(lower) else lower
-        return cls(requested, lower, last if in_file else last.lower(), given, source)
-
-    def refuse(self, what: str, found: str, existing: Iterable[str]) -> NoReturn:
-        names = list(existing)
-        close = difflib.get_close_matches(found, names, n=1, cutoff=0.5)
-        guess = f"did you mean '{close[0]}'? " if close else ""
-        listed = ", ".join(names)
-        raise self.error(
-            f"unknown {what} '{found}', needed one of {listed}", hint=guess + _existing()
-        )
-
-    def error(self, message: str, hint: str = "") -> InputError:
-        return InputError(f"KV arm '{self.requested}': {message}", hint=hint or _existing())
-
-
-def _expand(words: _Words, growing: bool) -> list[Arm]:
+def _expand(words: Words, growing: bool) -> list[Arm]:
     method, last = words.method, words.last
     if not last:
         raise words.error("found an empty name, needed one")
     if words.source:
-        if method in (*METHODS, *_NAMES):
+        if method in (*METHODS, *NAMES):
             raise words.error(f"found a class with the name of '{method}', needed another name")
-    elif method == "identity" or (not method and last in _NAMES):
+    elif method == "identity" or (not method and last in NAMES):
         return _named(words, growing)
     elif method and method not in METHODS:
         words.refuse("method", method, METHODS)
     match = _PAIR.fullmatch(last)
     if not match:
         return [_fixed(words)]
-    defaults = _NONE if method else _defaults(growing)
+    defaults = {} if method else _defaults(growing)
     method = method or DEFAULT_METHOD
     if method in METHODS and METHODS[method].fixed_bits:
         raise words.error(f"found bits after {method}, needed {method} alone: it has its own")
-    own, counts = _options(words, method, defaults)
-    keys, values = _bits(words, match[1], match[2]), _bits(words, match[3], match[4])
-    return [_arm(words, method, k, v, own, counts) for k in keys for v in values]
+    options = options_of(words, method, defaults, calibrates=method == DEFAULT_METHOD)
+    if options.calibration:
+        if match[2] or match[4]:
+            raise words.error("found a range of bits, needed one mean with @calibration")
+        means = _number(match[1]), _number(match[3])
+        options.calibration.bits(*means)  # refuses what cannot be
+        return [_arm(words, method, *means, options)]
+    keys, values = bits_of(words, match[1], match[2]), bits_of(words, match[3], match[4])
+    return [_arm(words, method, k, v, options) for k in keys for v in values]
 
 
 def _defaults(growing: bool) -> Mapping[str, str]:
     return GROWING_DEFAULTS if growing else DEFAULTS
 
 
-def _named(words: _Words, growing: bool) -> list[Arm]:
+def _number(text: str) -> float:
+    """3 of "3", which prints without a point, and 2.5 of "2.5"."""
+    return int(text) if text.isdigit() else float(text)
+
+
+def _named(words: Words, growing: bool) -> list[Arm]:
     """exact, all, identity and identity:METHOD."""
     if words.method == "identity" or words.last == "identity":
         of = words.last if words.method else DEFAULT_METHOD
         if of not in METHODS:
             words.refuse("method", of, METHODS)
-        own, counts = _options(words, of)
-        if counts:
-            raise words.error(f"'identity' takes no {', '.join(counts)}")
-        name = f"identity:{of}{_suffix(own)}"
-        bits = EXACT_BITS
-        return [Arm(name, words.requested, "identity", bits, bits, tuple(own.items()))]
+        options = options_of(words, of)
+        if options.kept:
+            raise words.error(f"'identity' takes no {', '.join(options.kept)}")
+        name, bits = f"identity:{of}{options.suffix}", EXACT_BITS
+        return [Arm(name, words.requested, "identity", bits, bits, tuple(options.own.items()))]
     if words.options:
         raise words.error(f"'{words.last}' takes no options")
     if words.last == "exact":
         return [replace(EXACT, requested=words.requested)]
     defaults = {DEFAULT_METHOD: _defaults(growing)}
     return [
-        _arm(words, name, keys, values, *_options(words, name, defaults.get(name, _NONE)))
+        _arm(words, name, keys, values, options_of(words, name, defaults.get(name)))
         for name, method in METHODS.items()
         if method.installed
         for keys, values in method.pairs
     ]
 
 
-def _fixed(words: _Words) -> Arm:
+def _fixed(words: Words) -> Arm:
     """What has no K..V..: a method whose name stands for its bits, or a mistake."""
     method, last = words.method, words.last
     bits = METHODS[last].fixed_bits if last in METHODS and not method else None
     if bits:
-        return _arm(words, last, bits, bits, *_options(words, last))
+        return _arm(words, last, bits, bits, options_of(words, last))
     if not method and (last in METHODS or words.source):
         raise words.error(f"found a method without bits, needed {words.source}{last}:K3V2")
     if method:
         raise words.error(f"unknown name '{last}' after '{method}', needed for example K3V2")
-    words.refuse("name", last, [*_NAMES, *METHODS, "k3v2", "k4v2"])
+    words.refuse("name", last, [*NAMES, *METHODS, "k3v2", "k4v2"])
 
 
-def _arm(
-    words: _Words, method: str, keys: int, values: int,
-    own: Mapping[str, str], counts: Mapping[str, int],
-) -> Arm:  # fmt: skip
+def _arm(words: Words, method: str, keys: float, values: float, options: Options) -> Arm:
     if keys == values == EXACT_BITS:
         return replace(EXACT, requested=words.requested)
     fixed = method in METHODS and METHODS[method].fixed_bits
+    kept = options.kept
     return Arm(
-        name=method + ("" if fixed else f":K{keys}V{values}") + _suffix({**own, **counts}),
+        name=method + ("" if fixed else f":K{keys}V{values}") + options.suffix,
         requested=words.requested,
         method=method,
         key_bits=keys,
         value_bits=values,
-        options=tuple(own.items()),
-        protect=counts.get("pb", 0),
-        window=counts.get("window", 0),
-        block=counts.get("block", 0),
-        fine=counts.get("fine", 0),
-        sink=counts.get("sink", 0),
+        options=tuple(options.own.items()),
+        protect=int(kept.get("pb", 0)),
+        layers=layers_of(words, kept["layers"]) if "layers" in kept else None,
+        window=int(kept.get("window", 0)),
+        block=int(kept.get("block", 0)),
+        fine=int(kept.get("fine", 0)),
+        sink=int(kept.get("sink", 0)),
         source=words.source,
-    )
-
-
-def _suffix(options: Mapping[str, object]) -> str:
-    return "".join(f"@{key}={value}" for key, value in options.items())
-
-
-def _options(
-    words: _Words, method: str, defaults: Mapping[str, str] = _NONE
-) -> tuple[dict[str, str], dict[str, int]]:
-    """The codec's own options and the counts, each in their one order, the codec's defaults left
-    out. `defaults`: what is not given.
-
-    Whoever gets here is about to use the method: what it needs must be installed.
-    """
-    kind = METHODS.get(method)
-    if kind and kind.package and not kind.installed:
-        raise words.error(
-            f"found no package {kind.package[1]}, needed it for {method}",
-            hint=f"pip install {kind.package[1]}",
-        )
-    own_values = dict(kind.options) if kind else {}
-    given: dict[str, str] = {}
-    for option in words.options:
-        key, equals, value = option.partition("=")
-        if key not in own_values and key not in _COUNTS:
-            words.refuse(f"option of '{method}'", key, [*own_values, *_COUNTS])
-        if not equals or key in given:
-            found = "no value" if not equals else "it twice"
-            raise words.error(f"option '{key}' has {found}, needed @{key}=N")
-        given[key] = value
-    given = {**defaults, **given}
-    for key, allowed in own_values.items():
-        if given.get(key, allowed[0]) not in allowed:
-            raise words.error(f"found {key}={given[key]}, needed {' or '.join(allowed)}")
-    for key in _COUNTS:
-        if not re.fullmatch(r"[0-9]{1,9}", given.get(key, "0")):
-            raise words.error(
-                f"found {key}={given[key]}, needed a whole number from 0", f"for example @{key}=2"
-            )
-    if int(given.get("fine", 0)) and not (kind and kind.refines):
-        refining = ", ".join(name for name, one in METHODS.items() if one.refines)
-        raise words.error(f"found fine={given['fine']}, needed one of {refining} for it")
-    own = {key: given[key] for key, (default, *_) in own_values.items() if key in given}
-    own = {key: value for key, value in own.items() if value != own_values[key][0]}
-    counts = {key: int(given.get(key, 0)) for key in _COUNTS}
-    return own, {key: count for key, count in counts.items() if count}
-
-
-def _bits(words: _Words, first: str, last: str | None) -> list[int]:
-    """The allowed numbers of bits from `first` to `last`, both of which must be allowed."""
-    low, high = int(first), int(last or first)
-    for found in (low, high):
-        if found not in BITS:
-            listed = ", ".join(map(str, BITS))
-            raise words.error(f"found {found} bits, needed one of {listed}", "16 keeps it exact")
-    if low > high:
-        raise words.error(f"found the range {low}-{high}, needed the smaller number first")
-    return [bits for bits in BITS if low <= bits <= high]
-
-
-def _existing() -> str:
-    paired = [name for name, method in METHODS.items() if not method.fixed_bits]
-    fixed = [name for name, method in METHODS.items() if method.fixed_bits]
-    return (
-        f"arms are exact, identity, all, {', '.join(fixed)}, or METHOD:K3V2 with METHOD one of "
-        f"{', '.join(paired)} or FILE.py:CLASS; options "
-        "@pb=N @window=N @block=N @fine=N @sink=N"
+        calibration=options.calibration,
     )

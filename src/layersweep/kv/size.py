@@ -53,24 +53,24 @@ def kv_size(arm: Arm, layers: Sequence[Keeps], tokens: int, like: Tensor | None 
     the device and dtype on which a few vectors are encoded to see what they take, by default the
     CPU's. InputError for a stream that the codec cannot take."""
     bits, elements, state_bits = 0.0, 0, 0
-    known: dict[tuple[Stream, bool], float] = {}
+    known: dict[tuple[Stream, Arm], float] = {}
     for layer, keeps in enumerate(layers):
-        exact = arm.is_exact_layer(layer, len(layers))
+        own = arm.in_layer(layer, len(layers))
         for kept in keeps:
             if isinstance(kept, State):
                 state_bits += kept.elements * kept.bits
                 continue
-            if (kept, exact) not in known:
-                known[kept, exact] = _stream_bits(arm, kept, tokens, exact, like)
-            bits += known[kept, exact]
+            if (kept, own) not in known:
+                known[kept, own] = _stream_bits(own, kept, tokens, like)
+            bits += known[kept, own]
             elements += kept.heads * kept.dim * (tokens - kept.first_held(tokens))
     return KvSize(tokens, bits / 8, elements, state_bits / 8)
 
 
-def _stream_bits(arm: Arm, stream: Stream, tokens: int, exact: bool, like: Tensor | None) -> float:
+def _stream_bits(arm: Arm, stream: Stream, tokens: int, like: Tensor | None) -> float:
     """Bits of one stream of one sequence, counted as StoredStream.nbits."""
     first, element_bits = stream.first_held(tokens), stream.heads * stream.dim * EXACT_BITS
-    codec = None if exact or arm.keeps_window(stream.window) else arm.codec
+    codec = None if arm.keeps_window(stream.window) else arm.codec
     if codec is None or (arm.method != "identity" and role_bits(codec, stream) == EXACT_BITS):
         return (tokens - first) * element_bits
     coded = max(arm.coded_until(tokens) - max(first, arm.sink), 0)

@@ -98,8 +98,8 @@ class StoredStream:
         """As `arm` keeps `stream` in a layer, from position `first` on: exactly where the layer is
         protected or its window too short for blocks, or has 16 bits for it (except where the
         transforms themselves are the arm)."""
-        kept = arm.is_exact_layer(layer, num_layers) or arm.keeps_window(stream.window)
-        codec = None if kept else arm.codec
+        arm = arm.in_layer(layer, num_layers)
+        codec = None if arm.keeps_window(stream.window) else arm.codec
         if codec and arm.method != "identity" and role_bits(codec, stream) == EXACT_BITS:
             codec = None
         return cls(stream, codec, arm, mean_tokens, first)

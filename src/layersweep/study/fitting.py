@@ -22,9 +22,9 @@ def fitting_arms(
     fitting, left_out = [], []
     for arm in arms:
         try:
-            for stream in streams:
-                if arm.codec is not None:
-                    check_stream(arm.codec, stream, device, dtype)
+            for codec in arm.codecs:
+                for stream in streams:
+                    check_stream(codec, stream, device, dtype)
         except InputError as refusal:
             if arm.requested.lower() != "all":
                 raise

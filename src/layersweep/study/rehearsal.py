@@ -48,7 +48,7 @@ def rehearse(model: Model, settings: EvalSettings, layers: int) -> Rehearsal:
             f"--rehearse: found {layers}, needed 1 to {whole} layers", hint="--rehearse 2"
         )
     layers = max(layers, reaching_every_kind(model.checkpoint.decoder))
-    study = prepare_study(first_layers(model, layers), settings)
+    study = prepare_study(first_layers(model, layers), settings, of_layers=whole)
     if study.gate is None:
         raise InputError(
             "--rehearse: found --gate off, needed the gate: it is what is rehearsed",

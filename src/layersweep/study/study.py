@@ -237,11 +237,13 @@ class Study:
 
 
 def prepare_study(
-    model: Model, settings: EvalSettings, *, kept: bool = False, shard: Shard = WHOLE
-) -> Study:
+    model: Model, settings: EvalSettings, *, kept: bool = False, shard: Shard = WHOLE,
+    of_layers: int | None = None,
+) -> Study:  # fmt: skip
     """Text, windows, needles, tiles and plan. Raises InputError for all that cannot work.
 
     `kept`: finished sweeps are written down, so that there should be enough of them (sizing.py).
+    `of_layers`: layers of the whole model, where `model` is its beginning.
     """
     arms = parse_arms(settings.kv, growing=settings.streaming)
     if model.beside and not settings.only_generates:
@@ -258,6 +260,8 @@ def prepare_study(
         )
     check_modules(decoder, arms, generates=settings.generates)
     streams, compute = every_stream(decoder), model.compute
+    for arm in arms:
+        arm.check_model(of_layers or decoder.num_hidden_layers, model.checkpoint.fingerprint)
     arms, left_out = fitting_arms(arms, streams, compute.device, compute.dtype)
     tokenizer = TextTokenizer.load(model.checkpoint.folder)
     text = load_text(settings.text, model.checkpoint.source)

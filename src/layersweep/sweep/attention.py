@@ -21,6 +21,7 @@ from layersweep.sweep.reference import fitted
 from layersweep.sweep.sequences import Branch, BranchedSequence, Group, Tile
 from layersweep.sweep.state import Routing, TileState, attention_batch
 from layersweep.sweep.step import attend_step
+from layersweep.sweep.watch import Attended
 
 QUERY_CHUNK = 512
 
@@ -123,6 +124,9 @@ def attend_group(
                 reader += 1
             out[:, :, own] = attended
         start = own.stop
+    if context.watch is not None and store is not None:
+        mine = _some(streams, slice(prefix, prefix + len(sequence.branches[0].ids)))
+        context.watch(Attended(group, q, out, mine, past, store, first, table, context))
     if context.caches is not None:
         own = slice(prefix, None)
         _keep(tile, group, first, store, _some(streams, own), table, context)

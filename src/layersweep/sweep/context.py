@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,6 +21,9 @@ from layersweep.model.rope import rope_table
 from layersweep.sweep.caches import KeptCaches
 from layersweep.sweep.dense import Views
 from layersweep.sweep.streams import streams_of
+
+if TYPE_CHECKING:
+    from layersweep.sweep.watch import Watch
 
 Table = tuple[Tensor, Tensor]  # cos and sin [positions, dim]
 
@@ -58,6 +62,7 @@ class LayerContext:
     cache_bits: dict[tuple[str, str], list[float]]
     # None in evaluations, which drop a layer's keys and values
     caches: KeptCaches | None = None
+    watch: Watch | None = None
     # of the reference text, where it rides; `fits`: the visit is that of the text itself
     fit: Fit | None = None
     fits: bool = False

@@ -41,6 +41,7 @@ from layersweep.sweep.record import (
 from layersweep.sweep.sequences import Tile, reference_tile, want_reference
 from layersweep.sweep.state import Routing, Rows, TileState, pieces_of, read_rows
 from layersweep.sweep.turn import HostTurn
+from layersweep.sweep.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,7 @@ def run_sweep(
     caches: KeptCaches | None = None,
     turn: HostTurn | None = None,
     progress: Progress = lambda phase, done, total: None,
+    watch: Watch | None = None,
 ) -> SweepRecord:
     """Visit every block once with all `tiles`, on `engine`, and `then` on those that hold the later
     layers.
@@ -109,7 +111,8 @@ def run_sweep(
     [rows, V] float32 per branch), gone when the next piece is asked for. `check` sees the lead
     tile of each layer, once the next one's attention is done, and may raise. With `caches`, keys
     and values of `tiles` (of one name) are kept between sweeps. Sweeps that run at once, each in a
-    thread, share one `turn`.
+    thread, share one `turn`. `watch` sees the attention of each group of `tiles` in each layer;
+    transformers' own layers show nothing.
     """
     if engine.decoder.generic:
         from layersweep.sweep.generic import GenericEngine, run_modules
@@ -139,7 +142,7 @@ def run_sweep(
             visit = leave.enter_context(ExitStack())
             visit.enter_context(stage.visited())
             with turn:
-                sweep = _Sweep(stage, record, caches, visits, every, turn, reference)
+                sweep = _Sweep(stage, record, caches, visits, every, turn, reference, watch)
                 if stage.layers[0] == 0:
                     sweep.embed(every)
                 else:
@@ -188,8 +191,10 @@ class _Sweep:
         states: list[TileState],
         turn: HostTurn,
         reference: TileState | None,
+        watch: Watch | None,
     ) -> None:
-        self.visited, self.turn, self.reference = visited, turn, reference
+        self.visited, self.turn = visited, turn
+        self.reference, self.watch = reference, watch
         self.decoder, self.store, self.compute = engine.decoder, engine.store, engine.compute
         self.weights, self.scratch = engine.weights, engine.scratch
         self.record, self.caches = record, caches
@@ -229,7 +234,7 @@ class _Sweep:
             with self.clock.phase("gate"):
                 fit = self._attend(layer, lead, None)
         with self.clock.phase("attention"):
-            self._attend(layer, rest, self.caches, fit, self.visited)
+            self._attend(layer, rest, self.caches, fit, self.visited, self.watch)
             self.store.release(attention)
             with self.turn.away():  # the one place in a layer where the host waits for the device
                 Routing.settle([state.routing for state in (*lead, *rest) if state.routing])
@@ -278,11 +283,12 @@ class _Sweep:
         caches: KeptCaches | None,
         fit: Fit | None = None,
         done: Callable[[], None] = lambda: None,
+        watch: Watch | None = None,
     ) -> Fit | None:
         """What is fitted to the reference text, if it is one of them."""
         context = LayerContext(
             self.decoder, layer, self.weights.attention, self.tables, self.compute, self.scratch,
-            self.record.cache_bits, caches, fit,
+            self.record.cache_bits, caches, watch, fit,
         )  # fmt: skip
         for state in states:
             context.fits = state is self.reference and not context.attention.latent

@@ -23,7 +23,7 @@ from layersweep.stream.shapes import Machine, TileShape, most_experts_at_once, t
 from layersweep.stream.store import BlockStore
 from layersweep.sweep.generic_limits import float_fallbacks, module_fallbacks
 from layersweep.sweep.loop import Engine, run_sweep
-from layersweep.sweep.record import LogitsReader, Pieces
+from layersweep.sweep.record import LogitsReader, Pieces, Progress, SweepRecord
 from layersweep.sweep.sequences import (
     Branch,
     BranchedSequence,
@@ -32,6 +32,7 @@ from layersweep.sweep.sequences import (
     tiles_of,
 )
 from layersweep.sweep.shapes import check_length, tile_shape
+from layersweep.sweep.watch import Watch
 from layersweep.units import format_bytes
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -217,15 +218,21 @@ class Model:
         self.run(tiles, read)
         return scores
 
-    def run(self, tiles: list[Tile], read: LogitsReader) -> None:
-        """Sweep `tiles` in as many sweeps as the budget needs."""
-        plan = self.plan(tiles)
+    def run(
+        self, tiles: list[Tile], read: LogitsReader, *, watch: Watch | None = None,
+        progress: Progress = lambda phase, done, total: None,
+    ) -> SweepRecord:  # fmt: skip
+        """Sweep `tiles` in as many sweeps as the budget needs; what all of them leave."""
+        plan, record = self.plan(tiles), SweepRecord()
         engine = self.open(plan, self.say)
         try:
             for sweep in plan.sweeps:
-                run_sweep(engine, [tiles[index] for index in sweep], read)
+                some = [tiles[index] for index in sweep]
+                done = run_sweep(engine, some, read, progress=progress, watch=watch)
+                record.add(done, ahead=sweep[0])
         finally:
             engine.close()
+        return record
 
 
 def load(
