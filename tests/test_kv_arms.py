@@ -46,8 +46,8 @@ from layersweep.kv import parse, parse_arms
         ("turbo:K3V2", "turbo:K3V2"),
         ("voronoi:K4V2@sink=4", "voronoi:K4V2@sink=4"),
         ("KIVI:k2v2@window=128", "kivi:K2V2@window=128"),
-        ("K3V2@layers=7", "trellis:K3V2@found=1@layers=7@sink=1"),
-        ("K3V16@sink=4@layers=00-07@pb=1", "trellis:K3V16@found=1@pb=1@layers=0-7@sink=4"),
+        ("K3V2@layers=7", "trellis:K3V2@fit=1@found=1@layers=7@sink=1"),
+        ("K3V16@sink=4@layers=00-07@pb=1", "trellis:K3V16@fit=1@found=1@pb=1@layers=0-7@sink=4"),
         ("int4@layers=3-3", "int4@layers=3"),
     ],
 )
