@@ -140,13 +140,13 @@ def test_eval_writes_a_valid_result_and_prints_the_arms(small_run: tuple[Path, s
     assert results["perplexity"]["noise_floor"]["exact"]["max"] == 0.0
     assert results["perplexity"]["underpowered"] is True
     assert [arm["arm"] for arm in results["perplexity"]["arms"]] == [
-        "trellis:K3V2@fit=1@found=1@sink=1",
+        "trellis:K3V2@fit=1@found=1",
         "e8:K3V2",
     ]
     assert results["perplexity"]["arms"][0]["bits_per_element"] == pytest.approx(
         (16 + 63 * (2.5 + 8 / 64) + 16 * 65 / 64 + 16 + 64 / (2 * 64)) / 64
     )
-    assert "trellis:K3V2@fit=1@found=1@sink=1" in out
+    assert "trellis:K3V2@fit=1@found=1" in out
     assert "NOT PUBLISHABLE" in out
     for name in ("report.html", "windows.csv", "manifest.json"):
         assert (folder / name).stat().st_size > 0
@@ -162,7 +162,7 @@ def test_report_and_compare_read_what_eval_wrote(
         assert run(["report", str(folder), "--format", form]) == 0
         assert capsys.readouterr().out
     assert run(["compare", str(folder), str(folder)]) == 0
-    assert "trellis:K3V2@fit=1@found=1@sink=1" in capsys.readouterr().out
+    assert "trellis:K3V2@fit=1@found=1" in capsys.readouterr().out
 
 
 TINY = ["eval", "demo", "--kv", "int4", "--tasks", "ppl", "--segments", "2", "--prefix", "64"]

@@ -16,14 +16,14 @@ from layersweep.kv import parse, parse_arms
 @pytest.mark.parametrize(
     ("text", "name"),
     [
-        ("K3V2", "trellis:K3V2@fit=1@found=1@sink=1"),
-        (" k3v2", "trellis:K3V2@fit=1@found=1@sink=1"),
-        ("K3V2@pb=2", "trellis:K3V2@fit=1@found=1@pb=2@sink=1"),
-        ("K3V2@window=64@pb=2", "trellis:K3V2@fit=1@found=1@pb=2@window=64@sink=1"),
-        ("K3V2@states=1024", "trellis:K3V2@states=1024@fit=1@found=1@sink=1"),
+        ("K3V2", "trellis:K3V2@fit=1@found=1"),
+        (" k3v2", "trellis:K3V2@fit=1@found=1"),
+        ("K3V2@pb=2", "trellis:K3V2@fit=1@found=1@pb=2"),
+        ("K3V2@window=64@pb=2", "trellis:K3V2@fit=1@found=1@pb=2@window=64"),
+        ("K3V2@states=1024", "trellis:K3V2@states=1024@fit=1@found=1"),
         ("K3V2@fit=0@sink=0@found=0", "trellis:K3V2"),
         ("K3V2@sink=8", "trellis:K3V2@fit=1@found=1@sink=8"),
-        ("K16V2", "trellis:K16V2@fit=1@found=1@sink=1"),
+        ("K16V2", "trellis:K16V2@fit=1@found=1"),
         ("trellis:K3V2", "trellis:K3V2"),
         ("trellis:K3V2@sink=0", "trellis:K3V2"),
         (" E8:k4V2 ", "e8:K4V2"),
@@ -46,7 +46,7 @@ from layersweep.kv import parse, parse_arms
         ("turbo:K3V2", "turbo:K3V2"),
         ("voronoi:K4V2@sink=4", "voronoi:K4V2@sink=4"),
         ("KIVI:k2v2@window=128", "kivi:K2V2@window=128"),
-        ("K3V2@layers=7", "trellis:K3V2@fit=1@found=1@layers=7@sink=1"),
+        ("K3V2@layers=7", "trellis:K3V2@fit=1@found=1@layers=7"),
         ("K3V16@sink=4@layers=00-07@pb=1", "trellis:K3V16@fit=1@found=1@pb=1@layers=0-7@sink=4"),
         ("int4@layers=3-3", "int4@layers=3"),
     ],
@@ -72,12 +72,9 @@ def test_fields() -> None:
 
 
 def test_a_bare_name_keeps_recent_tokens_in_better_shape_where_a_cache_grows() -> None:
-    grown = "trellis:K2V2@fit=1@found=1@window=8@block=16@fine=96@sink=1"
+    grown = "trellis:K2V2@fit=1@found=1@window=8@block=16@fine=96"
     assert parse("K2V2", growing=True).name == grown
-    assert (
-        parse("K2V2@fine=0@block=0@window=0", growing=True).name
-        == "trellis:K2V2@fit=1@found=1@sink=1"
-    )
+    assert parse("K2V2@fine=0@block=0@window=0", growing=True).name == "trellis:K2V2@fit=1@found=1"
     names = [arm.name for arm in parse_arms("K2V2,trellis:K2V2,int4", growing=True)]
     assert names == [grown, "trellis:K2V2", "int4"]
 
@@ -134,15 +131,13 @@ def test_lists_grids_and_duplicates() -> None:
     assert names("exact") == []
     assert len(names("K2-4V2-4")) == 9
     assert names("K2-3V2") == [
-        "trellis:K2V2@fit=1@found=1@sink=1",
-        "trellis:K3V2@fit=1@found=1@sink=1",
+        "trellis:K2V2@fit=1@found=1",
+        "trellis:K3V2@fit=1@found=1",
     ]
     assert names("trellis:K2-3V2") == ["trellis:K2V2", "trellis:K3V2"]
-    bare = "trellis:K3V2@fit=1@found=1@sink=1"
+    bare = "trellis:K3V2@fit=1@found=1"
     assert names(f"K3V2,{bare},trellis:K3V2") == [bare, "trellis:K3V2"]
-    assert {"trellis:K3V2@fit=1@found=1@sink=1", "trellis:K4V2@fit=1@found=1@sink=1"} < set(
-        names("all")
-    )
+    assert {"trellis:K3V2@fit=1@found=1", "trellis:K4V2@fit=1@found=1"} < set(names("all"))
     assert "trellis:K3V2" not in names("all")
     assert names("e8:K6-16V2@pb=1") == ["e8:K6V2@pb=1", "e8:K8V2@pb=1", "e8:K16V2@pb=1"]
     assert {"e8:K3V2", "e8:K4V2", "lloyd:K3V2", "kivi:K4V2", "voronoi:K3V2"} < set(names("all"))

@@ -158,7 +158,7 @@ def test_a_damaged_file_is_refused(
 
 def test_an_arm_has_each_layers_own_bits(file: Path) -> None:
     arm = parse(f"K3V2@calibration={file}")
-    assert arm.name == "trellis:K3V2@fit=1@found=1@calibration=Tiny@sink=1"
+    assert arm.name == "trellis:K3V2@fit=1@found=1@calibration=Tiny"
     assert (arm.key_bits, arm.value_bits) == (3, 2)
     digest = read_calibration(file).sha256[:8]
     assert arm.codec_version == f"{parse('K3V2').codec_version}, calibration {digest}"
@@ -168,8 +168,7 @@ def test_an_arm_has_each_layers_own_bits(file: Path) -> None:
         arm.layer_bits  # type: ignore[arg-type]
     )
     assert (
-        parse(f"K2.5V2@calibration={file}").name
-        == "trellis:K2.5V2@fit=1@found=1@calibration=Tiny@sink=1"
+        parse(f"K2.5V2@calibration={file}").name == "trellis:K2.5V2@fit=1@found=1@calibration=Tiny"
     )
 
 

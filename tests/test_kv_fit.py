@@ -133,7 +133,7 @@ def test_at_the_same_bits_keys_and_values_lose_less() -> None:
     assert sizes[0] == sizes[1]
 
 
-GROWING = "trellis:K3V2@found=1@sink=1@window=8@block=8@fine=16"
+GROWING = "trellis:K3V2@found=1@window=8@block=8@fine=16"
 
 
 @pytest.mark.parametrize(
@@ -209,7 +209,7 @@ def test_a_study_gives_the_text_to_arms_that_ask_and_says_where_it_cannot() -> N
     assert prepare_study(model, replace(asked, kv="e8:K3V2")).model.reference == ()
     study.model = model_of_latents(model)
     (said,) = [one for one in study.fallbacks if "coordinates" in one.what]
-    assert said.what == "coordinates of trellis:K3V2@fit=1@found=1@sink=1"
+    assert said.what == "coordinates of trellis:K3V2@fit=1@found=1"
     assert said.used == "those in which keys come"
 
 

@@ -31,7 +31,7 @@ LAYERS = {
     "latent": latent_streams(512, 64),
     "window": keys_and_values(2, 64, window=16),
 }
-ARMS = ["exact", "trellis:K3V2@sink=4", "trellis:K3V2@found=1@sink=1", "lloyd:K3V2@fine=6",
+ARMS = ["exact", "trellis:K3V2@sink=4", "trellis:K3V2@found=1", "lloyd:K3V2@fine=6",
         "e8:K4V2", "lloyd:K3V2@window=10", "turbo:K3V2",
         "voronoi:K3V2", "kivi:K3V2@sink=3", "int4", "q8_0", "fp8", "lloyd:K16V2",
         "identity:trellis", "trellis:K3V2@pb=1"]  # fmt: skip

@@ -37,8 +37,8 @@ def test_every_arm_of_the_study_is_one() -> None:
     )
     for names in (prefill, streaming):
         assert {"trellis:K3V2", "e8:K3V2"} < set(names)
-    assert "trellis:K3V2@fit=1@found=1@sink=1" in prefill
-    assert "trellis:K3V2@fit=1@found=1@window=8@block=16@fine=96@sink=1" in streaming
+    assert "trellis:K3V2@fit=1@found=1" in prefill
+    assert "trellis:K3V2@fit=1@found=1@window=8@block=16@fine=96" in streaming
     assert (len(prefill), len(streaming)) == (25, 9)
 
 

@@ -34,7 +34,7 @@ from layersweep.sweep.model import Model
 PROJECT = Path(__file__).resolve().parents[1]
 TOOL = runpy.run_path(str(PROJECT / "tools/execute_notebook.py"))
 COMMITTED = nbformat.read(TOOL["NOTEBOOK"], as_version=4)
-ARMS = ("trellis:K3V2@fit=1@found=1@sink=1", "trellis:K4V2@fit=1@found=1@sink=1", "e8:K3V2")
+ARMS = ("trellis:K3V2@fit=1@found=1", "trellis:K4V2@fit=1@found=1", "e8:K3V2")
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,7 @@ def test_what_is_saved_is_read_back_and_compared(fresh: nbformat.NotebookNode) -
     assert shown(fresh, "save", "text/plain") == "True"
     (compared,) = outputs(fresh, "compare")
     # equal, bit for bit
-    assert re.search(r"^trellis:K3V2@fit=1@found=1@sink=1 .* 12/12 ", compared.text, re.MULTILINE)
+    assert re.search(r"^trellis:K3V2@fit=1@found=1 .* 12/12 ", compared.text, re.MULTILINE)
 
 
 def test_commands_in_cells_write_whole_lines(fresh: nbformat.NotebookNode) -> None:

@@ -26,7 +26,7 @@ from layersweep.sweep.model import Model
 from layersweep.tasks.perplexity.task import exact_pair_fraction
 from layersweep.tasks.settings import EvalSettings
 
-BARE = "trellis:K3V2@fit=1@found=1@sink=1"
+BARE = "trellis:K3V2@fit=1@found=1"
 SMALL = EvalSettings(
     kv="K3V2,e8:K3V2", segments=45, prefix=64, continuation=32, niah_contexts=(512,),
     niah_depths=(0.2, 0.8), niah_per_depth=1, text=str(tiny_study.text_file()),
@@ -100,11 +100,9 @@ def test_one_bit_keys_are_worse_than_three(model: Model) -> None:
         a: (n - perplexity_of(study).numbers.nll["exact"]).mean()
         for a, n in perplexity_of(study).numbers.nll.items()
     }
-    assert loss["trellis:K1V16@fit=1@found=1@sink=1"] > 3 * abs(
-        loss["trellis:K3V16@fit=1@found=1@sink=1"]
-    )
-    assert loss["trellis:K1V16@fit=1@found=1@sink=1"] > 0.01
-    assert abs(loss["trellis:K8V8@fit=1@found=1@sink=1"]) < 1e-3
+    assert loss["trellis:K1V16@fit=1@found=1"] > 3 * abs(loss["trellis:K3V16@fit=1@found=1"])
+    assert loss["trellis:K1V16@fit=1@found=1"] > 0.01
+    assert abs(loss["trellis:K8V8@fit=1@found=1"]) < 1e-3
 
 
 def test_streaming_costs_more_than_prefill_and_its_control_is_zero(
@@ -146,7 +144,7 @@ def test_python_interface_returns_the_schema(model: Model) -> None:
     )  # fmt: skip
     validate(results)
     arm = results["perplexity"]["arms"][0]
-    assert arm["arm"] == "trellis:K3V2@fit=1@found=1@window=16@sink=1"
+    assert arm["arm"] == "trellis:K3V2@fit=1@found=1@window=16"
     # 17 of 64 tokens exact at 16 bits, 47 at (3 + 2) / 2 and an 8-bit scale per 64; one mean and
     # level, the first token in the codec's coordinates, 6 bytes of a bit per token
     bits = 17 * 16 + 47 * 2.625 + 16 * 65 / 64 + 16 + 48 / 128

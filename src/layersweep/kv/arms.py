@@ -9,7 +9,7 @@ A fixed method has its bits in its name. Case does not matter, except in a file 
 @pb, @layers, @window and @sink say what stays exact. With @calibration=FILE (kv.calibration) the
 bits are means over the layers, and may be fractions: K2.5V2.
 A bare name is input only: K3V2 means the best method at those bits with what it needs on real
-models, trellis:K3V2@found=1@sink=1, and where a cache grows with recent tokens in better shape, too
+models, trellis:K3V2@fit=1@found=1, and where a cache grows with recent tokens in better shape, too
 (kv.methods). Its options may say otherwise: K3V2@sink=0@found=0 is trellis:K3V2. What is spelled
 out is taken as it stands. Tables and files print the resolved name: the method, then the options
 in one order, codecs' defaults left out. Reading the grammar imports no torch.

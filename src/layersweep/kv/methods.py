@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 BITS = (1, 2, 3, 4, 5, 6, 8, 16)
 EXACT_BITS = 16
-# A bare K3V2 is DEFAULT_METHOD with DEFAULTS, trellis:K3V2@fit=1@found=1@sink=1; where a cache
+# A bare K3V2 is DEFAULT_METHOD with DEFAULTS, trellis:K3V2@fit=1@found=1; where a cache
 # grows, with GROWING_DEFAULTS. Why, by how much: docs/codecs.md, "Attention sinks", "Growing
 # caches", "Coordinates from a text".
 DEFAULT_METHOD = "trellis"
-DEFAULTS: Mapping[str, str] = MappingProxyType({"fit": "1", "found": "1", "sink": "1"})
+DEFAULTS: Mapping[str, str] = MappingProxyType({"fit": "1", "found": "1"})
 GROWING_DEFAULTS: Mapping[str, str] = MappingProxyType(
     {**DEFAULTS, "window": "8", "block": "16", "fine": "96"}
 )

@@ -68,9 +68,14 @@ class Options:
 
     @property
     def suffix(self) -> str:
-        """As names have it: a calibration by its file's name alone."""
+        """As names have it: a calibration by its file's name alone, and no `sink` that goes without
+        saying."""
         named = {"calibration": self.calibration.name} if self.calibration else {}
-        every = {**self.own, **named, **self.kept}
+        every, meant = {**self.own, **named, **self.kept}, _sink_of(self.own)
+        if self.kept.get("sink", "0") == meant:
+            every.pop("sink", None)
+        else:
+            every.setdefault("sink", "0")
         return "".join(f"@{key}={value}" for key, value in every.items())
 
 
@@ -94,6 +99,7 @@ def options_of(
     own_values = dict(kind.options) if kind else {}
     known = [*own_values, *_KEPT, *(["calibration"] if calibrates else [])]
     given = {**(defaults or {}), **_given(words, method, known)}
+    given.setdefault("sink", _sink_of(given))
     for key, allowed in own_values.items():
         if given.get(key, allowed[0]) not in allowed:
             raise words.error(f"found {key}={given[key]}, needed {' or '.join(allowed)}")
@@ -112,6 +118,11 @@ def options_of(
             "a calibration gives bits to all layers",
         )
     return Options(own, kept, read_calibration(Path(given["calibration"])))
+
+
+def _sink_of(options: Mapping[str, str]) -> str:
+    """First tokens that stay exact where nobody says so: sinks are found by the first of all."""
+    return "1" if options.get("found") == "1" else "0"
 
 
 def _given(words: Words, method: str, known: Sequence[str]) -> dict[str, str]:
