@@ -47,8 +47,12 @@ class Results(dict[str, Any]):
 
     def __repr__(self) -> str:
         stream = io.StringIO()
-        # a notebook would otherwise have rich display what it is to write into the string
-        console = Console(file=stream, width=FULL_WIDTH, force_jupyter=False, color_system=None)
+        # a notebook would otherwise have rich display what it is to write into the string, and its
+        # kernel's FORCE_COLOR makes rich believe in a terminal, where long names are folded
+        console = Console(
+            file=stream, width=FULL_WIDTH, force_jupyter=False, force_terminal=False,
+            color_system=None,
+        )  # fmt: skip
         print_report(console, self)
         return "\n".join(line.rstrip() for line in stream.getvalue().splitlines())
 
