@@ -14,9 +14,10 @@ from torch import Tensor
 from layersweep.kv import parse
 from layersweep.kv.codec import role_bits, wants_mean
 from layersweep.kv.methods import FIRST_BLOCK
+from layersweep.kv.shared import Shared
 from layersweep.kv.size import kv_size
 from layersweep.kv.store import KvStore, Waiting
-from layersweep.kv.stored import Shared, StoredStream
+from layersweep.kv.stored import StoredStream
 from layersweep.kv.stream import keys_and_values
 
 KEY, VALUE = keys_and_values(2, 64)

@@ -118,7 +118,7 @@ def peers(
 ) -> None:
     """One forward pass as others do it, a few layers scaled to all, on this machine."""
     from layersweep.bench.peers import measure_cpu_offload, measure_sync_nf4
-    from layersweep.sweep.model import resolve_device
+    from layersweep.sweep.choices import resolve_device
     from layersweep.units import parse_size
 
     loaded = _load(model, vram, "auto", device, None)
@@ -181,7 +181,7 @@ def codec(
     from layersweep.bench.codec import Bench, bench_codecs
     from layersweep.environment import device_facts, versions
     from layersweep.kv.arms import parse_arms
-    from layersweep.sweep.model import resolve_device
+    from layersweep.sweep.choices import resolve_device
 
     place = resolve_device(device)
     rows = bench_codecs(parse_arms(kv or CODEC_ARMS), Bench(dim, vectors, seed, place), _say)

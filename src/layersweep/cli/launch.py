@@ -50,7 +50,7 @@ def launch(job: Job, say: Say) -> dict[str, Any]:
     and their finished sweeps are kept. Raises what that process raised, or MachineError if it was
     killed.
     """
-    from layersweep.sweep.model import resolve_device
+    from layersweep.sweep.choices import resolve_device
 
     devices = job.machine.device.split(",")
     if len(set(devices)) < len(devices) and set(devices) != {"cpu"}:

@@ -136,7 +136,7 @@ def _rates(name: str | None, vram: str | None, ram: str | None) -> MachineRates:
     if name is not None:
         rates = MACHINES[name]
     else:
-        from layersweep.sweep.model import resolve_device
+        from layersweep.sweep.choices import resolve_device
 
         place = resolve_device("auto")
         host = ram_budget(ram or "auto")

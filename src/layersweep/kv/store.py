@@ -14,7 +14,8 @@ from torch import Tensor
 
 from layersweep.kv.arms import Arm
 from layersweep.kv.encoded import Encoded, Move
-from layersweep.kv.stored import Shared, StoredStream
+from layersweep.kv.shared import Shared
+from layersweep.kv.stored import StoredStream
 from layersweep.kv.stream import Stream
 
 ALIGNMENT = 64

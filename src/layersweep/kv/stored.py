@@ -5,14 +5,14 @@ tokens   first ..... sink ................... T - window ......... T
 
 Numbers are positions in the text. Tokens are appended in any number of pieces, and each is encoded
 once, when it leaves the arm's window, perhaps with a block of others. Until one does, all of them
-are the head. `first` is 0 where
-a layer can look at all tokens; otherwise it moves on, and with it goes a sink that nobody sees.
+are the head. `first` is 0 where a layer can look at all tokens; otherwise it moves on, and with it
+goes a sink that nobody sees.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -29,40 +29,11 @@ from layersweep.kv.codec import (
 from layersweep.kv.encoded import FLAGS, Encoded, Found, Move
 from layersweep.kv.means import mean_for, mean_kind
 from layersweep.kv.methods import EXACT_BITS
+from layersweep.kv.shared import Prepared, Shared
 from layersweep.kv.stream import Stream
 
 # Exact tokens are counted as fp16 storage, whatever dtype the computation runs in.
 EXACT_ELEMENT_BITS = 16
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """Tokens in a codec's coordinates, and their channel means if it wants them."""
-
-    of: Hashable
-    x: Tensor
-    mean: Tensor | None
-
-
-@dataclass
-class Shared:
-    """What streams have in common while the same tokens are appended to them under several arms,
-    for which it starts empty.
-
-    encoded    whole encodings (K3V2 and K4V2: the values)
-    prepared   by stream, what the last codec encoded (K3V2 and K4V2: the keys), with its means
-    """
-
-    encoded: dict[Hashable, Encoded] = field(default_factory=dict)
-    prepared: dict[str, Prepared] = field(default_factory=dict)
-    _positions: Tensor | None = None
-
-    def positions(self, batch: int, start: int, stop: int, device: torch.device) -> Tensor:
-        """start, start + 1, ... stop - 1 for each of `batch` sequences."""
-        known = self._positions
-        if known is None or len(known) < stop:
-            known = self._positions = torch.arange(stop, device=device)
-        return known[start:stop].expand(batch, -1)
 
 
 @dataclass(frozen=True)

@@ -30,16 +30,16 @@ from layersweep.sweep.clock import PhaseClock
 from layersweep.sweep.context import LayerContext, RopeTables
 from layersweep.sweep.dense import DenseWeights
 from layersweep.sweep.feed import FeedVisit, groups_of, leave_feed
+from layersweep.sweep.head import Head
 from layersweep.sweep.record import (
     LayerCheck,
     LayerHealth,
     LogitsReader,
-    Piece,
     Progress,
     SweepRecord,
 )
 from layersweep.sweep.sequences import Tile, reference_tile, want_reference
-from layersweep.sweep.state import Routing, Rows, TileState, pieces_of, read_rows
+from layersweep.sweep.state import Routing, TileState, read_rows
 from layersweep.sweep.turn import HostTurn
 from layersweep.sweep.watch import Watch
 
@@ -329,33 +329,13 @@ class _Sweep:
         done = 0
         with self.clock.phase("logits"):
             self.weights.fill_head(self._block(index))
+            head = Head(self.decoder, self.weights.head, self.compute, self.scratch)
             self.store.release(index)
             for state in states:
                 start, at_once = 0, positions_at_once(state.tile.branches, self.decoder.vocab_size)
                 for number, sequence in enumerate(state.tile.sequences):
-                    pieces = self._pieces(state.hidden, read_rows(sequence, start), at_once)
+                    pieces = head.pieces(state.hidden, read_rows(sequence, start), at_once)
                     read_logits(state.tile, number, sequence, pieces)
                     start += sequence.rows
                     done += 1
                     self.visited.progress("logits", done, total)
-
-    def _pieces(self, hidden: Tensor, ranges: list[Rows], at_once: int) -> Iterator[Piece]:
-        for positions, rows in pieces_of(ranges, at_once):
-            with self.scratch.frame():
-                yield positions, self._logits(hidden, rows)
-
-    def _logits(self, hidden: Tensor, ranges: list[Rows]) -> list[Tensor]:
-        """Logits [rows, V] float32 of row ranges of a tile."""
-        ops, decoder = self.compute.ops, self.decoder
-        rows = torch.cat([hidden[first:last] for first, last in ranges])
-        memory = self.scratch.take(*rows.shape, dtype=self.compute.dtype)
-        norm, head = decoder.norm, self.weights.head
-        x = ops.rms_norm(rows, head["norm"], norm.eps, memory, offset=norm.offset)
-        memory = self.scratch.take(len(rows), decoder.vocab_size, dtype=torch.float32)
-        logits = ops.logits(x, head["lm_head"], memory)
-        if decoder.logit_scale != 1.0:
-            logits = logits.mul_(decoder.logit_scale)
-        if decoder.logit_softcap is not None:
-            cap = decoder.logit_softcap
-            logits = logits.div_(cap).tanh_().mul_(cap)
-        return list(torch.split(logits, [last - first for first, last in ranges]))
