@@ -109,16 +109,11 @@ def test_streaming_costs_more_than_prefill_and_its_control_is_zero(
     model: Model, trained: Study
 ) -> None:
     study, _ = measured(model, replace(TRAINED, kv=f"{BARE},e8:K3V2", cache_mode="streaming"))
-    exact = perplexity_of(study).numbers.nll["exact"]
-    whole = perplexity_of(trained).numbers.nll
-    assert np.abs(exact - whole["exact"]).max() < 1e-5
-    assert np.array_equal(perplexity_of(study).numbers.control_delta["exact"], np.zeros(4))
-    for arm in (BARE, "e8:K3V2"):
-        cost = (perplexity_of(study).numbers.nll[arm] - exact).mean()
-        prefill = (
-            perplexity_of(trained).numbers.nll[arm] - perplexity_of(trained).numbers.nll["exact"]
-        ).mean()
-        assert cost > max(prefill, 0)
+    streamed, whole = perplexity_of(study).numbers, perplexity_of(trained).numbers
+    assert np.abs(streamed.nll["exact"] - whole.nll["exact"]).max() < 1e-5
+    assert np.array_equal(streamed.control_delta["exact"], np.zeros(4))
+    for arm in (BARE, "e8:K3V2"):  # by KL: the loss of 20 short windows is noise
+        assert streamed.kl[arm].mean() > 1.5 * whole.kl[arm].mean() > 0
         assert study.done.cache_bits["perplexity", arm][1] == 2 * 6 * 20 * 96 * 2 * 64
 
 
