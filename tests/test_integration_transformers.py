@@ -14,7 +14,7 @@ from test_sweep import random_ids, sweep_logits
 from torch import Tensor
 from transformers import AutoConfig, Cache, DynamicCache
 
-from layersweep.errors import InputError
+from layersweep.errors import InputError, LayersweepWarning
 from layersweep.integrations.transformers import cache_for, cache_size
 from layersweep.kv import parse
 from layersweep.kv.size import kv_size
@@ -61,6 +61,11 @@ def test_token_by_token_equals_one_call_where_nothing_waits(name: str, tiny: Pat
     assert cache.get_seq_length() == 20
     if "window" not in name:  # in one call, early tokens have left the window that they stood in
         assert (torch.stack(steps) - whole).abs().max() < 1e-3
+
+
+def test_coordinates_that_only_a_sweep_fits_are_said_to_be_missing(tiny: Path) -> None:
+    with pytest.warns(LayersweepWarning, match="as with fit=0: only sweeps fit them"):
+        cache_for(oracle_model(tiny), "K3V2")
 
 
 @pytest.mark.parametrize("name", ARMS)

@@ -130,6 +130,13 @@ def test_arms_whose_parts_cannot_be_told_apart_are_refused(kv: str, tiny: Model)
         parts_of(parse(kv), tiny.decoder)
 
 
+def test_coordinates_of_the_reference_text_are_measured(tiny: Model) -> None:
+    arms = [parse(f"trellis:K2V2@fit={fit}") for fit in "01"]
+    found = measure_parts(tiny, arms, Sample(str(tiny_study.text_file()), 1, 48, 9))
+    kept, fitted = (found.row(arm.name)["everything"]["kl"] for arm in arms)
+    assert kept != fitted and min(kept, fitted) > 0
+
+
 def test_the_bench_prints_a_table_and_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["bench", "codec", "--kv", "lloyd:K3V2", "--text", str(tiny_study.text_file())]
     assert run([*words, "--model", str(tiny_study.model_folder()), *WINDOWS]) == 0

@@ -23,6 +23,7 @@ from layersweep.families.spec import Decoder
 from layersweep.kv.arms import Arm
 from layersweep.kv.methods import EXACT_BITS, METHODS
 from layersweep.study.fitting import fitting_arms
+from layersweep.study.study import with_reference
 from layersweep.sweep.generic_limits import check_modules
 from layersweep.sweep.model import Model
 from layersweep.sweep.record import Progress
@@ -33,6 +34,7 @@ from layersweep.sweep.watch import Attended
 from layersweep.tasks.finite import finite
 from layersweep.tasks.perplexity.numbers import PerplexityNumbers
 from layersweep.tasks.perplexity.task import PerplexityTask
+from layersweep.text.bos import resolve_bos
 from layersweep.text.encoding import EncodedText
 from layersweep.text.source import SourceText, load_text
 from layersweep.text.tokenizer import TextTokenizer, check_ids
@@ -195,7 +197,9 @@ def measure_parts(
     check_length(decoder, sample.prefix + sample.continuation, "smaller --prefix")
     of_arms = {arm.name: parts_of(arm, decoder) for arm in arms}
     text = load_text(sample.text, model.checkpoint.source)
-    encoded = EncodedText(text.text, TextTokenizer.load(model.checkpoint.folder), model.ram.bytes)
+    tokenizer = TextTokenizer.load(model.checkpoint.folder)
+    model = with_reference(model, arms, tokenizer, resolve_bos(tokenizer, "auto"))
+    encoded = EncodedText(text.text, tokenizer, model.ram.bytes)
     windows = cut_windows(
         encoded, segments=sample.segments, prefix=sample.prefix,
         continuation=sample.continuation, bos="auto",

@@ -44,6 +44,7 @@ from layersweep.kv.methods import FIRST_BLOCK
 from layersweep.kv.size import KvSize
 from layersweep.kv.store import KvStore
 from layersweep.kv.stream import Rotation, Stream, keys_and_values, latent_streams
+from layersweep.notebook import tell
 
 
 def cache_for(model: Any, kv: str) -> Cache:
@@ -52,11 +53,17 @@ def cache_for(model: Any, kv: str) -> Cache:
     Full and sliding-window attention and latents (MLA) go through the arm. Linear attention,
     convolutions and Mamba keep transformers' own state, exact; cache_size counts it apart.
 
+    What @fit=1 takes from a sweep is not there: a note says so, and the arm is that of @fit=0.
+
     Raises InputError for an unknown arm, for a model without one rotary table in the usual place,
     and for layers that keep something else. What the arm's codec cannot take is refused with the
     first token.
     """
     arm = parse(kv, growing=True)
+    if arm.fits:
+        tell(
+            f"note: {arm.name}: coded as keys and values come, as with fit=0: only sweeps fit them"
+        )
     config = model.config.get_text_config() if hasattr(model, "config") else None
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     rotary = [name for name, _ in decoder.named_children() if "rotary_emb" in name]
