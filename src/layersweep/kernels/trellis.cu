@@ -2,136 +2,186 @@
 // s_t = (s_(t-1) << K | b_t) mod 2^L and s_(-1) = s_(D-1); the K-bit symbols b are what is stored.
 #include "rotation.cuh"
 
-#define WARPS 2  // of a block of the search: 48 KB hold L = 10 and 256 elements, too
+#define WARPS 2  // of a block of the search: 48 KB hold 256 elements, too
+#define NOTHING 0u  // to subtract
 
 namespace {
 
-// Viterbi. A lane keeps 2^R of a vector's states for good, so that their TABLE values stay in
-// registers: bits of a state are, from the top, K bits `high` and X bits `low` of the register's
-// number around the bits `row` of the lane:
-//     state = high << (L - K) | row << X | low
-// The 2^K states that lead to one group g = state mod 2^(L-K) differ in `high` alone: their
-// minimum is the lane's own affair. It goes through shared memory to where its successors
-// g << K | b live. Row bits are put into lane bits (PLACES: from the top row bit on, one hex
-// digit each, from the right) such that a lane finds four minima side by side, and such that
-// neither stores nor loads of a phase of lanes meet in a bank. Left-over lane bits: more vectors.
-template <bool WIDE>
-struct Eight {
-    typedef u32 Codes;
-};
-template <>
-struct Eight<true> {
-    typedef u64 Codes;
-};
+// Bits of x where mask has them, side by side; and the way back.
+__device__ constexpr int gather(int x, int mask) {
+    int found = 0;
+    for (int bit = 0, at = 0; bit < 16; ++bit) {
+        if (mask >> bit & 1) found |= (x & 1 << bit) >> (bit - at++);
+    }
+    return found;
+}
+__device__ constexpr int scatter(int x, int mask) {
+    int found = 0;
+    for (int bit = 0, at = 0; bit < 16; ++bit) {
+        if (mask >> bit & 1) found |= (x & 1 << at) << (bit - at), ++at;
+    }
+    return found;
+}
+__device__ constexpr int ones(int mask) { return mask ? 1 + ones(mask & (mask - 1)) : 0; }
+
+// Viterbi, two states to a register: costs are half numbers, kept small by subtracting the least.
+//
+// The 2^K states that lead to one group g = state mod 2^(L-K) differ in the K bits `high` alone. A
+// lane keeps 2^5 states of a vector for good, so that their TABLE values stay in registers: all
+// values of `high` and of the bits OWN of the group. PAIR, one of OWN, tells the two halves of a
+// register apart. The other bits of the group, `row`, choose the lane.
+// The minimum over `high` is the lane's own affair. It goes through shared memory to where its
+// successors g << K | b live. There NEAR are the bits of the group in which the minima that a lane
+// needs differ: they lie side by side.
 template <int L, int K>
 struct Search {
-    typedef typename Eight<(K > 4)>::Codes Codes;  // holds 8 codes
-    static constexpr int R = K > 4 ? K : L == 8 ? 4 : 5, X = R - K, ROW_BITS = L - R;
-    static constexpr int STATES = 1 << R, LOW = 1 << X, HIGH = 1 << K, ROWS = 1 << ROW_BITS;
-    static constexpr u32 PLACES = ROW_BITS == 5 ? (K == 3   ? 0x24310
-                                                   : K == 4 ? 0x42130
-                                                            : 0x43210)
-                                  : K == 3      ? 0x4130
-                                                : 0x4310;
-    static constexpr int VECTORS = WARPS * 32 / ROWS;  // of a block
-    static constexpr int GROUP_MASK = (1 << (L - K)) - 1;
-    static constexpr int ENTRY = K * LOW <= 8 ? 8 : 16;  // bits: decisions of a lane in a step
-    static constexpr int PER_WORD = 32 / ENTRY;
+    static constexpr int R = 5, X = R - K, GROUP_BITS = L - K, GROUP_MASK = (1 << GROUP_BITS) - 1;
+    static constexpr int HIGH = 1 << K, SETS = 1 << (X - 1);
+    static constexpr int OWN = K == 1 ? 15 : K == 2 ? 7 : L == 8 ? (K == 3 ? 6 : 1) : K == 3 ? 9 : 4;
+    static constexpr int NEAR = (HIGH - 1) << (GROUP_BITS - K) | OWN >> K;
+    static constexpr int PAIR = NEAR & OWN & -(NEAR & OWN), ROW = GROUP_MASK & ~OWN;
+    static constexpr int ROWS = 1 << (L - R), TOGETHER = 32 / ROWS;  // vectors of a warp
+    static constexpr int VECTORS = WARPS * TOGETHER;                 // of a block
+    static constexpr int STRIDE = 1 << (GROUP_BITS - ones(OWN & ~NEAR));
+    static constexpr int MINIMA = TOGETHER << GROUP_BITS;  // of a warp
+    static constexpr int ENTRY = K * SETS;                 // bits: decisions of half a lane in a step
+    static constexpr int PER_WORD = 16 / ENTRY;
     static constexpr int WORDS = DIM / PER_WORD;  // of a lane in a pass
-    static_assert(L - K >= X && K * LOW <= ENTRY, "too few registers");
+    static_assert(ones(OWN) == X && PAIR < HIGH, "one half of the word for both of a pair");
 
-    __device__ static constexpr int place(int row) {
-        int lane = 0;
-        for (int i = 0; i < ROW_BITS; ++i) {
-            lane |= (row >> (ROW_BITS - 1 - i) & 1) << (PLACES >> 4 * i & 15);
-        }
-        return lane;
-    }
-    // Of the minimum of a group, in words; the lane bits of the vector come on top.
+    // Of the minimum of a group, in halves, without the vector's STRIDE. Bits: NEAR, the lane's own
+    // ones first; row; vector; what is left of OWN.
     __device__ static constexpr int address(int group) {
-        return (group & (LOW - 1)) * 32 + place(group >> X);
+        const int own = ones(NEAR & OWN), near = ones(NEAR), apart = OWN & ~NEAR;
+        return gather(group, NEAR & OWN) | gather(group, NEAR & ~OWN) << own
+            | gather(group, ROW & ~NEAR) << near | gather(group, apart) * STRIDE * TOGETHER;
     }
-    __device__ static constexpr int state_of(int reg) { return reg >> X << (L - K) | (reg & (LOW - 1)); }
+    // Bits of the first state of register `high` of a set that are not the row's.
+    __device__ static constexpr int state_of(int set, int high) {
+        return high << GROUP_BITS | scatter(set, OWN & ~PAIR);
+    }
 
-    int lane, row, vector;  // vector: in its warp
-    float table[STATES], cost[STATES];
-    float* minima;       // of the warp, two buffers of 32 LOW
-    const float* found;  // what this lane's states need, in the first of them
-    u32* trail;          // decisions of the warp: WORDS rows of 32 words, ordered by vector, row
+    int row, vector;  // vector: in its warp
+    u32 table[SETS][HIGH], cost[SETS][HIGH];
+    u16* minima;       // where this lane's go, in the first of two buffers
+    const u16* found;  // what its states need, likewise
+    u32* trail;        // decisions of the warp: WORDS rows of 32 words
 
-    __device__ __forceinline__ Search(const float* values, float* minima_of_warp, u32* trail_of_warp) {
-        lane = threadIdx.x % 32;
-        row = vector = 0;
-        int rest = lane, bit = 0;
-        for (int i = 0; i < ROW_BITS; ++i) {
-            const int at = PLACES >> 4 * i & 15;
-            row |= (lane >> at & 1) << (ROW_BITS - 1 - i);
-            rest &= ~(1 << at);
-        }
-        for (int at = 0; at < 5; ++at) {
-            bool taken = false;
-            for (int i = 0; i < ROW_BITS; ++i) taken = taken || (PLACES >> 4 * i & 15) == at;
-            if (!taken) vector |= (lane >> at & 1) << bit++;
-        }
-        minima = minima_of_warp;
-        found = minima_of_warp + rest + address((row << X) >> K);
+    __device__ __forceinline__ Search(const float* values, u16* minima_of_warp, u32* trail_of_warp) {
+        const int lane = threadIdx.x % 32;
+        row = lane / TOGETHER;
+        vector = lane % TOGETHER;
+        minima = minima_of_warp + vector * STRIDE + address(scatter(row, ROW));
+        found = minima_of_warp + vector * STRIDE + address(scatter(row, ROW) >> K);
         trail = trail_of_warp;
 #pragma unroll
-        for (int r = 0; r < STATES; ++r) table[r] = values[state_of(r) | row << X];
-    }
-
-    // One element. `shift`: where its decisions start in the word that collects them.
-    template <bool RECORD>
-    __device__ __forceinline__ void step(float u, int buffer, u32& word, int shift) {
-#pragma unroll
-        for (int low = 0; low < LOW; ++low) {
-            float best[HIGH];
-            u32 which[HIGH];
+        for (int set = 0; set < SETS; ++set) {
 #pragma unroll
             for (int high = 0; high < HIGH; ++high) {
-                best[high] = cost[high << X | low];
-                which[high] = (u32)high << (shift + K * low);
+                const float* first = values + (state_of(set, high) | scatter(row, ROW));
+                table[set][high] = float_to_half(first[0]) | (u32)float_to_half(first[PAIR]) << 16;
             }
+        }
+    }
+
+    // Minimum of a set's costs over `high`. Bit i of the lowest one that has it goes to both halves
+    // of the word, at `shift` + i.
+    template <bool RECORD>
+    __device__ __forceinline__ u32 minimum(const u32 (&costs)[HIGH], u32& word, int shift) {
+        u32 best[HIGH], bits[HIGH][K];
 #pragma unroll
-            for (int apart = 1; apart < HIGH; apart *= 2) {
+        for (int high = 0; high < HIGH; ++high) best[high] = costs[high];
 #pragma unroll
-                for (int high = 0; high < HIGH; high += 2 * apart) {
-                    if (RECORD && best[high + apart] < best[high]) which[high] = which[high + apart];
-                    best[high] = fminf(best[high], best[high + apart]);
+        for (int level = 0; level < K; ++level) {
+#pragma unroll
+            for (int high = 0; high < HIGH; high += 2 << level) {
+                const int other = high + (1 << level);
+                const u32 less = RECORD ? less_two(best[other], best[high]) : 0;
+                best[high] = min_two(best[other], best[high]);
+                bits[high][level] = less;
+#pragma unroll
+                for (int i = 0; i < level; ++i) {
+                    bits[high][i] = choose(less, bits[other][i], bits[high][i]);
                 }
             }
-            minima[buffer * 32 * LOW + low * 32 + lane] = best[0];
-            if (RECORD) word |= which[0];
+        }
+#pragma unroll
+        for (int i = 0; i < K; ++i) {
+            if (RECORD) word = choose(0x10001u << (shift + i), bits[0][i], word);
+        }
+        return best[0];
+    }
+
+    // One element, u in both halves. `less`: what to subtract from all costs.
+    template <bool RECORD>
+    __device__ __forceinline__ void step(
+        u32 u, int buffer, u32& word, int shift, u32 (&least)[SETS], u32 floor
+    ) {
+#pragma unroll
+        for (int set = 0; set < SETS; ++set) {
+            least[set] = minimum<RECORD>(cost[set], word, shift + K * set);
+            if (floor != NOTHING) least[set] = sub_two(least[set], floor);
+        }
+        u16* to = minima + buffer * MINIMA;
+        if constexpr (ones(NEAR & OWN) == 3) {
+#pragma unroll
+            for (int set = 0; set < SETS; set += 4) {
+                const uint4 four = {least[set], least[set + 1], least[set + 2], least[set + 3]};
+                *(uint4*)(to + address(state_of(set, 0))) = four;
+            }
+        } else {
+#pragma unroll
+            for (int set = 0; set < SETS; ++set) *(u32*)(to + address(state_of(set, 0))) = least[set];
         }
         __syncwarp();  // two buffers in turn: one barrier is enough
+        u32 near[1 << (ones(NEAR) - 1)];
 #pragma unroll
-        for (int r = 0; r < STATES; ++r) {
-            const int at = buffer * 32 * LOW + address(state_of(r) >> K);
-            float least;  // states of one group load the same words: the compiler loads them once
-            if (K == 1) {
-                const u64 two = *(const u64*)(found + (at & ~1));
-                least = __uint_as_float((u32)(at & 1 ? two >> 32 : two));
-            } else {
-                const uint4 four = *(const uint4*)(found + (at & ~3));
-                least = __uint_as_float(at & 2 ? (at & 1 ? four.w : four.z) : at & 1 ? four.y : four.x);
-            }
-            const float gap = u - table[r];
-            cost[r] = least + gap * gap;
+        for (int at = 0; at < 1 << (ones(NEAR) - 1); at += 4) {
+            const uint4 four = *(const uint4*)(found + buffer * MINIMA + 2 * at);
+            near[at] = four.x;
+            near[at + 1] = four.y;
+            near[at + 2] = four.z;
+            near[at + 3] = four.w;
         }
+#pragma unroll
+        for (int set = 0; set < SETS; ++set) {
+#pragma unroll
+            for (int high = 0; high < HIGH; ++high) {
+                const int at = address(state_of(set, high) >> K);
+                const u32 before = at & 1 ? high_twice(near[at / 2]) : low_twice(near[at / 2]);
+                const u32 gap = sub_two(u, table[set][high]);
+                cost[set][high] = fma_two(gap, gap, before);
+            }
+        }
+    }
+
+    // The least of the vector's minima, in both halves.
+    __device__ __forceinline__ u32 least_of_all(const u32 (&least)[SETS]) {
+        u32 best = least[0];
+#pragma unroll
+        for (int set = 1; set < SETS; ++set) best = min_two(best, least[set]);
+        best = min_two(best, best >> 16 | best << 16);
+#pragma unroll
+        for (int apart = TOGETHER; apart < 32; apart *= 2) {
+            best = min_two(best, __shfl_xor_sync(ALL, best, apart));
+        }
+        return best;
     }
 
     // `count` elements, a multiple of 4. Decisions go to the trail from its start on.
     template <bool RECORD>
-    __device__ __forceinline__ void walk(const float* u, int count) {
-        u32* to = trail + vector * ROWS + row;
+    __device__ __forceinline__ void walk(const u16* u, int count) {
+        u32* to = trail + threadIdx.x % 32;
 #pragma unroll 1
         for (int at = 0; at < count; at += 4) {
-            const uint4 four = *(const uint4*)(u + at);
-            const u32 bits[4] = {four.x, four.y, four.z, four.w};
-            u32 word = 0;
+            const u64 four = *(const u64*)(u + at);
+            const u32 two[2] = {(u32)four, (u32)(four >> 32)};
+            u32 word = 0, floor = NOTHING, least[SETS];
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                step<RECORD>(__uint_as_float(bits[i]), i % 2, word, i % PER_WORD * ENTRY);
+                const u32 one = i % 2 ? high_twice(two[i / 2]) : low_twice(two[i / 2]);
+                step<RECORD>(one, i % 2, word, i % PER_WORD * ENTRY, least, i == 2 ? floor : NOTHING);
+                if (i == 0) floor = least_of_all(least);
                 if (RECORD && (i + 1) % PER_WORD == 0) {
                     *to = word;
                     to += 32;
@@ -144,53 +194,60 @@ struct Search {
 
     // The state of least cost, the lowest of several; of those that end in `group` if that is >= 0.
     __device__ __forceinline__ int best_end(int group) {
-        u64 best = ~0ull;
+        u32 best = ~0u;
 #pragma unroll
-        for (int r = 0; r < STATES; ++r) {
-            const u32 state = state_of(r) | row << X;
-            // Costs are not negative: their bits have their order. NaN comes last.
-            const u64 rank = (u64)(__float_as_uint(cost[r]) & 0x7fffffffu) << 32 | state;
-            if ((group < 0 || (state & GROUP_MASK) == group) && rank < best) best = rank;
+        for (int set = 0; set < SETS; ++set) {
+#pragma unroll
+            for (int high = 0; high < HIGH; ++high) {
+                const u32 two = cost[set][high], state = state_of(set, high) | scatter(row, ROW);
+                // Costs are not negative: their bits have their order. NaN comes last.
+                const u32 ranks[2] = {(two & 0x7fffu) << 16 | state, (two & 0x7fff0000u) | state | PAIR};
+                for (const u32 rank : ranks) {
+                    const bool ends = group < 0 || (int)(rank & GROUP_MASK) == group;
+                    if (ends && rank < best) best = rank;
+                }
+            }
         }
-        for (int i = 0; i < ROW_BITS; ++i) {
-            const u64 other = __shfl_xor_sync(ALL, best, 1 << (PLACES >> 4 * i & 15));
+#pragma unroll
+        for (int apart = TOGETHER; apart < 32; apart *= 2) {
+            const u32 other = __shfl_xor_sync(ALL, best, apart);
             best = other < best ? other : best;
         }
-        return (u32)best & ((1 << L) - 1);
+        return best & ((1 << L) - 1);
     }
 
     // The state before `state`, which was reached with element `at` of the last walk.
     __device__ __forceinline__ int before(int state, int at) {
-        const int word = at / PER_WORD * 32 + vector * ROWS + (state >> R);
-        u32 entry;
-        if (ENTRY == 8) {
-            entry = ((const u8*)trail)[4 * word + at % 4];
-        } else {
-            entry = ((const u16*)trail)[2 * word + at % 2];
-        }
-        const u32 high = entry >> (K * (state >> K & (LOW - 1))) & (HIGH - 1);
-        return high << (L - K) | state >> K;
+        const int group = state >> K;
+        const int word = at / PER_WORD * 32 + gather(group, ROW) * TOGETHER + vector;
+        const u32 entry = ((const u16*)trail)[2 * word + gather(group, PAIR)];
+        const int shift = at % PER_WORD * ENTRY + K * gather(group, OWN & ~PAIR);
+        return (entry >> shift & (HIGH - 1)) << GROUP_BITS | group;
     }
 
-    __device__ __forceinline__ void run(const float* u, u8* codes) {
+    __device__ __forceinline__ void run(const u16* u, u8* codes) {
 #pragma unroll
-        for (int r = 0; r < STATES; ++r) cost[r] = 0.0f;
+        for (int set = 0; set < SETS; ++set) {
+            for (int high = 0; high < HIGH; ++high) cost[set][high] = 0;
+        }
         walk<false>(u + DIM / 2, DIM / 2);
         walk<true>(u, DIM / 2);
         int state = best_end(-1);
         for (int at = DIM / 2 - 1; at >= 0; --at) state = before(state, at);
         const int start = state & GROUP_MASK;
 #pragma unroll
-        for (int r = 0; r < STATES; ++r) {
-            const int group = (state_of(r) | row << X) & GROUP_MASK;
-            cost[r] = group == start ? 0.0f : __uint_as_float(0x7f800000u);
+        for (int set = 0; set < SETS; ++set) {
+            const int group = state_of(set, 0) | scatter(row, ROW);
+            const u32 infinite = 0x7c00u;
+            const u32 two = (group == start ? 0 : infinite) | (group + PAIR == start ? 0 : infinite) << 16;
+            for (int high = 0; high < HIGH; ++high) cost[set][high] = two;
         }
         __syncwarp();  // all have read the trail
         walk<true>(u, DIM);
         state = best_end(start);
 #pragma unroll 1
         for (int eight = DEEP - 1; eight >= 0; --eight) {
-            Codes word = 0;
+            u32 word = 0;
 #pragma unroll
             for (int i = 7; i >= 0; --i) {
                 word = word << K | (state & (HIGH - 1));
@@ -206,17 +263,20 @@ struct Search {
 template <int L, int K>
 __device__ __forceinline__ void encode(const float* u, const float* values, u8* codes, i64 count) {
     using S = Search<L, K>;
-    alignas(16) __shared__ float inputs[S::VECTORS * DIM];
-    alignas(16) __shared__ float minima[WARPS * 2 * 32 * S::LOW];
+    alignas(16) __shared__ u16 inputs[S::VECTORS * DIM];
+    alignas(16) __shared__ u16 minima[WARPS * 2 * S::MINIMA];
     __shared__ u32 trail[WARPS * S::WORDS * 32];
     const i64 first = (i64)blockIdx.x * S::VECTORS;
     for (int at = 4 * threadIdx.x; at < S::VECTORS * DIM; at += 4 * WARPS * 32) {
-        if (first + at / DIM < count) *(uint4*)(inputs + at) = *(const uint4*)(u + first * DIM + at);
+        if (first + at / DIM >= count) break;
+        const uint4 four = *(const uint4*)(u + first * DIM + at);
+        const u32 bits[4] = {four.x, four.y, four.z, four.w};
+        for (int i = 0; i < 4; ++i) inputs[at + i] = float_to_half(__uint_as_float(bits[i]));
     }
     __syncthreads();
     const int warp = threadIdx.x / 32;
-    S search(values, minima + warp * 2 * 32 * S::LOW, trail + warp * S::WORDS * 32);
-    const int vector = warp * (S::VECTORS / WARPS) + search.vector;
+    S search(values, minima + warp * 2 * S::MINIMA, trail + warp * S::WORDS * 32);
+    const int vector = warp * S::TOGETHER + search.vector;
     const bool real = first + vector < count;
     search.run(inputs + vector * DIM, real ? codes + (first + vector) * (DEEP * K) : nullptr);
 }

@@ -1,0 +1,53 @@
+"""The search of kernels/trellis.cu in plain torch: half numbers, every operation rounded once.
+
+Legend and method: kv/trellis_search.py, whose float32 search is a different rounding of the same.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from layersweep.kv.trellis_search import _first_minimum, _trace
+
+
+def half_search(u_DN: Tensor, table: Tensor, bits: int) -> Tensor:
+    """u [D, N] float32, table [S] float32, same device -> symbols [D, N] uint8; D of 8 elements."""
+    u, levels = u_DN.half(), table.half()
+    half, groups = len(u) // 2, len(table) >> bits
+    costs = torch.zeros(len(table), u.shape[1], dtype=torch.float16, device=u.device)
+    costs, _ = _walk(costs, u[half:], levels, bits)
+    costs, choices = _walk(costs, u[:half], levels, bits)
+    overlap = _trace(choices, _first_minimum(costs)[1], bits, 0)[0]
+    overlap = (choices[0].gather(0, (overlap >> bits).unsqueeze(0)).long() * groups + (overlap >> bits)) & (groups - 1)
+    elsewhere = (torch.arange(len(table), device=u.device).unsqueeze(1) & (groups - 1)) != overlap
+    costs = torch.zeros_like(costs).masked_fill(elsewhere, torch.inf)
+    costs, choices = _walk(costs, u, levels, bits)
+    end = _first_minimum(costs.masked_fill(elsewhere, torch.inf))[1]
+    return (_trace(choices, end, bits, 0) & ((1 << bits) - 1)).to(torch.uint8)
+
+
+def _walk(costs: Tensor, u: Tensor, levels: Tensor, bits: int) -> tuple[Tensor, list[Tensor]]:
+    """Costs [S, N] after the elements u [D, N], choices [G, N] of every step."""
+    choices = []
+    for at, one in enumerate(u):
+        least, choice = _first_minimum(costs.view(1 << bits, len(levels) >> bits, -1))
+        choices.append(choice.to(torch.uint8))
+        if at % 4 == 0:
+            floor = least.amin(0)
+        if at % 4 == 2:
+            least = least - floor
+        gap = one - levels.view(-1, 1 << bits, 1)
+        costs = _fused(gap, least.unsqueeze(1)).view(len(levels), -1)
+    return costs, choices
+
+
+def _fused(gap: Tensor, add: Tensor) -> Tensor:
+    """gap * gap + add in half, rounded once: float32 in between rounds to odd."""
+    exact = gap.double().square() + add.double()
+    near = exact.float()
+    bits = near.view(torch.int32)
+    inexact = (near.double() != exact) & (bits & 1 == 0)
+    away = near.double().abs() < exact.abs()  # odd neighbour on the side of the exact value
+    odd = torch.where(away, bits + 1, bits - 1).view(torch.float32)
+    return torch.where(inexact, odd, near).half()
