@@ -41,11 +41,13 @@ struct Search {
     static constexpr int NEAR = (HIGH - 1) << (GROUP_BITS - K) | OWN >> K;
     static constexpr int PAIR = NEAR & OWN & -(NEAR & OWN), ROW = GROUP_MASK & ~OWN;
     static constexpr int ROWS = 1 << (L - R), TOGETHER = 32 / ROWS;  // vectors of a warp
+    // Bits of the lane where the row stands, those of the vector fill up.
+    static constexpr int LANE_ROW = ROW < 32 && ones(ROW) + ones(TOGETHER - 1) == 5 ? ROW : 31 & ~(TOGETHER - 1);
     static constexpr int VECTORS = WARPS * TOGETHER;                 // of a block
     static constexpr int STRIDE = 1 << (GROUP_BITS - ones(OWN & ~NEAR));
     static constexpr int MINIMA = TOGETHER << GROUP_BITS;  // of a warp
-    static constexpr int ENTRY = K * SETS;                 // bits: decisions of half a lane in a step
-    static constexpr int PER_WORD = 16 / ENTRY;
+    // A word of decisions: from the top 2 halves, SETS, elements, K bits.
+    static constexpr int SLOT = 16 / SETS, PER_WORD = SLOT / K;
     static constexpr int WORDS = DIM / PER_WORD;  // of a lane in a pass
     static_assert(ones(OWN) == X && PAIR < HIGH, "one half of the word for both of a pair");
 
@@ -61,7 +63,7 @@ struct Search {
         return high << GROUP_BITS | scatter(set, OWN & ~PAIR);
     }
 
-    int row, vector;  // vector: in its warp
+    int row, vector, lane_vector;  // vector: in its warp, and its bits of the lane
     u32 table[SETS][HIGH], cost[SETS][HIGH];
     u16* minima;       // where this lane's go, in the first of two buffers
     const u16* found;  // what its states need, likewise
@@ -69,8 +71,9 @@ struct Search {
 
     __device__ __forceinline__ Search(const float* values, u16* minima_of_warp, u32* trail_of_warp) {
         const int lane = threadIdx.x % 32;
-        row = lane / TOGETHER;
-        vector = lane % TOGETHER;
+        row = gather(lane, LANE_ROW);
+        vector = gather(lane, 31 & ~LANE_ROW);
+        lane_vector = lane & ~LANE_ROW;
         minima = minima_of_warp + vector * STRIDE + address(scatter(row, ROW));
         found = minima_of_warp + vector * STRIDE + address(scatter(row, ROW) >> K);
         trail = trail_of_warp;
@@ -119,11 +122,11 @@ struct Search {
     ) {
 #pragma unroll
         for (int set = 0; set < SETS; ++set) {
-            least[set] = minimum<RECORD>(cost[set], word, shift + K * set);
+            least[set] = minimum<RECORD>(cost[set], word, shift + SLOT * set);
             if (floor != NOTHING) least[set] = sub_two(least[set], floor);
         }
         u16* to = minima + buffer * MINIMA;
-        if constexpr (ones(NEAR & OWN) == 3) {
+        if constexpr (ones(NEAR & OWN) >= 3) {
 #pragma unroll
             for (int set = 0; set < SETS; set += 4) {
                 const uint4 four = {least[set], least[set + 1], least[set + 2], least[set + 3]};
@@ -162,8 +165,8 @@ struct Search {
         for (int set = 1; set < SETS; ++set) best = min_two(best, least[set]);
         best = min_two(best, best >> 16 | best << 16);
 #pragma unroll
-        for (int apart = TOGETHER; apart < 32; apart *= 2) {
-            best = min_two(best, __shfl_xor_sync(ALL, best, apart));
+        for (int apart = 1; apart < 32; apart *= 2) {
+            if (apart & LANE_ROW) best = min_two(best, __shfl_xor_sync(ALL, best, apart));
         }
         return best;
     }
@@ -180,7 +183,7 @@ struct Search {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const u32 one = i % 2 ? high_twice(two[i / 2]) : low_twice(two[i / 2]);
-                step<RECORD>(one, i % 2, word, i % PER_WORD * ENTRY, least, i == 2 ? floor : NOTHING);
+                step<RECORD>(one, i % 2, word, i % PER_WORD * K, least, i == 2 ? floor : NOTHING);
                 if (i == 0) floor = least_of_all(least);
                 if (RECORD && (i + 1) % PER_WORD == 0) {
                     *to = word;
@@ -209,7 +212,8 @@ struct Search {
             }
         }
 #pragma unroll
-        for (int apart = TOGETHER; apart < 32; apart *= 2) {
+        for (int apart = 1; apart < 32; apart *= 2) {
+            if (!(apart & LANE_ROW)) continue;
             const u32 other = __shfl_xor_sync(ALL, best, apart);
             best = other < best ? other : best;
         }
@@ -218,11 +222,10 @@ struct Search {
 
     // The state before `state`, which was reached with element `at` of the last walk.
     __device__ __forceinline__ int before(int state, int at) {
-        const int group = state >> K;
-        const int word = at / PER_WORD * 32 + gather(group, ROW) * TOGETHER + vector;
-        const u32 entry = ((const u16*)trail)[2 * word + gather(group, PAIR)];
-        const int shift = at % PER_WORD * ENTRY + K * gather(group, OWN & ~PAIR);
-        return (entry >> shift & (HIGH - 1)) << GROUP_BITS | group;
+        const int group = state >> K, lane = scatter(gather(group, ROW), LANE_ROW) | lane_vector;
+        const u32 word = trail[at / PER_WORD * 32 + lane];
+        const int slot = (group & PAIR ? 16 : 0) + SLOT * gather(group, OWN & ~PAIR);
+        return (word >> slot >> at % PER_WORD * K & (HIGH - 1)) << GROUP_BITS | group;
     }
 
     __device__ __forceinline__ void run(const u16* u, u8* codes) {
