@@ -15,16 +15,24 @@ def half_search(u_DN: Tensor, table: Tensor, bits: int) -> Tensor:
     """u [D, N] float32, table [S] float32, same device -> symbols [D, N] uint8; D of 8 elements."""
     u, levels = u_DN.half(), table.half()
     half, groups = len(u) // 2, len(table) >> bits
-    costs = torch.zeros(len(table), u.shape[1], dtype=torch.float16, device=u.device)
-    costs, _ = _walk(costs, u[half:], levels, bits)
-    costs, choices = _walk(costs, u[:half], levels, bits)
-    overlap = _trace(choices, _first_minimum(costs)[1], bits, 0)[0]
-    overlap = (choices[0].gather(0, (overlap >> bits).unsqueeze(0)).long() * groups + (overlap >> bits)) & (groups - 1)
+    zeros = torch.zeros(len(table), u.shape[1], dtype=torch.float16, device=u.device)
+    back, _ = _walk(zeros, u[:half].flip(0), levels[_mirrored(len(table))], bits)
+    ahead, _ = _walk(zeros, u[half:], levels, bits)
+    least_back, least_ahead = (costs.view(-1, groups, u.shape[1]).amin(0) for costs in (back, ahead))
+    overlap = _first_minimum(least_ahead + least_back[_mirrored(groups)])[1]
     elsewhere = (torch.arange(len(table), device=u.device).unsqueeze(1) & (groups - 1)) != overlap
-    costs = torch.zeros_like(costs).masked_fill(elsewhere, torch.inf)
+    costs = zeros.masked_fill(elsewhere, torch.inf)
     costs, choices = _walk(costs, u, levels, bits)
     end = _first_minimum(costs.masked_fill(elsewhere, torch.inf))[1]
     return (_trace(choices, end, bits, 0) & ((1 << bits) - 1)).to(torch.uint8)
+
+
+def _mirrored(count: int) -> Tensor:
+    """0 to count - 1, a power of 2, with their bits in the opposite order."""
+    found = torch.zeros(1, dtype=torch.int64)
+    while len(found) < count:
+        found = torch.cat((2 * found, 2 * found + 1))
+    return found
 
 
 def _walk(costs: Tensor, u: Tensor, levels: Tensor, bits: int) -> tuple[Tensor, list[Tensor]]:

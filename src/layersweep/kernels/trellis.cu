@@ -22,6 +22,11 @@ __device__ constexpr int scatter(int x, int mask) {
     }
     return found;
 }
+__device__ constexpr int mirror(int x, int bits) {
+    int found = 0;
+    for (int bit = 0; bit < bits; ++bit) found |= (x >> bit & 1) << (bits - 1 - bit);
+    return found;
+}
 __device__ constexpr int ones(int mask) { return mask ? 1 + ones(mask & (mask - 1)) : 0; }
 
 // Viterbi, two states to a register: costs are half numbers, kept small by subtracting the least.
@@ -49,6 +54,7 @@ struct Search {
     // A word of decisions: from the top 2 halves, SETS, elements, K bits.
     static constexpr int SLOT = 16 / SETS, PER_WORD = SLOT / K;
     static constexpr int WORDS = DIM / PER_WORD;  // of a lane in a pass
+    static constexpr int SEAM = DIM / 2;
     static_assert(ones(OWN) == X && PAIR < HIGH, "one half of the word for both of a pair");
 
     // Of the minimum of a group, in halves, without the vector's STRIDE. Bits: NEAR, the lane's own
@@ -67,9 +73,10 @@ struct Search {
     u32 table[SETS][HIGH], cost[SETS][HIGH];
     u16* minima;       // where this lane's go, in the first of two buffers
     const u16* found;  // what its states need, likewise
-    u32* trail;        // decisions of the warp: WORDS rows of 32 words
+    u32* trail;        // decisions of the warp: WORDS + 1 rows of 32 words
+    u16* own_minima;
 
-    __device__ __forceinline__ Search(const float* values, u16* minima_of_warp, u32* trail_of_warp) {
+    __device__ __forceinline__ Search(u16* minima_of_warp, u32* trail_of_warp) {
         const int lane = threadIdx.x % 32;
         row = gather(lane, LANE_ROW);
         vector = gather(lane, 31 & ~LANE_ROW);
@@ -77,12 +84,23 @@ struct Search {
         minima = minima_of_warp + vector * STRIDE + address(scatter(row, ROW));
         found = minima_of_warp + vector * STRIDE + address(scatter(row, ROW) >> K);
         trail = trail_of_warp;
+        own_minima = minima_of_warp;
+    }
+
+    // `BACK`: of the trellis walked against the stream's order, whose states are mirrored.
+    template <bool BACK>
+    __device__ __forceinline__ void begin(const float* values) {
+        const int own = scatter(row, ROW);
+        values += BACK ? mirror(own, L) : own;
 #pragma unroll
         for (int set = 0; set < SETS; ++set) {
 #pragma unroll
             for (int high = 0; high < HIGH; ++high) {
-                const float* first = values + (state_of(set, high) | scatter(row, ROW));
-                table[set][high] = float_to_half(first[0]) | (u32)float_to_half(first[PAIR]) << 16;
+                const int state = state_of(set, high), other = state | PAIR;
+                const float one = values[BACK ? mirror(state, L) : state];
+                const float two = values[BACK ? mirror(other, L) : other];
+                table[set][high] = float_to_half(one) | (u32)float_to_half(two) << 16;
+                cost[set][high] = 0;
             }
         }
     }
@@ -172,17 +190,18 @@ struct Search {
     }
 
     // `count` elements, a multiple of 4. Decisions go to the trail from its start on.
-    template <bool RECORD>
+    template <bool RECORD, bool BACK>
     __device__ __forceinline__ void walk(const u16* u, int count) {
         u32* to = trail + threadIdx.x % 32;
 #pragma unroll 1
         for (int at = 0; at < count; at += 4) {
-            const u64 four = *(const u64*)(u + at);
+            const u64 four = *(const u64*)(u + (BACK ? count - 4 - at : at));
             const u32 two[2] = {(u32)four, (u32)(four >> 32)};
             u32 word = 0, floor = NOTHING, least[SETS];
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                const u32 one = i % 2 ? high_twice(two[i / 2]) : low_twice(two[i / 2]);
+                const int e = BACK ? 3 - i : i;
+                const u32 one = e % 2 ? high_twice(two[e / 2]) : low_twice(two[e / 2]);
                 step<RECORD>(one, i % 2, word, i % PER_WORD * K, least, i == 2 ? floor : NOTHING);
                 if (i == 0) floor = least_of_all(least);
                 if (RECORD && (i + 1) % PER_WORD == 0) {
@@ -195,21 +214,27 @@ struct Search {
         __syncwarp();
     }
 
-    // The state of least cost, the lowest of several; of those that end in `group` if that is >= 0.
-    __device__ __forceinline__ int best_end(int group) {
-        u32 best = ~0u;
+    // The group at the seam of the best path around it: costs of the ways there and from there.
+    __device__ __forceinline__ int best_seam(const u32 (&from)[SETS]) {
+        u32 none = 0, best = ~0u;
+        u16* by_group = own_minima + (vector << GROUP_BITS);
+        const int own = scatter(row, ROW);
 #pragma unroll
         for (int set = 0; set < SETS; ++set) {
+            const int group = state_of(set, 0) | own;
+            by_group[mirror(group, GROUP_BITS)] = (u16)from[set];
+            by_group[mirror(group | PAIR, GROUP_BITS)] = (u16)(from[set] >> 16);
+        }
+        __syncwarp();
 #pragma unroll
-            for (int high = 0; high < HIGH; ++high) {
-                const u32 two = cost[set][high], state = state_of(set, high) | scatter(row, ROW);
-                // Costs are not negative: their bits have their order. NaN comes last.
-                const u32 ranks[2] = {(two & 0x7fffu) << 16 | state, (two & 0x7fff0000u) | state | PAIR};
-                for (const u32 rank : ranks) {
-                    const bool ends = group < 0 || (int)(rank & GROUP_MASK) == group;
-                    if (ends && rank < best) best = rank;
-                }
-            }
+        for (int set = 0; set < SETS; ++set) {
+            const int group = state_of(set, 0) | own;
+            const u32 negative = (by_group[group] | (u32)by_group[group | PAIR] << 16) ^ 0x80008000u;
+            const u32 sum = sub_two(minimum<false>(cost[set], none, 0), negative);
+            // Costs are not negative: their bits have their order.
+            const u32 low = (sum & 0x7fffu) << 16 | group, high = (sum & 0x7fff0000u) | group | PAIR;
+            best = low < best ? low : best;
+            best = high < best ? high : best;
         }
 #pragma unroll
         for (int apart = 1; apart < 32; apart *= 2) {
@@ -217,7 +242,8 @@ struct Search {
             const u32 other = __shfl_xor_sync(ALL, best, apart);
             best = other < best ? other : best;
         }
-        return best & ((1 << L) - 1);
+        __syncwarp();
+        return best & GROUP_MASK;
     }
 
     // The state before `state`, which was reached with element `at` of the last walk.
@@ -228,16 +254,15 @@ struct Search {
         return (word >> slot >> at % PER_WORD * K & (HIGH - 1)) << GROUP_BITS | group;
     }
 
-    __device__ __forceinline__ void run(const u16* u, u8* codes) {
+    __device__ __forceinline__ void run(const u16* u, const float* values, u8* codes) {
+        u32 none = 0, from[SETS];
+        begin<true>(values);
+        walk<false, true>(u, SEAM);
 #pragma unroll
-        for (int set = 0; set < SETS; ++set) {
-            for (int high = 0; high < HIGH; ++high) cost[set][high] = 0;
-        }
-        walk<false>(u + DIM / 2, DIM / 2);
-        walk<true>(u, DIM / 2);
-        int state = best_end(-1);
-        for (int at = DIM / 2 - 1; at >= 0; --at) state = before(state, at);
-        const int start = state & GROUP_MASK;
+        for (int set = 0; set < SETS; ++set) from[set] = minimum<false>(cost[set], none, 0);
+        begin<false>(values);
+        walk<false, false>(u + DIM - SEAM, SEAM);
+        const int start = best_seam(from);
 #pragma unroll
         for (int set = 0; set < SETS; ++set) {
             const int group = state_of(set, 0) | scatter(row, ROW);
@@ -245,9 +270,13 @@ struct Search {
             const u32 two = (group == start ? 0 : infinite) | (group + PAIR == start ? 0 : infinite) << 16;
             for (int high = 0; high < HIGH; ++high) cost[set][high] = two;
         }
-        __syncwarp();  // all have read the trail
-        walk<true>(u, DIM);
-        state = best_end(start);
+        walk<true, false>(u, DIM);
+        // One step more than elements: the choice of the start's group is the last state.
+        u32 word = 0;
+        for (int set = 0; set < SETS; ++set) minimum<true>(cost[set], word, SLOT * set);
+        trail[WORDS * 32 + threadIdx.x % 32] = word;
+        __syncwarp();
+        int state = before(start << K, DIM);
 #pragma unroll 1
         for (int eight = DEEP - 1; eight >= 0; --eight) {
             u32 word = 0;
@@ -268,7 +297,7 @@ __device__ __forceinline__ void encode(const float* u, const float* values, u8* 
     using S = Search<L, K>;
     alignas(16) __shared__ u16 inputs[S::VECTORS * DIM];
     alignas(16) __shared__ u16 minima[WARPS * 2 * S::MINIMA];
-    __shared__ u32 trail[WARPS * S::WORDS * 32];
+    __shared__ u32 trail[WARPS * (S::WORDS + 1) * 32];
     const i64 first = (i64)blockIdx.x * S::VECTORS;
     for (int at = 4 * threadIdx.x; at < S::VECTORS * DIM; at += 4 * WARPS * 32) {
         if (first + at / DIM >= count) break;
@@ -278,10 +307,10 @@ __device__ __forceinline__ void encode(const float* u, const float* values, u8* 
     }
     __syncthreads();
     const int warp = threadIdx.x / 32;
-    S search(values, minima + warp * 2 * S::MINIMA, trail + warp * S::WORDS * 32);
+    S search(minima + warp * 2 * S::MINIMA, trail + warp * (S::WORDS + 1) * 32);
     const int vector = warp * S::TOGETHER + search.vector;
     const bool real = first + vector < count;
-    search.run(inputs + vector * DIM, real ? codes + (first + vector) * (DEEP * K) : nullptr);
+    search.run(inputs + vector * DIM, values, real ? codes + (first + vector) * (DEEP * K) : nullptr);
 }
 
 template <int L, int K>
