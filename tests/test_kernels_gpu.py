@@ -11,6 +11,7 @@ import pytest
 import torch
 from capped_checks import check_capped
 from grouped_checks import check_grouped, check_rows_are_their_own
+from half_search import half_search
 
 from layersweep.kernels import Kernels, load_kernels
 from layersweep.kv import lloyd, trellis
@@ -176,6 +177,7 @@ def test_the_codec_uses_the_kernels_and_changes_nothing(
     decoded = codec.decode(fast, positions)
     assert len(calls) == 2 and None not in calls
     monkeypatch.setattr(module, "_kernels", lambda *key: None)
+    monkeypatch.setattr(trellis, "search", half_search)
     slow = codec.encode(x, stream, positions)
     assert fast.scale is not None and slow.scale is not None
     assert torch.equal(fast.codes, slow.codes) and torch.equal(fast.scale, slow.scale)
