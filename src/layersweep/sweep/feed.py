@@ -13,7 +13,7 @@ from layersweep.families.weights import BlockShape
 from layersweep.model.compute import Compute, Scratch
 from layersweep.model.ops import Parts
 from layersweep.stream.shapes import rows_at_once
-from layersweep.sweep.dense import DenseWeights, Views
+from layersweep.sweep.dense import DenseWeights
 from layersweep.sweep.state import Routing, TileState
 
 NORM_ROWS = 12_800  # at once
@@ -52,17 +52,17 @@ class FeedVisit:
         for run in runs_within(spans, most):
             (first, _), (_, last) = spans[run.start], spans[run.stop - 1]
             if len(spans) > 1 and last - first <= most:
-                self._together(state, routing, experts[run], spans[run], self.weights.feeds[run])
+                self._together(state, routing, experts[run], spans[run], run)
                 continue
             for start in range(first, last, size):
-                weights = self.weights.feeds[run.start]
-                self._alone(state, routing, weights, start, min(start + size, last))
+                self._alone(state, routing, run, start, min(start + size, last))
 
     def _together(
         self, state: TileState, routing: Routing, experts: Sequence[int], spans: Sequence[Span],
-        weights: Sequence[Views],
+        run: slice,
     ) -> None:  # fmt: skip
-        """Experts in a run, which share all launches; their products, too, where the device can."""
+        """A run of the experts, which share all launches; their products, too, where the device
+        can."""
         first, last = spans[0][0], spans[-1][1]
         if first == last:
             return
@@ -70,51 +70,46 @@ class FeedVisit:
             rows = routing.rows[first:last]
             ends = routing.ends[experts[0] : experts[-1] + 1]
             parts = Parts([(start - first, stop - first) for start, stop in spans], ends)
-            y = self._mlp(state.hidden, rows, last - first, weights, parts)[1]
+            y = self._mlp(state.hidden, rows, last - first, run, parts)[1]
             self.compute.ops.add_places_(
                 state.update, routing.places, first, y, routing.weights[first:last]
             )
 
-    def _alone(
-        self, state: TileState, routing: Routing, weights: Views, first: int, last: int
-    ) -> None:
+    def _alone(self, state: TileState, routing: Routing, run: slice, first: int, last: int) -> None:
         """Rows of one expert. They are unique, so plain indexed addition is deterministic."""
         with self.scratch.frame():
             rows, parts = routing.rows[first:last], Parts([(0, last - first)])
-            y = self._mlp(state.hidden, rows, last - first, [weights], parts)[1]
+            y = self._mlp(state.hidden, rows, last - first, run, parts)[1]
             self.compute.ops.add_rows_(state.update, rows, y, routing.weights[first:last])
 
     def _all_rows(self, state: TileState, some: slice) -> None:
-        weights, count = self.weights.feeds[0], some.stop - some.start
+        weights, count = self.weights.feeds, some.stop - some.start
         with self.scratch.frame():
-            x, y = self._mlp(state.hidden[some], None, count, [weights], Parts([(0, count)]))
+            x, y = self._mlp(state.hidden[some], None, count, slice(1), Parts([(0, count)]))
             if "gate" in weights:
-                y.mul_(torch.sigmoid(self.compute.ops.linear(x, weights["gate"])))
+                y.mul_(torch.sigmoid(self.compute.ops.linear(x, weights["gate"][0])))
             state.update[some] += y
 
     def _mlp(
-        self, hidden: Tensor, rows: Tensor | None, count: int, weights: Sequence[Views],
-        parts: Parts,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        self, hidden: Tensor, rows: Tensor | None, count: int, run: slice, parts: Parts
+    ) -> tuple[Tensor, Tensor]:
         """The normed rows, all `hidden` or those of the index `rows`, and down(act(gate x) * up x)
-        of them, each part by weights of its own."""
+        of them, each part by weights of its own, those of the blocks in `run`."""
         ops, feed = self.compute.ops, self.feed
         take, dtype = self.scratch.take, self.compute.dtype
         x = self._input(hidden, rows, take(count, hidden.shape[1], dtype=dtype))
-        both = take(count, len(weights[0]["gate_up_proj"]), dtype=dtype)
-        both = self._products(x, both, "gate_up", weights, parts)
+        both = take(count, self.weights.feeds["gate_up_proj"].shape[1], dtype=dtype)
+        both = self._products(x, both, "gate_up", run, parts)
         inner = ops.swiglu_(both, feed.act, interleaved=feed.interleaved, limit=feed.limit)
         # x has served, where nobody asks for it: its memory takes y
-        free = x if "gate" not in weights[0] else take(count, hidden.shape[1], dtype=dtype)
-        return x, self._products(inner, free, "down", weights, parts)
+        free = x if "gate" not in self.weights.feeds else take(*x.shape, dtype=dtype)
+        return x, self._products(inner, free, "down", run, parts)
 
-    def _products(
-        self, x: Tensor, out: Tensor, name: str, weights: Sequence[Views], parts: Parts
-    ) -> Tensor:
+    def _products(self, x: Tensor, out: Tensor, name: str, run: slice, parts: Parts) -> Tensor:
         """Rows of `parts` times the weights `name`, with their biases."""
-        biases = [own[f"{name}_bias"] for own in weights] if self.feed.bias else []
-        own = [views[f"{name}_proj"] for views in weights]
-        return self.compute.ops.products(x, own, biases, parts, out)
+        weights = self.weights.feeds
+        biases = weights[f"{name}_bias"][run] if self.feed.bias else None
+        return self.compute.ops.products(x, weights[f"{name}_proj"][run], biases, parts, out)
 
     def _input(self, hidden: Tensor, rows: Tensor | None, memory: Tensor) -> Tensor:
         norm = self.layer.feed_norm

@@ -168,7 +168,7 @@ class _Sweep:
                 self._routed = self._route_of(self.lead[0])
             for expert, number in enumerate(numbers):
                 self.weights.fill_feeds([self.store.get(number)])
-                one = _joined(self.weights.feeds[0])
+                one = _joined({key: view[0] for key, view in self.weights.feeds.items()})
                 self.store.release(number)
                 for walking in self.every:
                     walking.add(expert, module, one)
