@@ -23,7 +23,8 @@ def expert_rows(module: nn.Module, one: Mapping[str, Tensor], x_NH: Tensor) -> T
     inner = _product(x_NH, one, "gate_up_proj" if of.has_gate else "up_proj", of)
     inner = of._apply_gate(inner) if of.has_gate else of.act_fn(inner)
     found = _product(inner, one, "down_proj", of)
-    return of.post_expert_norm(found) if of.has_post_expert_norm else found
+    # a flag that transformers 5.17 does not have yet
+    return of.post_expert_norm(found) if getattr(of, "has_post_expert_norm", False) else found
 
 
 def _product(x: Tensor, one: Mapping[str, Tensor], name: str, of: Any) -> Tensor:
