@@ -157,8 +157,8 @@ def experts_at_once(decoder: Decoder, layer: Layer, element: int, *, cpu: bool) 
     """Experts that are dense together and visited in one go, where they are many and small: they
     share launches. As many as have the rows of about one tile."""
     feed = layer.feed
-    if cpu or decoder.generic or feed.router is None:
-        return 1
+    if cpu or feed.router is None or feed.inner % 8 or decoder.hidden_size % 8:
+        return 1  # rows of 16 bytes are what their products in one launch take
     each = 3 * feed.inner * decoder.hidden_size * element
     return max(1, min(feed.experts // feed.router.top_k, GROUP_BYTES // each))
 

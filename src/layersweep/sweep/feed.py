@@ -35,6 +35,7 @@ class FeedVisit:
     ) -> None:  # fmt: skip
         self.blocks, self.layer, self.feed = blocks, layer, layer.feed
         self.weights, self.compute, self.scratch = weights, compute, scratch
+        self.feeds: Sequence[Views] = weights.feeds
 
     def __call__(self, state: TileState) -> None:
         """Add the blocks' outputs to the tile's update buffer."""
@@ -52,10 +53,10 @@ class FeedVisit:
         for run in runs_within(spans, most):
             (first, _), (_, last) = spans[run.start], spans[run.stop - 1]
             if len(spans) > 1 and last - first <= most:
-                self._together(state, routing, experts[run], spans[run], self.weights.feeds[run])
+                self._together(state, routing, experts[run], spans[run], self.feeds[run])
                 continue
             for start in range(first, last, size):
-                weights = self.weights.feeds[run.start]
+                weights = self.feeds[run.start]
                 self._alone(state, routing, weights, start, min(start + size, last))
 
     def _together(
@@ -85,7 +86,7 @@ class FeedVisit:
             self.compute.ops.add_rows_(state.update, rows, y, routing.weights[first:last])
 
     def _all_rows(self, state: TileState, some: slice) -> None:
-        weights, count = self.weights.feeds[0], some.stop - some.start
+        weights, count = self.feeds[0], some.stop - some.start
         with self.scratch.frame():
             x, y = self._mlp(state.hidden[some], None, count, [weights], Parts([(0, count)]))
             if "gate" in weights:
