@@ -40,9 +40,10 @@ def either(request: pytest.FixtureRequest) -> Model:
 SIZED = (shapes, generic_shapes, loop, generic)
 
 
-def test_each_part_has_its_weight_and_its_bias() -> None:
+@pytest.mark.parametrize("ops", [TorchOps(), CudaOps(cast(Kernels, None), CPU)])
+def test_each_part_has_its_weight_and_its_bias(ops: TorchOps) -> None:
     x, weights, biases = torch.randn(5, 8), torch.randn(3, 6, 8), torch.randn(3, 6)
-    out = TorchOps().products(x, weights, biases, Parts(SPANS), torch.empty(5, 6))
+    out = ops.products(x, weights, biases, Parts(SPANS), torch.empty(5, 6))
     for row, part in enumerate((0, 0, 2, 2, 2)):
         wanted = weights[part].double() @ x[row].double() + biases[part].double()
         assert torch.allclose(out[row].double(), wanted, atol=1e-5)

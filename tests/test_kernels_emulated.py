@@ -238,9 +238,15 @@ def test_trellis_of_nonfinite_vectors(workshop: Workshop) -> None:
     check.check_trellis_nonfinite(workshop.kernels(torch.float16), CPU, 128)
 
 
-@pytest.mark.parametrize("vocabulary", [1, 31, 1000, 4097])
-def test_score(workshop: Workshop, vocabulary: int, seed: int) -> None:
-    check.check_score(workshop.kernels(torch.float32), CPU, 4, vocabulary, seed)
+@pytest.mark.parametrize(
+    "vocabulary, arms", [(1, 2), (31, 0), (1000, 1), (4097, 4), (8192, 3), (9003, 6)]
+)
+def test_score(workshop: Workshop, vocabulary: int, arms: int, seed: int) -> None:
+    check.check_score(workshop.kernels(torch.float32), CPU, 4, vocabulary, arms, seed)
+
+
+def test_score_of_confident_rows(workshop: Workshop, seed: int) -> None:
+    check.check_score_of_confident_rows(workshop.kernels(torch.float32), CPU, seed)
 
 
 def test_score_at_edges(workshop: Workshop) -> None:

@@ -250,12 +250,12 @@ def trellis_cases(kernels: Kernels, x: Tensor) -> Iterator[Case]:
 
 
 def score_cases(kernels: Kernels, dtype: torch.dtype) -> Iterator[Case]:
-    exact, arm = (random(torch.float32, 511, 32000) for _ in range(2))
-    target = torch.randint(0, 32000, (511,), device=DEVICE)
-    out = torch.empty(511, 3, device=DEVICE)
-    yield "score", lambda: kernels.score(exact, arm, target, out), 2 * exact.nbytes
-    base = torch.empty(511, 1, device=DEVICE)
-    yield "score_exact", lambda: kernels.score_exact(exact, target, base), exact.nbytes
+    branches = [random(torch.float32, 128, 128256) for _ in range(4)]
+    target = torch.randint(0, 128256, (128,), device=DEVICE)
+    for count in (1, 2, 4):
+        some, out = branches[:count], torch.empty(count, 128, 3, device=DEVICE)
+        work = partial(kernels.score, some, target, out)
+        yield f"score_{count}", work, sum(one.nbytes for one in some)
 
 
 def main() -> None:

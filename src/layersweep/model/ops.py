@@ -51,9 +51,16 @@ class TorchOps:
         """Fill `out` with the dense weight."""
         nf4.decode(quantized, kind, out)
 
-    def linear(self, x_NI: Tensor, weight_OI: Tensor, memory: Tensor | None = None) -> Tensor:
-        """x times weight, transposed: [N, O]."""
-        return maths.linear(x_NI, weight_OI)
+    def linear(
+        self,
+        x_NI: Tensor,
+        weight_OI: Tensor,
+        memory: Tensor | None = None,
+        bias_O: Tensor | None = None,
+    ) -> Tensor:
+        """x times weight, transposed, plus the bias: [N, O]."""
+        found = maths.linear(x_NI, weight_OI)
+        return found if bias_O is None else found.add_(bias_O)
 
     def products(
         self,
@@ -69,9 +76,8 @@ class TorchOps:
             if first == last:
                 continue
             own = memory_NO[first:last]
-            found = self.linear(x_NI[first:last], weights_POI[part], own)
-            if biases_PO is not None:
-                found.add_(biases_PO[part])
+            bias = None if biases_PO is None else biases_PO[part]
+            found = self.linear(x_NI[first:last], weights_POI[part], own, bias)
             if found.data_ptr() != own.data_ptr():
                 own.copy_(found)
         return memory_NO
@@ -193,10 +199,18 @@ class CudaOps(TorchOps):
         code = self._codes[kind]
         return quantized.packed, quantized.absmax, scales, quantized.blocksize, code
 
-    def linear(self, x_NI: Tensor, weight_OI: Tensor, memory: Tensor | None = None) -> Tensor:
-        if memory is None:
-            return torch.mm(x_NI, weight_OI.t())
-        return torch.mm(x_NI, weight_OI.t(), out=memory)
+    def linear(
+        self,
+        x_NI: Tensor,
+        weight_OI: Tensor,
+        memory: Tensor | None = None,
+        bias_O: Tensor | None = None,
+    ) -> Tensor:
+        weight_IO = weight_OI.t()
+        if bias_O is None:
+            return torch.mm(x_NI, weight_IO, out=memory)
+        # cuBLAS adds a bias of one dimension in the product's end, where the sum is rounded once
+        return torch.addmm(bias_O, x_NI, weight_IO, out=memory)
 
     def products(
         self,
@@ -271,12 +285,9 @@ class CudaOps(TorchOps):
         self.kernels.leave_layer_(hidden, update, unit_N, first_bad, layer)
 
     def losses(self, logits_TV: Tensor, target_T: Tensor) -> Tensor:
-        found = torch.empty(len(target_T), 1, device=target_T.device)
-        self.kernels.score_exact(logits_TV, target_T, found)
-        return found[:, 0]
+        return self.score_branches([logits_TV], target_T)[0, :, 0]
 
     def score_branches(self, logits: list[Tensor], target: Tensor) -> Tensor:
         scores = torch.empty(len(logits), len(target), 3, device=target.device)
-        for row, branch in zip(scores, logits, strict=True):
-            self.kernels.score(logits[0], branch, target, row)
+        self.kernels.score(logits, target, scores)
         return scores

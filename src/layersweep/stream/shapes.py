@@ -260,10 +260,11 @@ def temporary_bytes(decoder: Decoder, tiles: Sequence[TileShape], machine: Machi
         routing = tile.rows * (decoder.experts_per_token * 40 + decoder.num_experts * 12)
         if decoder.routes_in_float32:
             routing += 4 * tile.rows_at_once * decoder.hidden_size
-        logits = 0
-        if machine.cpu or not machine.kernels:  # a kernel needs no memory of its own for them
-            positions = positions_at_once(tile.branches, decoder.vocab_size)
-            logits = 4 * min(tile.read_each // tile.branches, positions) * 4 * decoder.vocab_size
+        positions = positions_at_once(tile.branches, decoder.vocab_size)
+        read = min(tile.read_each, tile.branches * positions)
+        logits = 32 * read * math.ceil(decoder.vocab_size / 4096)  # sums of parts, see score.cu
+        if machine.cpu or not machine.kernels:
+            logits = 4 * (read // tile.branches) * 4 * decoder.vocab_size
         if decoder.generic:
             from layersweep.stream.generic_shapes import module_bytes
 
