@@ -23,8 +23,9 @@ __device__ constexpr int scatter(int x, int mask) {
 }
 __device__ constexpr int mirror(int x, int bits) {
     int found = 0;
-#pragma unroll
-    for (int bit = 0; bit < bits; ++bit) found |= (x >> bit & 1) << (bits - 1 - bit);
+    for (int bit = 0; bit < 16; ++bit) {
+        if (bit < bits) found |= (x >> bit & 1) << (bits - 1 - bit);
+    }
     return found;
 }
 __device__ constexpr int ones(int mask) { return mask ? 1 + ones(mask & (mask - 1)) : 0; }
