@@ -7,12 +7,13 @@ attention looks at says where errors of keys matter (kv/fit.py).
 from __future__ import annotations
 
 import math
+from functools import cache
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from layersweep.kv.fit import Fit, fit
+from layersweep.kv.fit import Fit, fit, product
 from layersweep.model import maths
 from layersweep.sweep.context import LayerContext, Table
 from layersweep.sweep.heads import Projected
@@ -24,33 +25,33 @@ DISTANCES = 24  # most, from which queries look: 0, 1, 2, 3, and further ones in
 def fitted(projected: Projected, table: Table | None, context: LayerContext) -> Fit:
     """Of one sequence [1, heads, N, D], before RoPE."""
     (q,), (k, v) = projected.q, (x[0] for x in projected.streams)
-    groups, tokens = k.shape[:2]
+    (groups, tokens, dim), edges = k.shape, _edges(k.shape[1])
+    turned = [context.turn(x[None], table, 0, torch.empty_like(x[None]))[0] for x in (q, k)]
+    hidden = ~maths.branch_mask(tokens, tokens, k.device, context.attention.window)
     weight, by_distance = [], []
-    edges = _edges(tokens)
-    turned = [context.turn(x[None], table, 0, torch.empty_like(x[None]))[0].float() for x in (q, k)]
     for queries, keys in zip(turned[0].chunk(groups), turned[1], strict=True):
-        attention = _attention(queries, keys, context)
+        attention = _attention(queries, keys, hidden, context)
         moved = (attention * (1 - attention))[..., FIRST:]
         weight.append(moved.sum((0, 1)))
         by_distance.append(_by_distance(moved, edges))
-    shares = torch.cat(by_distance)  # [Q, N, distances]
-    one, seen = q.transpose(0, 1).unsqueeze(2), k.new_zeros(groups, *[k.shape[2]] * 2).float()
+    roots = torch.cat(by_distance).sqrt_()  # [Q, N, distances]
+    one, seen = q.transpose(0, 1).unsqueeze(2), k.new_zeros(groups, dim, dim, dtype=torch.float32)
     for index, (near, far) in enumerate(pairwise(edges)):
         at = context.turn(one, table, (near + far - 1) // 2, torch.empty_like(one))
-        at = at.squeeze(2).transpose(0, 1).float()
-        at = (at * shares[..., index : index + 1].sqrt()).reshape(groups, -1, k.shape[2])
-        seen += at.transpose(1, 2) @ at
+        at, shared = at.squeeze(2).transpose(0, 1), q.new_empty(q.shape)
+        torch.mul(at, roots[..., index : index + 1], out=shared)
+        shared = shared.view(groups, -1, dim)
+        seen += product(shared.transpose(1, 2), shared)
     return fit(k[:, FIRST:], v[:, FIRST:], torch.stack(weight), seen, _of_white(context))
 
 
-def _attention(q_QND: Tensor, k_ND: Tensor, context: LayerContext) -> Tensor:
+def _attention(q_QND: Tensor, k_ND: Tensor, hidden: Tensor, context: LayerContext) -> Tensor:
     """[Q, N, N] of one KV head, without what a model has of learned sinks."""
     one = context.attention
-    scores = q_QND @ k_ND.T * one.scale
+    scores = product(q_QND.flatten(0, 1), k_ND.T).view(*q_QND.shape[:2], -1) * one.scale
     if one.softcap is not None:
         scores = (scores / one.softcap).tanh_() * one.softcap
-    seen = maths.branch_mask(len(k_ND), len(k_ND), k_ND.device, one.window)
-    return scores.masked_fill_(~seen, -math.inf).softmax(-1)
+    return scores.masked_fill_(hidden, -math.inf).softmax(-1)
 
 
 def _edges(tokens: int) -> list[int]:
@@ -68,7 +69,19 @@ def _by_distance(moved_QNS: Tensor, edges: list[int]) -> Tensor:
     wide = torch.nn.functional.pad(moved_QNS.flip(2), (0, tokens + FIRST))
     width = keys + tokens + FIRST
     by = wide.as_strided((heads, tokens, tokens), (tokens * width, width - 1, 1), keys - 1 + FIRST)
-    return torch.stack([by[..., a:b].sum(2) for a, b in pairwise(edges)], dim=2)
+    return _sums(by, edges) if by.device.type == "cpu" else by @ _ranges(*edges, device=by.device)
+
+
+def _sums(by_QNS: Tensor, edges: list[int]) -> Tensor:
+    return torch.stack([by_QNS[..., a:b].sum(2) for a, b in pairwise(edges)], dim=2)
+
+
+@cache  # every layer asks alike, and a copy to a device makes the host wait
+def _ranges(*edges: int, device: torch.device) -> Tensor:
+    """[N, distances]: 1 where a distance is in a range. A product with it makes all of `_sums` in
+    one launch."""
+    sizes = [far - near for near, far in pairwise(edges)]
+    return torch.block_diag(*(torch.ones(size, 1) for size in sizes)).to(device)
 
 
 def _of_white(context: LayerContext) -> Tensor:
