@@ -229,6 +229,13 @@ def test_column_sums(
     check.check_mean_and_level(kernels, CPU, (batch, heads, tokens, dim), seed)
 
 
+@pytest.mark.parametrize(
+    "shape", [(2, 8, 37, 64), (1, 3, 8, 24), (1, 1, 1, 8), (2, 5, 9, 40)], ids=str
+)
+def test_sinks(kernels: Kernels, shape: tuple[int, int, int, int], seed: int) -> None:
+    check.check_sinks(kernels, CPU, shape, seed)
+
+
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 def test_trellis_codec(workshop: Workshop, bits: int, seed: int) -> None:
     check.check_trellis_codec(workshop.kernels(torch.float32), CPU, bits, seed)

@@ -194,7 +194,7 @@ def test_its_memory_is_planned(tiny: Path) -> None:
     shape = model.shape(reference_tile((1,) * 200))
     held = tile_bytes(model.decoder, shape, 4)
     assert plan.peaks["reference text"] == held == alone.peaks["hidden states"] // 128 * 200
-    assert plan.peaks["temporaries"] >= fit_bytes(model.decoder, shape) > 4 * 4 * 200**2
+    assert plan.peaks["temporaries"] >= fit_bytes(model.decoder, shape, cpu=True) > 4 * 4 * 200**2
 
 
 def test_a_study_gives_the_text_to_arms_that_ask_and_says_where_it_cannot() -> None:

@@ -104,7 +104,7 @@ def _prediction(k_GND: Tensor, v_GNE: Tensor, white: Tensor, basis: Basis) -> Te
     variance = (k_GND @ basis.into.double()).square().mean((1, 2))
     back = basis.back.double()
     noise = NOISE * variance.view(-1, 1, 1) * (back.transpose(1, 2) @ back)
-    heads = covariance[:size, :size].unflatten(1, noise.shape[:2]).unflatten(0, noise.shape[:2])
+    heads = covariance[:size, :size].view(*noise.shape[:2], *noise.shape[:2])
     heads.diagonal(dim1=0, dim2=2).add_(noise.permute(1, 2, 0))
     factor = torch.linalg.cholesky_ex(covariance[:size, :size])[0]
     return torch.cholesky_solve(covariance[:size, size:], factor)

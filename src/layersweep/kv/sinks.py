@@ -46,6 +46,9 @@ class Found:
         if kernels := _kernels_for(x_BHTD):
             kernels.shift_sinks_(x_BHTD, self.center, mean, self.flags, sign)
             return x_BHTD
+        return self.shift_by_torch(x_BHTD, mean, sign)
+
+    def shift_by_torch(self, x_BHTD: Tensor, mean: Tensor, sign: int) -> Tensor:
         near = _unpacked(self.flags, x_BHTD.shape[2])[:, None, :, None]
         return torch.where(near, x_BHTD + sign * (_row(mean, x_BHTD) - self.center.float()), x_BHTD)
 
@@ -91,7 +94,7 @@ def _row(mean: Tensor, like_BHTD: Tensor) -> Tensor:
 def _packed(flags_BT: Tensor) -> Tensor:
     tokens = flags_BT.shape[1]
     padded = torch.nn.functional.pad(flags_BT.to(torch.uint8), (0, -tokens % FLAGS))
-    return pack_bits(padded.t().contiguous(), 1)
+    return pack_bits(padded.t().contiguous(), 1).contiguous()  # for one bit it is a view
 
 
 def _unpacked(flags: Tensor, tokens: int) -> Tensor:
