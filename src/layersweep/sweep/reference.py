@@ -21,7 +21,7 @@ from layersweep.sweep.heads import Projected
 
 FIRST = 4  # tokens that are left out: a sink's key and value are like no other's
 DISTANCES = 24  # most, from which queries look: 0, 1, 2, 3, and further ones in equal ratios
-DISTANCES_AT_ONCE = 4  # on a GPU, where launches count
+DISTANCES_AT_ONCE = 4  # on a GPU
 
 
 def fitted(projected: Projected, table: Table | None, context: LayerContext) -> Fit:
@@ -30,17 +30,27 @@ def fitted(projected: Projected, table: Table | None, context: LayerContext) -> 
     turned_q, turned_k = (
         context.turn(x[None], table, 0, torch.empty_like(x[None]))[0] for x in (q, k)
     )
-    weight, shares = _looked_at(turned_q, turned_k, context)
-    seen = _seen(q, shares, len(k), table, context)
+    heads, distances = _at_once(q, k)
+    weight, shares = _looked_at(turned_q, turned_k, context, heads)
+    seen = _seen(q, shares, len(k), table, context, distances)
     return fit(k[:, FIRST:], v[:, FIRST:], weight, seen, _of_white(context))
 
 
-def _looked_at(q_QND: Tensor, k_GND: Tensor, context: LayerContext) -> tuple[Tensor, Tensor]:
+def _at_once(q_QND: Tensor, k_GND: Tensor) -> tuple[int, int]:
+    """KV heads and distances that share launches on a GPU."""
+    if k_GND.device.type == "cpu":
+        return 1, 1
+    groups, tokens = k_GND.shape[:2]
+    return fitted_at_once(len(q_QND) // groups, tokens, cpu=False), DISTANCES_AT_ONCE
+
+
+def _looked_at(
+    q_QND: Tensor, k_GND: Tensor, context: LayerContext, at_once: int
+) -> tuple[Tensor, Tensor]:
     """Of p (1 - p), p the attention: sums over the queries of a KV head [G, N] and, for every
     query, over ranges of distances [Q, N, distances]."""
     groups, tokens, edges = len(k_GND), k_GND.shape[1], _edges(k_GND.shape[1])
     hidden = ~maths.branch_mask(tokens, tokens, k_GND.device, context.attention.window)
-    at_once = fitted_at_once(len(q_QND) // groups, tokens, cpu=k_GND.device.type == "cpu")
     weight, by_distance = [], []
     queries_at_once = at_once * len(q_QND) // groups
     for queries, keys in zip(
@@ -66,15 +76,15 @@ def _attention(q_QND: Tensor, k_GND: Tensor, hidden: Tensor, context: LayerConte
 
 
 def _seen(
-    q_QND: Tensor, shares: Tensor, groups: int, table: Table | None, context: LayerContext
-) -> Tensor:
+    q_QND: Tensor, shares: Tensor, groups: int, table: Table | None, context: LayerContext,
+    at_once: int,
+) -> Tensor:  # fmt: skip
     """Sums [G, D, D] of q q^T by their shares, q turned by the middle of each range."""
     tokens, dim = q_QND.shape[1:]
-    roots, edges = shares.sqrt_(), _edges(tokens)
+    roots, edges = shares.sqrt(), _edges(tokens)
     if table is not None:
         middles = _middles(*edges, device=q_QND.device)
         table = table[0][middles], table[1][middles]
-    at_once = 1 if q_QND.device.type == "cpu" else DISTANCES_AT_ONCE
     seen = q_QND.new_zeros(groups, dim, dim, dtype=torch.float32)
     for first in range(0, len(edges) - 1, at_once):
         root = roots[..., first : first + at_once].unsqueeze(3)  # [Q, N, distances, 1]
