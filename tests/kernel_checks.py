@@ -459,7 +459,7 @@ def check_sinks(
     mean = draw(seed, batch, heads, dim + 1, device=device).to(torch.float16)
     center = draw(seed + 1, batch, heads, 1, dim, device=device).to(torch.float16)
     x = draw(seed + 2, batch, tokens, heads + 1, dim, device=device)
-    near = draw(seed + 3, batch, tokens, 1, 1, device=device) > 0.5
+    near = (torch.arange(tokens, device=device) % 3 == 0)[:, None, None]
     around = torch.where(near, center.transpose(1, 2).float(), mean[..., :dim][:, None].float())
     x[:, :, 1:] += around
     x[0, -1] = (torch.nan, torch.inf, 3e38)[seed % 3]
@@ -468,7 +468,7 @@ def check_sinks(
         wanted = sinks.flags_by_torch(given, center, mean)
         exactly(kernels.find_sinks(given, center, mean), wanted, seed)
     found = sinks.Found(center, wanted)
-    assert tokens * dim * heads < 500 or wanted.any()
+    assert wanted.any() or tokens == 1  # which is not finite
     for first in (0, 8 if tokens > 8 else 0):
         for moved in (x[:, first:, 1:].transpose(1, 2), x[:, first:, 1:].transpose(1, 2).clone()):
             some, sign = found.without(first), 1 - 2 * (first > 0)
