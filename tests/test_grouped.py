@@ -16,7 +16,8 @@ from layersweep.errors import Fallback
 from layersweep.kernels import Kernels
 from layersweep.model import compute
 from layersweep.model.ops import CudaOps, Parts, TorchOps
-from layersweep.sweep import feed
+from layersweep.stream import generic_shapes, shapes
+from layersweep.sweep import feed, generic, loop
 from layersweep.sweep.feed import FeedVisit, runs_within
 from layersweep.sweep.model import Model, load
 
@@ -29,9 +30,20 @@ def demo() -> Model:
     return load("demo", device="cpu")
 
 
-def test_each_part_has_its_weight_and_its_bias() -> None:
+@pytest.fixture(scope="module", params=["auto", "generic"])
+def either(request: pytest.FixtureRequest) -> Model:
+    """By our own program, and by transformers' modules."""
+    return load("demo", device="cpu", program=request.param)
+
+
+# Where experts_at_once is asked; shapes of the plan must agree with the sweep.
+SIZED = (shapes, generic_shapes, loop, generic)
+
+
+@pytest.mark.parametrize("ops", [TorchOps(), CudaOps(cast(Kernels, None), CPU)])
+def test_each_part_has_its_weight_and_its_bias(ops: TorchOps) -> None:
     x, weights, biases = torch.randn(5, 8), torch.randn(3, 6, 8), torch.randn(3, 6)
-    out = TorchOps().products(x, list(weights), list(biases), Parts(SPANS), torch.empty(5, 6))
+    out = ops.products(x, weights, biases, Parts(SPANS), torch.empty(5, 6))
     for row, part in enumerate((0, 0, 2, 2, 2)):
         wanted = weights[part].double() @ x[row].double() + biases[part].double()
         assert torch.allclose(out[row].double(), wanted, atol=1e-5)
@@ -42,40 +54,40 @@ def test_one_launch_serves_groups_alone() -> None:
     asked = []
 
     def grouped(
-        x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor],
-        spans: Sequence[tuple[int, int]], ends: Tensor, out: Tensor,
+        x: Tensor, weights: Tensor, biases: Tensor | None, spans: Sequence[tuple[int, int]],
+        ends: Tensor, out: Tensor,
     ) -> None:  # fmt: skip
         asked.append((spans, ends.tolist()))
 
     ops = CudaOps(cast(Kernels, None), CPU, grouped)
-    x, weights, out = torch.ones(5, 8), [torch.ones(6, 8)] * 3, torch.zeros(5, 6)
-    assert ops.products(x, weights, [], Parts([(0, 5)]), out).eq(8).all() and asked == []
+    x, weights, out = torch.ones(5, 8), torch.ones(3, 6, 8), torch.zeros(5, 6)
+    assert ops.products(x, weights, None, Parts([(0, 5)]), out).eq(8).all() and asked == []
     parts = Parts(SPANS, torch.tensor([12, 12, 15]))
-    assert ops.products(x, weights, [], parts, out) is out
+    assert ops.products(x, weights, None, parts, out) is out
     assert asked == [(SPANS, [12, 12, 15])]
 
 
 def test_groups_change_no_number_and_know_their_ends_on_the_device(
-    demo: Model, monkeypatch: pytest.MonkeyPatch
+    either: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ids = [torch.randint(0, demo.decoder.vocab_size, (60,)).tolist()]
-    (alone,) = demo.score(ids)
-    for module in ("stream.shapes", "sweep.loop"):
-        monkeypatch.setattr(f"layersweep.{module}.experts_at_once", lambda *args, cpu: 3)
-    loop, sizes = TorchOps.products, []
+    ids = [torch.randint(0, either.decoder.vocab_size, (60,)).tolist()]
+    (alone,) = either.score(ids)
+    for module in SIZED:
+        monkeypatch.setattr(module, "experts_at_once", lambda *args, cpu: 3)
+    one_by_one, sizes = TorchOps.products, []
 
     def spy(
-        ops: TorchOps, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor],
-        parts: Parts, memory: Tensor,
+        ops: TorchOps, x: Tensor, weights: Tensor, biases: Tensor | None, parts: Parts,
+        memory: Tensor,
     ) -> Tensor:  # fmt: skip
         assert parts.ends is not None
         first = int(parts.ends[-1]) - parts.spans[-1][1]
         assert [last for _, last in parts.spans] == (parts.ends - first).tolist()
         sizes.append(len(weights))
-        return loop(ops, x, weights, biases, parts, memory)
+        return one_by_one(ops, x, weights, biases, parts, memory)
 
     monkeypatch.setattr(TorchOps, "products", spy)
-    (together,) = demo.score(ids)
+    (together,) = either.score(ids)
     assert torch.equal(together, alone)
     assert set(sizes) == {3, 2}
 
@@ -92,13 +104,13 @@ def test_rows_of_a_group_go_in_runs(most: int, wanted: list[tuple[int, int]]) ->
     assert [(run.start, run.stop) for run in runs_within(spans, most)] == wanted
 
 
-def test_uneven_routing_changes_no_number(demo: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_uneven_routing_changes_no_number(either: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """A group takes 3 x 7 rows at once here; its experts have some 15 of 60 x 2 each."""
     seeded = torch.Generator().manual_seed(0)  # some expert must have more than 21
-    ids = [torch.randint(0, demo.decoder.vocab_size, (60,), generator=seeded).tolist()]
-    (whole,) = demo.score(ids)
-    for module in ("stream.shapes", "sweep.loop"):
-        monkeypatch.setattr(f"layersweep.{module}.experts_at_once", lambda *args, cpu: 3)
+    ids = [torch.randint(0, either.decoder.vocab_size, (60,), generator=seeded).tolist()]
+    (whole,) = either.score(ids)
+    for module in SIZED:
+        monkeypatch.setattr(module, "experts_at_once", lambda *args, cpu: 3)
     monkeypatch.setattr(feed, "rows_at_once", lambda *args, cpu: 7)
     visits: dict[str, list[int]] = {"_together": [], "_alone": []}
     for name, noted in visits.items():
@@ -106,7 +118,7 @@ def test_uneven_routing_changes_no_number(demo: Model, monkeypatch: pytest.Monke
         monkeypatch.setattr(
             FeedVisit, name, lambda *args, real=real, noted=noted: noted.append(real(*args))
         )
-    (parts,) = demo.score(ids)
+    (parts,) = either.score(ids)
     assert torch.allclose(parts, whole, atol=1e-4)  # products of other sizes round differently
     assert visits["_together"] and visits["_alone"]
 
@@ -147,7 +159,7 @@ def test_older_cards_and_float32_are_not_asked(monkeypatch: pytest.MonkeyPatch) 
 def test_the_path_says_how_many_experts_share_a_launch(demo: Model) -> None:
     assert demo.paths.experts == "one dense expert at a time, all tiles"
     gpu = replace(demo.compute, device=torch.device("cuda"), dtype=torch.float16)
-    at_once = demo.decoder.num_experts // demo.decoder.experts_per_token
+    at_once = demo.decoder.num_experts  # 8, of which each row visits 2
     assert replace(demo, compute=gpu).paths.experts == (
         f"{at_once} dense experts at a time, a product each, all tiles"
     )

@@ -126,21 +126,29 @@ struct Max {
     __device__ V operator()(V a, V b) const { return a > b ? a : b; }
 };
 
+struct Min {
+    template <class V>
+    __device__ V operator()(V a, V b) const { return a < b ? a : b; }
+};
+
+template <class V, class Combine>
+__device__ V reduce_warp(V value, Combine combine) {
+    for (int step = 16; step; step /= 2) {
+        value = combine(value, __shfl_xor_sync(0xffffffffu, value, step));
+    }
+    return value;
+}
 // Every thread gets the result, combined in an order that blockDim alone decides. `identity` is
 // combined in for the warps that are not there.
 template <class V, class Combine>
 __device__ V reduce_block(V value, V identity, Combine combine) {
     __shared__ V partial[32];
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    for (int step = 16; step; step /= 2) {
-        value = combine(value, __shfl_xor_sync(0xffffffffu, value, step));
-    }
+    value = reduce_warp(value, combine);
     if (lane == 0) partial[warp] = value;
     __syncthreads();
     value = lane < blockDim.x / 32 ? partial[lane] : identity;
-    for (int step = 16; step; step /= 2) {
-        value = combine(value, __shfl_xor_sync(0xffffffffu, value, step));
-    }
+    value = reduce_warp(value, combine);
     __syncthreads();  // the next call writes `partial`
     return value;
 }

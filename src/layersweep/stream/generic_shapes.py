@@ -11,7 +11,13 @@ import math
 
 from layersweep.families.generic.costs import Costs, Moment, costs_of
 from layersweep.families.spec import Decoder
-from layersweep.stream.shapes import CPU_EXPERT_ROWS, DENSE_ROWS, TileShape, rows_at_once
+from layersweep.stream.shapes import (
+    CPU_EXPERT_ROWS,
+    DENSE_ROWS,
+    TileShape,
+    experts_at_once,
+    rows_at_once,
+)
 
 HEAD_ROWS = 256  # whose logits the head computes at once
 
@@ -39,7 +45,8 @@ def module_bytes(
     for layer in decoder.distinct_layers:
         if layer.feed.experts:
             rows = min(rows_at_once(layer.feed, "expert", tile.rows, cpu=cpu), tile.rows)
-            most = max(most, rows * known.expert)
+            together = experts_at_once(decoder, layer, element, cpu=cpu)
+            most = max(most, rows * together * known.expert)
     return max(math.ceil(most), HEAD_ROWS * decoder.vocab_size * 4 * _HEAD)
 
 

@@ -15,16 +15,17 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from layersweep.families.generic.wanted import split_key
 from layersweep.families.spec import Decoder
 from layersweep.model.compute import Compute
 from layersweep.model.generic.decoder import Modules
 from layersweep.model.generic.walk import AtExperts, AtLayer
 from layersweep.stream.generic_shapes import HEAD_ROWS
-from layersweep.stream.shapes import positions_at_once
+from layersweep.stream.shapes import experts_at_once, positions_at_once
 from layersweep.stream.store import BlockStore
 from layersweep.sweep.clock import PhaseClock
 from layersweep.sweep.dense import Views
+from layersweep.sweep.feed import groups_of
+from layersweep.sweep.generic_experts import ExpertsVisit, joined
 from layersweep.sweep.generic_walking import Walking
 from layersweep.sweep.loop import Engine
 from layersweep.sweep.record import (
@@ -156,31 +157,38 @@ class _Sweep:
             self._look(layer, self.lead[0])
 
     def _visit_experts(self, layer: int, numbers: Sequence[int]) -> None:
-        """One expert after the other with all tiles, then all of them on through the layer."""
+        """Experts, one after the other or a few together, with all tiles; then all of these on
+        through the layer."""
         module = self.modules.module(self.modules.layers[layer].experts)
+        described, compute = self.engine.decoder.layers[layer], self.engine.compute
+        shapes = [self.store.specs[number].shape for number in numbers]
         with self.clock.phase("experts"):
             for walking in self.every:
                 walking.route(layer)
             # the one place in a layer where the host waits for the device
-            Routing.settle([one.routing for one in self.every if one.routing])
+            Routing.settle([one.state.routing for one in self.every if one.state.routing])
             self._report()
             if self.check:
                 self._routed = self._route_of(self.lead[0])
-            for expert, number in enumerate(numbers):
-                self.weights.fill_feeds([self.store.get(number)])
-                one = _joined(self.weights.feeds[0])
-                self.store.release(number)
+            for group in groups_of(numbers, shapes, self._at_once(layer)):
+                self.weights.fill_feeds([self.store.get(number) for number in group])
+                for number in group:
+                    self.store.release(number)
+                visit = ExpertsVisit(
+                    [self.store.specs[number].shape for number in group], described, self.weights,
+                    compute, self.engine.scratch, module,
+                )  # fmt: skip
                 for walking in self.every:
-                    walking.add(expert, module, one)
-                self._visited()
+                    visit(walking.state)
+                self._visited(len(group))
             for walking in self.every:
                 assert isinstance(walking.halt, AtExperts)
                 walking.go()
 
     def _route_of(self, walking: Walking) -> tuple[int, Tensor]:
         """Experts that have rows, and the router's spread, which is still on the device."""
-        assert walking.routing is not None
-        start = walking.routing.start
+        assert walking.state.routing is not None
+        start = walking.state.routing.start
         used = sum(after > before for before, after in pairwise(start))
         return used, walking.spread()
 
@@ -233,32 +241,19 @@ class _Sweep:
     def _filled(self, number: int, prefix: str = "", feeds: Sequence[int] = ()) -> Views:
         """A block's weights in the compute dtype, by the names of their parameters."""
         block = self.store.get(number)
-        self.weights.fill_attention(block, [self.store.specs[feed].shape for feed in feeds])
+        shapes = [self.store.specs[feed].shape for feed in feeds]
+        at_once = self._at_once(block.spec.layer) if block.spec.layer is not None else 1
+        self.weights.fill_attention(block, shapes, at_once)
         self.store.release(number)
-        own = _joined({key: self.weights.attention[key] for key in block.spec.weights})
+        own = joined({key: self.weights.attention[key] for key in block.spec.weights})
         return {self.modules.parameter(f"{prefix}{key}"): view for key, view in own.items()}
 
-    def _visited(self) -> None:
-        self._done += 1
+    def _at_once(self, layer: int) -> int:
+        decoder, compute = self.engine.decoder, self.engine.compute
+        return experts_at_once(
+            decoder, decoder.layers[layer], compute.dtype.itemsize, cpu=compute.cpu
+        )
+
+    def _visited(self, count: int = 1) -> None:
+        self._done += count
         self._progress("sweep", self._done, self._total)
-
-
-def _joined(views: Views) -> dict[str, Tensor]:
-    """Weights by the names of their parameters: those in pieces as one."""
-    pieces: dict[str, list[Tensor]] = {}
-    for key, view in views.items():
-        pieces.setdefault(split_key(key)[1], []).append(view)
-    return {
-        key: parts[0] if len(parts) == 1 else _side_by_side(parts) for key, parts in pieces.items()
-    }
-
-
-def _side_by_side(parts: list[Tensor]) -> Tensor:
-    """Views that follow one another in memory as one view; else a copy."""
-    end = parts[0].data_ptr()
-    for part in parts:
-        if part.data_ptr() != end:
-            return torch.cat(parts)
-        end += part.nbytes
-    rows = sum(len(part) for part in parts)
-    return parts[0].as_strided((rows, *parts[0].shape[1:]), parts[0].stride())

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import ExitStack
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from layersweep.families.spec import Decoder
 from layersweep.model.compute import Compute, Scratch
 from layersweep.model.generic.decoder import Modules
-from layersweep.model.generic.experts import expert_rows
 from layersweep.model.generic.walk import AtExperts, AtLayer, Done, Halt
 from layersweep.model.ops import NEVER
-from layersweep.stream.shapes import rows_at_once
 from layersweep.sweep.generic_rows import TileRows, context_maker, tile_positions
 from layersweep.sweep.sequences import Tile
 from layersweep.sweep.state import Routing, TileState
 
 
 class Walking:
-    """`halt` is where the tile's forward pass stands; `routing` and `sums` are set at experts."""
+    """`halt` is where the tile's forward pass stands. At experts, its `state` has the rows that go
+    there, their routing and the sums of what comes of them."""
 
     def __init__(
         self,
@@ -44,9 +42,6 @@ class Walking:
         self._walk = modules.walk(ids, tile_positions(tile).to(device), rows)
         leave.callback(self._walk.close)
         self.halt: Halt | None = None
-        self.routing: Routing | None = None
-        self.sums = torch.empty(0)
-        self.at_once = 0
 
     @property
     def hidden(self) -> Tensor:
@@ -56,36 +51,25 @@ class Walking:
 
     def go(self) -> None:
         """On to the next halt, with the experts' sums if it waited for them."""
-        sums, self.sums, self.routing = self.sums, torch.empty(0), None
+        state = self.state
+        sums, state.routing = state.update, None
+        state.hidden = state.update = torch.empty(0)
         self.halt = None  # what it holds is the model's alone, while that computes
         self.halt = self._walk.go(sums)
 
     def route(self, layer: int) -> None:
         """Sort its rows by expert. No synchronization."""
-        assert isinstance(self.halt, AtExperts)
-        feed = self.decoder.layers[layer].feed
-        self.routing = Routing.of(self.halt.experts_NK, self.halt.weights_NK, feed.experts)
-        self.sums = torch.zeros_like(self.halt.rows_NH)
-        self.at_once = rows_at_once(feed, "expert", self.tile.rows, cpu=self.compute.cpu)
-
-    def add(self, expert: int, module: nn.Module, one: Mapping[str, Tensor]) -> None:
-        """An expert's rows through it, weighted, onto the sums.
-
-        Its rows are unique and experts come in order, so a row's sum depends on nothing else.
-        """
-        assert isinstance(self.halt, AtExperts) and self.routing is not None
-        last = self.routing.start[expert + 1]
-        for first in range(self.routing.start[expert], last, self.at_once):
-            some = slice(first, min(first + self.at_once, last))
-            rows = self.routing.rows[some]
-            found = expert_rows(module, one, self.halt.rows_NH[rows])
-            self.compute.ops.add_rows_(self.sums, rows, found, self.routing.weights[some])
+        halt, state = self.halt, self.state
+        assert isinstance(halt, AtExperts)
+        experts = self.decoder.layers[layer].feed.experts
+        state.routing = Routing.of(halt.experts_NK, halt.weights_NK, experts)
+        state.hidden, state.update = halt.rows_NH, torch.zeros_like(halt.rows_NH)
 
     def spread(self) -> Tensor:
         """How much the rows' weights of the experts differ, the most of any expert. No wait."""
-        assert isinstance(self.halt, AtExperts) and self.routing is not None
-        experts = len(self.routing.start) - 1
-        table = self.routing.weights.new_zeros(self.tile.rows, experts)
+        assert isinstance(self.halt, AtExperts) and self.state.routing is not None
+        experts = len(self.state.routing.start) - 1
+        table = self.state.routing.weights.new_zeros(self.tile.rows, experts)
         table.scatter_(1, self.halt.experts_NK, self.halt.weights_NK.to(table.dtype))
         return table.float().std(0).max()
 

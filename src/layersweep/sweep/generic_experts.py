@@ -1,0 +1,58 @@
+"""Experts of transformers' modules, whose weights are dense, with each tile in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from layersweep.families.generic.wanted import split_key
+from layersweep.families.spec import Layer
+from layersweep.families.weights import BlockShape
+from layersweep.model.compute import Compute, Scratch
+from layersweep.model.generic.experts import expert_rows
+from layersweep.model.ops import Parts
+from layersweep.sweep.dense import DenseWeights, Views
+from layersweep.sweep.feed import FeedVisit
+
+
+class ExpertsVisit(FeedVisit):
+    """A few experts; rows come normed, and `module` computes between their products."""
+
+    def __init__(
+        self, blocks: Sequence[BlockShape], layer: Layer, weights: DenseWeights, compute: Compute,
+        scratch: Scratch, module: nn.Module,
+    ) -> None:  # fmt: skip
+        super().__init__(blocks, layer, weights, compute, scratch)
+        self.feeds = joined(weights.feeds, dim=1)
+        self.module = module
+
+    def _mlp(
+        self, hidden: Tensor, rows: Tensor | None, count: int, weights: Views, parts: Parts
+    ) -> tuple[Tensor, Tensor]:
+        x = hidden if rows is None else hidden[rows]
+        return x, expert_rows(self.module, weights, x, parts, self.compute.ops)
+
+
+def joined(views: Views, dim: int = 0) -> dict[str, Tensor]:
+    """Weights by the names of their parameters: those in pieces as one, along `dim`."""
+    pieces: dict[str, list[Tensor]] = {}
+    for key, view in views.items():
+        pieces.setdefault(split_key(key)[1], []).append(view)
+    return {
+        key: parts[0] if len(parts) == 1 else _side_by_side(parts, dim)
+        for key, parts in pieces.items()
+    }
+
+
+def _side_by_side(parts: list[Tensor], dim: int) -> Tensor:
+    """Views that follow one another in memory as one view; else a copy."""
+    first, end = parts[0], parts[0].data_ptr()
+    for part in parts:
+        if part.data_ptr() != end:
+            return torch.cat(parts, dim)
+        end += part.shape[dim] * part.stride(dim) * part.itemsize
+    shape = list(first.shape)
+    shape[dim] = sum(part.shape[dim] for part in parts)
+    return first.as_strided(shape, first.stride())
