@@ -68,7 +68,7 @@ def fit(k_GND: Tensor, v_GNE: Tensor, weight_GN: Tensor, seen_GDD: Tensor, white
     operand = torch.float32 if k_GND.device.type == "cpu" else k_GND.dtype
     weighted = k * weight_GN.double().unsqueeze(2)
     basis = even(k.transpose(1, 2) @ weighted, seen_GDD.double())
-    weight = _prediction(k, v, white.to(operand), basis)
+    weight = _prediction(k, v, white, basis, operand)
     return Fit(basis, Prediction(weight.to(operand).contiguous()))
 
 
@@ -94,12 +94,14 @@ def even(covariance: Tensor, seen: Tensor) -> Basis:
     return Basis(into.float().contiguous(), back.float().contiguous())
 
 
-def _prediction(k_GND: Tensor, v_GNE: Tensor, white: Tensor, basis: Basis) -> Tensor:
+def _prediction(
+    k_GND: Tensor, v_GNE: Tensor, white: Tensor, basis: Basis, operand: torch.dtype
+) -> Tensor:
     """P [G D, G E]. The noise of decoded keys is even in their coordinates."""
     size, tokens = k_GND.shape[0] * k_GND.shape[2], k_GND.shape[1]
     x = torch.cat((_columns(k_GND), _columns(v_GNE)), dim=1)
     covariance = x.T @ x / tokens
-    rows = torch.cat((_share(white[:size], k_GND), _share(white[size:], v_GNE)))
+    rows = torch.cat((_share(white[:size], k_GND), _share(white[size:], v_GNE))).to(operand)
     covariance = covariance + product(rows, rows.T).double()
     variance = (k_GND @ basis.into.double()).square().mean((1, 2))
     back = basis.back.double()

@@ -217,7 +217,7 @@ def _attend_streaming(
     near = arm.window > 0 or arm.block > 0 or Grouping() not in (how_keys, how_values)
     parts = 1 + (arm.fine > 0) + between + near
     if parts == 1:
-        keys, values = read(stored.pieces(0), 0, table, context)
+        keys, values = read([stored.decoded(0)], 0, table, context)
         return attention(q, keys, values, rule=rule, sinks=sinks)
     exact = read([streams], 0, table, context)
     if arm.keeps_window(rule.window):
@@ -226,7 +226,7 @@ def _attend_streaming(
     shapes = (0, tokens) if arm.fine else (0,)
     every = [replace(arm, window=0, block=0, fine=fine) for fine in shapes]
     coded = _stored(every, streams, context, mean_tokens=FIRST_BLOCK, whole=True)
-    views = [read(coded.pieces(i), 0, table, context) for i in range(len(every))]
+    views = [read([coded.decoded(i)], 0, table, context) for i in range(len(every))]
     coded_keys, coded_values = views[-1]
     keys_wait = how_values == Grouping()
     views += [(exact[0], coded_values) if keys_wait else (coded_keys, exact[1])] * between
