@@ -15,9 +15,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from layersweep.families.generic.alike import gate_of
 from layersweep.families.spec import Decoder
 from layersweep.model.compute import Compute
 from layersweep.model.generic.decoder import Modules
+from layersweep.model.generic.turning import Turners
 from layersweep.model.generic.walk import AtExperts, AtLayer
 from layersweep.stream.generic_shapes import HEAD_ROWS
 from layersweep.stream.shapes import experts_at_once, positions_at_once
@@ -49,13 +51,15 @@ class GenericEngine(Engine):
     ) -> None:
         super().__init__(decoder, store, compute, scratch_bytes)
         assert decoder.generic is not None
-        self.modules = Modules(decoder.generic, decoder.num_hidden_layers, compute.device)
+        self.modules = Modules(decoder.generic, decoder.num_hidden_layers, compute)
+        self.turners = Turners(compute.device)
 
     def walking(self, tile: Tile, record: SweepRecord, leave: ExitStack) -> Walking:
         """A tile before its embedding; it is closed with `leave`."""
         return Walking(
-            self.decoder, self.modules, self.compute, self.scratch, tile, record.cache_bits, leave
-        )
+            self.decoder, self.modules, self.compute, self.scratch, tile, record.cache_bits,
+            self.turners, leave,
+        )  # fmt: skip
 
 
 def run_modules(
@@ -160,6 +164,7 @@ class _Sweep:
         """Experts, one after the other or a few together, with all tiles; then all of these on
         through the layer."""
         module = self.modules.module(self.modules.layers[layer].experts)
+        act = gate_of(module, self.engine.compute.dtype)
         described, compute = self.engine.decoder.layers[layer], self.engine.compute
         shapes = [self.store.specs[number].shape for number in numbers]
         with self.clock.phase("experts"):
@@ -176,7 +181,7 @@ class _Sweep:
                     self.store.release(number)
                 visit = ExpertsVisit(
                     [self.store.specs[number].shape for number in group], described, self.weights,
-                    compute, self.engine.scratch, module,
+                    compute, self.engine.scratch, module, act,
                 )  # fmt: skip
                 for walking in self.every:
                     visit(walking.state)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from layersweep.families.generic.alike import GateAct
 from layersweep.families.generic.wanted import split_key
 from layersweep.families.spec import Layer
 from layersweep.families.weights import BlockShape
@@ -18,21 +20,25 @@ from layersweep.sweep.feed import FeedVisit
 
 
 class ExpertsVisit(FeedVisit):
-    """A few experts; rows come normed, and `module` computes between their products."""
+    """A few experts; rows come normed, and `module` computes between their products, but for a gate
+    that is no more than `act` of one half times the other."""
 
     def __init__(
         self, blocks: Sequence[BlockShape], layer: Layer, weights: DenseWeights, compute: Compute,
-        scratch: Scratch, module: nn.Module,
+        scratch: Scratch, module: nn.Module, act: GateAct | None,
     ) -> None:  # fmt: skip
         super().__init__(blocks, layer, weights, compute, scratch)
         self.feeds = joined(weights.feeds, dim=1)
-        self.module = module
+        self.module, self.act = module, act
 
     def _mlp(
         self, hidden: Tensor, rows: Tensor | None, count: int, weights: Views, parts: Parts
     ) -> tuple[Tensor, Tensor]:
-        x = hidden if rows is None else hidden[rows]
-        return x, expert_rows(self.module, weights, x, parts, self.compute.ops)
+        assert rows is not None
+        take = partial(self.scratch.take, dtype=self.compute.dtype)
+        x = torch.index_select(hidden, 0, rows, out=take(count, hidden.shape[1]))
+        found = expert_rows(self.module, self.act, weights, x, parts, self.compute.ops, take)
+        return x, found
 
 
 def joined(views: Views, dim: int = 0) -> dict[str, Tensor]:

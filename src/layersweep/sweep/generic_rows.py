@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 from layersweep.families.generic.interfaces import Attend
 from layersweep.families.generic.mixing import mapped
-from layersweep.families.generic.parts import Turning
 from layersweep.kv.stream import Stream
 from layersweep.model.compute import Compute, Scratch
-from layersweep.model.generic.turning import Turner
+from layersweep.model.generic.turning import Turner, Turners
 from layersweep.model.generic.walk import Args, Kwargs
 from layersweep.stream.shapes import CPU_EXPERT_ROWS, DENSE_ROWS
 from layersweep.sweep.attention import attend_group
@@ -39,14 +38,12 @@ def tile_positions(tile: Tile) -> Tensor:
 class GenericContext(LayerContext):
     """Of a layer whose keys come as attention sees them."""
 
-    turning: Turning | None = None
+    turner: Turner | None = None
 
     @cached_property
     def plain_streams(self) -> tuple[Stream, ...]:
         keys, values = streams_of(self.attention)
-        turns = self.turning is not None and bool(self.turning.first)
-        rotation = Turner(self.turning) if self.turning and turns else None
-        return replace(keys, rope=turns, rotation=rotation), values
+        return replace(keys, rope=self.turner is not None, rotation=self.turner), values
 
 
 class TileRows:
@@ -187,15 +184,17 @@ def _spread(results: Any, found: Any, rows_BT: Tensor, new: slice, total: int) -
 
 
 def context_maker(
-    decoder: Any, compute: Compute, scratch: Scratch, bits: dict[tuple[str, str], list[float]]
-) -> Callable[[int, Mapping[str, Tensor]], GenericContext]:
-    """Contexts of the layers of a sweep."""
+    decoder: Any, compute: Compute, scratch: Scratch, bits: dict[tuple[str, str], list[float]],
+    turners: Turners, longest: int,
+) -> Callable[[int, Mapping[str, Tensor]], GenericContext]:  # fmt: skip
+    """Contexts of the layers of a sweep, for sequences of up to `longest` tokens."""
     tables = RopeTables(0, compute)
     layers = decoder.generic.layers
 
     def context(index: int, weights: Mapping[str, Tensor]) -> GenericContext:
+        turner = turners.of(layers[index].turning, longest)
         return GenericContext(
-            decoder, index, weights, tables, compute, scratch, bits, turning=layers[index].turning
+            decoder, index, weights, tables, compute, scratch, bits, turner=turner
         )
 
     return context

@@ -10,6 +10,7 @@ from torch import Tensor
 from layersweep.families.spec import Decoder
 from layersweep.model.compute import Compute, Scratch
 from layersweep.model.generic.decoder import Modules
+from layersweep.model.generic.turning import Turners
 from layersweep.model.generic.walk import AtExperts, AtLayer, Done, Halt
 from layersweep.model.ops import NEVER
 from layersweep.sweep.generic_rows import TileRows, context_maker, tile_positions
@@ -29,6 +30,7 @@ class Walking:
         scratch: Scratch,
         tile: Tile,
         bits: dict[tuple[str, str], list[float]],
+        turners: Turners,
         leave: ExitStack,
     ) -> None:
         device = compute.device
@@ -36,7 +38,8 @@ class Walking:
         self.state.unit_of_row = self.state.unit_of_row.to(device)
         self.state.first_bad_layer = self.state.first_bad_layer.to(device)
         self.decoder, self.compute = decoder, compute
-        context = context_maker(decoder, compute, scratch, bits)
+        longest = max(sequence.longest for sequence in tile.sequences)
+        context = context_maker(decoder, compute, scratch, bits, turners, longest)
         rows = TileRows(tile, self.state.groups, modules.layer_of, context, cpu=compute.cpu)
         ids = torch.from_numpy(tile.ids()).to(device)
         self._walk = modules.walk(ids, tile_positions(tile).to(device), rows)

@@ -11,19 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from layersweep.families.generic.alike import RmsNorm, rms_norms
 from layersweep.families.generic.build import base_of, build, config_of, fill_buffers, layers_of
 from layersweep.families.generic.interfaces import current
 from layersweep.families.generic.parts import GenericParts
+from layersweep.model.compute import Compute
 from layersweep.model.generic.walk import AtLayer, Rows, Walk
+from layersweep.model.ops import CudaOps, TorchOps
 
 Product = Callable[[Tensor, Tensor], Tensor]  # x [N, H], weight [V, H] -> [N, V]
 
 
 class Modules:
-    """transformers' modules, unchanged, without weights until somebody binds some; the first
-    `count` layers of them."""
+    """transformers' modules, without weights until somebody binds some; the first `count` layers of
+    them. They are unchanged, but that kernels take the place of norms that they equal."""
 
-    def __init__(self, parts: GenericParts, count: int, device: torch.device) -> None:
+    def __init__(self, parts: GenericParts, count: int, compute: Compute) -> None:
+        device = compute.device
         self.layers = parts.layers[:count]
         self.model = build(config_of(json.loads(parts.config)))
         fill_buffers(self.model, device)
@@ -47,6 +51,8 @@ class Modules:
             name for name, module in self._by_name.items() if module in set(self._base.modules())
         }
         self._called(tuple(after & base), lambda rows: rows.by_row)
+        if isinstance(compute.ops, CudaOps):
+            norm_by(compute.ops, self.model)
 
     def _called(self, names: tuple[str, ...], how: Callable[[Rows], Any]) -> None:
         for name in names:
@@ -112,6 +118,29 @@ class Modules:
             for module in (*self._bases, *([head] if head is not None else [])):
                 module.__dict__.pop("forward", None)
         return found[0].float()
+
+
+def norm_by(ops: TorchOps, model: nn.Module) -> None:
+    """RMS norms of a model in one pass over all their rows, where torch takes eight, in float32."""
+    for module, norm in rms_norms(model).items():
+        module.forward = _norming(ops, norm, module, module.forward)
+
+
+def _norming(
+    ops: TorchOps, norm: RmsNorm, module: nn.Module, forward: Callable[..., Any]
+) -> Callable[..., Any]:
+    """`forward` stays for what the kernel cannot take."""
+
+    def normed(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        weight: Any = module.weight
+        aligned = len(weight) % 8 == 0 and (x.data_ptr() | weight.data_ptr()) % 16 == 0
+        if args or kwargs or x.dtype != weight.dtype or not (x.is_contiguous() and aligned):
+            return forward(x, *args, **kwargs)
+        rows = x.view(-1, len(weight))
+        found = ops.rms_norm(rows, weight, norm.eps, torch.empty_like(rows), offset=norm.offset)
+        return found.view(x.shape)
+
+    return normed
 
 
 class _Output:

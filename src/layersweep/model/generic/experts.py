@@ -6,36 +6,46 @@ parts are ever dense.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
+from layersweep.families.generic.alike import GateAct
 from layersweep.model.ops import Parts, TorchOps
 
 
 def expert_rows(
     module: nn.Module,
+    act: GateAct | None,
     weights: Mapping[str, Tensor],
     x_NH: Tensor,
     parts: Parts,
     ops: TorchOps,
+    take: Callable[..., Tensor],
 ) -> Tensor:
-    """What experts make of their rows, the `parts` of x. `weights`: their parts [experts, ...] of
-    the module's parameters, by their names.
+    """What experts make of their rows, the `parts` of x, which they overwrite. `weights`: their
+    parts [experts, ...] of the module's parameters, by their names. `act`: see gate_of. `take`
+    gives memory.
 
     The layout flags are those of transformers.integrations.moe.use_experts_implementation.
     """
     of: Any = module
-    inner = _products(x_NH, "gate_up_proj" if of.has_gate else "up_proj", weights, parts, ops, of)
-    inner = of._apply_gate(inner) if of.has_gate else of.act_fn(inner)
-    found = _products(inner, "down_proj", weights, parts, ops, of)
+    name = "gate_up_proj" if of.has_gate else "up_proj"
+    wide = take(len(x_NH), weights[name].shape[1])
+    inner = _products(x_NH, name, weights, parts, ops, of, wide)
+    if act:
+        inner = ops.swiglu_(inner, act)
+    else:
+        inner = of._apply_gate(inner) if of.has_gate else of.act_fn(inner)
+    found = _products(inner, "down_proj", weights, parts, ops, of, x_NH)
     # a flag that transformers 5.17 does not have yet
     return of.post_expert_norm(found) if getattr(of, "has_post_expert_norm", False) else found
 
 
 def _products(
-    x: Tensor, name: str, weights: Mapping[str, Tensor], parts: Parts, ops: TorchOps, of: Any
-) -> Tensor:
+    x: Tensor, name: str, weights: Mapping[str, Tensor], parts: Parts, ops: TorchOps, of: Any,
+    memory: Tensor,
+) -> Tensor:  # fmt: skip
     own, biases = weights[name], weights[f"{name}_bias"] if of.has_bias else None
-    return ops.products(x, own, biases, parts, x.new_empty(len(x), own.shape[1]))
+    return ops.products(x, own, biases, parts, memory)

@@ -2,39 +2,77 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from layersweep.families.generic.parts import Turning
 
+Places = slice | Tensor  # coordinates of a head
+
 
 @dataclass(frozen=True)
 class Turner:
     """See kv.stream.Rotation. Both ways are exact inverses up to rounding, so that speeds which are
-    known to seven digits are good enough."""
+    known to seven digits are good enough.
 
-    turning: Turning
+    `first[i]` and `second[i]` are a pair, whose angle has its cosine and sine in column i of `cos`
+    and `sin`, float32 [positions, pairs].
+    """
+
+    first: Places
+    second: Places
+    cos: Tensor
+    sin: Tensor
+
+    @classmethod
+    def of(cls, turning: Turning, longest: int, device: torch.device) -> Turner:
+        """For positions below `longest`."""
+        speed = torch.tensor(turning.speed, dtype=torch.float64)
+        angle = torch.arange(longest).double()[:, None] * speed
+        tables = (of.float().to(device) for of in (angle.cos(), angle.sin()))
+        places = (_places(of, device) for of in (turning.first, turning.second))
+        return cls(*places, *tables)
 
     def undo(self, x_BHTD: Tensor, positions: Tensor) -> Tensor:
-        return self._turned(x_BHTD, positions, -1.0)
+        return self._turned(x_BHTD, positions, -1)
 
     def redo(self, x_BHTD: Tensor, positions: Tensor) -> Tensor:
-        return self._turned(x_BHTD, positions, 1.0)
+        return self._turned(x_BHTD, positions, 1)
 
-    @cached_property
-    def _pairs(self) -> tuple[Tensor, Tensor, Tensor]:
-        speed = torch.tensor(self.turning.speed, dtype=torch.float64)
-        return torch.tensor(self.turning.first), torch.tensor(self.turning.second), speed
-
-    def _turned(self, x_BHTD: Tensor, positions: Tensor, way: float) -> Tensor:
-        first, second, speed = (of.to(x_BHTD.device) for of in self._pairs)
-        angle = positions[0].double()[:, None] * speed
-        cos, sin = angle.cos().float(), (way * angle.sin()).float()
-        a, b = x_BHTD[..., first], x_BHTD[..., second]
-        found = x_BHTD.clone()
-        found[..., first] = a * cos - b * sin
-        found[..., second] = b * cos + a * sin
+    def _turned(self, x_BHTD: Tensor, positions: Tensor, way: int) -> Tensor:
+        cos, sin = self.cos[positions[0]], self.sin[positions[0]]
+        a, b = x_BHTD[..., self.first], x_BHTD[..., self.second]
+        turns_all = 2 * cos.shape[1] == x_BHTD.shape[3]
+        found = torch.empty_like(x_BHTD) if turns_all else x_BHTD.clone()
+        found[..., self.first] = (a * cos).sub_(b * sin, alpha=way)
+        found[..., self.second] = (b * cos).add_(a * sin, alpha=way)
         return found
+
+
+class Turners:
+    """Of a sweep's layers, made once for each way in which they turn keys: a table that goes to the
+    device makes the host wait."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._made: dict[Turning, Turner] = {}
+
+    def of(self, turning: Turning | None, longest: int) -> Turner | None:
+        """For positions below `longest`; None for keys that do not turn, or in an unknown way."""
+        if turning is None or not turning.first:
+            return None
+        made = self._made.get(turning)
+        if made is None or len(made.cos) < longest:
+            made = self._made[turning] = Turner.of(turning, longest, self._device)
+        return made
+
+
+def _places(at: Sequence[int], device: torch.device) -> Places:
+    """A slice, which views have, where the coordinates follow one another at equal distances."""
+    step = at[1] - at[0] if len(at) > 1 else 1
+    if step > 0 and tuple(at) == tuple(range(at[0], at[-1] + 1, step)):
+        return slice(at[0], at[-1] + 1, step)
+    return torch.tensor(at, device=device)
