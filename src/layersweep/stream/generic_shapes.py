@@ -33,11 +33,11 @@ def held_bytes(decoder: Decoder, tile: TileShape, element: int) -> int:
 
 
 def module_bytes(
-    decoder: Decoder, tile: TileShape, element: int, *, attending: int, cpu: bool
+    decoder: Decoder, tile: TileShape, element: int, *, attending: int, cpu: bool, kernels: bool
 ) -> int:
     """What the modules of one tile hold while they compute, beside what it holds. `attending`:
     what its attention needs besides."""
-    known = costs(decoder, element)
+    known = costs(decoder, element, kernels=kernels and not cpu)
     at_once = CPU_EXPERT_ROWS if cpu else DENSE_ROWS
     most = max(_bytes_at(moment, tile, at_once, known.chunk) for moment in known.moments)
     attends = max(_bytes_at(moment, tile, at_once, known.chunk) for moment in known.attending)
@@ -46,7 +46,11 @@ def module_bytes(
         if layer.feed.experts:
             rows = min(rows_at_once(layer.feed, "expert", tile.rows, cpu=cpu), tile.rows)
             together = experts_at_once(decoder, layer, element, cpu=cpu)
-            most = max(most, rows * together * known.expert)
+            expert = known.expert
+            if cpu:  # products before they are put in their places, and rows as they are added
+                wide, hidden = 2 * layer.feed.inner, decoder.hidden_size
+                expert = max(expert + wide * element, 3 * hidden * element)
+            most = max(most, rows * together * expert)
     return max(math.ceil(most), HEAD_ROWS * decoder.vocab_size * 4 * _HEAD)
 
 
@@ -65,11 +69,12 @@ def _bytes_at(moment: Moment, tile: TileShape, at_once: int, chunk: int) -> floa
     )
 
 
-def costs(decoder: Decoder, element: int) -> Costs:
+def costs(decoder: Decoder, element: int, *, kernels: bool = False) -> Costs:
     """Of its modules, in numbers of `element` bytes."""
     parts = decoder.generic
     assert parts is not None
-    return costs_of(parts.config, parts.layers, tuple(parts.blocks[-1].weights), element)
+    after = tuple(parts.blocks[-1].weights)
+    return costs_of(parts.config, parts.layers, after, element, kernels)
 
 
 def module_flops(decoder: Decoder, tile: TileShape) -> float:

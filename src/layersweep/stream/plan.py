@@ -35,7 +35,7 @@ from layersweep.units import format_bytes
 
 # cuBLAS workspaces (32 MiB on Hopper), rotary tables, token ids, the allocator's rounding.
 FIXED_BYTES = 160 * 2**20
-LANE_BYTES = 64 * 2**20  # workspaces of each thread that generates
+LANE_BYTES = 64 * 2**20  # workspaces of each thread that generates, or walks through modules
 CPU_FIXED_BYTES = 256 * 2**20
 # Ring of pinned host memory between file and device: enough runs for eight readers.
 HOST_RING = 2**30
@@ -129,7 +129,8 @@ def make_plan(
         peaks["temporaries"] = max(
             peaks["temporaries"], fit_bytes(decoder, reference, cpu=machine.cpu)
         )
-    sizes = [tile_bytes(decoder, tile, machine.element) for tile in tiles]
+    walk = LANE_BYTES if decoder.generic and not machine.cpu else 0
+    sizes = [tile_bytes(decoder, tile, machine.element) + walk for tile in tiles]
     fixed, biggest = sum(peaks.values()), max(sizes, default=0)
     if fixed + biggest > machine.vram:
         needed = format_bytes(fixed + biggest)

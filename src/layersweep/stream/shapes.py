@@ -191,6 +191,8 @@ def feed_bytes(decoder: Decoder, tile: TileShape, *, cpu: bool, element: int) ->
     most = 0
     for layer in decoder.distinct_layers:
         feed = layer.feed
+        if decoder.generic and not feed.experts:  # its modules take theirs elsewhere
+            continue
         widths: list[tuple[Role, int]] = [("expert" if feed.experts else "mlp", feed.inner)]
         if feed.shared_inner:
             widths.append(("shared", feed.shared_inner))
@@ -248,7 +250,7 @@ def scratch_bytes(decoder: Decoder, tiles: Sequence[TileShape], machine: Machine
         most = max(
             most,
             attention_bytes(decoder, tile, element),
-            0 if decoder.generic else feed_bytes(decoder, tile, cpu=machine.cpu, element=element),
+            feed_bytes(decoder, tile, cpu=machine.cpu, element=element),
             head_bytes(decoder, tile, element),
         )
     return most
@@ -278,8 +280,9 @@ def temporary_bytes(decoder: Decoder, tiles: Sequence[TileShape], machine: Machi
 
             attending, codecs = attention + codecs, 0
             attention = module_bytes(
-                decoder, tile, machine.element, attending=attending, cpu=machine.cpu
-            )
+                decoder, tile, machine.element,
+                attending=attending, cpu=machine.cpu, kernels=machine.kernels,
+            )  # fmt: skip
         most = max(most, attention + codecs, routing, logits)
     if not machine.cpu and not machine.kernels:  # products and float32 norms beside the scratch
         rows = max((tile.rows for tile in tiles), default=0)

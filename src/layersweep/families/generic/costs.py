@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from layersweep.families.generic.alike import gate_of, rms_norms
 from layersweep.families.generic.build import (
     FOREIGN_FAILURES,
     base_of,
@@ -55,7 +56,8 @@ class Moment:
 @dataclass(frozen=True)
 class Costs:
     """`between`: bytes per row that a tile holds between two layers; `at_experts`: while it waits
-    for a layer's experts, 0 where there are none; `expert`: of a row that is in one. `moments`:
+    for a layer's experts, 0 where there are none; `expert`: of what one makes of a row beside its
+    products. `moments`:
     those that are not below another in all; `attending`: those at which attention is computed.
     `chunk`: tokens to whose multiples recurrences pad a sequence. `guessed`: why all this was not
     measured, "" where it was."""
@@ -71,13 +73,17 @@ class Costs:
 
 @lru_cache(maxsize=8)
 def costs_of(
-    config: str, layers: tuple[GenericLayer, ...], after: tuple[str, ...], element: int
-) -> Costs:
+    config: str, layers: tuple[GenericLayer, ...], after: tuple[str, ...], element: int,
+    kernels: bool,
+) -> Costs:  # fmt: skip
     """Of a decoder that computes in numbers of `element` bytes. `config`, `layers`: see
-    GenericParts; `after`: names of parameters that are used behind the layers."""
+    GenericParts; `after`: names of parameters that are used behind the layers; `kernels`: they
+    compute norms."""
     dtype = torch.float32 if element == 4 else torch.bfloat16
     try:
-        whole, single = (_measured(config, layers, after, dtype, rows) for rows in (_ROWS, 1))
+        whole, single = (
+            _measured(config, layers, after, dtype, rows, kernels=kernels) for rows in (_ROWS, 1)
+        )
     except FOREIGN_FAILURES as failure:  # it asks for numbers, which are not there
         return _guess(config, element, first_line(failure))
     moments = _per_row(whole.moments)
@@ -94,17 +100,18 @@ def costs_of(
 
 
 def _expert_bytes(experts: Any, dtype: torch.dtype) -> float:
-    """Per row: itself and what the gate makes, or itself, its output and that weighted."""
+    """Per row: what the gate makes of its product, and what follows the second one."""
+    if experts.has_gate and gate_of(experts, dtype):
+        return 0.0  # in place
     name = "gate_up_proj" if experts.has_gate else "up_proj"
     shape = getattr(experts, name).shape[1:]
-    hidden, wide = shape if experts.is_transposed else shape[::-1]
+    wide = shape[-1] if experts.is_transposed else shape[0]
     meter = _Meter(experts.parameters())
-    with torch.no_grad(), torch.device("meta"), meter:
+    with torch.device("meta"):
         inner = torch.empty(_ROWS, wide, dtype=dtype)
-        made: Tensor = experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
-    gated = max(moment.tile for moment in meter.moments) / _ROWS
-    row = float(hidden * dtype.itemsize)
-    return max(row + gated, 3 * row + made.nbytes / _ROWS)
+    with torch.no_grad(), meter:
+        _ = experts._apply_gate(inner) if experts.has_gate else experts.act_fn(inner)
+    return max(moment.tile for moment in meter.moments) / _ROWS
 
 
 def _power_of_two(least: float) -> int:
@@ -122,7 +129,7 @@ def _guess(config: str, element: int, why: str) -> Costs:
     inside = Moment(tile=8.0 * hidden, rows=4.0 * (widest * element + hidden))
     attending = Moment(tile=8.0 * hidden, group=4.0 * (widest * element + hidden))
     held = 6.0 * hidden
-    expert = 4.0 * (widest * element + hidden)
+    expert = 4.0 * widest * element
     return Costs(held, held, expert, (inside,), (attending,), chunk=1, guessed=why)
 
 
@@ -136,6 +143,8 @@ def _measured(
     after: tuple[str, ...],
     dtype: torch.dtype,
     rows: int,
+    *,
+    kernels: bool,
 ) -> _Meter:
     model = build(config_of(json.loads(config)), dtype)
     _, base = base_of(model)
@@ -154,6 +163,8 @@ def _measured(
         meter.wrap("rows", (named[name] for name in of.rowwise))
         meter.wrap("sequences", (named[name] for name in of.mixers))
         meter.wrap("group", (named[name] for name in [of.attends_in] if name))
+    for norm in rms_norms(model) if kernels else ():
+        norm.forward = torch.empty_like  # all that a kernel makes
     with torch.no_grad(), visiting(meter), meter:
         base(input_ids=ids, position_ids=ids, use_cache=False)
     return meter
