@@ -15,6 +15,7 @@ from layersweep.errors import Fallback, InputError
 from layersweep.families.spec import Decoder, describe_decoder
 from layersweep.kv.arms import EXACT
 from layersweep.model.compute import Compute, choose_compute
+from layersweep.model.generic.memory import let_segments_grow
 from layersweep.model.ops import CudaOps
 from layersweep.model.refusal import check_attention
 from layersweep.stream.blocks import BlockSpec, block_specs, blocks_of
@@ -286,7 +287,11 @@ def load(
     specs = block_specs(checkpoint, quantize=weights == "nf4")
     if checkpoint.decoder.generic:
         left = float_fallbacks(specs) if weights == "nf4" else ()
-        also = (*compute.fallbacks, *module_fallbacks(checkpoint.decoder, kind.itemsize), *left)
+        fixed = let_segments_grow(compute.device)
+        also = (
+            *compute.fallbacks, *([fixed] if fixed else []),
+            *module_fallbacks(checkpoint.decoder, kind.itemsize), *left,
+        )  # fmt: skip
         compute = replace(compute, fallbacks=also)
     return Model(
         checkpoint=checkpoint,

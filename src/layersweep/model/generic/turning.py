@@ -32,9 +32,8 @@ class Turner:
         """For positions below `longest`."""
         speed = torch.tensor(turning.speed, dtype=torch.float64)
         angle = torch.arange(longest).double()[:, None] * speed
-        tables = (of.float().to(device) for of in (angle.cos(), angle.sin()))
-        places = (_places(of, device) for of in (turning.first, turning.second))
-        return cls(*places, *tables)
+        cos, sin = (of.float().to(device) for of in (angle.cos(), angle.sin()))
+        return cls(_places(turning.first, device), _places(turning.second, device), cos, sin)
 
     def undo(self, x_BHTD: Tensor, positions: Tensor) -> Tensor:
         return self._turned(x_BHTD, positions, -1)
