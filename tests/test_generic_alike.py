@@ -102,7 +102,7 @@ def plainly(turning: Turning, x: Tensor, positions: Tensor, way: float) -> Tenso
 
 @pytest.mark.parametrize(
     ("first", "second", "views"),
-    [((0, 1, 2), (3, 4, 5), True), ((0, 2, 4), (1, 3, 5), True), ((2, 5), (0, 1), False)],
+    [((0, 1, 2), (3, 4, 5), True), ((0, 2, 4), (1, 3, 5), True), ((0, 1, 3), (2, 4, 5), False)],
 )
 def test_keys_turn_pair_by_pair(
     first: tuple[int, ...], second: tuple[int, ...], views: bool

@@ -133,12 +133,15 @@ def _norming(
 
     def normed(x: Tensor, *args: Any, **kwargs: Any) -> Any:
         weight: Any = module.weight
+        heads_first = x.ndim == 4 and not x.is_contiguous()  # [1, heads, N, D], a view of rows
+        dense = x.transpose(1, 2) if heads_first else x
         aligned = len(weight) % 8 == 0 and (x.data_ptr() | weight.data_ptr()) % 16 == 0
-        if args or kwargs or x.dtype != weight.dtype or not (x.is_contiguous() and aligned):
+        if args or kwargs or x.dtype != weight.dtype or not (dense.is_contiguous() and aligned):
             return forward(x, *args, **kwargs)
-        rows = x.view(-1, len(weight))
+        rows = dense.view(-1, len(weight))
         found = ops.rms_norm(rows, weight, norm.eps, torch.empty_like(rows), offset=norm.offset)
-        return found.view(x.shape)
+        found = found.view(dense.shape)
+        return found.transpose(1, 2) if heads_first else found
 
     return normed
 
