@@ -55,6 +55,22 @@ def read(
     return keys, values
 
 
+def read_apart(
+    parts: Sequence[Streams], first: int, table: Table | None, context: LayerContext
+) -> list[Streams]:
+    """The same of each part, where attention reads parts; of all in one, where it does not.
+
+    Values then stay where they are. Latents have to become keys and values of one buffer anyway.
+    """
+    if context.attention.latent or not context.compute.attention.reads_parts:
+        return [read(parts, first, table, context)]
+    found = []
+    for part in parts:
+        found.append(read([part], first, table, context))
+        first += part[0].shape[2]
+    return found
+
+
 def turned_queries(q: Tensor, first: int, table: Table | None, context: LayerContext) -> Tensor:
     """Queries at positions from `first` on, in place."""
     latent = context.attention.latent
