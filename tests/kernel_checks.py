@@ -6,9 +6,12 @@ Every check draws fresh input from `seed`, which the failure of an assertion sho
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
+from half_search import half_search
 from torch import Tensor
 
 from layersweep.checkpoint import nf4
@@ -20,7 +23,7 @@ from layersweep.kv import lloyd, trellis, trellis_scale
 from layersweep.kv.means import mean_and_level_by_torch, mean_for, sums_by_torch
 from layersweep.kv.packing import pack_bits, unpack_bits
 from layersweep.kv.rotate import rotate_back, rotation_weights
-from layersweep.kv.trellis_search import search_oracle, states_of
+from layersweep.kv.trellis_search import states_of
 from layersweep.model import maths
 from layersweep.model.ops import TorchOps
 from layersweep.model.rope import rope_table
@@ -301,7 +304,7 @@ def check_trellis(
         u, levels = u.round(), levels.mul(2).round() / 2
     u[count // 3] = 0.0
     codes = kernels.trellis_encode(u, bits, levels)
-    symbols = search_oracle(u.t().contiguous(), levels, bits)
+    symbols = half_search(u.t().contiguous(), levels, bits)
     exactly(codes, pack_bits(symbols, bits), seed)
     codes = torch.randint(0, 256, codes.shape, dtype=torch.uint8, device=device)
     scale = torch.randint(0, 255, (count,), dtype=torch.uint8, device=device)
@@ -387,12 +390,15 @@ def check_trellis_scale(kernels: Kernels, device: torch.device, dim: int, seed: 
 
 
 def check_trellis_codec(kernels: Kernels, device: torch.device, bits: int, seed: int) -> None:
-    """The whole codec by kernels equals it by torch; the mean with a level and without."""
+    """The whole codec by kernels equals it by torch with their search; the mean with a level and
+    without."""
     code = trellis.Code(8, bits)
     x = draw(seed, 2, 3, 20, 64, device=device).to(kernels.dtype)
     for mean in (x.float().mean(2).half(), mean_for(trellis.Trellis(bits, bits), x)):
         found = trellis._encode_by_kernels(kernels, x, code, mean)
-        for one, wanted in zip(found, trellis._encode_by_torch(x, code, mean), strict=True):
+        with patch.object(trellis, "search", half_search):
+            by_torch = trellis._encode_by_torch(x, code, mean)
+        for one, wanted in zip(found, by_torch, strict=True):
             exactly(one, wanted, seed)
 
 
@@ -407,44 +413,76 @@ def check_trellis_nonfinite(kernels: Kernels, device: torch.device, dim: int) ->
         exactly(found[[0, 3, 5]], wanted[[0, 3, 5]], bits)
 
 
-def score_oracle(exact: Tensor, arm: Tensor, target: Tensor) -> Tensor:
-    """As maths.score_branches scores the branches of a window, in float64."""
-    p, q = exact.double().log_softmax(-1), arm.double().log_softmax(-1)
-    loss = -q.gather(1, target[:, None])[:, 0]
-    kl = (p.exp() * (p - q)).sum(-1)
-    return torch.stack((loss, kl, (q.argmax(-1) == p.argmax(-1)).double()), dim=1)
+def score_oracle(branches: Sequence[Tensor], target: Tensor) -> Tensor:
+    """As maths.score_branches scores them, in float64, with torch.argmax's choice among NaN."""
+    p, scores = branches[0].double().log_softmax(-1), []
+    for branch in branches:
+        q = branch.double().log_softmax(-1)
+        loss = -q.gather(1, target[:, None])[:, 0]
+        kl = (p.exp() * (p - q)).sum(-1)
+        agree = branch.argmax(-1) == branches[0].argmax(-1)
+        scores.append(torch.stack((loss, kl, agree.double()), dim=1))
+    return torch.stack(scores)
+
+
+def scored(kernels: Kernels, branches: Sequence[Tensor], target: Tensor) -> Tensor:
+    out = torch.full((len(branches), len(target), 3), -7.0, device=target.device)
+    kernels.score(branches, target, out)
+    return out
 
 
 def check_score(
-    kernels: Kernels, device: torch.device, tokens: int, vocabulary: int, seed: int
+    kernels: Kernels, device: torch.device, tokens: int, vocabulary: int, arms: int, seed: int
 ) -> None:
+    """Arms near the exact branch, but for the last one, which equals it, in memory of any start."""
     exact = 4 * draw(seed, tokens, vocabulary, device=device)
-    arm = exact + 0.1 * draw(seed + 1, tokens, vocabulary, device=device)
+    branches = [exact] * (1 + arms)
+    for arm in range(1, arms):
+        moved = torch.empty(exact.numel() + seed % 4, device=device)[seed % 4 :].view_as(exact)
+        branches[arm] = moved.copy_(exact + 0.1 * draw(seed + arm, *exact.shape, device=device))
     target = torch.randint(0, vocabulary, (tokens,), device=device)
-    out = torch.empty(tokens, 3, device=device)
-    kernels.score(exact, arm, target, out)
-    wanted = score_oracle(exact, arm, target)
-    assert ((out - wanted).abs() <= 1e-5 * (1 + wanted.abs())).all(), seed
-    kernels.score(exact, exact, target, out)
-    assert (out[:, 1] == 0).all() and (out[:, 2] == 1).all()
-    baseline = torch.empty(tokens, 1, device=device)
-    kernels.score_exact(exact, target, baseline)
-    exactly(baseline[:, 0], out[:, 0], seed)
+    found, wanted = scored(kernels, branches, target), score_oracle(branches, target)
+    assert ((found - wanted).abs() <= 1e-6 * (1 + wanted.abs())).all(), seed
+    if arms:
+        exactly(found[-1], found[0], seed)
+    assert (found[0, :, 1] == 0).all() and (found[0, :, 2] == 1).all()
+
+
+def check_score_of_confident_rows(kernels: Kernels, device: torch.device, seed: int) -> None:
+    """Nearly all chance in one token, logits far from 0: errors of exp and of sums cancel."""
+    exact = draw(seed, 8, 9001, device=device)
+    target = torch.arange(5, 9001, 1125, device=device)
+    exact[torch.arange(8, device=device), target] += 25
+    exact += 1000
+    arm = exact + 0.1 * draw(seed + 1, 8, 9001, device=device) + 2
+    found = scored(kernels, [exact, arm], target)
+    wanted = score_oracle([exact, arm], target)
+    assert ((found - wanted).abs() <= 2e-7).all(), seed
 
 
 def check_score_edges(kernels: Kernels, device: torch.device) -> None:
-    """Ties go to the lowest index; NaN and infinities give non-finite losses and KL."""
-    exact = torch.zeros(6, 700, device=device)
-    exact[:, 600], exact[:, 33] = 5.0, 5.0
-    arm = exact.clone()
-    arm[1, 33] = 4.9
-    arm[2, 5], arm[3, 5], exact[4, 5] = float("nan"), float("inf"), float("nan")
-    exact[5, 5] = float("inf")
-    target = torch.full((6,), 7, device=device)
-    out = torch.empty(6, 3, device=device)
-    kernels.score(exact, arm, target, out)
-    assert out[:2, 2].tolist() == [1.0, 0.0]
-    assert out[:2].isfinite().all() and not out[2:, 1].isfinite().any()
-    assert not out[2:4, 0].isfinite().any()
-    kernels.score_exact(exact, target, baseline := torch.empty(6, 1, device=device))
-    assert baseline[:, 0].isfinite().tolist() == [True] * 4 + [False] * 2
+    """What torch's own arithmetic finds where logits tie, are huge or are not finite; the lowest
+    index is the best token, NaN above all, wherever the parts and runs of a row end."""
+    inf, nan, lowest = float("inf"), float("nan"), torch.finfo(torch.float32).min
+    exact = draw(3, 12, 5003, device=device)
+    exact[:, 33], exact[:, 33 + 32 * 18] = 9.0, 9.0  # of one thread
+    arm, target = exact.clone(), torch.full((12,), 7, device=device)
+    arm[1, 33] = 8.9  # the second of the best
+    arm[2, 700], arm[2, 2000], arm[2, 1000], exact[2, 1000] = 10.0, nan, nan, nan
+    arm[3, 1000], exact[4, 4097], arm[4, 4999] = inf, nan, nan
+    exact[5, 5], exact[5, 5002] = inf, inf
+    exact[6, 4000:], arm[6, 4000:] = -inf, -inf  # the whole of a part
+    exact[7, 4990:] = -inf
+    exact[8], arm[8] = -inf, -inf
+    exact[8, 4500], arm[8, 4700], target[8] = lowest, lowest, 4500
+    exact[9], target[9] = exact[9] * 1e37, 33
+    arm[9] = exact[9]
+    exact[10, 4999], arm[10, 5001], target[10] = 10.0, 10.0, 4096  # past the last whole run
+    exact[11], arm[11] = lowest, lowest
+    found, wanted = scored(kernels, [exact, arm], target), score_oracle([exact, arm], target)
+    wanted[0, 6:9, 1] = 0.0  # a row against itself: no infinity is taken from another
+    assert found[1, :, 2].tolist() == wanted[1, :, 2].tolist()
+    assert found[1, :, 2].tolist() == [1, 0, 1, 0, 0, 0, 1, 1, 0, 1, 0, 1]
+    assert torch.equal(found.isfinite(), wanted.isfinite()), (found, wanted)
+    finite = wanted.isfinite()
+    torch.testing.assert_close(found[finite].double(), wanted[finite], rtol=1e-6, atol=1e-6)

@@ -11,12 +11,14 @@ import pytest
 import torch
 from capped_checks import check_capped
 from grouped_checks import check_grouped, check_rows_are_their_own
+from half_search import half_search
 
 from layersweep.kernels import Kernels, load_kernels
 from layersweep.kv import lloyd, trellis
 from layersweep.kv.lloyd_tables import POSITIVE_LEVELS
 from layersweep.kv.stream import Stream
 from layersweep.model.attention import Rule
+from layersweep.model.ops import CudaOps
 
 pytestmark = [
     pytest.mark.gpu,
@@ -176,15 +178,33 @@ def test_the_codec_uses_the_kernels_and_changes_nothing(
     decoded = codec.decode(fast, positions)
     assert len(calls) == 2 and None not in calls
     monkeypatch.setattr(module, "_kernels", lambda *key: None)
+    monkeypatch.setattr(trellis, "search", half_search)
     slow = codec.encode(x, stream, positions)
     assert fast.scale is not None and slow.scale is not None
     assert torch.equal(fast.codes, slow.codes) and torch.equal(fast.scale, slow.scale)
     assert torch.equal(decoded, codec.decode(slow, positions))
 
 
-@pytest.mark.parametrize("tokens, vocabulary", [(511, 32000), (64, 4097)])
-def test_score(kernels: Kernels, tokens: int, vocabulary: int, seed: int) -> None:
-    check.check_score(kernels, DEVICE, tokens, vocabulary, seed)
+@pytest.mark.parametrize("tokens, vocabulary, arms", [(511, 32000, 3), (64, 4097, 6)])
+def test_score(kernels: Kernels, tokens: int, vocabulary: int, arms: int, seed: int) -> None:
+    check.check_score(kernels, DEVICE, tokens, vocabulary, arms, seed)
+
+
+def test_score_of_confident_rows(kernels: Kernels, seed: int) -> None:
+    check.check_score_of_confident_rows(kernels, DEVICE, seed)
+
+
+def test_a_bias_is_added_before_the_only_rounding(kernels: Kernels) -> None:
+    """2049 + 1: with two roundings float16 makes it 2048, bfloat16 2048 either way."""
+    weight = torch.full((16, 64), 32, dtype=kernels.dtype, device=DEVICE)
+    weight[:, 0] = 33
+    x, bias = torch.ones_like(weight[:1]).expand(40, 64).contiguous(), torch.ones_like(weight[:, 0])
+    memory = x.new_empty(40, 16)
+    for rows in (40, 1):
+        own = memory[:rows]
+        found = CudaOps(kernels, DEVICE).linear(x[:rows], weight, own, bias)
+        assert found.data_ptr() == memory.data_ptr()
+        assert found.eq(2048 if kernels.dtype == torch.bfloat16 else 2050).all()
 
 
 def test_score_at_edges(kernels: Kernels) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import runpy
 from pathlib import Path
+from typing import Any
 
-import pytest
 from results_builders import build_results
 
 from layersweep.kv import parse_arms
@@ -15,41 +15,52 @@ TOOLS = Path(__file__).resolve().parent.parent / "tools"
 TOOL = runpy.run_path(str(TOOLS / "measure_real.py"))
 
 
-def test_lines_carry_their_run_and_make_the_table() -> None:
+def lines(mode: str, results: dict[str, Any]) -> list[dict[str, Any]]:
+    """As a file has them."""
+    for arm in results["perplexity"]["arms"]:
+        arm["requested"] = arm["arm"]  # a bare name serves several there
+    kv = ",".join(arm["arm"] for arm in results["perplexity"]["arms"])
+    return [json.loads(json.dumps(line)) for line in TOOL["lines"](mode, results, kv)]
+
+
+def test_runs_share_the_row_of_an_arm() -> None:
     results = build_results()
-    found = [json.loads(json.dumps(line)) for line in TOOL["lines"](results)]
-    assert [line["arm"] for line in found[:2]] == ["exact", "lloyd:K3V2"]
-    assert len(found) == 5
-    for line in found:
-        assert line["command"] == results["command"]
-        assert (line["real"], line["segments"], line["dtype"]) == ("prefill", 80, "float32")
-    head, _, _, _, first, *_ = TOOL["table"](found).splitlines()
-    assert head.startswith("demo, 80 windows, 1024 + 512, prefill, float32,")
-    assert first.startswith("| `lloyd:K3V2` | 2.69 | +0.")
-    assert first.count("|") == 7
+    found = [line for mode in ("prefill", "streaming", "needle") for line in lines(mode, results)]
+    assert [line["as"] for line in found[:2]] == ["exact", "lloyd:K3V2"]
+    assert found[0]["command"] == results["command"]
+    timed = [{"job": "lloyd:K3V2", "encode_vectors_per_s": 2e6, "decode_vectors_per_s": 3.14e6}]
+    speed = {"rows": timed, "device": {"name": "a GPU"}}
+    found += TOOL["rates"](speed, "demo", "lloyd:K3V2", ["bench", "codec"])
+    head, _, names, _, first, second, *_ = TOOL["table"](found).splitlines()
+    assert head.startswith("demo, float32, ")
+    assert ", 80 windows of 1024 + 512, ppl " in head
+    assert head.endswith("rates on a GPU")
+    assert names.count("|") == first.count("|") == second.count("|") == 11
+    cells = [cell.strip() for cell in first.split("|")[1:-1]]
+    assert cells[:2] == ["`lloyd:K3V2`", "2.69"]
+    assert cells[2].startswith("+0.") and "[" in cells[2]
+    assert cells[4:6] == ["2.69", cells[2].split(" ")[0]]
+    assert cells[7] == "2.69, 2.69"
+    assert "/60, " in cells[8]
+    assert cells[9] == "2.0, 3.1"
 
 
-def test_every_arm_of_the_study_is_one() -> None:
-    """The published method, and the default with what it needs and without."""
+def test_what_was_not_measured_is_empty() -> None:
+    _, _, _, _, first, *_ = TOOL["table"](lines("streaming", build_results())).splitlines()
+    cells = [cell.strip() for cell in first.split("|")[1:-1]]
+    assert cells[1:4] == [*cells[8:], ""] == ["", "", ""]
+    assert cells[4] == "2.69"
+
+
+def test_every_arm_of_the_study_is_one_in_both_modes() -> None:
+    """The defaults, the published method, and what others ship."""
+    asked = TOOL["ARMS"].split(",")
     prefill, streaming = (
-        [arm.name for arm in parse_arms(TOOL[n], growing=n == "STREAMING")]
-        for n in ("PREFILL", "STREAMING")
+        {arm.requested: arm.name for arm in parse_arms(TOOL["ARMS"], growing=growing)}
+        for growing in (False, True)
     )
-    for names in (prefill, streaming):
-        assert {"trellis:K3V2", "e8:K3V2"} < set(names)
-    assert "trellis:K3V2@fit=1@found=1" in prefill
-    assert "trellis:K3V2@fit=1@found=1@window=8@block=16@fine=96" in streaming
-    assert (len(prefill), len(streaming)) == (25, 9)
-
-
-def test_reference_methods_share_a_row_in_both_modes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(TOOLS))
-    tool = runpy.run_path(str(TOOLS / "measure_reference.py"))
-    found = list(tool["lines"](build_results()))
-    both = [*found, *({**line, "mode": "streaming"} for line in found[:1])]
-    _, _, first, second, *_ = tool["table"](both).splitlines()
-    loss, kl = first.split(" | ")[2], first.split(" | ")[4]
-    assert first.split(" | ")[5:7] == [loss, kl]
-    assert first.endswith("| 2.69 | 2.69 |")
-    assert second.count("|") == 10
-    assert "|  |  |" in second
+    assert list(prefill) == list(streaming) == asked
+    assert len(asked) == 39
+    assert prefill["K3V2"] == "trellis:K3V2@fit=1@found=1"
+    assert streaming["K3V2"] == "trellis:K3V2@fit=1@found=1@window=8@block=16@fine=96"
+    assert {"e8:K3V2", "e8:K3V2@sink=4", "turboquant:K3V3", "int4"} < set(asked)

@@ -140,7 +140,7 @@ class CodecKernels:
         assert u.data_ptr() % 16 == 0
         codes = torch.empty(count, dim * bits // 8, dtype=torch.uint8, device=u.device)
         if count:
-            vectors = 4 if window == 8 else 2  # of a block, see trellis.cu
+            vectors = 8 if window == 8 else 2  # of a block, see trellis.cu
             name, grid = f"trellis_encode_{window}_{bits}", (-(-count // vectors), 1, 1)
             self._module("trellis", dim).launch(name, grid, 64, (u, levels, codes, count))
         return codes

@@ -15,6 +15,8 @@ from layersweep.kernels.weights import WEIGHT_LAYOUTS, WeightKernels
 
 SCALARS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu2", "swiglu_clamped")
+# Branches that score.cu reads together, logits of a row that a warp takes, what it leaves of them.
+SCORED_TOGETHER, SCORED_PART, PART_BYTES = 5, 4096, 32
 # Parameters of every kernel in the order of its declaration; see Module.
 LAYOUTS: dict[str, dict[str, str]] = {
     **WEIGHT_LAYOUTS,
@@ -35,11 +37,14 @@ LAYOUTS: dict[str, dict[str, str]] = {
         for width in ("wide", "any")
         for source in ("", "_f32")
     },
-    "score": {"score_exact": "3Pi", "score": "4Pi"},
+    "score": {
+        **{f"score_parts_{rows}": f"{rows}P2P3i" for rows in range(1, SCORED_TOGETHER + 1)},
+        "score_join": "2P3i",
+    },
     "capped": {"attend_capped": "6P12q4i2f"},
     **CODEC_LAYOUTS,
 }
-NARROW, ROWS_OF_A_BLOCK = 256, 8  # numbers that a warp holds; rows, a warp each
+NARROW, ROWS_OF_A_BLOCK = 256, 8  # numbers that a warp holds; rows or their parts, a warp each
 
 
 @functools.cache
@@ -254,27 +259,38 @@ class Kernels(WeightKernels):
         self._module("capped", dim).launch("attend_capped", grid, 256, args)
         return out
 
-    def score_exact(self, exact: Tensor, target: Tensor, out: Tensor) -> None:
-        """out float32 [T, 1] = -log_softmax(exact [T, V] float32)[target int64 [T]]."""
-        _logits(exact, target, out, 1)
-        if len(exact):
-            self._module("score").launch(
-                "score_exact", (len(exact), 1, 1), 512, (exact, target, out, exact.shape[1])
-            )
+    def score(self, branches: Sequence[Tensor], target: Tensor, out: Tensor) -> None:
+        """out float32 [branches, T, 3] = maths.score_branches(branches, target).
 
-    def score(self, exact: Tensor, arm: Tensor, target: Tensor, out: Tensor) -> None:
-        """out float32 [T, 3] = loss of `target` under arm, KL(exact || arm), 1.0 if argmax agrees.
-
-        exact, arm float32 [T, V]; target int64 [T]. As maths.score_branches; the lowest
-        index wins among equal maxima. exact may be arm.
+        branches float32 [T, V] each, target int64 [T]. The lowest index wins among equal maxima.
         """
-        _logits(exact, target, out, 3)
-        same(arm, torch.float32)
-        assert arm.shape == exact.shape
-        if len(exact):
-            self._module("score").launch(
-                "score", (len(exact), 1, 1), 512, (exact, arm, target, out, exact.shape[1])
-            )
+        exact, *arms = branches
+        same(target, torch.int64)
+        same(out, torch.float32)
+        for one in branches:
+            same(one, torch.float32)
+            assert one.shape == exact.shape
+        assert target.shape == exact.shape[:1] and out.shape == (len(branches), len(exact), 3)
+        if len(exact) == 0:
+            return
+        launches = max(1, -(-len(arms) // (SCORED_TOGETHER - 1)))
+        step = max(1, -(-len(arms) // launches))
+        for first in range(0, max(1, len(arms)), step):
+            self._score([exact, *arms[first : first + step]], target, out, 1 + first)
+
+    def _score(self, rows: Sequence[Tensor], target: Tensor, out: Tensor, first: int) -> None:
+        """The exact branch and some arms, branches from `first` on, read together."""
+        positions, width = rows[0].shape
+        parts = -(-width // SCORED_PART)
+        count = positions * parts * len(rows) * PART_BYTES
+        memory = torch.empty(count, dtype=torch.uint8, device=target.device)
+        wide = width % 4 == 0 and all(one.data_ptr() % 16 == 0 for one in rows)
+        module, blocks = self._module("score"), -(-positions * parts // ROWS_OF_A_BLOCK)
+        args: list[Argument] = [*rows, target, memory, positions, width, wide]
+        threads = 32 * ROWS_OF_A_BLOCK
+        module.launch(f"score_parts_{len(rows)}", (blocks, 1, 1), threads, args)
+        join = (memory, out, parts, len(rows), first)
+        module.launch("score_join", (positions, len(rows), 1), 32, join)
 
     def _columns(self, name: str, count: int, width: int, args: Sequence[Argument]) -> None:
         """Launch a kernel of rows.cu whose blocks take 8 elements per thread of one row."""
@@ -288,10 +304,3 @@ class Kernels(WeightKernels):
 def _rows(tensor: Tensor, dtype: torch.dtype) -> None:
     same(tensor, dtype)
     assert tensor.shape[1] % 8 == 0 and tensor.data_ptr() % 16 == 0, tuple(tensor.shape)
-
-
-def _logits(exact: Tensor, target: Tensor, out: Tensor, columns: int) -> None:
-    same(exact, torch.float32)
-    same(target, torch.int64)
-    same(out, torch.float32)
-    assert target.shape == exact.shape[:1] and out.shape == (len(exact), columns)

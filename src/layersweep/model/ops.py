@@ -25,7 +25,7 @@ NEVER = torch.iinfo(torch.int32).max  # "no bad layer": smaller numbers win
 
 # (x, weights, biases, spans, ends, out), see kernels.grouped_triton
 GroupedProducts = Callable[
-    [Tensor, Sequence[Tensor], Sequence[Tensor], Sequence[tuple[int, int]], Tensor, Tensor], None
+    [Tensor, Tensor, Tensor | None, Sequence[tuple[int, int]], Tensor, Tensor], None
 ]
 
 
@@ -51,27 +51,33 @@ class TorchOps:
         """Fill `out` with the dense weight."""
         nf4.decode(quantized, kind, out)
 
-    def linear(self, x_NI: Tensor, weight_OI: Tensor, memory: Tensor | None = None) -> Tensor:
-        """x times weight, transposed: [N, O]."""
-        return maths.linear(x_NI, weight_OI)
+    def linear(
+        self,
+        x_NI: Tensor,
+        weight_OI: Tensor,
+        memory: Tensor | None = None,
+        bias_O: Tensor | None = None,
+    ) -> Tensor:
+        """x times weight, transposed, plus the bias: [N, O]."""
+        found = maths.linear(x_NI, weight_OI)
+        return found if bias_O is None else found.add_(bias_O)
 
     def products(
         self,
         x_NI: Tensor,
-        weights: Sequence[Tensor],
-        biases: Sequence[Tensor],
+        weights_POI: Tensor,
+        biases_PO: Tensor | None,
         parts: Parts,
         memory_NO: Tensor,
     ) -> Tensor:
-        """The rows of each part times a weight [O, I] of its own, transposed, plus its bias [O] if
-        there are any; in `memory`."""
+        """The rows of each part times a weight of its own, transposed, plus its bias if there are
+        any; in `memory`. Weights, and biases, may have numbers of others between them."""
         for part, (first, last) in enumerate(parts.spans):
             if first == last:
                 continue
             own = memory_NO[first:last]
-            found = self.linear(x_NI[first:last], weights[part], own)
-            if biases:
-                found.add_(biases[part])
+            bias = None if biases_PO is None else biases_PO[part]
+            found = self.linear(x_NI[first:last], weights_POI[part], own, bias)
             if found.data_ptr() != own.data_ptr():
                 own.copy_(found)
         return memory_NO
@@ -193,22 +199,30 @@ class CudaOps(TorchOps):
         code = self._codes[kind]
         return quantized.packed, quantized.absmax, scales, quantized.blocksize, code
 
-    def linear(self, x_NI: Tensor, weight_OI: Tensor, memory: Tensor | None = None) -> Tensor:
-        if memory is None:
-            return torch.mm(x_NI, weight_OI.t())
-        return torch.mm(x_NI, weight_OI.t(), out=memory)
+    def linear(
+        self,
+        x_NI: Tensor,
+        weight_OI: Tensor,
+        memory: Tensor | None = None,
+        bias_O: Tensor | None = None,
+    ) -> Tensor:
+        weight_IO = weight_OI.t()
+        if bias_O is None:
+            return torch.mm(x_NI, weight_IO, out=memory)
+        # cuBLAS adds a bias of one dimension in the product's end, where the sum is rounded once
+        return torch.addmm(bias_O, x_NI, weight_IO, out=memory)
 
     def products(
         self,
         x_NI: Tensor,
-        weights: Sequence[Tensor],
-        biases: Sequence[Tensor],
+        weights_POI: Tensor,
+        biases_PO: Tensor | None,
         parts: Parts,
         memory_NO: Tensor,
     ) -> Tensor:
         if self.grouped is None or parts.ends is None:
-            return super().products(x_NI, weights, biases, parts, memory_NO)
-        self.grouped(x_NI, weights, biases, parts.spans, parts.ends, memory_NO)
+            return super().products(x_NI, weights_POI, biases_PO, parts, memory_NO)
+        self.grouped(x_NI, weights_POI, biases_PO, parts.spans, parts.ends, memory_NO)
         return memory_NO
 
     def add_linear_(self, residual_NO: Tensor, x_NI: Tensor, weight_OI: Tensor) -> None:
@@ -271,12 +285,9 @@ class CudaOps(TorchOps):
         self.kernels.leave_layer_(hidden, update, unit_N, first_bad, layer)
 
     def losses(self, logits_TV: Tensor, target_T: Tensor) -> Tensor:
-        found = torch.empty(len(target_T), 1, device=target_T.device)
-        self.kernels.score_exact(logits_TV, target_T, found)
-        return found[:, 0]
+        return self.score_branches([logits_TV], target_T)[0, :, 0]
 
     def score_branches(self, logits: list[Tensor], target: Tensor) -> Tensor:
         scores = torch.empty(len(logits), len(target), 3, device=target.device)
-        for row, branch in zip(scores, logits, strict=True):
-            self.kernels.score(logits[0], branch, target, row)
+        self.kernels.score(logits, target, scores)
         return scores

@@ -69,9 +69,7 @@ def _attend_rows(state: TileState, group: Group, context: LayerContext) -> None:
     if layer.attention_out_norm is None and bias is None and layer.residual == 1.0:
         ops.add_linear_(hidden, out, weights["o_proj"])
         return
-    added = ops.linear(out, weights["o_proj"], take(*hidden.shape, dtype=dtype))
-    if bias is not None:
-        added = added.add_(bias)
+    added = ops.linear(out, weights["o_proj"], take(*hidden.shape, dtype=dtype), bias)
     if layer.attention_out_norm:
         added = _normed(added, "attention_out_norm", layer.attention_out_norm, context)
     hidden.add_(added, alpha=layer.residual)

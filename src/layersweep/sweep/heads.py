@@ -85,8 +85,7 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
 
 def _linear(x_NH: Tensor, weight: Tensor, bias: Tensor | None, context: LayerContext) -> Tensor:
     memory = context.scratch.take(len(x_NH), len(weight), dtype=context.compute.dtype)
-    found = context.compute.ops.linear(x_NH, weight, memory)
-    return found if bias is None else found.add_(bias)
+    return context.compute.ops.linear(x_NH, weight, memory, bias)
 
 
 def _product(x_NH: Tensor, name: str, context: LayerContext) -> Tensor:
