@@ -19,7 +19,7 @@ from layersweep.families.spec import Activation, Rope
 from layersweep.kernels import Kernels
 from layersweep.kernels.codecs import TRELLIS_CODES
 from layersweep.kernels.weights import Alike
-from layersweep.kv import lloyd, trellis, trellis_scale
+from layersweep.kv import lloyd, sinks, trellis, trellis_scale
 from layersweep.kv.means import mean_and_level_by_torch, mean_for, sums_by_torch
 from layersweep.kv.packing import pack_bits, unpack_bits
 from layersweep.kv.rotate import rotate_back, rotation_weights
@@ -486,3 +486,30 @@ def check_score_edges(kernels: Kernels, device: torch.device) -> None:
     assert torch.equal(found.isfinite(), wanted.isfinite()), (found, wanted)
     finite = wanted.isfinite()
     torch.testing.assert_close(found[finite].double(), wanted[finite], rtol=1e-6, atol=1e-6)
+
+
+def check_sinks(
+    kernels: Kernels, device: torch.device, shape: tuple[int, int, int, int], seed: int
+) -> None:
+    """Found among vectors of any layout, around a center that some of them lie near; and moved, as
+    they are and less their first tokens."""
+    batch, heads, tokens, dim = shape
+    mean = draw(seed, batch, heads, dim + 1, device=device).to(torch.float16)
+    center = draw(seed + 1, batch, heads, 1, dim, device=device).to(torch.float16)
+    x = draw(seed + 2, batch, tokens, heads + 1, dim, device=device)
+    near = (torch.arange(tokens, device=device) % 3 == 0)[:, None, None]
+    around = torch.where(near, center.transpose(1, 2).float(), mean[..., :dim][:, None].float())
+    x[:, :, 1:] += around
+    x[0, -1] = (torch.nan, torch.inf, 3e38)[seed % 3]
+    for dtype in {torch.float32, kernels.dtype}:
+        given = x.to(dtype)[:, :, 1:].transpose(1, 2)
+        wanted = sinks.flags_by_torch(given, center, mean)
+        exactly(kernels.find_sinks(given, center, mean), wanted, seed)
+    found = sinks.Found(center, wanted)
+    assert wanted.any() or tokens == 1  # which is not finite
+    for first in (0, 8 if tokens > 8 else 0):
+        for moved in (x[:, first:, 1:].transpose(1, 2), x[:, first:, 1:].transpose(1, 2).clone()):
+            some, sign = found.without(first), 1 - 2 * (first > 0)
+            after = some.shift_by_torch(moved, mean, sign)
+            kernels.shift_sinks_(moved, center, mean, some.flags, sign)
+            exactly(moved, after, seed)
