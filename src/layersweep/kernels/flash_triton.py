@@ -1,4 +1,4 @@
-"""Flash attention by every rule that decoders have, in Triton (sm_80 on).
+"""Flash attention by every rule that decoders have, over one part or two, in Triton (sm_80 on).
 
 Its oracle is model.attention.PlainAttention. Scores are never written: each program keeps a running
 maximum and sum per query (Dao, 2023, arXiv:2307.08691). A program's sums are its own, in one order,
@@ -8,7 +8,6 @@ whatever other sequences share its launch. Importing this file imports Triton.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 from subprocess import CalledProcessError
 
 import torch
@@ -18,12 +17,12 @@ from torch import Tensor
 from triton.errors import TritonError
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from layersweep.kernels.launch_triton import Launcher, has_big_shared
 from layersweep.kernels.nvrtc import KernelError
 
 LOG2_E = 1.4426950408889634
 LOWEST = tl.constexpr(-1e30)  # of running maxima: finite, so that exp2(-inf - maximum) is 0
 WIDE = tl.constexpr(8)  # numbers of 16 bits that are loaded at once: strides are multiples of it
-BIG_SHARED = 200 * 1024  # bytes of shared memory per block: sm_90 has them, sm_80 and sm_89 do not
 
 Pair = tuple[Tensor, Tensor]  # keys [B, G, S, D], values [B, G, S, D of a value]
 
@@ -38,8 +37,10 @@ class Tile:
     warps: int
     stages: int
     descriptors: bool = False
-    registers: int | None = None
-    specialize: bool = False
+
+
+TILE = Tile(64, 64, 4, 3, descriptors=True)
+WIDE_TILE = Tile(64, 32, 4, 2, descriptors=True)
 
 
 def attend(
@@ -65,12 +66,15 @@ def attend(
     q, k, v, past_k, past_v = map(_loadable, (q_BQTD, *own, *(past or own)))
     groups, keys, width = k.shape[1], k.shape[2], v.shape[3]
     before = past_k.shape[2] if past else 0
-    assert q_BQTD.dtype in (torch.float16, torch.bfloat16) and max(dim, width) <= 256
+    dtype = q.dtype
+    assert dtype in (torch.float16, torch.bfloat16) and max(dim, width) <= 256
+    assert {x.dtype for x in (k, v, past_k, past_v)} == {dtype}
     assert queries <= keys and scale > 0 and dim % 8 == width % 8 == 0
     assert mask_TS is None or (window is None and past is None and mask_TS.shape == (queries, keys))
-    out = torch.empty(batch, queries, heads, width, dtype=q_BQTD.dtype, device=q_BQTD.device)
+    out = torch.empty(batch, queries, heads, width, dtype=dtype, device=q.device)
+    mask = None if mask_TS is None else mask_TS.contiguous().view(torch.uint8)
     block_dim, block_width = (max(16, triton.next_power_of_2(size)) for size in (dim, width))
-    tile = tile or _tile(max(block_dim, block_width), q_BQTD.device)
+    tile = tile or _tile(max(block_dim, block_width), q.device)
     sources: list[Tensor | TensorDescriptor] = [k, v, past_k, past_v]
     if tile.descriptors:
         sources = [
@@ -81,15 +85,17 @@ def attend(
     if softcap is not None:
         factor, cap = 2 * factor / softcap, softcap * LOG2_E
     strides = [step // 8 for x in (q, k, v, past_k, past_v) for step in x.stride()[:3]]
-    options = {} if tile.registers is None else {"maxnreg": tile.registers}
-    _attend[(triton.cdiv(queries * (heads // groups), tile.rows), batch * groups)](
-        q, *sources, out, None if mask_TS is None else mask_TS.contiguous().view(torch.uint8),
-        sinks_Q, *strides, queries, keys, before, window or 0, factor, cap,
+    fixed = (
         groups, heads // groups, dim, width, block_dim, block_width, tile.rows, tile.keys,
         past is not None, window is not None, softcap is not None, tile.descriptors,
-        tile.specialize,
-        num_warps=tile.warps, num_stages=tile.stages, **options,
     )  # fmt: skip
+    args = (
+        q, *sources, out, mask, sinks_Q, *strides, queries, keys, before, window or 0, factor, cap,
+        *fixed,
+    )  # fmt: skip
+    grid = triton.cdiv(queries * (heads // groups), tile.rows), batch * groups, 1
+    key = q.device, dtype, mask is None, None if sinks_Q is None else sinks_Q.dtype, *fixed
+    _launch(grid, args, key, warps=tile.warps, stages=tile.stages)
     return out.transpose(1, 2)
 
 
@@ -101,7 +107,8 @@ def prove(device: torch.device, dtype: torch.dtype) -> None:
     )
     try:
         with torch.cuda.device(device):
-            found = attend(q, (k, v), scale=0.125).float().cpu()
+            for _ in range(2):  # compiled, then launched as it was compiled
+                found = attend(q, (k, v), scale=0.125).float().cpu()
     except (TritonError, CalledProcessError, RuntimeError, OSError) as failure:
         raise KernelError(f"Triton: {failure}") from failure
     q, k, v = (x.float().cpu() for x in (q, k, v))
@@ -117,12 +124,12 @@ def _loadable(x: Tensor) -> Tensor:
     return x if there else x.contiguous()
 
 
-@cache
 def _tile(width: int, device: torch.device) -> Tile:
-    if device.type == "cuda":
-        shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-        if shared >= BIG_SHARED:
-            return Tile(128, 64, 8, 2, descriptors=True)
+    """`width`: the larger block of a head, of a key or a value. Where shared memory is big, two
+    small programs per multiprocessor are faster than a large one: one multiplies while the other
+    computes its weights. So a tile takes half of the memory."""
+    if has_big_shared(device):
+        return TILE if width <= 128 else WIDE_TILE
     if width <= 128:
         return Tile(128, 64, 8 if width == 128 else 4, 2)
     return Tile(64, 32, 4, 2)
@@ -153,7 +160,6 @@ def _part(
     GROUP: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_DIM: tl.constexpr, BLOCK_WIDTH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     WINDOW: tl.constexpr, CAPPED: tl.constexpr, DESCRIPTORS: tl.constexpr,
-    SPECIALIZE: tl.constexpr,
 ):  # fmt: skip
     """Go on with the keys of one part. Query `at` sits at `here` + at, counted as keys are here."""
     oldest = tl.program_id(0)
@@ -164,7 +170,7 @@ def _part(
         last = tl.minimum(newest + 1, keys)
         if WINDOW:
             first = tl.maximum(oldest - window + 1, 0) // KEYS * KEYS
-    for begin in tl.range(first, last, KEYS, warp_specialize=SPECIALIZE):
+    for begin in range(first, last, KEYS):
         key = _load(k, k_token, batch, group, begin, keys, DIM, BLOCK_DIM, KEYS, DESCRIPTORS)
         score = tl.dot(query, key.T)
         if CAPPED:  # c tanh(s / c), by an exponential that is exact enough at both ends
@@ -202,7 +208,8 @@ def _part(
         "q_batch", "q_head", "q_token", "k_batch", "k_head", "k_token", "v_batch", "v_head",
         "v_token", "past_k_batch", "past_k_head", "past_k_token", "past_v_batch", "past_v_head",
         "past_v_token", "queries", "keys", "before", "window", "factor", "cap",
-    ]
+    ],
+    do_not_specialize_on_alignment=["mask", "sinks"],
 )  # fmt: skip
 def _attend(
     q, k, v, past_k, past_v, out, mask, sinks,
@@ -212,7 +219,6 @@ def _attend(
     GROUPS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_DIM: tl.constexpr, BLOCK_WIDTH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     PAST: tl.constexpr, WINDOW: tl.constexpr, CAPPED: tl.constexpr, DESCRIPTORS: tl.constexpr,
-    SPECIALIZE: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows over the keys that they share: token by token, the GROUP heads of a key head.
 
@@ -249,13 +255,11 @@ def _attend(
             best, total, found, query, past_k, past_v, past_k_token, past_v_token, mask,
             batch, group, before, at, here + before, queries, window, factor, cap,
             GROUP, DIM, WIDTH, BLOCK_DIM, BLOCK_WIDTH, ROWS, KEYS, WINDOW, CAPPED, DESCRIPTORS,
-            SPECIALIZE,
         )  # fmt: skip
     best, total, found = _part(
         best, total, found, query, k, v, k_token, v_token, mask,
         batch, group, keys, at, here, queries, window, factor, cap,
         GROUP, DIM, WIDTH, BLOCK_DIM, BLOCK_WIDTH, ROWS, KEYS, WINDOW, CAPPED, DESCRIPTORS,
-        SPECIALIZE,
     )  # fmt: skip
     place = (batch.to(tl.int64) * queries + at) * (GROUPS * GROUP) + head
     tl.store(
@@ -263,3 +267,6 @@ def _attend(
         (found / total[:, None]).to(query.dtype),
         mask=real[:, None] & (col < WIDTH)[None, :],
     )
+
+
+_launch = Launcher(_attend)
