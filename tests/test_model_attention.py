@@ -225,6 +225,22 @@ def test_without_triton_torch_attends_and_the_run_says_so(
     assert isinstance(single.attention, MemoryEfficientAttention) and not single.fallbacks
 
 
+def test_torchs_flash_serves_as_many_queries_as_keys_and_ours_the_rest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fused, "flash", lambda *_: "torch's")
+    monkeypatch.setattr(attentions, "_in_triton", lambda *_: "ours")
+    attention, past = TritonAttention(), (torch.empty(2, KV_HEADS, 5, DIM),) * 2
+    square, branch = inputs(20, 20), inputs(7, 20)
+    assert attention(*square) == attention(*square, rule=Rule(scale=0.1)) == "torch's"
+    assert attention(*square, rule=Rule(window=20)) == "torch's"  # it hides nothing
+    assert attention(*square, rule=Rule(window=19)) == "ours"
+    assert attention(*square, rule=Rule(softcap=50.0)) == "ours"
+    assert attention(*square, sinks=torch.zeros(HEADS)) == "ours"
+    assert attention(*square, torch.ones(20, 20, dtype=torch.bool)) == "ours"
+    assert attention(*square, past=past) == attention(*branch) == "ours"
+
+
 @pytest.mark.parametrize("name", ["plain", "window", "gemma2"])
 def test_a_past_is_what_comes_before(name: str) -> None:
     q, k, v = inputs(7, 20)

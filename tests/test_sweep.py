@@ -120,13 +120,15 @@ def test_a_sequence_beyond_the_models_limit_is_refused(tiny: Path) -> None:
 
 
 def test_a_past_that_is_read_where_it_lies_changes_no_number(tiny: Path) -> None:
+    """Of arms that keep it in one piece, and in two."""
     model = load(str(tiny), device="cpu")
-    tiles = [Tile("t", tuple(windows(model, 2, [EXACT, parse("lloyd:K3V2")])))]
+    arms = [EXACT, parse("lloyd:K3V2"), parse("lloyd:K3V2@sink=3")]
+    tiles = [Tile("t", tuple(windows(model, 2, arms)))]
     wanted, _ = sweep_logits(model, tiles)
     lengths: list[tuple[int, int]] = []
 
     class Parted(PlainAttention):
-        reads_parts = True
+        reads_past = True
 
         def __call__(self, *args: Tensor, past: Pair | None = None, **others: Any) -> Tensor:
             if past is not None:
@@ -138,7 +140,7 @@ def test_a_past_that_is_read_where_it_lies_changes_no_number(tiny: Path) -> None
     for sequence, logits in wanted.items():
         for one, other in zip(found[sequence], logits, strict=True):
             assert torch.equal(one, other)
-    assert lengths == [(40, 24)] * 2 * model.decoder.num_hidden_layers
+    assert lengths == [(40, 24)] * 3 * model.decoder.num_hidden_layers
 
 
 @pytest.mark.parametrize("name", ["lloyd:K3V2", "lloyd:K1V16", "e8:K4V2", "e8:K3V2@v=0.5",

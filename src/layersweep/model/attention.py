@@ -60,26 +60,19 @@ Pair = tuple[Tensor, Tensor]  # keys [B, G, S, D], values [B, G, S, D of a value
 class Attention(Protocol):
     """One way to attend.
 
-    `repeats_kv`: it needs keys and values once per query head. `reads_parts`: it reads a past
+    `repeats_kv`: it needs keys and values once per query head. `reads_past`: it reads a past
     where it lies; the others copy it and what follows into one, so callers lay them that way.
     """
 
     name: str
     backends: tuple[SDPBackend, ...]
     repeats_kv: bool
-    reads_parts: bool
+    reads_past: bool
 
     def __call__(
-        self,
-        q_BQTD: Tensor,
-        k_BGSD: Tensor,
-        v_BGSD: Tensor,
-        mask_TS: Tensor | None = None,
-        *,
-        rule: Rule = PLAIN,
-        sinks: Tensor | None = None,
-        past: Pair | None = None,
-    ) -> Tensor:
+        self, q_BQTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, mask_TS: Tensor | None = None, *,
+        rule: Rule = PLAIN, sinks: Tensor | None = None, past: Pair | None = None,
+    ) -> Tensor:  # fmt: skip
         """[B, Q, T, D of a value]. `mask_TS` (True: may look) replaces the causal rule, so a window
         must be part of it. `sinks` [Q]: scores that join the softmax and have no value. `past`:
         keys and values of the tokens before; without a mask, and k and v have T tokens or more."""
@@ -94,7 +87,7 @@ class PlainAttention:
     name = "torch scaled_dot_product_attention"
     backends: tuple[SDPBackend, ...] = ()
     repeats_kv = True
-    reads_parts = False
+    reads_past = False
 
     def __init__(self) -> None:
         self._masks: dict[tuple[int, int, int | None, torch.device], Tensor] = {}
@@ -103,16 +96,9 @@ class PlainAttention:
         return None
 
     def __call__(
-        self,
-        q_BQTD: Tensor,
-        k_BGSD: Tensor,
-        v_BGSD: Tensor,
-        mask_TS: Tensor | None = None,
-        *,
-        rule: Rule = PLAIN,
-        sinks: Tensor | None = None,
-        past: Pair | None = None,
-    ) -> Tensor:
+        self, q_BQTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, mask_TS: Tensor | None = None, *,
+        rule: Rule = PLAIN, sinks: Tensor | None = None, past: Pair | None = None,
+    ) -> Tensor:  # fmt: skip
         k_BGSD, v_BGSD = _whole(past, k_BGSD, v_BGSD)
         queries, keys = q_BQTD.shape[2], k_BGSD.shape[2]
         rule = _checked(rule, keys, mask_TS)
@@ -162,7 +148,7 @@ class MemoryEfficientAttention:
     name = "memory-efficient"
     backends: tuple[SDPBackend, ...] = (SDPBackend.EFFICIENT_ATTENTION,)
     repeats_kv = True
-    reads_parts = False
+    reads_past = False
 
     def refusal(self, rule: Rule, head_dim: int) -> str | None:
         if rule.softcap is None:
@@ -174,16 +160,9 @@ class MemoryEfficientAttention:
         return _too_wide(head_dim, "the kernel for capped scores (softcap)")
 
     def __call__(
-        self,
-        q_BQTD: Tensor,
-        k_BGSD: Tensor,
-        v_BGSD: Tensor,
-        mask_TS: Tensor | None = None,
-        *,
-        rule: Rule = PLAIN,
-        sinks: Tensor | None = None,
-        past: Pair | None = None,
-    ) -> Tensor:
+        self, q_BQTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, mask_TS: Tensor | None = None, *,
+        rule: Rule = PLAIN, sinks: Tensor | None = None, past: Pair | None = None,
+    ) -> Tensor:  # fmt: skip
         k_BGSD, v_BGSD = _whole(past, k_BGSD, v_BGSD)
         rule = _checked(rule, k_BGSD.shape[2], mask_TS)
         _refuse(self, rule, q_BQTD.shape[-1])
@@ -207,7 +186,7 @@ class FlashAttention:
         SDPBackend.EFFICIENT_ATTENTION,  # windows of streamed caches need a mask
     )
     repeats_kv = False
-    reads_parts = False
+    reads_past = False
 
     def refusal(self, rule: Rule, head_dim: int) -> str | None:
         if rule.softcap is not None and not _has_triton():
@@ -215,16 +194,9 @@ class FlashAttention:
         return _too_wide(head_dim, "flash attention")
 
     def __call__(
-        self,
-        q_BQTD: Tensor,
-        k_BGSD: Tensor,
-        v_BGSD: Tensor,
-        mask_TS: Tensor | None = None,
-        *,
-        rule: Rule = PLAIN,
-        sinks: Tensor | None = None,
-        past: Pair | None = None,
-    ) -> Tensor:
+        self, q_BQTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, mask_TS: Tensor | None = None, *,
+        rule: Rule = PLAIN, sinks: Tensor | None = None, past: Pair | None = None,
+    ) -> Tensor:  # fmt: skip
         k_BGSD, v_BGSD = _whole(past, k_BGSD, v_BGSD)
         rule = _checked(rule, k_BGSD.shape[2], mask_TS)
         _refuse(self, rule, q_BQTD.shape[-1])
@@ -237,30 +209,27 @@ class FlashAttention:
 
 
 class TritonAttention:
-    """From sm_90 on, 16 bits: our own kernel, by any rule and mask."""
+    """From sm_90 on, 16 bits: our own kernel for a past, a window, sinks, a cap or a mask, and
+    torch's flash for as many queries as keys with none of these, where it is faster."""
 
     name = "flash, in Triton"
     backends = FlashAttention.backends  # of one query over many keys, and of transformers' modules
     repeats_kv = False
-    reads_parts = True
+    reads_past = True
 
     def refusal(self, rule: Rule, head_dim: int) -> str | None:
         return _too_wide(head_dim, "flash attention")
 
     def __call__(
-        self,
-        q_BQTD: Tensor,
-        k_BGSD: Tensor,
-        v_BGSD: Tensor,
-        mask_TS: Tensor | None = None,
-        *,
-        rule: Rule = PLAIN,
-        sinks: Tensor | None = None,
-        past: Pair | None = None,
-    ) -> Tensor:
+        self, q_BQTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, mask_TS: Tensor | None = None, *,
+        rule: Rule = PLAIN, sinks: Tensor | None = None, past: Pair | None = None,
+    ) -> Tensor:  # fmt: skip
         before = past[0].shape[2] if past else 0
         rule = _checked(rule, before + k_BGSD.shape[2], mask_TS)
         _refuse(self, rule, q_BQTD.shape[-1])
+        square = past is None and q_BQTD.shape[2] == k_BGSD.shape[2]
+        if square and mask_TS is sinks is None and rule.window is rule.softcap is None:
+            return fused.flash(q_BQTD, k_BGSD, v_BGSD, rule.scale, None, None)
         return _in_triton(q_BQTD, (k_BGSD, v_BGSD), past, mask_TS, rule, sinks)
 
 
@@ -335,12 +304,7 @@ def _whole(past: Pair | None, k: Tensor, v: Tensor) -> Pair:
 
 
 def _in_triton(
-    q: Tensor,
-    own: Pair,
-    past: Pair | None,
-    mask: Tensor | None,
-    rule: Rule,
-    sinks: Tensor | None,
+    q: Tensor, own: Pair, past: Pair | None, mask: Tensor | None, rule: Rule, sinks: Tensor | None
 ) -> Tensor:
     from layersweep.kernels.flash_triton import attend  # brings Triton
 

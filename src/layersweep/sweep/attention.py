@@ -21,7 +21,7 @@ from layersweep.sweep.heads import (
     Streams,
     project,
     read,
-    read_apart,
+    read_with_past,
     turned_queries,
 )
 from layersweep.sweep.reference import fitted
@@ -151,11 +151,10 @@ def _attend(
     context: LayerContext,
 ) -> Tensor:  # fmt: skip
     """Queries from position `at` on over all tokens of `parts`, which begin at `first`."""
-    *past, (keys, values) = read_apart(parts, first, table, context)
+    (keys, values), past = read_with_past(parts, first, table, context)
     queries = turned_queries(q, at, table, context)
     attention, rule, sinks = context.compute.attention, context.rule, context.sinks
-    before = (past[0][0], past[0][1]) if past else None
-    return attention(queries, keys, values, rule=rule, sinks=sinks, past=before)
+    return attention(queries, keys, values, rule=rule, sinks=sinks, past=past)
 
 
 def _stored(
