@@ -161,7 +161,8 @@ def _part(
     BLOCK_DIM: tl.constexpr, BLOCK_WIDTH: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     WINDOW: tl.constexpr, CAPPED: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip
-    """Go on with the keys of one part. Query `at` sits at `here` + at, counted as keys are here."""
+    """Continue over the keys of one part. Query `at` sits at key `here` + at, counted from the
+    part's first."""
     oldest = tl.program_id(0)
     oldest = here + (tl.num_programs(0) - 1 - oldest) * ROWS // GROUP
     newest = tl.minimum(oldest + (ROWS - 1) // GROUP + 1, here + queries - 1)

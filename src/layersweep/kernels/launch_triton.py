@@ -12,8 +12,8 @@ BIG_SHARED = 200 * 1024  # bytes of shared memory per block: sm_90 has them, sm_
 
 
 class Launcher:
-    """Launches a kernel that was compiled for the same `key`, which is all that makes compiled
-    kernels differ. Triton's own launch looks at every argument to find it, which takes the host 3
+    """Launches a Triton kernel, compiled once for each `key`: all that makes compiled kernels differ.
+    Triton's own launch looks at every argument to find the compiled one, which takes the host 3
     times as long."""
 
     def __init__(self, kernel: Any) -> None:
