@@ -12,9 +12,9 @@ BIG_SHARED = 200 * 1024  # bytes of shared memory per block: sm_90 has them, sm_
 
 
 class Launcher:
-    """Launches a Triton kernel, compiled once for each `key`: all that makes compiled kernels differ.
-    Triton's own launch looks at every argument to find the compiled one, which takes the host 3
-    times as long."""
+    """Launches a Triton kernel, compiled once for each `key`: all that makes compiled kernels
+    differ. Triton's own launch looks at every argument to find the compiled one, which takes the
+    host 3 times as long."""
 
     def __init__(self, kernel: Any) -> None:
         self._kernel = kernel
