@@ -18,6 +18,7 @@ from layersweep.model.generic.decoder import norm_by
 from layersweep.model.generic.memory import let_segments_grow
 from layersweep.model.generic.turning import Turner, Turners
 from layersweep.model.ops import TorchOps
+from layersweep.sweep.generic_experts import _gathered
 
 
 @pytest.mark.parametrize(
@@ -116,15 +117,17 @@ def test_keys_turn_pair_by_pair(
         assert torch.allclose(one(x, at).double(), plainly(turning, x, at, way), atol=1e-6)
 
 
-def test_tables_are_made_once_unless_they_are_too_short(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tables_are_made_once_a_layer_unless_they_are_too_short(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     made: list[int] = []
     of = Turner.of
     monkeypatch.setattr(Turner, "of", lambda *args: (made.append(args[1]), of(*args))[1])
     turners = Turners(torch.device("cpu"))
-    for longest in (40, 30, 50):
-        turners.of(Turning((0,), (1,), (1.0,)), longest)
+    for speed, longest in ((1.0, 40), (1.0, 30), (1.0, 50), (0.9, 20)):
+        turners.of(Turning((0,), (1,), (speed,)), longest)
     assert turners.of(None, 9) is turners.of(Turning(), 9) is None
-    assert made == [40, 50]
+    assert made == [40, 50, 20]
 
 
 @pytest.mark.parametrize("chosen", [True, False])
@@ -148,3 +151,14 @@ def test_segments_grow_where_the_driver_can_and_nobody_has_chosen(
     monkeypatch.setattr(torch, "empty", empty)
     assert told == ([] if chosen else ["True", "False"])
     assert (fallback and fallback.why) == (None if chosen else "CUDA driver error: not supported")
+
+
+@pytest.mark.parametrize(("width", "offset"), [(64, 0), (64, 3), (61, 0)])
+def test_rows_are_gathered_bit_for_bit_at_any_width_and_place(width: int, offset: int) -> None:
+    whole = torch.randn(7 * width + offset).half()[offset:]
+    hidden, rows = whole.view(7, width), torch.tensor([6, 0, 3, 3])
+    hidden[0, 0] = torch.nan
+    out = torch.empty(4, width, dtype=torch.half)
+    found = _gathered(hidden, rows, out)
+    assert found.data_ptr() == out.data_ptr()
+    assert torch.equal(found.view(torch.int16), hidden[rows].view(torch.int16))

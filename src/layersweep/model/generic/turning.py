@@ -30,10 +30,10 @@ class Turner:
     @classmethod
     def of(cls, turning: Turning, longest: int, device: torch.device) -> Turner:
         """For positions below `longest`."""
-        speed = torch.tensor(turning.speed, dtype=torch.float64)
-        angle = torch.arange(longest).double()[:, None] * speed
-        cos, sin = (of.float().to(device) for of in (angle.cos(), angle.sin()))
-        return cls(_places(turning.first, device), _places(turning.second, device), cos, sin)
+        speed = torch.tensor(turning.speed, dtype=torch.float64, device=device)
+        angle = torch.arange(longest, device=device).double()[:, None] * speed
+        first, second = (_places(of, device) for of in (turning.first, turning.second))
+        return cls(first, second, angle.cos().float(), angle.sin().float())
 
     def undo(self, x_BHTD: Tensor, positions: Tensor) -> Tensor:
         return self._turned(x_BHTD, positions, -1)
@@ -52,21 +52,24 @@ class Turner:
 
 
 class Turners:
-    """Of a sweep's layers, made once for each way in which they turn keys: a table that goes to the
-    device makes the host wait."""
+    """Of the layer that a sweep is at: made once for all of its tiles, since what goes to the
+    device makes the host wait. Tables of all layers, whose speeds differ in the last digit, would
+    be gigabytes at 128k tokens."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._made: dict[Turning, Turner] = {}
+        self._newest: tuple[Turning, Turner] | None = None
 
     def of(self, turning: Turning | None, longest: int) -> Turner | None:
         """For positions below `longest`; None for keys that do not turn, or in an unknown way."""
         if turning is None or not turning.first:
             return None
-        made = self._made.get(turning)
-        if made is None or len(made.cos) < longest:
-            made = self._made[turning] = Turner.of(turning, longest, self._device)
-        return made
+        if self._newest is not None and self._newest[0] == turning:
+            known = self._newest[1]
+            if len(known.cos) >= longest:
+                return known
+        self._newest = turning, Turner.of(turning, longest, self._device)
+        return self._newest[1]
 
 
 def _places(at: Sequence[int], device: torch.device) -> Places:
