@@ -18,7 +18,7 @@ from layersweep.model.generic.decoder import norm_by
 from layersweep.model.generic.memory import let_segments_grow
 from layersweep.model.generic.turning import Turner, Turners
 from layersweep.model.ops import TorchOps
-from layersweep.sweep.generic_experts import _gathered
+from layersweep.sweep.generic_experts import gathered
 
 
 @pytest.mark.parametrize(
@@ -159,6 +159,6 @@ def test_rows_are_gathered_bit_for_bit_at_any_width_and_place(width: int, offset
     hidden, rows = whole.view(7, width), torch.tensor([6, 0, 3, 3])
     hidden[0, 0] = torch.nan
     out = torch.empty(4, width, dtype=torch.half)
-    found = _gathered(hidden, rows, out)
+    found = gathered(hidden, rows, out)
     assert found.data_ptr() == out.data_ptr()
     assert torch.equal(found.view(torch.int16), hidden[rows].view(torch.int16))

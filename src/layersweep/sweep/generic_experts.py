@@ -36,14 +36,14 @@ class ExpertsVisit(FeedVisit):
     ) -> tuple[Tensor, Tensor]:
         assert rows is not None
         take = partial(self.scratch.take, dtype=self.compute.dtype)
-        x = _gathered(hidden, rows, take(count, hidden.shape[1]))
+        x = gathered(hidden, rows, take(count, hidden.shape[1]))
         found = expert_rows(self.module, self.act, weights, x, parts, self.compute.ops, take)
         return x, found
 
 
-def _gathered(hidden: Tensor, rows: Tensor, out: Tensor) -> Tensor:
-    """hidden[rows] in `out`; 16 bytes are one element, where they can be, since torch's kernel takes
-    an element at a time."""
+def gathered(hidden: Tensor, rows: Tensor, out: Tensor) -> Tensor:
+    """hidden[rows] in `out`. Where they can be, 16 bytes are one element: torch's kernel moves them
+    one by one."""
     wide, places = torch.complex128, (hidden.shape[1], hidden.storage_offset())
     if hidden.is_contiguous() and not any(at * hidden.itemsize % wide.itemsize for at in places):
         torch.index_select(hidden.view(wide), 0, rows, out=out.view(wide))
