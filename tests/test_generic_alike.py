@@ -140,7 +140,7 @@ def test_segments_grow_where_the_driver_can_and_nobody_has_chosen(
     monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
     if chosen:
         monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64")
-    monkeypatch.setattr(memory, "_grow", lambda device, whether: told.append(whether))
+    monkeypatch.setattr(memory, "_grow", told.append)
 
     def refusing(*args: Any, **kwargs: Any) -> Tensor:
         raise RuntimeError("CUDA driver error: not supported\nmore")

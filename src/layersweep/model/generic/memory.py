@@ -21,16 +21,16 @@ def let_segments_grow(device: torch.device) -> Fallback | None:
     if device.type != "cuda" or any(name in os.environ for name in _CHOSEN):
         return None
     try:
-        _grow(device, "True")
+        _grow("True")
         torch.empty(_TRIED, dtype=torch.uint8, device=device)
     except RuntimeError as failure:  # of the driver
-        _grow(device, "False")
+        _grow("False")
         why = str(failure).splitlines()[0]
         return Fallback("memory", "segments that grow", "segments of fixed sizes, a half more", why)
     return None
 
 
-def _grow(device: torch.device, whether: str) -> None:
-    with torch.cuda.device(device), warnings.catch_warnings():
+def _grow(whether: str) -> None:
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # newer versions have another name for it
         torch.cuda.memory._set_allocator_settings(f"expandable_segments:{whether}")
