@@ -56,7 +56,7 @@ def test_what_differs_for_large_numbers_alone_is_not_taken_for_plain(
     most: float, plain: bool
 ) -> None:
     module = Clipped(most)
-    assert (rms_norm_of(module) is not None, gate_of(module, torch.float16)) == (
+    assert (rms_norm_of(module) is not None, gate_of(module, torch.float16, 16)) == (
         plain, "silu" if plain else None,
     )  # fmt: skip
 
@@ -68,7 +68,8 @@ def test_gates_are_recognized_by_what_they_compute(
 ) -> None:
     modules = build(small_config(kind)).modules()
     experts = next(one for one in modules if hasattr(one, "has_gate"))
-    assert gate_of(experts, dtype) == act
+    assert gate_of(experts, dtype, 48) == act
+    assert gate_of(experts, dtype, 44) is None
 
 
 @pytest.mark.parametrize("kind", ["qwen3_moe", "gemma3_text"])
@@ -85,8 +86,10 @@ def test_norms_of_ours_change_no_bit(kind: str, monkeypatch: pytest.MonkeyPatch)
     with torch.inference_mode():
         before = model(tokens, use_cache=False).logits
         assert not calls
-        norm_by(TorchOps(), model)
+        norm_by(TorchOps(), torch.bfloat16, model)
         assert torch.equal(before, model(tokens, use_cache=False).logits)
+        assert len(calls) == len(rms_norms(model))
+        model.float()(tokens, use_cache=False)  # what is of another dtype
     assert len(calls) == len(rms_norms(model))
 
 

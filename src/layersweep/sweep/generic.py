@@ -164,8 +164,8 @@ class _Sweep:
         """Experts, one after the other or a few together, with all tiles; then all of these on
         through the layer."""
         module = self.modules.module(self.modules.layers[layer].experts)
-        act = gate_of(module, self.engine.compute.dtype)
         described, compute = self.engine.decoder.layers[layer], self.engine.compute
+        act = gate_of(module, compute.dtype, described.feed.inner)
         shapes = [self.store.specs[number].shape for number in numbers]
         with self.clock.phase("experts"):
             for walking in self.every:

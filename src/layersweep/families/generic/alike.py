@@ -24,6 +24,7 @@ _ACTS: dict[GateAct, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu2": lambda x: F.relu(x).square(),
 }
+_VECTOR = 8  # elements that a kernel loads at once
 _ROWS = 64
 _FAINT = 1e-8  # numbers so small that a norm divides by its epsilon alone
 _LARGEST = 200.0  # beyond whatever a gate is clamped to; its product is below fp16's largest
@@ -82,10 +83,10 @@ def rms_norm_of(module: nn.Module) -> RmsNorm | None:
     return None
 
 
-def gate_of(experts: Any, dtype: torch.dtype) -> GateAct | None:
-    """How experts come from gate and up, the two halves of their rows, to act(gate) * up; None
-    where they do something else."""
-    if not experts.has_gate:
+def gate_of(experts: Any, dtype: torch.dtype, inner: int) -> GateAct | None:
+    """How experts come from gate and up, the two halves of their rows, to act(gate) * up, `inner`
+    wide; None where they do something else, or where a kernel's vectors do not fit the rows."""
+    if not experts.has_gate or inner % _VECTOR:
         return None
     near, far = _numbers((_ROWS, 32), 1.0), _numbers((_ROWS, 32), _LARGEST / 3)
     x = torch.cat((near, far.clamp(-_LARGEST, _LARGEST))).to(dtype)

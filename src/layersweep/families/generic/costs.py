@@ -100,12 +100,12 @@ def costs_of(
 
 
 def _expert_bytes(experts: Any, dtype: torch.dtype) -> float:
-    """Per row: what the gate makes of its product, and what follows the second one."""
-    if experts.has_gate and gate_of(experts, dtype):
-        return 0.0  # in place
+    """Per row: what gate and activation make of the first product."""
     name = "gate_up_proj" if experts.has_gate else "up_proj"
     shape = getattr(experts, name).shape[1:]
     wide = shape[-1] if experts.is_transposed else shape[0]
+    if gate_of(experts, dtype, wide // 2):
+        return 0.0  # in place
     meter = _Meter(experts.parameters())
     with torch.device("meta"):
         inner = torch.empty(_ROWS, wide, dtype=dtype)

@@ -52,7 +52,7 @@ class Modules:
         }
         self._called(tuple(after & base), lambda rows: rows.by_row)
         if isinstance(compute.ops, CudaOps):
-            norm_by(compute.ops, self.model)
+            norm_by(compute.ops, compute.dtype, self.model)
 
     def _called(self, names: tuple[str, ...], how: Callable[[Rows], Any]) -> None:
         for name in names:
@@ -120,15 +120,17 @@ class Modules:
         return found[0].float()
 
 
-def norm_by(ops: TorchOps, model: nn.Module) -> None:
-    """RMS norms of a model in one pass over all their rows, where torch takes eight, in float32."""
+def norm_by(ops: TorchOps, dtype: torch.dtype, model: nn.Module) -> None:
+    """RMS norms of a model in one pass over all their rows, where torch takes eight, in float32.
+    What is not of the `dtype` of these operations stays theirs."""
     for module, norm in rms_norms(model).items():
-        module.forward = _norming(ops, norm, module, module.forward)
+        module.forward = _norming(ops, dtype, norm, module, module.forward)
 
 
 def _norming(
-    ops: TorchOps, norm: RmsNorm, module: nn.Module, forward: Callable[..., Any]
-) -> Callable[..., Any]:
+    ops: TorchOps, dtype: torch.dtype, norm: RmsNorm, module: nn.Module,
+    forward: Callable[..., Any],
+) -> Callable[..., Any]:  # fmt: skip
     """`forward` stays for what the kernel cannot take."""
 
     def normed(x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -136,7 +138,8 @@ def _norming(
         heads_first = x.ndim == 4 and not x.is_contiguous()  # [1, heads, N, D], a view of rows
         dense = x.transpose(1, 2) if heads_first else x
         aligned = len(weight) % 8 == 0 and (x.data_ptr() | weight.data_ptr()) % 16 == 0
-        if args or kwargs or x.dtype != weight.dtype or not (dense.is_contiguous() and aligned):
+        ours = aligned and dense.is_contiguous() and x.dtype == weight.dtype == dtype
+        if args or kwargs or not ours:
             return forward(x, *args, **kwargs)
         rows = dense.view(-1, len(weight))
         found = ops.rms_norm(rows, weight, norm.eps, torch.empty_like(rows), offset=norm.offset)
