@@ -151,6 +151,31 @@ def test_add_places(kernels: Kernels, width: int, seed: int) -> None:
     check.check_add_places(kernels, CPU, 9, 6, 3, width, seed)
 
 
+@pytest.mark.parametrize("scalar, experts", [(0, 7), (1, 60), (0, 128), (0, 300), (1, 32)])
+def test_choose_experts(workshop: Workshop, scalar: int, experts: int, seed: int) -> None:
+    kernels = workshop.kernels(DTYPES[scalar])
+    for router in check.ROUTERS:
+        check.check_choose_experts(kernels, CPU, 9, experts, router, seed)
+
+
+def test_choose_experts_at_edges(workshop: Workshop) -> None:
+    check.check_choose_experts_at_edges(workshop.kernels(torch.float16), CPU)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    rows=st.integers(0, 900) | st.sampled_from((255, 256, 257, 512)),
+    experts=st.integers(1, 40) | st.sampled_from((256, 257, 512)),
+    per_token=st.integers(1, 16),
+    seed=st.integers(0, 2**31),
+)
+def test_sort_by_expert(
+    workshop: Workshop, rows: int, experts: int, per_token: int, seed: int
+) -> None:
+    kernels = workshop.kernels(torch.float16)
+    check.check_sort_by_expert(kernels, CPU, rows, experts, min(per_token, experts), seed)
+
+
 @pytest.mark.parametrize("width", [8, 264, 2056])
 def test_leave_layer(kernels: Kernels, width: int, seed: int) -> None:
     check.check_leave_layer(kernels, CPU, 10, width, seed)
@@ -261,6 +286,9 @@ def test_nothing_to_do_is_no_launch(kernels: Kernels, monkeypatch: pytest.Monkey
     kernels.rms_norm(none, torch.ones(16, dtype=kernels.dtype), 1e-5, none, index)
     kernels.swiglu_(none)
     kernels.add_rows_(none, index, none, torch.empty(0))
+    kernels.choose_experts(none, 2, over_chosen=False, normalize=True, scale=1.0, rounds=False)
+    shares = torch.empty(0, 2)
+    assert kernels.sort_by_expert(shares.int(), shares, 3)[2].tolist() == [0, 0, 0]
     assert launched == []
 
 

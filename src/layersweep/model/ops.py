@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from layersweep.checkpoint import nf4
-from layersweep.families.spec import Activation
-from layersweep.model import maths
+from layersweep.families.spec import Activation, Router
+from layersweep.model import maths, routing
+from layersweep.model.routing import Routing
 
 if TYPE_CHECKING:
     from layersweep.kernels import Kernels
@@ -130,6 +131,21 @@ class TorchOps:
     ) -> Tensor:
         """act(gate) * up over the first I columns; those [N, I], a view. See maths.glu_."""
         return maths.glu_(gate_up_N2I, act, interleaved=interleaved, limit=limit)
+
+    def choose_experts(
+        self,
+        logits_NE: Tensor,
+        router: Router,
+        dtype: torch.dtype,
+        bias_E: Tensor | None = None,
+        correction_E: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Weights, float32 but rounded to `dtype`, and experts, both [N, K], the best first."""
+        return routing.choose_experts(logits_NE, router, dtype, bias_E, correction_E)
+
+    def sort_by_expert(self, experts_NK: Tensor, weights_NK: Tensor, num_experts: int) -> Routing:
+        """Rows sorted by expert, then by their number. No synchronization."""
+        return routing.sort_by_expert(experts_NK, weights_NK, num_experts)
 
     def add_rows_(self, update: Tensor, rows: Tensor, y_NH: Tensor, weight_N: Tensor) -> None:
         """update[rows] += y * weight; rows are unique, so no order of additions is left open."""
@@ -270,6 +286,26 @@ class CudaOps(TorchOps):
         limit: float = 0.0,
     ) -> Tensor:
         return self.kernels.swiglu_(gate_up_N2I, act, interleaved, limit)
+
+    def choose_experts(
+        self,
+        logits_NE: Tensor,
+        router: Router,
+        dtype: torch.dtype,
+        bias_E: Tensor | None = None,
+        correction_E: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        if router.score == "sigmoid" or router.correction or router.groups > 1:
+            return super().choose_experts(logits_NE, router, dtype, bias_E, correction_E)
+        return self.kernels.choose_experts(
+            logits_NE, router.top_k, over_chosen=router.score == "softmax_topk",
+            normalize=router.normalize, scale=router.scale, rounds=dtype != torch.float32,
+            bias=None if bias_E is None else bias_E.float(),
+        )  # fmt: skip
+
+    def sort_by_expert(self, experts_NK: Tensor, weights_NK: Tensor, num_experts: int) -> Routing:
+        experts, weights = experts_NK.int().contiguous(), weights_NK.float().contiguous()
+        return Routing(*self.kernels.sort_by_expert(experts, weights, num_experts))
 
     def add_rows_(self, update: Tensor, rows: Tensor, y_NH: Tensor, weight_N: Tensor) -> None:
         self.kernels.add_rows_(update, rows, y_NH, weight_N)

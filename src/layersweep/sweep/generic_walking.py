@@ -14,7 +14,7 @@ from layersweep.model.generic.walk import AtExperts, AtLayer, Done, Halt
 from layersweep.model.ops import NEVER
 from layersweep.sweep.generic_rows import TileRows, context_maker, tile_positions
 from layersweep.sweep.sequences import Tile
-from layersweep.sweep.state import Routing, TileState
+from layersweep.sweep.state import TileState
 
 
 class Walking:
@@ -61,8 +61,8 @@ class Walking:
         """Sort its rows by expert. No synchronization."""
         halt, state = self.halt, self.state
         assert isinstance(halt, AtExperts)
-        experts = self.decoder.layers[layer].feed.experts
-        state.routing = Routing.of(halt.experts_NK, halt.weights_NK, experts)
+        experts, ops = self.decoder.layers[layer].feed.experts, self.compute.ops
+        state.routing = ops.sort_by_expert(halt.experts_NK, halt.weights_NK, experts)
         state.hidden, state.update = halt.rows_NH, torch.zeros_like(halt.rows_NH)
 
     def spread(self) -> Tensor:

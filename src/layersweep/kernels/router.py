@@ -1,0 +1,88 @@
+"""Kernels that choose each row's experts and sort rows by expert; see router.cu."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from layersweep.kernels.codecs import same
+from layersweep.kernels.weights import WeightKernels
+
+MAX_EXPERTS, MAX_CHOSEN = 512, 16
+SORTED_TOGETHER = 256  # rows of a block that sorts them
+_CHOOSING = 8  # rows of a block that chooses their experts, a warp each
+_WIDTHS = (32, 128, MAX_EXPERTS)
+ROUTER_LAYOUTS = {
+    "router": {
+        **{f"choose_{width}{source}": "4P6if" for width in _WIDTHS for source in ("", "_f32")},
+        "count_rows": "2P3i",
+        "sort_rows": "7P3i",
+    },
+}
+
+
+class RouterKernels(WeightKernels):
+    """The part of `Kernels` that routes rows. T: the module's compute dtype."""
+
+    def choose_experts(
+        self,
+        logits: Tensor,
+        top_k: int,
+        *,
+        over_chosen: bool,
+        normalize: bool,
+        scale: float,
+        rounds: bool,
+        bias: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Weights float32 and experts int32 [N, K], the best first, of equal ones the lowest.
+
+        logits T or float32 [N, E], E up to 512, K up to 16; bias float32 [E], added to them. The
+        weights are a softmax, of all logits or `over_chosen`; they may be divided by their sum,
+        then multiplied by `scale`, then rounded to T. NaN is above everything.
+        """
+        rows, experts = logits.shape
+        same(logits, logits.dtype)
+        assert logits.dtype in (self.dtype, torch.float32)
+        assert top_k <= experts <= MAX_EXPERTS and top_k <= MAX_CHOSEN
+        if bias is not None:
+            same(bias, torch.float32)
+            assert bias.shape == (experts,)
+        weights = torch.empty(rows, top_k, dtype=torch.float32, device=logits.device)
+        chosen = torch.empty_like(weights, dtype=torch.int32)
+        if rows == 0:
+            return weights, chosen
+        width = next(width for width in _WIDTHS if experts <= width)
+        name = f"choose_{width}" + ("" if logits.dtype == self.dtype else "_f32")
+        pointers, sizes = (logits, bias, weights, chosen), (rows, experts, top_k)
+        args = (*pointers, *sizes, over_chosen, normalize, rounds, scale)
+        grid = (-(-rows // _CHOOSING), 1, 1)
+        self._module("router").launch(name, grid, 32 * _CHOOSING, args)
+        return weights, chosen
+
+    def sort_by_expert(
+        self, experts: Tensor, weights: Tensor, num_experts: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(rows, weights, ends, places) as model.routing.sort_by_expert gives them.
+
+        experts int32 [N, K] below `num_experts`, up to 512, those of a row distinct; weights
+        float32 [N, K].
+        """
+        count, top_k = experts.shape
+        same(experts, torch.int32)
+        same(weights, torch.float32)
+        assert weights.shape == experts.shape and num_experts <= MAX_EXPERTS
+        rows = torch.empty(count * top_k, dtype=torch.int64, device=experts.device)
+        sorted_weights = torch.empty_like(rows, dtype=torch.float32)
+        places = torch.empty_like(experts)
+        blocks = -(-count // SORTED_TOGETHER)
+        if blocks == 0:
+            return rows, sorted_weights, rows.new_zeros(num_experts), places
+        ends = rows.new_empty(num_experts)
+        counts = experts.new_empty(blocks, num_experts)
+        module, sizes = self._module("router"), (count, top_k, num_experts)
+        grid = (blocks, 1, 1)
+        module.launch("count_rows", grid, SORTED_TOGETHER, (experts, counts, *sizes))
+        pointers = (experts, weights, counts, rows, sorted_weights, ends, places)
+        module.launch("sort_rows", grid, SORTED_TOGETHER, (*pointers, *sizes))
+        return rows, sorted_weights, ends, places
