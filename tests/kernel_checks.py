@@ -213,7 +213,7 @@ ROUTERS = (
     Router(11, normalize=True, scale=0.3),
     Router(1),
     Router(4, "softmax_topk", bias=True),
-    Router(16, "softmax_topk"),
+    Router(32, "softmax_topk"),
 )
 
 

@@ -15,8 +15,10 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 from layersweep.families.spec import Activation, Router
+from layersweep.kernels import Kernels
+from layersweep.kernels.runtime import Module
 from layersweep.model import maths
-from layersweep.model.ops import TorchOps
+from layersweep.model.ops import CudaOps, TorchOps
 from layersweep.model.routing import choose_experts
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -146,6 +148,29 @@ def test_mixtrals_routing_keeps_its_bits(keep_float: bool, dtype: torch.dtype) -
     weights = (best / best.sum(-1, keepdim=True)).to(kept)
     found, chosen = choose_experts(maths.linear(x, weight), Router(2), kept)
     assert torch.equal(found, weights.float()) and torch.equal(chosen, experts)
+
+
+@pytest.mark.parametrize(
+    "router",
+    [
+        Router(4, "sigmoid"),
+        Router(4, correction=True),
+        Router(4, groups=4, top_groups=2),
+        Router(33),
+    ],
+    ids=str,
+)
+def test_routers_that_no_kernel_takes_are_left_to_torch(router: Router) -> None:
+    def no_module(name: str, dim: int = 0) -> Module:
+        raise AssertionError(name)
+
+    ops = CudaOps(Kernels(torch.float32, no_module), torch.device("cpu"))
+    logits, correction = torch.randn(ROWS, 40), torch.randn(40) if router.correction else None
+    given = logits, router, torch.float32, None, correction
+    found, wanted = ops.choose_experts(*given), choose_experts(*given)
+    assert all(map(torch.equal, found, wanted))
+    found, wanted = (one.sort_by_expert(wanted[1], wanted[0], 513) for one in (ops, TorchOps()))
+    assert torch.equal(found.rows, wanted.rows) and torch.equal(found.places, wanted.places)
 
 
 def test_sigmoids_that_are_all_zero_share_nothing() -> None:

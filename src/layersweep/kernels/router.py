@@ -8,7 +8,7 @@ from torch import Tensor
 from layersweep.kernels.codecs import same
 from layersweep.kernels.weights import WeightKernels
 
-MAX_EXPERTS, MAX_CHOSEN = 512, 16
+MAX_EXPERTS, MAX_CHOSEN = 512, 32  # a lane of a warp for each that is chosen
 SORTED_TOGETHER = 256  # rows of a block that sorts them
 _CHOOSING = 8  # rows of a block that chooses their experts, a warp each
 _WIDTHS = (32, 128, MAX_EXPERTS)
@@ -24,6 +24,10 @@ ROUTER_LAYOUTS = {
 class RouterKernels(WeightKernels):
     """The part of `Kernels` that routes rows. T: the module's compute dtype."""
 
+    def routes(self, experts: int, top_k: int) -> bool:
+        """Whether the kernels take so many."""
+        return experts <= MAX_EXPERTS and top_k <= MAX_CHOSEN
+
     def choose_experts(
         self,
         logits: Tensor,
@@ -37,14 +41,14 @@ class RouterKernels(WeightKernels):
     ) -> tuple[Tensor, Tensor]:
         """Weights float32 and experts int32 [N, K], the best first, of equal ones the lowest.
 
-        logits T or float32 [N, E], E up to 512, K up to 16; bias float32 [E], added to them. The
-        weights are a softmax, of all logits or `over_chosen`; they may be divided by their sum,
-        then multiplied by `scale`, then rounded to T. NaN is above everything.
+        logits T or float32 [N, E]; bias float32 [E], added to them. The weights are a softmax, of
+        all logits or `over_chosen`; they may be divided by their sum, then multiplied by `scale`,
+        then rounded to T. NaN is above everything. Oracle: model.routing.choose_experts.
         """
         rows, experts = logits.shape
         same(logits, logits.dtype)
         assert logits.dtype in (self.dtype, torch.float32)
-        assert top_k <= experts <= MAX_EXPERTS and top_k <= MAX_CHOSEN
+        assert top_k <= experts and self.routes(experts, top_k)
         if bias is not None:
             same(bias, torch.float32)
             assert bias.shape == (experts,)
@@ -65,13 +69,12 @@ class RouterKernels(WeightKernels):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(rows, weights, ends, places) as model.routing.sort_by_expert gives them.
 
-        experts int32 [N, K] below `num_experts`, up to 512, those of a row distinct; weights
-        float32 [N, K].
+        experts int32 [N, K] below `num_experts`, those of a row distinct; weights float32 [N, K].
         """
         count, top_k = experts.shape
         same(experts, torch.int32)
         same(weights, torch.float32)
-        assert weights.shape == experts.shape and num_experts <= MAX_EXPERTS
+        assert weights.shape == experts.shape and self.routes(num_experts, top_k)
         rows = torch.empty(count * top_k, dtype=torch.int64, device=experts.device)
         sorted_weights = torch.empty_like(rows, dtype=torch.float32)
         places = torch.empty_like(experts)

@@ -295,7 +295,8 @@ class CudaOps(TorchOps):
         bias_E: Tensor | None = None,
         correction_E: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        if router.score == "sigmoid" or router.correction or router.groups > 1:
+        plain = router.score != "sigmoid" and not router.correction and router.groups == 1
+        if not (plain and self.kernels.routes(logits_NE.shape[1], router.top_k)):
             return super().choose_experts(logits_NE, router, dtype, bias_E, correction_E)
         return self.kernels.choose_experts(
             logits_NE, router.top_k, over_chosen=router.score == "softmax_topk",
@@ -304,6 +305,8 @@ class CudaOps(TorchOps):
         )  # fmt: skip
 
     def sort_by_expert(self, experts_NK: Tensor, weights_NK: Tensor, num_experts: int) -> Routing:
+        if not self.kernels.routes(num_experts, experts_NK.shape[1]):
+            return super().sort_by_expert(experts_NK, weights_NK, num_experts)
         experts, weights = experts_NK.int().contiguous(), weights_NK.float().contiguous()
         return Routing(*self.kernels.sort_by_expert(experts, weights, num_experts))
 

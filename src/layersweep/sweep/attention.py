@@ -31,15 +31,17 @@ def visit_attention(state: TileState, context: LayerContext) -> None:
 
     It goes group by group, so that projections are held for a few sequences at a time.
     """
-    logits = []
+    parts = []
     for group in state.groups:
         with context.scratch.frame():
             _attend_rows(state, group, context)
         if context.layer.feed.router:
             with context.scratch.frame():
-                logits.append(_logits(state.hidden[group.start : group.stop], context))
-    if logits:
-        _route(state, torch.cat(logits), context)
+                parts.append(_logits(state.hidden[group.start : group.stop], context))
+    if parts:
+        logits = torch.cat(parts)
+        del parts
+        _route(state, logits, context)
 
 
 def _attend_rows(state: TileState, group: Group, context: LayerContext) -> None:
