@@ -29,9 +29,8 @@ def products(
     ends = torch.tensor(rows).cumsum(0)
     spans = list(pairwise([0, *ends.tolist()]))
     out = torch.full((len(x), weights.shape[1]), float("nan"), dtype=x.dtype, device=x.device)
-    own = [] if biases is None else list(biases)
     on_device = (ends + counted_from).to(x.device)
-    grouped_products(x, list(weights), own, spans, on_device, out)
+    grouped_products(x, weights, biases, spans, on_device, out)
     return out
 
 
@@ -52,7 +51,7 @@ def check_grouped(
     found = products(x, weights, biases, rows, counted_from=1000)
     parts = Parts(list(pairwise([0, *torch.tensor(rows).cumsum(0).tolist()])))
     wanted = TorchOps().products(
-        x.float(), list(weights.float()), [] if biases is None else list(biases.float()), parts,
+        x.float(), weights.float(), None if biases is None else biases.float(), parts,
         torch.empty(found.shape, device=device),
     )  # fmt: skip
     # half a step of the result's own size, and the order of a float32 sum around zero

@@ -375,9 +375,9 @@ def test_an_older_card_takes_its_paths_and_stays_within_the_plan_at_4096_tokens(
 
 def test_old_and_new_paths_measure_the_same() -> None:
     models = [layersweep.load("demo", device="cuda", assume_capability=c) for c in (None, "7.5")]
-    each = "4 dense experts at a time, a product each, all tiles"
+    each = "8 dense experts at a time, a product each, all tiles"
     newest = torch.cuda.get_device_capability(CUDA) >= (8, 0)
-    grouped = "grouped products in Triton, 4 at once" if newest else each
+    grouped = "grouped products in Triton, 8 at once" if newest else each
     assert [model.paths.experts for model in models] == [grouped, each]
     new, old = (nll(measured(model, SMALL)[0]) for model in models)
     for arm in new:

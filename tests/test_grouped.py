@@ -43,7 +43,7 @@ SIZED = (shapes, generic_shapes, loop, generic)
 @pytest.mark.parametrize("ops", [TorchOps(), CudaOps(cast(Kernels, None), CPU)])
 def test_each_part_has_its_weight_and_its_bias(ops: TorchOps) -> None:
     x, weights, biases = torch.randn(5, 8), torch.randn(3, 6, 8), torch.randn(3, 6)
-    out = ops.products(x, list(weights), list(biases), Parts(SPANS), torch.empty(5, 6))
+    out = ops.products(x, weights, biases, Parts(SPANS), torch.empty(5, 6))
     for row, part in enumerate((0, 0, 2, 2, 2)):
         wanted = weights[part].double() @ x[row].double() + biases[part].double()
         assert torch.allclose(out[row].double(), wanted, atol=1e-5)
@@ -54,16 +54,16 @@ def test_one_launch_serves_groups_alone() -> None:
     asked = []
 
     def grouped(
-        x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor],
-        spans: Sequence[tuple[int, int]], ends: Tensor, out: Tensor,
+        x: Tensor, weights: Tensor, biases: Tensor | None, spans: Sequence[tuple[int, int]],
+        ends: Tensor, out: Tensor,
     ) -> None:  # fmt: skip
         asked.append((spans, ends.tolist()))
 
     ops = CudaOps(cast(Kernels, None), CPU, grouped)
-    x, weights, out = torch.ones(5, 8), [torch.ones(6, 8)] * 3, torch.zeros(5, 6)
-    assert ops.products(x, weights, [], Parts([(0, 5)]), out).eq(8).all() and asked == []
+    x, weights, out = torch.ones(5, 8), torch.ones(3, 6, 8), torch.zeros(5, 6)
+    assert ops.products(x, weights, None, Parts([(0, 5)]), out).eq(8).all() and asked == []
     parts = Parts(SPANS, torch.tensor([12, 12, 15]))
-    assert ops.products(x, weights, [], parts, out) is out
+    assert ops.products(x, weights, None, parts, out) is out
     assert asked == [(SPANS, [12, 12, 15])]
 
 
@@ -77,8 +77,8 @@ def test_groups_change_no_number_and_know_their_ends_on_the_device(
     one_by_one, sizes = TorchOps.products, []
 
     def spy(
-        ops: TorchOps, x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor],
-        parts: Parts, memory: Tensor,
+        ops: TorchOps, x: Tensor, weights: Tensor, biases: Tensor | None, parts: Parts,
+        memory: Tensor,
     ) -> Tensor:  # fmt: skip
         assert parts.ends is not None
         first = int(parts.ends[-1]) - parts.spans[-1][1]
@@ -159,7 +159,7 @@ def test_older_cards_and_float32_are_not_asked(monkeypatch: pytest.MonkeyPatch) 
 def test_the_path_says_how_many_experts_share_a_launch(demo: Model) -> None:
     assert demo.paths.experts == "one dense expert at a time, all tiles"
     gpu = replace(demo.compute, device=torch.device("cuda"), dtype=torch.float16)
-    at_once = demo.decoder.num_experts // demo.decoder.experts_per_token
+    at_once = demo.decoder.num_experts  # 8, of which each row visits 2
     assert replace(demo, compute=gpu).paths.experts == (
         f"{at_once} dense experts at a time, a product each, all tiles"
     )

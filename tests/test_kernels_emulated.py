@@ -120,8 +120,8 @@ def test_a_group_of_experts_is_decoded_by_one_launch_for_each_key(
             for weights in dense.values():
                 weights.fill_feeds([engine.store.get(at) for at in group])
             plain, together = (weights.feeds for weights in dense.values())
-            for wanted, found in zip(plain, together, strict=True):
-                assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+            assert len(plain["gate_up_proj"]) == len(group)
+            assert all(torch.equal(together[key], plain[key]) for key in plain)
     engine.close()
     assert launches == ["nf4_alike"] * 3  # of the group; the store decodes what comes alone
 

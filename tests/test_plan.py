@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mixtral_shapes import MIXTRAL, mixtral_specs
 
+from layersweep.checkpoint.synth_shapes import SHAPES
 from layersweep.errors import BudgetError, InputError
 from layersweep.families.weights import BlockShape
 from layersweep.kv import parse
@@ -20,6 +21,7 @@ from layersweep.stream.shapes import (
     Machine,
     TileShape,
     dense_bytes,
+    experts_at_once,
     head_bytes,
     rows_at_once,
     scratch_bytes,
@@ -258,6 +260,17 @@ def test_the_least_host_memory_is_two_of_the_largest_runs() -> None:
 def test_an_expert_of_a_tile_is_one_product_unless_routing_is_very_uneven() -> None:
     # 51,200 rows x 2 / 8 = 12,800 on average
     assert rows_at_once(MIXTRAL.layers[0].feed, "expert", 51_200, cpu=False) == 16_000
+
+
+@pytest.mark.parametrize(
+    ("model", "wanted"),
+    [("qwen3-30b-a3b", 32), ("gpt-oss-20b", 8), ("deepseek-v2-lite", 16), ("mixtral-8x7b", 1)],
+)
+def test_small_experts_are_visited_in_groups_of_one_size(model: str, wanted: int) -> None:
+    """128 x 9 MiB, 32 x 47 MiB, 64 x 17 MiB and 8 x 336 MiB, of which a row visits 8, 4, 6, 2."""
+    decoder = SHAPES[model].decoder
+    assert experts_at_once(decoder, decoder.layers[-1], 2, cpu=False) == wanted
+    assert experts_at_once(decoder, decoder.layers[-1], 2, cpu=True) == 1
 
 
 def test_a_context_beyond_the_model_is_refused() -> None:

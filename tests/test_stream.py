@@ -28,7 +28,7 @@ from layersweep.stream.blocks import BlockSpec, PlacedWeight, Slot
 from layersweep.stream.device import DeviceStage
 from layersweep.stream.host import CACHED_READERS, READERS, Event, HostStage, Readers
 from layersweep.stream.pinned import pinned_ring
-from layersweep.stream.reader import RunReader
+from layersweep.stream.reader import PIECE_BYTES, RunReader
 from layersweep.stream.ring import ByteRing
 from layersweep.stream.runs import Placement, choose_spread, compute_ring, runs_of
 from layersweep.stream.store import BlockStore
@@ -333,6 +333,15 @@ def test_a_file_is_dropped_from_the_page_cache_once_nothing_more_of_it_is_read(
         if dropped:
             assert "a" not in read[read.index("drop a") :]
             assert read[-1] == "drop b"
+
+
+def test_all_readers_share_a_table_and_one_call_reads_a_run_of_small_blocks() -> None:
+    readers = Readers()
+    assert readers.piece_bytes(1200 * 2**20) == 200 * 2**20
+    assert readers.piece_bytes(80 * 2**20) >= 80 * 2**20
+    readers.cached = False  # a disk's queue
+    assert readers.piece_bytes(1200 * 2**20) == PIECE_BYTES
+    readers.close()
 
 
 def test_few_readers_while_they_are_fast_and_many_while_they_wait() -> None:

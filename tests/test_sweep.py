@@ -322,8 +322,8 @@ def test_one_dense_expert_at_a_time(tiny: Path, monkeypatch: pytest.MonkeyPatch)
 
     def spy(weights: DenseWeights, blocks: Sequence[Block]) -> None:
         fill(weights, blocks)
-        for views, block in zip(weights.feeds, blocks, strict=True):
-            filled.append((views["gate_up_proj"].data_ptr(), block.spec.name))
+        for dense, block in zip(weights.feeds["gate_up_proj"], blocks, strict=True):
+            filled.append((dense.data_ptr(), block.spec.name))
 
     monkeypatch.setattr(DenseWeights, "fill_feeds", spy)
     sweep_logits(model, tiles_of("t", windows(model, 5, [EXACT, parse("K3V2")]), 2))

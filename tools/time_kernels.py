@@ -180,9 +180,9 @@ def _grouped_shape(
     rows, starts = int(ends[-1]), [0, *ends.tolist()]
     spans, on_device = list(pairwise(starts)), ends.to(DEVICE)
     x, out = random(dtype, rows, depth), torch.empty(rows, width, dtype=dtype, device=DEVICE)
-    weights = list(random(dtype, parts, width, depth))
+    weights = random(dtype, parts, width, depth)
     work = 2 * rows * width * depth
-    one_by_one = partial(ops.products, x, weights, [], Parts(spans), out)
+    one_by_one = partial(ops.products, x, weights, None, Parts(spans), out)
     yield f"products_{name}_cublas_each", one_by_one, work
     yield f"products_{name}_cublas_one", partial(torch.mm, x, weights[0].t(), out=out), work
     tiles = {
@@ -195,7 +195,7 @@ def _grouped_shape(
     }  # fmt: skip
     for label, tile in tiles.items():
         if tile is None or torch.cuda.get_device_capability(DEVICE) >= (9, 0):
-            args = (x, weights, [], spans, on_device, out, tile)
+            args = (x, weights, None, spans, on_device, out, tile)
             yield f"products_{name}_triton_{label}", partial(grouped.grouped_products, *args), work
 
 

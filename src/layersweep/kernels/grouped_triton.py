@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import pairwise
 from subprocess import CalledProcessError
+from typing import Any
 
 import torch
 import triton
@@ -50,8 +50,8 @@ SMALL = Tile(128, 128, 64, stages=4, warps=8, persistent=False, descriptors=Fals
 
 def grouped_products(
     x_NK: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
+    weights_POK: Tensor,
+    biases_PO: Tensor | None,
     spans: Sequence[tuple[int, int]],
     ends: Tensor,
     out_NO: Tensor,
@@ -59,40 +59,57 @@ def grouped_products(
 ) -> None:
     """out[first:last] = x[first:last] @ weights[p].T (+ biases[p]) for the span of each part p.
 
-    float16 or bfloat16, summed in float32 and rounded once. Weights [O, K] lie at equal distances
-    in one buffer, and so do the biases [O], if there are any. Spans follow one another from row 0;
+    float16 or bfloat16, summed in float32 and rounded once. Weights, each contiguous, may have
+    numbers of others between them, and so may biases. Spans follow one another from row 0;
     `ends` [parts], integers on the device, are where they end, counted from anywhere. K and row
     strides are multiples of 8, at 16-byte-aligned addresses.
     """
-    (width, depth), rows = weights[0].shape, spans[-1][1]
-    assert x_NK.dtype == out_NO.dtype == weights[0].dtype in (torch.float16, torch.bfloat16)
+    (parts, width, depth), rows, dtype = weights_POK.shape, spans[-1][1], x_NK.dtype
+    x_row, out_row, part_step = x_NK.stride(0), out_NO.stride(0), weights_POK.stride(0)
+    assert dtype == out_NO.dtype == weights_POK.dtype and dtype in (torch.float16, torch.bfloat16)
     assert x_NK.shape == (rows, depth) and out_NO.shape == (rows, width)
-    assert x_NK.stride(1) == out_NO.stride(1) == ends.stride(0) == 1
-    assert weights[0].is_contiguous() and len(weights) == len(spans) == len(ends)
-    assert spans[0][0] == 0 and all(one[1] == next_[0] for one, next_ in pairwise(spans))
+    assert x_NK.stride(1) == out_NO.stride(1) == 1 and weights_POK.stride()[1:] == (depth, 1)
+    assert parts == len(spans) == ends.shape[0] and ends.stride(0) == 1 and spans[0][0] == 0
+    assert biases_PO is None or (biases_PO.dtype == dtype and biases_PO.stride(1) == 1)
+    assert not any(one.data_ptr() % 16 for one in (x_NK, weights_POK, out_NO))
     tile = tile or _tile(x_NK.device)
-    row_tiles = sum(triton.cdiv(last - first, tile.rows) for first, last in spans)
+    row_tiles = sum((last - first + tile.rows - 1) // tile.rows for first, last in spans)
     if not row_tiles:
         return
-    x: Tensor | TensorDescriptor = x_NK
-    weight: Tensor | TensorDescriptor = weights[0]
-    if tile.descriptors:
-        x = TensorDescriptor(x_NK, [rows, depth], list(x_NK.stride()), [tile.rows, tile.depth])
-        weight = TensorDescriptor(
-            weights[0], [len(weights), width, depth], [_distance(weights), *weights[0].stride()],
-            [1, tile.columns, tile.depth],
-        )  # fmt: skip
-    programs = row_tiles * triton.cdiv(width, tile.columns)
+    programs = row_tiles * -(-width // tile.columns)
     if tile.persistent:
         programs = min(programs, _multiprocessors(x_NK.device))
-    _multiply[(programs,)](
-        x, weight, biases[0] if biases else out_NO, out_NO, ends,
-        len(spans), rows, row_tiles, width, depth, width if biases else 0,
-        x_NK.stride(0), _distance(weights), _distance(biases), out_NO.stride(0),
-        max(MIN_PARTS, triton.next_power_of_2(len(spans))),
+    x: Tensor | TensorDescriptor = x_NK
+    weight: Tensor | TensorDescriptor = weights_POK
+    if tile.descriptors:
+        x = TensorDescriptor(x_NK, [rows, depth], [x_row, 1], [tile.rows, tile.depth])
+        weight = TensorDescriptor(
+            weights_POK, [parts, width, depth], [part_step, depth, 1],
+            [1, tile.columns, tile.depth],
+        )  # fmt: skip
+    bias, bias_part = (out_NO, 0) if biases_PO is None else (biases_PO, biases_PO.stride(0))
+    fixed = (
+        width, depth, x_row, part_step, out_row, max(MIN_PARTS, 1 << (parts - 1).bit_length()),
         tile.rows, tile.columns, tile.depth, ROW_TILES_TOGETHER, tile.persistent, tile.descriptors,
-        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
+    biased = width if biases_PO is not None else 0
+    args = x, weight, bias, out_NO, ends, parts, rows, row_tiles, biased, bias_part, *fixed
+    _launch((programs, 1, 1), args, tile, (x_NK.device, dtype, ends.dtype, tile, fixed))
+
+
+_compiled: dict[tuple[object, ...], Any] = {}
+
+
+def _launch(
+    grid: tuple[int, int, int], args: Sequence[object], tile: Tile, key: tuple[object, ...]
+) -> None:
+    """Run the kernel that was compiled for the same `key`, which is all that makes kernels differ.
+    Triton's own launch looks at every argument to find it, which takes the host 3 times as long."""
+    compiled = _compiled.get(key)  # Triton's interpreter compiles nothing: None
+    if compiled is not None:
+        compiled[grid](*args)
+    else:
+        _compiled[key] = _multiply[grid](*args, num_warps=tile.warps, num_stages=tile.stages)
 
 
 def prove(device: torch.device, dtype: torch.dtype) -> None:
@@ -104,7 +121,7 @@ def prove(device: torch.device, dtype: torch.dtype) -> None:
     ends = torch.tensor([130, 300], device=device)
     try:
         with torch.cuda.device(device):
-            grouped_products(x, [*weight], [], spans, ends, out)
+            grouped_products(x, weight, None, spans, ends, out)
             found = out.float().cpu()
     except (TritonError, CalledProcessError, RuntimeError, OSError) as failure:
         raise KernelError(f"Triton: {failure}") from failure
@@ -112,16 +129,6 @@ def prove(device: torch.device, dtype: torch.dtype) -> None:
         wanted = x[first:last].float().cpu() @ own.t()
         if not torch.allclose(found[first:last], wanted, rtol=0.02, atol=0.1):
             raise KernelError("Triton's grouped products differ from torch's on this device")
-
-
-def _distance(slots: Sequence[Tensor]) -> int:
-    """Elements between one slot and the next, equal for all."""
-    if len(slots) < 2:
-        return slots[0].numel() if slots else 0
-    places = [slot.data_ptr() for slot in slots]
-    steps = {after - before for before, after in pairwise(places)}
-    assert len(steps) == 1, "weights of a group lie at different distances"
-    return steps.pop() // slots[0].itemsize
 
 
 @cache
@@ -141,11 +148,11 @@ def _multiprocessors(device: torch.device) -> int:
 
 @triton.jit(
     do_not_specialize=["parts", "rows", "row_tiles", "biased", "bias_part"],
-    do_not_specialize_on_alignment=["ends"],
+    do_not_specialize_on_alignment=["ends", "bias"],
 )
 def _multiply(
-    x, weight, bias, out, ends,
-    parts, rows, row_tiles, width, depth, biased, x_row, weight_part, bias_part, out_row,
+    x, weight, bias, out, ends, parts, rows, row_tiles, biased, bias_part,
+    width, depth, x_row, weight_part, out_row,
     PARTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
     TOGETHER: tl.constexpr, PERSISTENT: tl.constexpr, DESCRIPTORS: tl.constexpr,
 ):  # fmt: skip

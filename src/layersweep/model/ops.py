@@ -26,7 +26,7 @@ NEVER = torch.iinfo(torch.int32).max  # "no bad layer": smaller numbers win
 
 # (x, weights, biases, spans, ends, out), see kernels.grouped_triton
 GroupedProducts = Callable[
-    [Tensor, Sequence[Tensor], Sequence[Tensor], Sequence[tuple[int, int]], Tensor, Tensor], None
+    [Tensor, Tensor, Tensor | None, Sequence[tuple[int, int]], Tensor, Tensor], None
 ]
 
 
@@ -66,19 +66,19 @@ class TorchOps:
     def products(
         self,
         x_NI: Tensor,
-        weights: Sequence[Tensor],
-        biases: Sequence[Tensor],
+        weights_POI: Tensor,
+        biases_PO: Tensor | None,
         parts: Parts,
         memory_NO: Tensor,
     ) -> Tensor:
-        """The rows of each part times a weight [O, I] of its own, transposed, plus its bias [O] if
-        there are any; in `memory`."""
+        """The rows of each part times a weight of its own, transposed, plus its bias if there are
+        any; in `memory`. Weights, and biases, may have numbers of others between them."""
         for part, (first, last) in enumerate(parts.spans):
             if first == last:
                 continue
             own = memory_NO[first:last]
-            bias = biases[part] if biases else None
-            found = self.linear(x_NI[first:last], weights[part], own, bias)
+            bias = None if biases_PO is None else biases_PO[part]
+            found = self.linear(x_NI[first:last], weights_POI[part], own, bias)
             if found.data_ptr() != own.data_ptr():
                 own.copy_(found)
         return memory_NO
@@ -231,14 +231,14 @@ class CudaOps(TorchOps):
     def products(
         self,
         x_NI: Tensor,
-        weights: Sequence[Tensor],
-        biases: Sequence[Tensor],
+        weights_POI: Tensor,
+        biases_PO: Tensor | None,
         parts: Parts,
         memory_NO: Tensor,
     ) -> Tensor:
         if self.grouped is None or parts.ends is None:
-            return super().products(x_NI, weights, biases, parts, memory_NO)
-        self.grouped(x_NI, weights, biases, parts.spans, parts.ends, memory_NO)
+            return super().products(x_NI, weights_POI, biases_PO, parts, memory_NO)
+        self.grouped(x_NI, weights_POI, biases_PO, parts.spans, parts.ends, memory_NO)
         return memory_NO
 
     def add_linear_(self, residual_NO: Tensor, x_NI: Tensor, weight_OI: Tensor) -> None:

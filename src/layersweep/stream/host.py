@@ -28,6 +28,9 @@ from layersweep.units import format_bytes
 # A disk's queue needs many readers, which wait and cost nothing. From the page cache few are as
 # fast, and more of them are in the way of the thread that launches kernels.
 READERS, CACHED_READERS = 16, 6
+# Of the page cache one call reads a run of small blocks, for few steps of Python. An embedding or a
+# head is for all readers: one copies 4 to 5 GB/s (beside an H200), and the device waits for it.
+CACHED_PIECE_BYTES = 96 * 2**20
 CACHED_RATE = 1e9  # bytes/s of one reader from which on it reads from memory
 TIMED_BYTES = 4 * 2**20  # a piece that is large enough to tell
 AHEAD = 16  # runs whose reading may be under way; the ring is the real limit
@@ -41,6 +44,12 @@ class Readers:
         self._many = ThreadPoolExecutor(READERS, "block-reader")
         self._few = ThreadPoolExecutor(CACHED_READERS, "cached-block-reader")
         self.cached = True
+
+    def piece_bytes(self, nbytes: int) -> int:
+        """Of a run of `nbytes`, as much as one call should read."""
+        if not self.cached:
+            return PIECE_BYTES
+        return max(CACHED_PIECE_BYTES, -(-nbytes // CACHED_READERS))
 
     def submit(self, task: Task) -> Future[None]:
         return (self._few if self.cached else self._many).submit(self._run, task)
@@ -242,7 +251,7 @@ class HostStage:
         return Arrival(run, target, self._read(run, target), in_ring=True)
 
     def _read(self, run: Run, target: Tensor) -> list[Future[None]]:
-        piece = run.nbytes if self._readers.cached else PIECE_BYTES
+        piece = self._readers.piece_bytes(run.nbytes)
         return [self._readers.submit(task) for task in self.reader.tasks(run, target, piece)]
 
     def _copied(self, run: Run, source: Tensor, target: Tensor) -> Arrival:

@@ -11,7 +11,8 @@ from layersweep.families.spec import Decoder, Feed, Layer
 from layersweep.families.weights import BlockShape, Role, blocks
 
 EXPERT_SPREAD = 1.25  # an expert's rows go through at most this many times its even share at once
-GROUP_BYTES = 256 * 2**20  # of dense experts that are visited together
+GROUP_BYTES = 400 * 2**20  # of dense experts that are visited together: less than most heads
+GROUP_TILES = 2  # rows of a group of experts, in rows of a tile
 LOGITS_BYTES = 512 * 2**20  # of logits that are held at once
 FEWEST_POSITIONS = 64  # that one product of the head takes, whatever they need
 DENSE_ROWS = 12_800  # of an MLP that all rows go through: enough for full speed
@@ -155,12 +156,14 @@ def rows_at_once(feed: Feed, role: Role, rows: int, *, cpu: bool) -> int:
 
 def experts_at_once(decoder: Decoder, layer: Layer, element: int, *, cpu: bool) -> int:
     """Experts that are dense together and visited in one go, where they are many and small: they
-    share launches. As many as have the rows of about one tile."""
+    share launches, and each row is updated once for all of them. Groups are of one size."""
     feed = layer.feed
     if cpu or feed.router is None or feed.inner % 8 or decoder.hidden_size % 8:
         return 1  # rows of 16 bytes are what their products in one launch take
     each = 3 * feed.inner * decoder.hidden_size * element
-    return max(1, min(feed.experts // feed.router.top_k, GROUP_BYTES // each))
+    most = min(GROUP_TILES * feed.experts // feed.router.top_k, GROUP_BYTES // each)
+    groups = math.ceil(feed.experts / max(1, most))
+    return math.ceil(feed.experts / groups)
 
 
 def most_experts_at_once(decoder: Decoder, element: int, *, cpu: bool) -> int:

@@ -36,9 +36,9 @@ class DenseWeights:
     """One layer's attention weights and those of an MLP or a few experts, or the head's, in one
     buffer.
 
-    `attention`, each of `feeds` and `head` are views by key, those of JOINED besides those of the
-    block:
-    qkv_proj [(Q + 2G) D, H], gate_up_proj [2I, H]. Filling is ordered with the products on the
+    `attention`, `feeds` and `head` are views by key, those of JOINED besides those of the block:
+    qkv_proj [(Q + 2G) D, H], gate_up_proj [2I, H]. Those of `feeds` have a dimension in front, for
+    an MLP (1) or the experts that are dense together. Filling is ordered with the products on the
     stream, so the buffer is reused at once.
     """
 
@@ -49,9 +49,10 @@ class DenseWeights:
         self._ops = compute.ops
         self._table = decoder.vocab_size, decoder.hidden_size
         self._known: dict[tuple[object, ...], Views] = {}
+        self._stacks: dict[tuple[object, ...], Views] = {}
         self._attention_starts = 0
         self.attention: Views = {}
-        self.feeds: list[Views] = []
+        self.feeds: Views = {}
         self.head: Views = {}
 
     def fill_attention(
@@ -64,17 +65,20 @@ class DenseWeights:
 
     def fill_feeds(self, blocks: Sequence[Block]) -> None:
         """An MLP of the layer, or experts, which lie side by side at equal distances."""
-        step = self._size(blocks[0].spec.shape)
-        self.feeds = [self._at(block.spec.shape, slot * step) for slot, block in enumerate(blocks)]
-        together = self._decoded_together(blocks, step)
-        for block, views in zip(blocks, self.feeds, strict=True):
+        shape = blocks[0].spec.shape
+        step = self._size(shape)
+        each = [self._at(block.spec.shape, slot * step) for slot, block in enumerate(blocks)]
+        self.feeds = self._stacked(shape, len(blocks))
+        together = self._decoded_together(blocks, each[0], step)
+        for block, views in zip(blocks, each, strict=True):
             self._fill(block, views, together)
 
-    def _decoded_together(self, blocks: Sequence[Block], step: int) -> frozenset[str]:
+    def _decoded_together(self, blocks: Sequence[Block], views: Views, step: int) -> frozenset[str]:
         """Decode, each in one launch, the weights of several experts that lie alike in all; their
-        keys. They are small: launches take the host longer than the device."""
-        first, views = blocks[0], self.feeds[0]
-        ops, layout = self._ops, first.spec.layout
+        keys. They are small: launches take the host longer than the device. `views`: of the
+        first."""
+        first, ops = blocks[0], self._ops
+        layout = first.spec.layout
         if len(blocks) == 1 or not isinstance(ops, CudaOps):
             return frozenset()
         if any(block.spec.layout != layout for block in blocks):
@@ -115,6 +119,17 @@ class DenseWeights:
         if at not in self._known:
             self._known[at] = self._views(shape, start)
         return self._known[at]
+
+    def _stacked(self, shape: BlockShape, count: int) -> Views:
+        """The first of `count` equal blocks from the buffer's start on, and its like behind it."""
+        at = (count, shape.float32, *shape.weights.items())
+        if at not in self._stacks:
+            step = self._size(shape) * self._memory.itemsize
+            self._stacks[at] = {
+                key: view.as_strided((count, *view.shape), (step // view.itemsize, *view.stride()))
+                for key, view in self._at(shape, 0).items()
+            }
+        return self._stacks[at]
 
     def _fill(self, block: Block, views: Views, done: frozenset[str] = frozenset()) -> None:
         """The weights of a block but for those that are `done`."""

@@ -36,7 +36,7 @@ class FeedVisit:
     ) -> None:  # fmt: skip
         self.blocks, self.layer, self.feed = blocks, layer, layer.feed
         self.weights, self.compute, self.scratch = weights, compute, scratch
-        self.feeds: Sequence[Views] = weights.feeds
+        self.feeds = weights.feeds
 
     def __call__(self, state: TileState) -> None:
         """Add the blocks' outputs to the tile's update buffer."""
@@ -54,15 +54,21 @@ class FeedVisit:
         for run in runs_within(spans, most):
             (first, _), (_, last) = spans[run.start], spans[run.stop - 1]
             if len(spans) > 1 and last - first <= most:
-                self._together(state, routing, experts[run], spans[run], self.feeds[run])
+                self._together(state, routing, experts[run], spans[run], self._weights(run))
                 continue
             for start in range(first, last, size):
-                weights = self.feeds[run.start]
+                weights = self._weights(run)
                 self._alone(state, routing, weights, start, min(start + size, last))
+
+    def _weights(self, run: slice) -> Views:
+        """Of a run of the blocks: nearly always all, and each view takes the host 3 us."""
+        if run == slice(0, len(self.blocks)):
+            return self.feeds
+        return {key: view[run] for key, view in self.feeds.items()}
 
     def _together(
         self, state: TileState, routing: Routing, experts: Sequence[int], spans: Sequence[Span],
-        weights: Sequence[Views],
+        weights: Views,
     ) -> None:  # fmt: skip
         """Experts in a run, which share all launches; their products, too, where the device can."""
         first, last = spans[0][0], spans[-1][1]
@@ -83,40 +89,36 @@ class FeedVisit:
         """Rows of one expert. They are unique, so plain indexed addition is deterministic."""
         with self.scratch.frame():
             rows, parts = routing.rows[first:last], Parts([(0, last - first)])
-            y = self._mlp(state.hidden, rows, last - first, [weights], parts)[1]
+            y = self._mlp(state.hidden, rows, last - first, weights, parts)[1]
             self.compute.ops.add_rows_(state.update, rows, y, routing.weights[first:last])
 
     def _all_rows(self, state: TileState, some: slice) -> None:
-        weights, count = self.feeds[0], some.stop - some.start
+        weights, count = self.feeds, some.stop - some.start
         with self.scratch.frame():
-            x, y = self._mlp(state.hidden[some], None, count, [weights], Parts([(0, count)]))
+            x, y = self._mlp(state.hidden[some], None, count, weights, Parts([(0, count)]))
             if "gate" in weights:
-                y.mul_(torch.sigmoid(self.compute.ops.linear(x, weights["gate"])))
+                y.mul_(torch.sigmoid(self.compute.ops.linear(x, weights["gate"][0])))
             state.update[some] += y
 
     def _mlp(
-        self, hidden: Tensor, rows: Tensor | None, count: int, weights: Sequence[Views],
-        parts: Parts,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        self, hidden: Tensor, rows: Tensor | None, count: int, weights: Views, parts: Parts
+    ) -> tuple[Tensor, Tensor]:
         """The normed rows, all `hidden` or those of the index `rows`, and down(act(gate x) * up x)
         of them, each part by weights of its own."""
         ops, feed = self.compute.ops, self.feed
         take, dtype = self.scratch.take, self.compute.dtype
         x = self._input(hidden, rows, take(count, hidden.shape[1], dtype=dtype))
-        both = take(count, len(weights[0]["gate_up_proj"]), dtype=dtype)
+        both = take(count, weights["gate_up_proj"].shape[1], dtype=dtype)
         both = self._products(x, both, "gate_up", weights, parts)
         inner = ops.swiglu_(both, feed.act, interleaved=feed.interleaved, limit=feed.limit)
         # x has served, where nobody asks for it: its memory takes y
-        free = x if "gate" not in weights[0] else take(count, hidden.shape[1], dtype=dtype)
+        free = x if "gate" not in weights else take(count, hidden.shape[1], dtype=dtype)
         return x, self._products(inner, free, "down", weights, parts)
 
-    def _products(
-        self, x: Tensor, out: Tensor, name: str, weights: Sequence[Views], parts: Parts
-    ) -> Tensor:
+    def _products(self, x: Tensor, out: Tensor, name: str, weights: Views, parts: Parts) -> Tensor:
         """Rows of `parts` times the weights `name`, with their biases."""
-        biases = [own[f"{name}_bias"] for own in weights] if self.feed.bias else []
-        own = [views[f"{name}_proj"] for views in weights]
-        return self.compute.ops.products(x, own, biases, parts, out)
+        biases = weights[f"{name}_bias"] if self.feed.bias else None
+        return self.compute.ops.products(x, weights[f"{name}_proj"], biases, parts, out)
 
     def _input(self, hidden: Tensor, rows: Tensor | None, memory: Tensor) -> Tensor:
         norm = self.layer.feed_norm

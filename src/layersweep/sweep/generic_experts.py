@@ -25,33 +25,34 @@ class ExpertsVisit(FeedVisit):
         scratch: Scratch, module: nn.Module,
     ) -> None:  # fmt: skip
         super().__init__(blocks, layer, weights, compute, scratch)
-        self.feeds = [joined(views) for views in weights.feeds]
+        self.feeds = joined(weights.feeds, dim=1)
         self.module = module
 
     def _mlp(
-        self, hidden: Tensor, rows: Tensor | None, count: int, weights: Sequence[Views],
-        parts: Parts,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        self, hidden: Tensor, rows: Tensor | None, count: int, weights: Views, parts: Parts
+    ) -> tuple[Tensor, Tensor]:
         x = hidden if rows is None else hidden[rows]
         return x, expert_rows(self.module, weights, x, parts, self.compute.ops)
 
 
-def joined(views: Views) -> dict[str, Tensor]:
-    """Weights by the names of their parameters: those in pieces as one."""
+def joined(views: Views, dim: int = 0) -> dict[str, Tensor]:
+    """Weights by the names of their parameters: those in pieces as one, along `dim`."""
     pieces: dict[str, list[Tensor]] = {}
     for key, view in views.items():
         pieces.setdefault(split_key(key)[1], []).append(view)
     return {
-        key: parts[0] if len(parts) == 1 else _side_by_side(parts) for key, parts in pieces.items()
+        key: parts[0] if len(parts) == 1 else _side_by_side(parts, dim)
+        for key, parts in pieces.items()
     }
 
 
-def _side_by_side(parts: list[Tensor]) -> Tensor:
+def _side_by_side(parts: list[Tensor], dim: int) -> Tensor:
     """Views that follow one another in memory as one view; else a copy."""
-    end = parts[0].data_ptr()
+    first, end = parts[0], parts[0].data_ptr()
     for part in parts:
         if part.data_ptr() != end:
-            return torch.cat(parts)
-        end += part.nbytes
-    rows = sum(len(part) for part in parts)
-    return parts[0].as_strided((rows, *parts[0].shape[1:]), parts[0].stride())
+            return torch.cat(parts, dim)
+        end += part.shape[dim] * part.stride(dim) * part.itemsize
+    shape = list(first.shape)
+    shape[dim] = sum(part.shape[dim] for part in parts)
+    return first.as_strided(shape, first.stride())

@@ -239,11 +239,16 @@ class _Sweep:
         with self.clock.phase("attention"):
             self._attend(layer, rest, self.caches, fit, self.visited, self.watch)
             self.store.release(attention)
-            with self.turn.away():  # the one place in a layer where the host waits for the device
+        first, *later = groups_of(feeds, specs, at_once)
+        with self.clock.phase("experts"):
+            self._fill(first)  # decoded while the host waits, in the one place of a layer
+            with self.turn.away():
                 Routing.settle([state.routing for state in (*lead, *rest) if state.routing])
         self.report(check)
         with self.clock.phase("experts"):
-            for group in groups_of(feeds, specs, at_once):
+            self._feed(first, layer, lead, rest)
+            for group in later:
+                self._fill(group)
                 self._feed(group, layer, lead, rest)
             if lead:
                 with self.clock.phase("gate"):
@@ -254,13 +259,16 @@ class _Sweep:
         for state in (*lead, *rest):  # their memory is the next layer's
             state.routing = state.router_logits = None
 
-    def _feed(
-        self, numbers: list[int], layer: int, lead: list[TileState], rest: list[TileState]
-    ) -> None:
-        """One MLP, or a group of experts, with all tiles."""
+    def _fill(self, numbers: list[int]) -> None:
+        """Make one MLP, or a group of experts, dense."""
         self.weights.fill_feeds([self._block(number) for number in numbers])
         for number in numbers:
             self.store.release(number)
+
+    def _feed(
+        self, numbers: list[int], layer: int, lead: list[TileState], rest: list[TileState]
+    ) -> None:
+        """What is dense, with all tiles."""
         visit = FeedVisit(
             [self.store.specs[number].shape for number in numbers], self.decoder.layers[layer],
             self.weights, self.compute, self.scratch,

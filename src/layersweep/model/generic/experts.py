@@ -6,7 +6,7 @@ parts are ever dense.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,27 +16,26 @@ from layersweep.model.ops import Parts, TorchOps
 
 def expert_rows(
     module: nn.Module,
-    each: Sequence[Mapping[str, Tensor]],
+    weights: Mapping[str, Tensor],
     x_NH: Tensor,
     parts: Parts,
     ops: TorchOps,
 ) -> Tensor:
-    """What experts make of their rows, the `parts` of x. `each`: the expert's parts of the module's
-    parameters, by their names.
+    """What experts make of their rows, the `parts` of x. `weights`: their parts [experts, ...] of
+    the module's parameters, by their names.
 
     The layout flags are those of transformers.integrations.moe.use_experts_implementation.
     """
     of: Any = module
-    inner = _products(x_NH, "gate_up_proj" if of.has_gate else "up_proj", each, parts, ops, of)
+    inner = _products(x_NH, "gate_up_proj" if of.has_gate else "up_proj", weights, parts, ops, of)
     inner = of._apply_gate(inner) if of.has_gate else of.act_fn(inner)
-    found = _products(inner, "down_proj", each, parts, ops, of)
+    found = _products(inner, "down_proj", weights, parts, ops, of)
     # a flag that transformers 5.17 does not have yet
     return of.post_expert_norm(found) if getattr(of, "has_post_expert_norm", False) else found
 
 
 def _products(
-    x: Tensor, name: str, each: Sequence[Mapping[str, Tensor]], parts: Parts, ops: TorchOps, of: Any
+    x: Tensor, name: str, weights: Mapping[str, Tensor], parts: Parts, ops: TorchOps, of: Any
 ) -> Tensor:
-    weights = [own[name] for own in each]
-    biases = [own[f"{name}_bias"] for own in each] if of.has_bias else []
-    return ops.products(x, weights, biases, parts, x.new_empty(len(x), len(weights[0])))
+    own, biases = weights[name], weights[f"{name}_bias"] if of.has_bias else None
+    return ops.products(x, own, biases, parts, x.new_empty(len(x), own.shape[1]))

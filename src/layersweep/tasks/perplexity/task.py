@@ -121,7 +121,8 @@ class PerplexityTask:
         """
         index = tile.first + number
         window = self.windows[index]
-        target = torch.tensor(window.ids[window.prefix + 1 :], device=self.device)
+        target = torch.tensor(window.ids[window.prefix + 1 :])
+        target = target.to(self.device, non_blocking=True)  # does not wait for the last window
         scores = [self.score(logits, target[at]) for at, logits in pieces]
         self._scored.append((index, sequence, torch.cat(scores, dim=1)))
 
