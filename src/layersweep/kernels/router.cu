@@ -114,29 +114,28 @@ extern "C" __global__ void __launch_bounds__(THREADS) sort_rows(
 ) {
     __shared__ u32 goes[WARPS][MAX_EXPERTS];   // which rows of a warp go to an expert, a bit each
     __shared__ int place[WARPS][MAX_EXPERTS];  // of the first of them
-    __shared__ int total[MAX_EXPERTS];
+    __shared__ int total[MAX_EXPERTS], before[MAX_EXPERTS];  // rows of all blocks, of those before
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int own = blockIdx.x, blocks = gridDim.x;
     const int row = own * THREADS + threadIdx.x, count = row < rows ? top_k : 0;
     experts += (i64)row * top_k, weights += (i64)row * top_k, places += (i64)row * top_k;
     for (int e = threadIdx.x; e < num_experts; e += THREADS) {
-        int before = 0, all = 0;
-        for (int block = 0; block < blocks; ++block) {
-            const int found = counts[(i64)block * num_experts + e];
-            all += found;
-            if (block < own) before += found;
-        }
-        total[e] = all, place[0][e] = before;
+        total[e] = before[e] = 0;
         for (int w = 0; w < WARPS; ++w) goes[w][e] = 0;
     }
     __syncthreads();
+    for (int at = threadIdx.x; at < blocks * num_experts; at += THREADS) {
+        const int found = counts[at], e = at % num_experts;
+        atomicAdd(total + e, found);
+        if (at < own * num_experts) atomicAdd(before + e, found);
+    }
     for (int k = 0; k < count; ++k) atomicOr(&goes[warp][experts[k]], 1u << lane);
     __syncthreads();
     for (int e = threadIdx.x; e < num_experts; e += THREADS) {
         int start = 0;
         for (int other = 0; other < e; ++other) start += total[other];
         if (own == 0) ends[e] = start + total[e];
-        start += place[0][e];
+        start += before[e];
         for (int w = 0; w < WARPS; ++w) {
             place[w][e] = start;
             start += __popc(goes[w][e]);

@@ -144,7 +144,8 @@ class TorchOps:
         return routing.choose_experts(logits_NE, router, dtype, bias_E, correction_E)
 
     def sort_by_expert(self, experts_NK: Tensor, weights_NK: Tensor, num_experts: int) -> Routing:
-        """Rows sorted by expert, then by their number. No synchronization."""
+        """Rows sorted by expert, then by their number. No synchronization. The experts of a row are
+        distinct and below `num_experts`."""
         return routing.sort_by_expert(experts_NK, weights_NK, num_experts)
 
     def add_rows_(self, update: Tensor, rows: Tensor, y_NH: Tensor, weight_N: Tensor) -> None:

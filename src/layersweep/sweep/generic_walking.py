@@ -12,6 +12,7 @@ from layersweep.model.compute import Compute, Scratch
 from layersweep.model.generic.decoder import Modules
 from layersweep.model.generic.walk import AtExperts, AtLayer, Done, Halt
 from layersweep.model.ops import NEVER
+from layersweep.model.routing import sort_by_expert
 from layersweep.sweep.generic_rows import TileRows, context_maker, tile_positions
 from layersweep.sweep.sequences import Tile
 from layersweep.sweep.state import TileState
@@ -61,8 +62,9 @@ class Walking:
         """Sort its rows by expert. No synchronization."""
         halt, state = self.halt, self.state
         assert isinstance(halt, AtExperts)
-        experts, ops = self.decoder.layers[layer].feed.experts, self.compute.ops
-        state.routing = ops.sort_by_expert(halt.experts_NK, halt.weights_NK, experts)
+        experts = self.decoder.layers[layer].feed.experts
+        # by torch: the kernel would trust a foreign router with its memory
+        state.routing = sort_by_expert(halt.experts_NK, halt.weights_NK, experts)
         state.hidden, state.update = halt.rows_NH, torch.zeros_like(halt.rows_NH)
 
     def spread(self) -> Tensor:
