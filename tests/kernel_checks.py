@@ -8,9 +8,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
+from half_search import half_search
 from torch import Tensor
 
 from layersweep.checkpoint import nf4
@@ -18,11 +20,11 @@ from layersweep.families.spec import Activation, Rope, Router
 from layersweep.kernels import Kernels
 from layersweep.kernels.codecs import TRELLIS_CODES
 from layersweep.kernels.weights import Alike
-from layersweep.kv import lloyd, trellis, trellis_scale
+from layersweep.kv import lloyd, sinks, trellis, trellis_scale
 from layersweep.kv.means import mean_and_level_by_torch, mean_for, sums_by_torch
 from layersweep.kv.packing import pack_bits, unpack_bits
 from layersweep.kv.rotate import rotate_back, rotation_weights
-from layersweep.kv.trellis_search import search_oracle, states_of
+from layersweep.kv.trellis_search import states_of
 from layersweep.model import maths
 from layersweep.model.ops import CudaOps, TorchOps
 from layersweep.model.rope import rope_table
@@ -372,7 +374,7 @@ def check_trellis(
         u, levels = u.round(), levels.mul(2).round() / 2
     u[count // 3] = 0.0
     codes = kernels.trellis_encode(u, bits, levels)
-    symbols = search_oracle(u.t().contiguous(), levels, bits)
+    symbols = half_search(u.t().contiguous(), levels, bits)
     exactly(codes, pack_bits(symbols, bits), seed)
     codes = torch.randint(0, 256, codes.shape, dtype=torch.uint8, device=device)
     scale = torch.randint(0, 255, (count,), dtype=torch.uint8, device=device)
@@ -458,12 +460,15 @@ def check_trellis_scale(kernels: Kernels, device: torch.device, dim: int, seed: 
 
 
 def check_trellis_codec(kernels: Kernels, device: torch.device, bits: int, seed: int) -> None:
-    """The whole codec by kernels equals it by torch; the mean with a level and without."""
+    """The whole codec by kernels equals it by torch with their search; the mean with a level and
+    without."""
     code = trellis.Code(8, bits)
     x = draw(seed, 2, 3, 20, 64, device=device).to(kernels.dtype)
     for mean in (x.float().mean(2).half(), mean_for(trellis.Trellis(bits, bits), x)):
         found = trellis._encode_by_kernels(kernels, x, code, mean)
-        for one, wanted in zip(found, trellis._encode_by_torch(x, code, mean), strict=True):
+        with patch.object(trellis, "search", half_search):
+            by_torch = trellis._encode_by_torch(x, code, mean)
+        for one, wanted in zip(found, by_torch, strict=True):
             exactly(one, wanted, seed)
 
 
@@ -551,3 +556,30 @@ def check_score_edges(kernels: Kernels, device: torch.device) -> None:
     assert torch.equal(found.isfinite(), wanted.isfinite()), (found, wanted)
     finite = wanted.isfinite()
     torch.testing.assert_close(found[finite].double(), wanted[finite], rtol=1e-6, atol=1e-6)
+
+
+def check_sinks(
+    kernels: Kernels, device: torch.device, shape: tuple[int, int, int, int], seed: int
+) -> None:
+    """Found among vectors of any layout, around a center that some of them lie near; and moved, as
+    they are and less their first tokens."""
+    batch, heads, tokens, dim = shape
+    mean = draw(seed, batch, heads, dim + 1, device=device).to(torch.float16)
+    center = draw(seed + 1, batch, heads, 1, dim, device=device).to(torch.float16)
+    x = draw(seed + 2, batch, tokens, heads + 1, dim, device=device)
+    near = (torch.arange(tokens, device=device) % 3 == 0)[:, None, None]
+    around = torch.where(near, center.transpose(1, 2).float(), mean[..., :dim][:, None].float())
+    x[:, :, 1:] += around
+    x[0, -1] = (torch.nan, torch.inf, 3e38)[seed % 3]
+    for dtype in {torch.float32, kernels.dtype}:
+        given = x.to(dtype)[:, :, 1:].transpose(1, 2)
+        wanted = sinks.flags_by_torch(given, center, mean)
+        exactly(kernels.find_sinks(given, center, mean), wanted, seed)
+    found = sinks.Found(center, wanted)
+    assert wanted.any() or tokens == 1  # which is not finite
+    for first in (0, 8 if tokens > 8 else 0):
+        for moved in (x[:, first:, 1:].transpose(1, 2), x[:, first:, 1:].transpose(1, 2).clone()):
+            some, sign = found.without(first), 1 - 2 * (first > 0)
+            after = some.shift_by_torch(moved, mean, sign)
+            kernels.shift_sinks_(moved, center, mean, some.flags, sign)
+            exactly(moved, after, seed)

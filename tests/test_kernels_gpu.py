@@ -11,6 +11,7 @@ import pytest
 import torch
 from capped_checks import check_capped
 from grouped_checks import check_grouped, check_rows_are_their_own
+from half_search import half_search
 
 from layersweep.families.spec import Router
 from layersweep.kernels import Kernels, load_kernels
@@ -178,6 +179,13 @@ def test_column_sums(kernels: Kernels, tokens: int, seed: int) -> None:
         check.check_mean_and_level(kernels, DEVICE, (3, 8, tokens, dim), seed)
 
 
+@pytest.mark.parametrize(
+    "shape", [(5, 8, 1020, 128), (3, 4, 77, 80), (2, 64, 9, 128), (1, 1, 1, 8)], ids=str
+)
+def test_sinks(kernels: Kernels, shape: tuple[int, int, int, int], seed: int) -> None:
+    check.check_sinks(kernels, DEVICE, shape, seed)
+
+
 def test_trellis_of_nonfinite_vectors(kernels: Kernels) -> None:
     check.check_trellis_nonfinite(kernels, DEVICE, 128)
 
@@ -197,6 +205,7 @@ def test_the_codec_uses_the_kernels_and_changes_nothing(
     decoded = codec.decode(fast, positions)
     assert len(calls) == 2 and None not in calls
     monkeypatch.setattr(module, "_kernels", lambda *key: None)
+    monkeypatch.setattr(trellis, "search", half_search)
     slow = codec.encode(x, stream, positions)
     assert fast.scale is not None and slow.scale is not None
     assert torch.equal(fast.codes, slow.codes) and torch.equal(fast.scale, slow.scale)

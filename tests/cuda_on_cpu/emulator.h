@@ -155,3 +155,31 @@ inline unsigned short float_to_half(float value) {
     std::memcpy(&bits, &half, 2);
     return bits;
 }
+
+// Both halves of words of half numbers, each operation rounded once.
+template <class Operation, class... Words>
+unsigned in_halves(Operation operation, Words... words) {
+    const auto one = [&](int shift) {
+        const auto part = [&](unsigned word) { return (double)half_to_float(word >> shift & 0xffff); };
+        const _Float16 result = (_Float16)operation(part(words)...);
+        unsigned short bits;
+        std::memcpy(&bits, &result, 2);
+        return (unsigned)bits << shift;
+    };
+    return one(0) | one(16);
+}
+inline unsigned sub_two(unsigned a, unsigned b) {
+    return in_halves([](double x, double y) { return x - y; }, a, b);
+}
+inline unsigned fma_two(unsigned a, unsigned b, unsigned c) {
+    return in_halves([](double x, double y, double z) { return x * y + z; }, a, b, c);
+}
+inline unsigned less_two(unsigned a, unsigned b) {
+    const auto one = [&](int shift) {
+        const bool less = half_to_float(a >> shift & 0xffff) < half_to_float(b >> shift & 0xffff);
+        return less ? 0xffffu << shift : 0u;
+    };
+    return one(0) | one(16);
+}
+inline unsigned low_twice(unsigned word) { return (word & 0xffff) * 0x10001u; }
+inline unsigned high_twice(unsigned word) { return (word >> 16) * 0x10001u; }

@@ -22,11 +22,52 @@ __device__ __forceinline__ u16 float_to_half(float value) {
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
     return bits;
 }
+// Two half numbers in a word: the arithmetic of cuda_fp16.h, every operation rounded once.
+__device__ __forceinline__ u32 sub_two(u32 a, u32 b) {
+    u32 word;
+    asm("sub.f16x2 %0, %1, %2;" : "=r"(word) : "r"(a), "r"(b));
+    return word;
+}
+__device__ __forceinline__ u32 fma_two(u32 a, u32 b, u32 c) {
+    u32 word;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(word) : "r"(a), "r"(b), "r"(c));
+    return word;
+}
+// All bits of a half are ones where a < b.
+__device__ __forceinline__ u32 less_two(u32 a, u32 b) {
+    u32 mask;
+    asm("set.lt.u32.f16x2 %0, %1, %2;" : "=r"(mask) : "r"(a), "r"(b));
+    return mask;
+}
+__device__ __forceinline__ u32 low_twice(u32 word) {
+    u32 two;
+    asm("{.reg .b16 low, high; mov.b32 {low, high}, %1; mov.b32 %0, {low, low};}" : "=r"(two) : "r"(word));
+    return two;
+}
+__device__ __forceinline__ u32 high_twice(u32 word) {
+    u32 two;
+    asm("{.reg .b16 low, high; mov.b32 {low, high}, %1; mov.b32 %0, {high, high};}" : "=r"(two) : "r"(word));
+    return two;
+}
 // torch divides by a host number as a product with its reciprocal on the GPU, not on the CPU.
 __device__ __forceinline__ float divide_by_number(float value, float number) {
     return __fmul_rn(value, 1.0f / number);
 }
 #endif
+
+// Bits of a where mask has ones, of b elsewhere.
+__device__ __forceinline__ u32 choose(u32 mask, u32 a, u32 b) { return (mask & a) | (~mask & b); }
+
+// The smaller of each half; b among equals.
+__device__ __forceinline__ u32 min_two(u32 a, u32 b) {
+#if !defined(LAYERSWEEP_ON_CPU) && __CUDA_ARCH__ >= 800
+    u32 word;
+    asm("min.f16x2 %0, %1, %2;" : "=r"(word) : "r"(a), "r"(b));
+    return word;
+#else
+    return choose(less_two(a, b), a, b);
+#endif
+}
 
 // By integers, not cvt.rn.bf16.f32: that needs sm_80. Nearest even; NaN stays NaN.
 __device__ __forceinline__ u16 float_to_bfloat(float value) {

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 FOLDER = Path(__file__).parent
-HEADERS = ("common.cuh", "rotation.cuh")
+HEADERS = ("common.cuh", "rotation.cuh", "trellis_search.cuh")
 
 
 class KernelError(RuntimeError):

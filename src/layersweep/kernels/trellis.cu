@@ -1,224 +1,29 @@
 // Search and decoder of a tail-biting bitshift trellis code: element t is TABLE[s_t] with
 // s_t = (s_(t-1) << K | b_t) mod 2^L and s_(-1) = s_(D-1); the K-bit symbols b are what is stored.
 #include "rotation.cuh"
-
-#define WARPS 2  // of a block of the search: 48 KB hold L = 10 and 256 elements, too
+#include "trellis_search.cuh"
 
 namespace {
-
-// Viterbi. A lane keeps 2^R of a vector's states for good, so that their TABLE values stay in
-// registers: bits of a state are, from the top, K bits `high` and X bits `low` of the register's
-// number around the bits `row` of the lane:
-//     state = high << (L - K) | row << X | low
-// The 2^K states that lead to one group g = state mod 2^(L-K) differ in `high` alone: their
-// minimum is the lane's own affair. It goes through shared memory to where its successors
-// g << K | b live. Row bits are put into lane bits (PLACES: from the top row bit on, one hex
-// digit each, from the right) such that a lane finds four minima side by side, and such that
-// neither stores nor loads of a phase of lanes meet in a bank. Left-over lane bits: more vectors.
-template <bool WIDE>
-struct Eight {
-    typedef u32 Codes;
-};
-template <>
-struct Eight<true> {
-    typedef u64 Codes;
-};
-template <int L, int K>
-struct Search {
-    typedef typename Eight<(K > 4)>::Codes Codes;  // holds 8 codes
-    static constexpr int R = K > 4 ? K : L == 8 ? 4 : 5, X = R - K, ROW_BITS = L - R;
-    static constexpr int STATES = 1 << R, LOW = 1 << X, HIGH = 1 << K, ROWS = 1 << ROW_BITS;
-    static constexpr u32 PLACES = ROW_BITS == 5 ? (K == 3   ? 0x24310
-                                                   : K == 4 ? 0x42130
-                                                            : 0x43210)
-                                  : K == 3      ? 0x4130
-                                                : 0x4310;
-    static constexpr int VECTORS = WARPS * 32 / ROWS;  // of a block
-    static constexpr int GROUP_MASK = (1 << (L - K)) - 1;
-    static constexpr int ENTRY = K * LOW <= 8 ? 8 : 16;  // bits: decisions of a lane in a step
-    static constexpr int PER_WORD = 32 / ENTRY;
-    static constexpr int WORDS = DIM / PER_WORD;  // of a lane in a pass
-    static_assert(L - K >= X && K * LOW <= ENTRY, "too few registers");
-
-    __device__ static constexpr int place(int row) {
-        int lane = 0;
-        for (int i = 0; i < ROW_BITS; ++i) {
-            lane |= (row >> (ROW_BITS - 1 - i) & 1) << (PLACES >> 4 * i & 15);
-        }
-        return lane;
-    }
-    // Of the minimum of a group, in words; the lane bits of the vector come on top.
-    __device__ static constexpr int address(int group) {
-        return (group & (LOW - 1)) * 32 + place(group >> X);
-    }
-    __device__ static constexpr int state_of(int reg) { return reg >> X << (L - K) | (reg & (LOW - 1)); }
-
-    int lane, row, vector;  // vector: in its warp
-    float table[STATES], cost[STATES];
-    float* minima;       // of the warp, two buffers of 32 LOW
-    const float* found;  // what this lane's states need, in the first of them
-    u32* trail;          // decisions of the warp: WORDS rows of 32 words, ordered by vector, row
-
-    __device__ __forceinline__ Search(const float* values, float* minima_of_warp, u32* trail_of_warp) {
-        lane = threadIdx.x % 32;
-        row = vector = 0;
-        int rest = lane, bit = 0;
-        for (int i = 0; i < ROW_BITS; ++i) {
-            const int at = PLACES >> 4 * i & 15;
-            row |= (lane >> at & 1) << (ROW_BITS - 1 - i);
-            rest &= ~(1 << at);
-        }
-        for (int at = 0; at < 5; ++at) {
-            bool taken = false;
-            for (int i = 0; i < ROW_BITS; ++i) taken = taken || (PLACES >> 4 * i & 15) == at;
-            if (!taken) vector |= (lane >> at & 1) << bit++;
-        }
-        minima = minima_of_warp;
-        found = minima_of_warp + rest + address((row << X) >> K);
-        trail = trail_of_warp;
-#pragma unroll
-        for (int r = 0; r < STATES; ++r) table[r] = values[state_of(r) | row << X];
-    }
-
-    // One element. `shift`: where its decisions start in the word that collects them.
-    template <bool RECORD>
-    __device__ __forceinline__ void step(float u, int buffer, u32& word, int shift) {
-#pragma unroll
-        for (int low = 0; low < LOW; ++low) {
-            float best[HIGH];
-            u32 which[HIGH];
-#pragma unroll
-            for (int high = 0; high < HIGH; ++high) {
-                best[high] = cost[high << X | low];
-                which[high] = (u32)high << (shift + K * low);
-            }
-#pragma unroll
-            for (int apart = 1; apart < HIGH; apart *= 2) {
-#pragma unroll
-                for (int high = 0; high < HIGH; high += 2 * apart) {
-                    if (RECORD && best[high + apart] < best[high]) which[high] = which[high + apart];
-                    best[high] = fminf(best[high], best[high + apart]);
-                }
-            }
-            minima[buffer * 32 * LOW + low * 32 + lane] = best[0];
-            if (RECORD) word |= which[0];
-        }
-        __syncwarp();  // two buffers in turn: one barrier is enough
-#pragma unroll
-        for (int r = 0; r < STATES; ++r) {
-            const int at = buffer * 32 * LOW + address(state_of(r) >> K);
-            float least;  // states of one group load the same words: the compiler loads them once
-            if (K == 1) {
-                const u64 two = *(const u64*)(found + (at & ~1));
-                least = __uint_as_float((u32)(at & 1 ? two >> 32 : two));
-            } else {
-                const uint4 four = *(const uint4*)(found + (at & ~3));
-                least = __uint_as_float(at & 2 ? (at & 1 ? four.w : four.z) : at & 1 ? four.y : four.x);
-            }
-            const float gap = u - table[r];
-            cost[r] = least + gap * gap;
-        }
-    }
-
-    // `count` elements, a multiple of 4. Decisions go to the trail from its start on.
-    template <bool RECORD>
-    __device__ __forceinline__ void walk(const float* u, int count) {
-        u32* to = trail + vector * ROWS + row;
-#pragma unroll 1
-        for (int at = 0; at < count; at += 4) {
-            const uint4 four = *(const uint4*)(u + at);
-            const u32 bits[4] = {four.x, four.y, four.z, four.w};
-            u32 word = 0;
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                step<RECORD>(__uint_as_float(bits[i]), i % 2, word, i % PER_WORD * ENTRY);
-                if (RECORD && (i + 1) % PER_WORD == 0) {
-                    *to = word;
-                    to += 32;
-                    word = 0;
-                }
-            }
-        }
-        __syncwarp();
-    }
-
-    // The state of least cost, the lowest of several; of those that end in `group` if that is >= 0.
-    __device__ __forceinline__ int best_end(int group) {
-        u64 best = ~0ull;
-#pragma unroll
-        for (int r = 0; r < STATES; ++r) {
-            const u32 state = state_of(r) | row << X;
-            // Costs are not negative: their bits have their order. NaN comes last.
-            const u64 rank = (u64)(__float_as_uint(cost[r]) & 0x7fffffffu) << 32 | state;
-            if ((group < 0 || (state & GROUP_MASK) == group) && rank < best) best = rank;
-        }
-        for (int i = 0; i < ROW_BITS; ++i) {
-            const u64 other = __shfl_xor_sync(ALL, best, 1 << (PLACES >> 4 * i & 15));
-            best = other < best ? other : best;
-        }
-        return (u32)best & ((1 << L) - 1);
-    }
-
-    // The state before `state`, which was reached with element `at` of the last walk.
-    __device__ __forceinline__ int before(int state, int at) {
-        const int word = at / PER_WORD * 32 + vector * ROWS + (state >> R);
-        u32 entry;
-        if (ENTRY == 8) {
-            entry = ((const u8*)trail)[4 * word + at % 4];
-        } else {
-            entry = ((const u16*)trail)[2 * word + at % 2];
-        }
-        const u32 high = entry >> (K * (state >> K & (LOW - 1))) & (HIGH - 1);
-        return high << (L - K) | state >> K;
-    }
-
-    __device__ __forceinline__ void run(const float* u, u8* codes) {
-#pragma unroll
-        for (int r = 0; r < STATES; ++r) cost[r] = 0.0f;
-        walk<false>(u + DIM / 2, DIM / 2);
-        walk<true>(u, DIM / 2);
-        int state = best_end(-1);
-        for (int at = DIM / 2 - 1; at >= 0; --at) state = before(state, at);
-        const int start = state & GROUP_MASK;
-#pragma unroll
-        for (int r = 0; r < STATES; ++r) {
-            const int group = (state_of(r) | row << X) & GROUP_MASK;
-            cost[r] = group == start ? 0.0f : __uint_as_float(0x7f800000u);
-        }
-        __syncwarp();  // all have read the trail
-        walk<true>(u, DIM);
-        state = best_end(start);
-#pragma unroll 1
-        for (int eight = DEEP - 1; eight >= 0; --eight) {
-            Codes word = 0;
-#pragma unroll
-            for (int i = 7; i >= 0; --i) {
-                word = word << K | (state & (HIGH - 1));
-                state = before(state, 8 * eight + i);
-            }
-            if (codes && row == eight % ROWS) {
-                for (int i = 0; i < K; ++i) codes[eight * K + i] = (u8)(word >> 8 * i);
-            }
-        }
-    }
-};
 
 template <int L, int K>
 __device__ __forceinline__ void encode(const float* u, const float* values, u8* codes, i64 count) {
     using S = Search<L, K>;
-    alignas(16) __shared__ float inputs[S::VECTORS * DIM];
-    alignas(16) __shared__ float minima[WARPS * 2 * 32 * S::LOW];
-    __shared__ u32 trail[WARPS * S::WORDS * 32];
+    alignas(16) __shared__ u16 inputs[S::VECTORS * DIM];
+    alignas(16) __shared__ u16 minima[WARPS * 2 * S::MINIMA];
+    __shared__ u32 trail[WARPS * (S::WORDS + 1) * 32];
     const i64 first = (i64)blockIdx.x * S::VECTORS;
     for (int at = 4 * threadIdx.x; at < S::VECTORS * DIM; at += 4 * WARPS * 32) {
-        if (first + at / DIM < count) *(uint4*)(inputs + at) = *(const uint4*)(u + first * DIM + at);
+        if (first + at / DIM >= count) break;
+        const uint4 four = *(const uint4*)(u + first * DIM + at);
+        const u32 bits[4] = {four.x, four.y, four.z, four.w};
+        for (int i = 0; i < 4; ++i) inputs[at + i] = float_to_half(__uint_as_float(bits[i]));
     }
     __syncthreads();
     const int warp = threadIdx.x / 32;
-    S search(values, minima + warp * 2 * 32 * S::LOW, trail + warp * S::WORDS * 32);
-    const int vector = warp * (S::VECTORS / WARPS) + search.vector;
+    S search(minima + warp * 2 * S::MINIMA, trail + warp * (S::WORDS + 1) * 32);
+    const int vector = warp * S::TOGETHER + search.vector;
     const bool real = first + vector < count;
-    search.run(inputs + vector * DIM, real ? codes + (first + vector) * (DEEP * K) : nullptr);
+    search.run(inputs + vector * DIM, values, real ? codes + (first + vector) * (DEEP * K) : nullptr);
 }
 
 template <int L, int K>

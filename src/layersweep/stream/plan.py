@@ -126,7 +126,9 @@ def make_plan(
     peaks = _peaks(decoder, runs, [*tiles, *([reference] if reference else [])], machine)
     if reference:
         peaks["reference text"] = tile_bytes(decoder, reference, machine.element)
-        peaks["temporaries"] = max(peaks["temporaries"], fit_bytes(decoder, reference))
+        peaks["temporaries"] = max(
+            peaks["temporaries"], fit_bytes(decoder, reference, cpu=machine.cpu)
+        )
     sizes = [tile_bytes(decoder, tile, machine.element) for tile in tiles]
     fixed, biggest = sum(peaks.values()), max(sizes, default=0)
     if fixed + biggest > machine.vram:

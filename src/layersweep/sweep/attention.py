@@ -125,7 +125,7 @@ def attend_group(
             if branch.streaming:
                 attended = _attend_streaming(tile.name, branch, q[:, :, own], mine, table, context)
             else:
-                seen = [store.decoded(reader), mine] if store else [mine]
+                seen = [*store.pieces(reader), mine] if store else [mine]
                 attended = _attend(q[:, :, own], seen, first, prefix, table, context)
                 reader += 1
             out[:, :, own] = attended
