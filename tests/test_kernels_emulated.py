@@ -9,6 +9,7 @@ from pathlib import Path
 
 import kernel_checks as check
 import pytest
+import router_checks
 import torch
 from capped_checks import check_capped
 from checkpoint_builders import tiny_checkpoint
@@ -156,29 +157,33 @@ def test_add_places(kernels: Kernels, width: int, seed: int) -> None:
     check.check_add_places(kernels, CPU, 9, 6, 3, width, seed)
 
 
-@pytest.mark.parametrize("scalar, experts", [(0, 7), (1, 60), (0, 128), (0, 300), (1, 32)])
-def test_choose_experts(workshop: Workshop, scalar: int, experts: int, seed: int) -> None:
-    kernels = workshop.kernels(DTYPES[scalar])
-    for router in check.ROUTERS:
-        check.check_choose_experts(kernels, CPU, 9, experts, router, seed)
+# Fewer experts than a warp has lanes, than a block has threads, and more; each is compiled.
+EXPERTS = {7: torch.float16, 60: torch.bfloat16, 300: torch.float16}
+
+
+@pytest.mark.parametrize("experts", EXPERTS)
+def test_choose_experts(workshop: Workshop, experts: int, seed: int) -> None:
+    kernels = workshop.kernels(EXPERTS[experts])
+    for router in router_checks.ROUTERS:
+        router_checks.check_choose_experts(kernels, CPU, 9, experts, router, seed)
 
 
 def test_choose_experts_at_edges(workshop: Workshop) -> None:
-    check.check_choose_experts_at_edges(workshop.kernels(torch.float16), CPU)
+    router_checks.check_choose_experts_at_edges(workshop.kernels(EXPERTS[60]), CPU, 60)
 
 
 @settings(max_examples=15, deadline=None)
 @given(
     rows=st.integers(0, 900) | st.sampled_from((255, 256, 257, 512)),
-    experts=st.integers(1, 40) | st.sampled_from((256, 257, 512)),
+    experts=st.sampled_from(tuple(EXPERTS)),
     per_token=st.integers(1, 16),
     seed=st.integers(0, 2**31),
 )
 def test_sort_by_expert(
     workshop: Workshop, rows: int, experts: int, per_token: int, seed: int
 ) -> None:
-    kernels = workshop.kernels(torch.float16)
-    check.check_sort_by_expert(kernels, CPU, rows, experts, min(per_token, experts), seed)
+    kernels = workshop.kernels(EXPERTS[experts])
+    router_checks.check_sort_by_expert(kernels, CPU, rows, experts, min(per_token, experts), seed)
 
 
 @pytest.mark.parametrize("width", [8, 264, 2056])

@@ -1,4 +1,5 @@
-"""Kernels that choose each row's experts and sort rows by expert; see router.cu."""
+"""Kernels that choose each row's experts and sort rows by expert; see router.cu. They are compiled
+for a number of experts, up to 512."""
 
 from __future__ import annotations
 
@@ -11,12 +12,12 @@ from layersweep.kernels.weights import WeightKernels
 MAX_EXPERTS, MAX_CHOSEN = 512, 32  # a lane of a warp for each that is chosen
 SORTED_TOGETHER = 256  # rows of a block that sorts them
 _CHOOSING = 8  # rows of a block that chooses their experts, a warp each
-_WIDTHS = (32, 128, MAX_EXPERTS)
 ROUTER_LAYOUTS = {
     "router": {
-        **{f"choose_{width}{source}": "4P6if" for width in _WIDTHS for source in ("", "_f32")},
-        "count_rows": "2P3i",
-        "sort_rows": "7P3i",
+        "choose_experts": "4P5if",
+        "choose_experts_f32": "4P5if",
+        "count_rows": "2P2i",
+        "sort_rows": "7P2i",
     },
 }
 
@@ -56,12 +57,11 @@ class RouterKernels(WeightKernels):
         chosen = torch.empty_like(weights, dtype=torch.int32)
         if rows == 0:
             return weights, chosen
-        width = next(width for width in _WIDTHS if experts <= width)
-        name = f"choose_{width}" + ("" if logits.dtype == self.dtype else "_f32")
-        pointers, sizes = (logits, bias, weights, chosen), (rows, experts, top_k)
-        args = (*pointers, *sizes, over_chosen, normalize, rounds, scale)
+        name = "choose_experts" + ("" if logits.dtype == self.dtype else "_f32")
+        pointers, rules = (logits, bias, weights, chosen), (over_chosen, normalize, rounds, scale)
+        args = (*pointers, rows, top_k, *rules)
         grid = (-(-rows // _CHOOSING), 1, 1)
-        self._module("router").launch(name, grid, 32 * _CHOOSING, args)
+        self._module("router", experts).launch(name, grid, 32 * _CHOOSING, args)
         return weights, chosen
 
     def sort_by_expert(
@@ -83,7 +83,7 @@ class RouterKernels(WeightKernels):
             return rows, sorted_weights, rows.new_zeros(num_experts), places
         ends = rows.new_empty(num_experts)
         counts = experts.new_empty(blocks, num_experts)
-        module, sizes = self._module("router"), (count, top_k, num_experts)
+        module, sizes = self._module("router", num_experts), (count, top_k)
         grid = (blocks, 1, 1)
         module.launch("count_rows", grid, SORTED_TOGETHER, (experts, counts, *sizes))
         pointers = (experts, weights, counts, rows, sorted_weights, ends, places)
