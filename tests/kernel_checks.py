@@ -463,20 +463,20 @@ def check_score_edges(kernels: Kernels, device: torch.device) -> None:
     """What torch's own arithmetic finds where logits tie, are huge or are not finite; the lowest
     index is the best token, NaN above all, wherever the parts and runs of a row end."""
     inf, nan, lowest = float("inf"), float("nan"), torch.finfo(torch.float32).min
-    exact = draw(3, 12, 5003, device=device)
+    exact = draw(3, 12, 9099, device=device)
     exact[:, 33], exact[:, 33 + 32 * 18] = 9.0, 9.0  # of one thread
     arm, target = exact.clone(), torch.full((12,), 7, device=device)
     arm[1, 33] = 8.9  # the second of the best
     arm[2, 700], arm[2, 2000], arm[2, 1000], exact[2, 1000] = 10.0, nan, nan, nan
-    arm[3, 1000], exact[4, 4097], arm[4, 4999] = inf, nan, nan
-    exact[5, 5], exact[5, 5002] = inf, inf
-    exact[6, 4000:], arm[6, 4000:] = -inf, -inf  # the whole of a part
-    exact[7, 4990:] = -inf
+    arm[3, 1000], exact[4, 8193], arm[4, 9095] = inf, nan, nan
+    exact[5, 5], exact[5, 9098] = inf, inf
+    exact[6, 8192:], arm[6, 8192:] = -inf, -inf  # the whole of a part
+    exact[7, 9086:] = -inf
     exact[8], arm[8] = -inf, -inf
-    exact[8, 4500], arm[8, 4700], target[8] = lowest, lowest, 4500
+    exact[8, 8596], arm[8, 8796], target[8] = lowest, lowest, 8596
     exact[9], target[9] = exact[9] * 1e37, 33
     arm[9] = exact[9]
-    exact[10, 4999], arm[10, 5001], target[10] = 10.0, 10.0, 4096  # past the last whole run
+    exact[10, 9095], arm[10, 9097], target[10] = 10.0, 10.0, 8192  # past the last whole run
     exact[11], arm[11] = lowest, lowest
     found, wanted = scored(kernels, [exact, arm], target), score_oracle([exact, arm], target)
     wanted[0, 6:9, 1] = 0.0  # a row against itself: no infinity is taken from another

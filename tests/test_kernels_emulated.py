@@ -314,7 +314,7 @@ def test_trellis_of_nonfinite_vectors(workshop: Workshop) -> None:
 
 
 @pytest.mark.parametrize(
-    "vocabulary, arms", [(1, 2), (31, 0), (1000, 1), (4097, 4), (8192, 3), (9003, 6)]
+    "vocabulary, arms", [(1, 2), (31, 0), (1000, 1), (8193, 4), (8192, 3), (17003, 6)]
 )
 def test_score(workshop: Workshop, vocabulary: int, arms: int, seed: int) -> None:
     check.check_score(workshop.kernels(torch.float32), CPU, 4, vocabulary, arms, seed)

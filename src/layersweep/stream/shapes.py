@@ -271,7 +271,7 @@ def temporary_bytes(decoder: Decoder, tiles: Sequence[TileShape], machine: Machi
             routing += 4 * tile.rows_at_once * decoder.hidden_size
         positions = positions_at_once(tile.branches, decoder.vocab_size)
         read = min(tile.read_each, tile.branches * positions)
-        logits = 32 * read * math.ceil(decoder.vocab_size / 4096)  # sums of parts, see score.cu
+        logits = 32 * read * math.ceil(decoder.vocab_size / 8192)  # sums of parts, see score.cu
         if machine.cpu or not machine.kernels:
             logits = 4 * (read // tile.branches) * 4 * decoder.vocab_size
         if decoder.generic:
