@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from subprocess import CalledProcessError
-from typing import Any
 
 import torch
 import triton
@@ -20,9 +19,9 @@ from torch import Tensor
 from triton.errors import TritonError
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from layersweep.kernels.launch_triton import Launcher, has_big_shared
 from layersweep.kernels.nvrtc import KernelError
 
-BIG_SHARED = 200 * 1024  # bytes of shared memory per block: sm_90 has them, sm_80 and sm_89 do not
 MIN_PARTS = 16  # smaller groups do not need a kernel of their own
 ROW_TILES_TOGETHER = 8  # they share a column's weights in the L2 cache
 
@@ -72,7 +71,7 @@ def grouped_products(
     assert parts == len(spans) == ends.shape[0] and ends.stride(0) == 1 and spans[0][0] == 0
     assert biases_PO is None or (biases_PO.dtype == dtype and biases_PO.stride(1) == 1)
     assert not any(one.data_ptr() % 16 for one in (x_NK, weights_POK, out_NO))
-    tile = tile or _tile(x_NK.device)
+    tile = tile or (LARGE if has_big_shared(x_NK.device) else SMALL)
     row_tiles = sum((last - first + tile.rows - 1) // tile.rows for first, last in spans)
     if not row_tiles:
         return
@@ -94,22 +93,8 @@ def grouped_products(
     )  # fmt: skip
     biased = width if biases_PO is not None else 0
     args = x, weight, bias, out_NO, ends, parts, rows, row_tiles, biased, bias_part, *fixed
-    _launch((programs, 1, 1), args, tile, (x_NK.device, dtype, ends.dtype, tile, fixed))
-
-
-_compiled: dict[tuple[object, ...], Any] = {}
-
-
-def _launch(
-    grid: tuple[int, int, int], args: Sequence[object], tile: Tile, key: tuple[object, ...]
-) -> None:
-    """Run the kernel that was compiled for the same `key`, which is all that makes kernels differ.
-    Triton's own launch looks at every argument to find it, which takes the host 3 times as long."""
-    compiled = _compiled.get(key)  # Triton's interpreter compiles nothing: None
-    if compiled is not None:
-        compiled[grid](*args)
-    else:
-        _compiled[key] = _multiply[grid](*args, num_warps=tile.warps, num_stages=tile.stages)
+    key = x_NK.device, dtype, ends.dtype, *fixed
+    _launch((programs, 1, 1), args, key, warps=tile.warps, stages=tile.stages)
 
 
 def prove(device: torch.device, dtype: torch.dtype) -> None:
@@ -121,7 +106,8 @@ def prove(device: torch.device, dtype: torch.dtype) -> None:
     ends = torch.tensor([130, 300], device=device)
     try:
         with torch.cuda.device(device):
-            grouped_products(x, weight, None, spans, ends, out)
+            for _ in range(2):  # compiled, then launched as it was compiled
+                grouped_products(x, weight, None, spans, ends, out)
             found = out.float().cpu()
     except (TritonError, CalledProcessError, RuntimeError, OSError) as failure:
         raise KernelError(f"Triton: {failure}") from failure
@@ -129,14 +115,6 @@ def prove(device: torch.device, dtype: torch.dtype) -> None:
         wanted = x[first:last].float().cpu() @ own.t()
         if not torch.allclose(found[first:last], wanted, rtol=0.02, atol=0.1):
             raise KernelError("Triton's grouped products differ from torch's on this device")
-
-
-@cache
-def _tile(device: torch.device) -> Tile:
-    if device.type != "cuda":
-        return SMALL
-    shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-    return LARGE if shared >= BIG_SHARED else SMALL
 
 
 @cache
@@ -206,3 +184,6 @@ def _multiply(
             total.to(out.dtype.element_ty),
             mask=(down < stop)[:, None] & (at < width)[None, :],
         )
+
+
+_launch = Launcher(_multiply)

@@ -277,8 +277,8 @@ def _on_device(name: str, device: torch.device) -> Tensor:
 def _kernels(
     device: torch.device, dtype: torch.dtype, code: Code, dim: int | None = None
 ) -> Kernels | None:
-    """CUDA kernels, ready for head size `dim`; None: there are none. They decode bit for bit as torch
-    does; their search takes half numbers, with the same error on average.
+    """CUDA kernels, ready for head size `dim`; None: there are none. They decode bit for bit as
+    torch does; their search takes half numbers, with the same error on average.
 
     The engine says elsewhere that they are missing. A refusal is remembered, too.
     """

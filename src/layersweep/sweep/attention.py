@@ -16,7 +16,14 @@ from layersweep.kv.methods import FIRST_BLOCK
 from layersweep.kv.store import KvStore
 from layersweep.model.maths import linear
 from layersweep.sweep.context import LayerContext, Table
-from layersweep.sweep.heads import Projected, Streams, project, read, turned_queries
+from layersweep.sweep.heads import (
+    Projected,
+    Streams,
+    project,
+    read,
+    read_with_past,
+    turned_queries,
+)
 from layersweep.sweep.reference import fitted
 from layersweep.sweep.sequences import Branch, BranchedSequence, Group, Tile
 from layersweep.sweep.state import TileState, attention_batch
@@ -152,10 +159,10 @@ def _attend(
     context: LayerContext,
 ) -> Tensor:  # fmt: skip
     """Queries from position `at` on over all tokens of `parts`, which begin at `first`."""
-    keys, values = read(parts, first, table, context)
+    (keys, values), past = read_with_past(parts, first, table, context)
     queries = turned_queries(q, at, table, context)
     attention, rule, sinks = context.compute.attention, context.rule, context.sinks
-    return attention(queries, keys, values, rule=rule, sinks=sinks)
+    return attention(queries, keys, values, rule=rule, sinks=sinks, past=past)
 
 
 def _stored(
