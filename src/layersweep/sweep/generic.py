@@ -21,6 +21,7 @@ from layersweep.model.compute import Compute
 from layersweep.model.generic.decoder import Modules
 from layersweep.model.generic.turning import Turners
 from layersweep.model.generic.walk import AtExperts, AtLayer
+from layersweep.model.routing import Routing
 from layersweep.stream.generic_shapes import HEAD_ROWS
 from layersweep.stream.shapes import experts_at_once, positions_at_once
 from layersweep.stream.store import BlockStore
@@ -40,7 +41,7 @@ from layersweep.sweep.record import (
 )
 from layersweep.sweep.sequences import Tile
 from layersweep.sweep.shapes import check_length
-from layersweep.sweep.state import Routing, Rows, pieces_of, read_rows
+from layersweep.sweep.state import Rows, pieces_of, read_rows
 
 
 class GenericEngine(Engine):
