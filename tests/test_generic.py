@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ from layersweep.families.registry import describe
 from layersweep.kv.arms import EXACT, Arm, parse
 from layersweep.model.compute import on_cpu
 from layersweep.model.generic.walk import Walk
+from layersweep.stream.generic_shapes import module_bytes
+from layersweep.stream.plan import make_plan
+from layersweep.stream.shapes import experts_at_once, rows_at_once, tile_bytes
 from layersweep.sweep.generic_limits import check_modules, module_fallbacks
 from layersweep.sweep.loop import run_sweep
 from layersweep.sweep.model import Model
@@ -401,6 +405,26 @@ def test_memory_stays_within_the_plan(
     weights = sum(spec.nbytes for spec in ours.specs)  # in the ring, which is no working set
     peak = live.peak - weights
     assert peak < planned < EXCESS[kind] * peak
+
+
+def test_on_a_gpu_each_tile_has_a_workspace_and_norms_take_no_float32(make: Any) -> None:
+    """64 MiB per walk, in whose thread cuBLAS works; rows of experts lie in the scratch."""
+    ours, decoder = make("qwen3_moe")[1], make("qwen3_moe")[1].decoder
+    shapes = [replace(ours.shape(tile), rows=6144, rows_at_once=6144) for tile in TILES]
+    gpu = replace(ours.machine, cpu=False, element=2, vram=2**31)
+    plans = [
+        make_plan(decoder, ours.specs, shapes, replace(gpu, kernels=own)) for own in (True, False)
+    ]
+    held = sum(tile_bytes(decoder, shape, 2) for shape in shapes)
+    assert [plan.peaks["hidden states"] - held for plan in plans] == [2 * 64 * 2**20] * 2
+    wide, rows = 64 + 2 * 48, rows_at_once(decoder.layers[0].feed, "expert", 6144, cpu=False)
+    together = experts_at_once(decoder, decoder.layers[0], 2, cpu=False)
+    assert plans[0].peaks["scratch"] >= rows * together * wide * 2
+    ours_at, theirs_at = (
+        module_bytes(decoder, shapes[0], 2, attending=0, cpu=False, kernels=own)
+        for own in (True, False)
+    )
+    assert ours_at < 0.9 * theirs_at
 
 
 def test_a_plan_that_could_not_be_measured_is_said() -> None:
