@@ -15,9 +15,9 @@ _TRIED = 32 * 2**20  # bytes; more than what shares a segment with others
 
 def let_segments_grow(device: torch.device) -> Fallback | None:
     """Let torch map memory into one segment as it is needed: tensors of a layer have many sizes,
-    and segments that are cut to some of them fit no others. On the H200, 14.2 GB were held for
-    9.4 GB in use. What the user's environment says of the allocator stands. Returns the fallback
-    where the driver cannot do it."""
+    and segments that are cut to some of them fit no others. With those, 14.2 GB were held on an
+    H200 where 9.4 GB were planned. What the user's environment says of the allocator stands.
+    Returns the fallback where the driver cannot do it."""
     if device.type != "cuda" or any(name in os.environ for name in _CHOSEN):
         return None
     try:
@@ -26,7 +26,8 @@ def let_segments_grow(device: torch.device) -> Fallback | None:
     except RuntimeError as failure:  # of the driver
         _grow("False")
         why = str(failure).splitlines()[0]
-        return Fallback("memory", "segments that grow", "segments of fixed sizes, a half more", why)
+        used = "segments of fixed sizes, which may hold more than the plan says"
+        return Fallback("memory", "segments that grow", used, why)
     return None
 
 
