@@ -36,8 +36,10 @@ def visit_attention(state: TileState, context: LayerContext) -> None:
         with context.scratch.frame():
             _attend_rows(state, group, context)
         if context.layer.feed.router:
+            rows = slice(group.start, group.stop)
+            normed = None if state.normed is None else state.normed[rows]
             with context.scratch.frame():
-                routed.append(_route(state.hidden[group.start : group.stop], context))
+                routed.append(_route(state.hidden[rows], normed, context))
     if routed:
         logits, share, experts = (torch.cat(parts) for parts in zip(*routed, strict=True))
         state.router_logits = logits
@@ -68,21 +70,28 @@ def _attend_rows(state: TileState, group: Group, context: LayerContext) -> None:
     hidden.add_(added, alpha=layer.residual)
 
 
-def _route(hidden: Tensor, context: LayerContext) -> tuple[Tensor, ...]:
-    """Router logits, weights and experts of a group's rows, after their attention."""
+def _route(hidden: Tensor, normed: Tensor | None, context: LayerContext) -> tuple[Tensor, ...]:
+    """Router logits, weights and experts of a group's rows, after their attention. `normed`: where
+    the rows that experts see are kept."""
     layer, weights = context.layer, context.weights
     assert layer.feed.router is not None
     x = hidden
     if layer.feed_norm:
-        x = _normed(hidden, "feed_norm", layer.feed_norm, context)
+        x = _normed(hidden, "feed_norm", layer.feed_norm, context, normed)
+    if normed is not None and x.data_ptr() != normed.data_ptr():
+        normed.copy_(x)
     return route(
         x, weights["router"], layer.feed.router, keep_float=context.compute.router_float,
         bias_E=weights.get("router_bias"), correction_E=weights.get("router_correction"),
     )  # fmt: skip
 
 
-def _normed(rows: Tensor, key: str, norm: Norm, context: LayerContext) -> Tensor:
-    memory = context.scratch.take(*rows.shape, dtype=context.compute.dtype)
+def _normed(
+    rows: Tensor, key: str, norm: Norm, context: LayerContext, memory: Tensor | None = None
+) -> Tensor:
+    """In `memory`, or in scratch."""
+    if memory is None:
+        memory = context.scratch.take(*rows.shape, dtype=context.compute.dtype)
     weight = context.weights[key]
     return context.compute.ops.rms_norm(rows, weight, norm.eps, memory, offset=norm.offset)
 

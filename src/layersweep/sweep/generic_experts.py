@@ -15,6 +15,7 @@ from layersweep.model.generic.experts import expert_rows
 from layersweep.model.ops import Parts
 from layersweep.sweep.dense import DenseWeights, Views
 from layersweep.sweep.feed import FeedVisit
+from layersweep.sweep.state import TileState
 
 
 class ExpertsVisit(FeedVisit):
@@ -28,11 +29,8 @@ class ExpertsVisit(FeedVisit):
         self.feeds = joined(weights.feeds, dim=1)
         self.module = module
 
-    def _mlp(
-        self, hidden: Tensor, rows: Tensor | None, count: int, weights: Views, parts: Parts
-    ) -> tuple[Tensor, Tensor]:
-        x = hidden if rows is None else hidden[rows]
-        return x, expert_rows(self.module, weights, x, parts, self.compute.ops)
+    def _experts(self, state: TileState, rows: Tensor, weights: Views, parts: Parts) -> Tensor:
+        return expert_rows(self.module, weights, state.hidden, rows, parts, self.compute.ops)
 
 
 def joined(views: Views, dim: int = 0) -> dict[str, Tensor]:

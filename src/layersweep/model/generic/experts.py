@@ -18,24 +18,28 @@ def expert_rows(
     module: nn.Module,
     weights: Mapping[str, Tensor],
     x_NH: Tensor,
+    rows: Tensor | None,
     parts: Parts,
     ops: TorchOps,
 ) -> Tensor:
-    """What experts make of their rows, the `parts` of x. `weights`: their parts [experts, ...] of
-    the module's parameters, by their names.
+    """What experts make of their rows, the `parts` of x, or of x[rows]. `weights`: their parts
+    [experts, ...] of the module's parameters, by their names.
 
     The layout flags are those of transformers.integrations.moe.use_experts_implementation.
     """
     of: Any = module
-    inner = _products(x_NH, "gate_up_proj" if of.has_gate else "up_proj", weights, parts, ops, of)
+    name = "gate_up_proj" if of.has_gate else "up_proj"
+    inner = _products(x_NH, rows, name, weights, parts, ops, of)
     inner = of._apply_gate(inner) if of.has_gate else of.act_fn(inner)
-    found = _products(inner, "down_proj", weights, parts, ops, of)
+    found = _products(inner, None, "down_proj", weights, parts, ops, of)
     # a flag that transformers 5.17 does not have yet
     return of.post_expert_norm(found) if getattr(of, "has_post_expert_norm", False) else found
 
 
 def _products(
-    x: Tensor, name: str, weights: Mapping[str, Tensor], parts: Parts, ops: TorchOps, of: Any
-) -> Tensor:
+    x: Tensor, rows: Tensor | None, name: str, weights: Mapping[str, Tensor], parts: Parts,
+    ops: TorchOps, of: Any,
+) -> Tensor:  # fmt: skip
     own, biases = weights[name], weights[f"{name}_bias"] if of.has_bias else None
-    return ops.products(x, own, biases, parts, x.new_empty(len(x), own.shape[1]))
+    out = x.new_empty(parts.spans[-1][1], own.shape[1])
+    return ops.products(x, own, biases, parts, out, rows)
