@@ -19,7 +19,7 @@ from layersweep.families.spec import Activation, Rope
 from layersweep.kernels import Kernels
 from layersweep.kernels.codecs import TRELLIS_CODES
 from layersweep.kernels.weights import Alike
-from layersweep.kv import lloyd, trellis, trellis_scale
+from layersweep.kv import lloyd, sinks, trellis, trellis_scale
 from layersweep.kv.means import mean_and_level_by_torch, mean_for, sums_by_torch
 from layersweep.kv.packing import pack_bits, unpack_bits
 from layersweep.kv.rotate import rotate_back, rotation_weights
@@ -464,20 +464,20 @@ def check_score_edges(kernels: Kernels, device: torch.device) -> None:
     """What torch's own arithmetic finds where logits tie, are huge or are not finite; the lowest
     index is the best token, NaN above all, wherever the parts and runs of a row end."""
     inf, nan, lowest = float("inf"), float("nan"), torch.finfo(torch.float32).min
-    exact = draw(3, 12, 5003, device=device)
+    exact = draw(3, 12, 9099, device=device)
     exact[:, 33], exact[:, 33 + 32 * 18] = 9.0, 9.0  # of one thread
     arm, target = exact.clone(), torch.full((12,), 7, device=device)
     arm[1, 33] = 8.9  # the second of the best
     arm[2, 700], arm[2, 2000], arm[2, 1000], exact[2, 1000] = 10.0, nan, nan, nan
-    arm[3, 1000], exact[4, 4097], arm[4, 4999] = inf, nan, nan
-    exact[5, 5], exact[5, 5002] = inf, inf
-    exact[6, 4000:], arm[6, 4000:] = -inf, -inf  # the whole of a part
-    exact[7, 4990:] = -inf
+    arm[3, 1000], exact[4, 8193], arm[4, 9095] = inf, nan, nan
+    exact[5, 5], exact[5, 9098] = inf, inf
+    exact[6, 8192:], arm[6, 8192:] = -inf, -inf  # the whole of a part
+    exact[7, 9086:] = -inf
     exact[8], arm[8] = -inf, -inf
-    exact[8, 4500], arm[8, 4700], target[8] = lowest, lowest, 4500
+    exact[8, 8596], arm[8, 8796], target[8] = lowest, lowest, 8596
     exact[9], target[9] = exact[9] * 1e37, 33
     arm[9] = exact[9]
-    exact[10, 4999], arm[10, 5001], target[10] = 10.0, 10.0, 4096  # past the last whole run
+    exact[10, 9095], arm[10, 9097], target[10] = 10.0, 10.0, 8192  # past the last whole run
     exact[11], arm[11] = lowest, lowest
     found, wanted = scored(kernels, [exact, arm], target), score_oracle([exact, arm], target)
     wanted[0, 6:9, 1] = 0.0  # a row against itself: no infinity is taken from another
@@ -486,3 +486,30 @@ def check_score_edges(kernels: Kernels, device: torch.device) -> None:
     assert torch.equal(found.isfinite(), wanted.isfinite()), (found, wanted)
     finite = wanted.isfinite()
     torch.testing.assert_close(found[finite].double(), wanted[finite], rtol=1e-6, atol=1e-6)
+
+
+def check_sinks(
+    kernels: Kernels, device: torch.device, shape: tuple[int, int, int, int], seed: int
+) -> None:
+    """Found among vectors of any layout, around a center that some of them lie near; and moved, as
+    they are and less their first tokens."""
+    batch, heads, tokens, dim = shape
+    mean = draw(seed, batch, heads, dim + 1, device=device).to(torch.float16)
+    center = draw(seed + 1, batch, heads, 1, dim, device=device).to(torch.float16)
+    x = draw(seed + 2, batch, tokens, heads + 1, dim, device=device)
+    near = (torch.arange(tokens, device=device) % 3 == 0)[:, None, None]
+    around = torch.where(near, center.transpose(1, 2).float(), mean[..., :dim][:, None].float())
+    x[:, :, 1:] += around
+    x[0, -1] = (torch.nan, torch.inf, 3e38)[seed % 3]
+    for dtype in {torch.float32, kernels.dtype}:
+        given = x.to(dtype)[:, :, 1:].transpose(1, 2)
+        wanted = sinks.flags_by_torch(given, center, mean)
+        exactly(kernels.find_sinks(given, center, mean), wanted, seed)
+    found = sinks.Found(center, wanted)
+    assert wanted.any() or tokens == 1  # which is not finite
+    for first in (0, 8 if tokens > 8 else 0):
+        for moved in (x[:, first:, 1:].transpose(1, 2), x[:, first:, 1:].transpose(1, 2).clone()):
+            some, sign = found.without(first), 1 - 2 * (first > 0)
+            after = some.shift_by_torch(moved, mean, sign)
+            kernels.shift_sinks_(moved, center, mean, some.flags, sign)
+            exactly(moved, after, seed)

@@ -20,6 +20,7 @@ from layersweep.model.attention import (
     MemoryEfficientAttention,
     PlainAttention,
     Rule,
+    TritonAttention,
     attend_one,
     choose_attention,
 )
@@ -34,8 +35,8 @@ HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
 # Largest difference from the oracle, for values of about 1: probabilities are rounded too.
 CLOSE = {HALF: 4e-3, BRAIN: 3e-2, SINGLE: 5e-5}
 PAIRS: list[tuple[Attention, torch.dtype]] = [
-    (FlashAttention(), HALF), (FlashAttention(), BRAIN), (MemoryEfficientAttention(), HALF),
-    (MemoryEfficientAttention(), SINGLE),
+    (FlashAttention(), HALF), (MemoryEfficientAttention(), HALF),
+    (MemoryEfficientAttention(), SINGLE), (TritonAttention(), HALF),
 ]  # fmt: skip
 RULES = {
     "plain": Rule(),
@@ -46,10 +47,13 @@ RULES = {
     "softcap": Rule(softcap=5.0),
     "gemma2": Rule(scale=0.06, window=100, softcap=5.0),
 }
-# (query heads, key heads, T, S, D of a key, D of a value): prefix, branch, one token; MLA; Gemma
+# (query heads, key heads, T, S, D of a key, D of a value): prefix, branch, one token; MLA; Gemma;
+# 7 heads that share keys, and a few tokens behind many. Every second one has sinks. Triton compiles
+# for each combination of heads, head size, sinks, past, window and cap: a second each.
 SHAPES = [
-    (8, 2, 300, 300, 128, 128), (8, 8, 100, 421, 64, 64), (4, 1, 1, 200, 128, 128),
+    (8, 2, 300, 300, 128, 128), (8, 8, 100, 421, 64, 64), (8, 2, 1, 200, 128, 128),
     (4, 4, 130, 333, 192, 128), (4, 2, 200, 457, 256, 256), (6, 3, 70, 150, 80, 80),
+    (14, 2, 24, 1500, 64, 64),
 ]  # fmt: skip
 
 
@@ -83,22 +87,37 @@ def same(found: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
     assert apart.max() < CLOSE[dtype] and apart.mean() < CLOSE[dtype] / 10
 
 
-@pytest.mark.parametrize("with_sinks", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize("attention, dtype", PAIRS, ids=lambda one: getattr(one, "name", str(one)))
 def test_rules(
-    attention: Attention, dtype: torch.dtype, name: str, shape: tuple[int, ...], with_sinks: bool,
-    seed: int,
-) -> None:  # fmt: skip
+    attention: Attention, dtype: torch.dtype, name: str, shape: tuple[int, ...], seed: int
+) -> None:
     rule = RULES[name]
     if rule.softcap is not None and shape[4] != shape[5]:
         return  # no model does that
     q, k, v = inputs(shape, dtype)
-    sinks = torch.randn(shape[0], device=DEVICE) + 1 if with_sinks else None
+    sinks = torch.randn(shape[0], device=DEVICE) + 1 if SHAPES.index(shape) % 2 else None
     with sdpa_kernel(list(attention.backends)):
         found = attention(q, k, v, rule=rule, sinks=sinks)
     same(found, oracle(q, k, v, None, rule, sinks), dtype)
+
+
+@pytest.mark.parametrize("before", [1, 120, 203])
+@pytest.mark.parametrize("shape", [SHAPES[3], SHAPES[4], SHAPES[6]], ids=str)
+@pytest.mark.parametrize("name", ["plain", "window", "window of one", "odd window", "gemma2"])
+def test_a_past_that_lies_elsewhere(
+    name: str, shape: tuple[int, ...], before: int, seed: int
+) -> None:
+    """Of any length up to where the queries' own keys begin, laid as a codec lays it."""
+    attention, rule = TritonAttention(), RULES[name]
+    if rule.softcap is not None and shape[4] != shape[5]:
+        return
+    q, k, v = inputs(shape, HALF)
+    past = k[:, :, :before].contiguous(), v[:, :, :before].contiguous()
+    sinks = torch.randn(shape[0], device=DEVICE)
+    found = attention(q, k[:, :, before:], v[:, :, before:], past=past, rule=rule, sinks=sinks)
+    same(found, oracle(q, k, v, None, rule, sinks), HALF)
 
 
 @pytest.mark.parametrize("with_sinks", [False, True])
@@ -155,6 +174,31 @@ def test_the_plain_rule_computes_what_it_did(dtype: torch.dtype, seed: int) -> N
         assert torch.equal(attention(branch, k, v, rule=Rule(window=300)), attention(branch, k, v))
 
 
+@pytest.mark.parametrize("dim, name", [(128, "plain"), (64, "odd window"), (256, "gemma2")])
+def test_a_sequences_numbers_are_its_own(dim: int, name: str, seed: int) -> None:
+    """Whatever else shares its launch: placement must not change results."""
+    q, k, v = inputs((8, 2, 150, 400, dim, dim), BRAIN)
+
+    def attended(some: slice) -> Tensor:
+        past, own = ((k[some, :, at], v[some, :, at]) for at in (slice(250), slice(250, None)))
+        return TritonAttention()(q[some], *own, past=past, rule=RULES[name])
+
+    both = attended(slice(0, 2))
+    same(both, oracle(q, k, v, None, RULES[name], None), BRAIN)
+    for one in (slice(0, 1), slice(1, 2)):
+        assert torch.equal(attended(one), both[one])
+
+
+def test_no_error_above_torchs(seed: int) -> None:
+    q, k, v = inputs((8, 2, 500, 1000, 128, 128), HALF)
+    wanted = oracle(q, k, v, None, Rule(), None)
+    ours, theirs = (
+        (attention(q, k, v).float().cpu() - wanted).abs().mean()
+        for attention in (TritonAttention(), FlashAttention())
+    )
+    assert ours < 1.05 * theirs
+
+
 @pytest.mark.parametrize(
     "name, with_sinks", [("window", False), ("scale", True), ("window", True), ("gemma2", False)]
 )
@@ -172,7 +216,9 @@ def test_scores_are_never_written(
     assert torch.cuda.max_memory_allocated() - before <= 4 * found.nbytes
 
 
-@pytest.mark.parametrize("attention", [FlashAttention(), MemoryEfficientAttention()])
+@pytest.mark.parametrize(
+    "attention", [FlashAttention(), MemoryEfficientAttention(), TritonAttention()]
+)
 def test_capped_scores_at_full_length_and_any_stride(attention: Attention, seed: int) -> None:
     """Rows at both ends of a long sequence, over keys that lie as a cache holds them."""
     q, k, v = inputs((4, 2, 4096, 4096, 256, 256), BRAIN)
@@ -190,7 +236,8 @@ def test_capped_scores_at_full_length_and_any_stride(attention: Attention, seed:
 def test_the_kernel_is_chosen_by_capability() -> None:
     names = [
         type(choose_attention(DEVICE, dtype, capability))
-        for capability in ((7, 5), (8, 0))
+        for capability in ((7, 5), (8, 0), (9, 0))
         for dtype in (HALF, SINGLE)
     ]
-    assert names == [MemoryEfficientAttention] * 2 + [FlashAttention, MemoryEfficientAttention]
+    older = [MemoryEfficientAttention] * 2
+    assert names == [*older, FlashAttention, older[0], TritonAttention, older[0]]

@@ -121,7 +121,7 @@ def placements(model: Model) -> dict[str, tuple[Placement, int]]:
 
 def test_every_placement_gives_the_same_bits(wide: Path) -> None:
     model = load(str(wide), device="cuda")
-    tiles = tiles_of("t", rides(8, WIDE.vocab_size), 2)
+    tiles = tiles_of("t", rides(8, WIDE.fields["vocab_size"]), 2)
     expected, stored = None, sum(spec.stored_bytes for spec in model.specs)
     for name, (placement, sweeps) in placements(model).items():
         found, store = logits_of(model, tiles, placement, sweeps)
@@ -358,7 +358,7 @@ def test_an_older_card_takes_its_paths_and_stays_within_the_plan_at_4096_tokens(
     assert (model.paths.attention, model.compute.dtype) == ("memory-efficient", torch.float16)
     total = torch.cuda.get_device_properties(CUDA).total_memory
     torch.cuda.set_per_process_memory_fraction(14 * GIB / total, CUDA)
-    tiles = tiles_of("t", rides(4, WIDE.vocab_size, prefix=4036, length=60), 10)
+    tiles = tiles_of("t", rides(4, WIDE.fields["vocab_size"], prefix=4036, length=60), 10)
     plan = model.plan(tiles)
     engine = model.open(plan)
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:

@@ -4,7 +4,7 @@ Triton kernel itself is tested on a GPU, in test_kernels_gpu.py."""
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import cast
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from layersweep.errors import Fallback
 from layersweep.kernels import Kernels
+from layersweep.kernels.launch_triton import Launcher
 from layersweep.model import compute
 from layersweep.model.ops import CudaOps, Parts, TorchOps
 from layersweep.stream import generic_shapes, shapes
@@ -139,6 +140,29 @@ def test_without_triton_each_expert_has_a_product_and_the_run_says_so(
     assert grouped is None
     assert [one[:3] for one in fallbacks] == [("experts", wanted, used)]
     assert "triton" in fallbacks[0].why
+
+
+ONE, TWO = (1, 1, 1), (2, 1, 1)
+
+
+def test_a_kernel_is_compiled_once_for_each_key() -> None:
+    seen: list[object] = []
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., dict[object, object]]:
+            def compiled(*args: object, num_warps: int, num_stages: int) -> dict[object, object]:
+                seen.append(("compiled", grid, args, num_warps, num_stages))
+                return {of: lambda *args, of=of: seen.append((of, args)) for of in (ONE, TWO)}
+
+            return compiled
+
+    launch = Launcher(Kernel())
+    for grid, stages in ((ONE, 3), (TWO, 3), (TWO, 4), (ONE, 3)):
+        launch(grid, ("x", grid[0]), ("half",), warps=4, stages=stages)
+    assert seen == [
+        ("compiled", ONE, ("x", 1), 4, 3), (TWO, ("x", 2)),
+        ("compiled", TWO, ("x", 2), 4, 4), (ONE, ("x", 1)),
+    ]  # fmt: skip
 
 
 def test_older_cards_and_float32_are_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:

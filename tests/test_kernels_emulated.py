@@ -16,13 +16,16 @@ from cuda_on_cpu.emulated import COMPILER, Workshop
 from half_search import half_search
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from layersweep.kernels import KernelError, Kernels, load_kernels
 from layersweep.kernels.codecs import Launcher
 from layersweep.kernels.runtime import Argument
-from layersweep.kv import trellis
-from layersweep.kv.arms import EXACT
+from layersweep.kv import sinks, trellis
+from layersweep.kv.arms import EXACT, parse
 from layersweep.kv.lloyd_tables import POSITIVE_LEVELS
+from layersweep.kv.store import KvStore
+from layersweep.kv.stream import keys_and_values
 from layersweep.model.attention import Rule
 from layersweep.model.ops import CudaOps, TorchOps
 from layersweep.stream import shapes
@@ -231,6 +234,34 @@ def test_column_sums(
     check.check_mean_and_level(kernels, CPU, (batch, heads, tokens, dim), seed)
 
 
+@pytest.mark.parametrize(
+    "shape", [(2, 8, 37, 64), (1, 3, 8, 24), (1, 1, 1, 8), (2, 5, 9, 40)], ids=str
+)
+def test_sinks(kernels: Kernels, shape: tuple[int, int, int, int], seed: int) -> None:
+    check.check_sinks(kernels, CPU, shape, seed)
+
+
+def test_a_cache_whose_sinks_kernels_move_is_that_of_torch(
+    workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels move them in place: what is appended, shared by arms or coded again is left alone."""
+    x = torch.randn(2, 45, 2, 64)
+    x[:, 20] = x[:, 0] + 0.1
+    k, v = x.transpose(1, 2), x.transpose(1, 2).clone()
+    arms = ("K3V2@fine=16", "K3V2", "K2V2@sink=0", "K2V2@sink=0@fine=8")
+    given = [(parse(f"trellis:{arm}@found=1"), keys_and_values(2, 64)) for arm in arms]
+
+    def decoded() -> list[Tensor]:
+        store = KvStore.empty(given, 0, 1, mean_tokens=20)
+        for start, stop in ((0, 30), (30, 31), (31, 45)):
+            store = store.appended((k[:, :, start:stop], v[:, :, start:stop]))
+        return [one for arm in range(len(arms)) for one in store.decoded(arm)]
+
+    wanted = decoded()
+    monkeypatch.setattr(sinks, "_kernels_for", lambda x: workshop.kernels(torch.float32))
+    assert all(map(torch.equal, decoded(), wanted))
+
+
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
 def test_trellis_codec(workshop: Workshop, bits: int, seed: int) -> None:
     check.check_trellis_codec(workshop.kernels(torch.float32), CPU, bits, seed)
@@ -253,7 +284,7 @@ def test_trellis_of_nonfinite_vectors(workshop: Workshop) -> None:
 
 
 @pytest.mark.parametrize(
-    "vocabulary, arms", [(1, 2), (31, 0), (1000, 1), (4097, 4), (8192, 3), (9003, 6)]
+    "vocabulary, arms", [(1, 2), (31, 0), (1000, 1), (8193, 4), (8192, 3), (17003, 6)]
 )
 def test_score(workshop: Workshop, vocabulary: int, arms: int, seed: int) -> None:
     check.check_score(workshop.kernels(torch.float32), CPU, 4, vocabulary, arms, seed)

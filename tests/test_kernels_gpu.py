@@ -169,6 +169,13 @@ def test_column_sums(kernels: Kernels, tokens: int, seed: int) -> None:
         check.check_mean_and_level(kernels, DEVICE, (3, 8, tokens, dim), seed)
 
 
+@pytest.mark.parametrize(
+    "shape", [(5, 8, 1020, 128), (3, 4, 77, 80), (2, 64, 9, 128), (1, 1, 1, 8)], ids=str
+)
+def test_sinks(kernels: Kernels, shape: tuple[int, int, int, int], seed: int) -> None:
+    check.check_sinks(kernels, DEVICE, shape, seed)
+
+
 def test_trellis_of_nonfinite_vectors(kernels: Kernels) -> None:
     check.check_trellis_nonfinite(kernels, DEVICE, 128)
 

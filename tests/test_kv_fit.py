@@ -18,13 +18,19 @@ from torch import Tensor
 from layersweep.families.spec import Latent
 from layersweep.kv import parse
 from layersweep.kv.arms import EXACT
+from layersweep.kv.codec import Packed
 from layersweep.kv.fit import Fit, even, fit
 from layersweep.kv.store import KvStore
 from layersweep.kv.stream import Stream, keys_and_values
+from layersweep.kv.trellis import Trellis
 from layersweep.stream.shapes import fit_bytes, tile_bytes
 from layersweep.study.study import prepare_study
+from layersweep.sweep import attention, reference
+from layersweep.sweep.context import LayerContext, Table
+from layersweep.sweep.heads import Projected
 from layersweep.sweep.model import Model, load
-from layersweep.sweep.reference import FIRST, _by_distance, _edges
+from layersweep.sweep.reference import FIRST, _by_distance, _edges, _ranges, _sums
+from layersweep.sweep.reference import fitted as fitted_to
 from layersweep.sweep.sequences import reference_tile, tiles_of
 from layersweep.tasks.settings import EvalSettings
 from layersweep.text.reference import MOST, reference_ids
@@ -91,6 +97,12 @@ def test_sums_by_distance_equal_a_loop(tokens: int, seed: int) -> None:
             keys = [query - d - FIRST for d in range(edges[index], edges[index + 1])]
             wanted = sum(moved[:, query, key] for key in keys if key >= 0)
             assert (found[:, query, index] - wanted).abs().max() < 1e-9
+
+
+def test_a_product_makes_all_sums_by_distance() -> None:
+    edges, moved = _edges(40), draw(3, 40, 40)
+    found = moved @ _ranges(*edges, device=moved.device).double()
+    assert (found - _sums(moved, edges)).abs().max() < 1e-9
 
 
 def test_distances_are_near_one_by_one_and_far_in_ratios() -> None:
@@ -162,6 +174,20 @@ def test_arms_do_not_share_values_that_other_keys_predict() -> None:
         assert all(map(torch.equal, together.decoded(index), alone))
 
 
+def test_keys_that_predict_values_are_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, decoded = Trellis.decode, []
+
+    def decode(codec: Trellis, packed: Packed, positions: Tensor) -> Tensor:
+        decoded.append((packed.role, packed.bits))
+        return real(codec, packed, positions)
+
+    monkeypatch.setattr(Trellis, "decode", decode)
+    store = store_of(["K3V2", "K4V2"], told()).appended(pair())
+    for arm in range(2):
+        store.pieces(arm)
+    assert decoded == [("key", 3), ("key", 4), ("value", 2), ("value", 2)]
+
+
 # --- sweeps --------------------------------------------------------------------------------------
 
 
@@ -175,16 +201,40 @@ def test_a_sweep_fits_on_the_reference_text_alone(tiny: Path) -> None:
     model = load(str(tiny), device="cpu")
     arms = [EXACT, parse("trellis:K2V2@fit=1"), parse("trellis:K2V2")]
     tiles = tiles_of("t", windows(model, 4, arms), 2)
-    reference = random_ids(200, 128, 77)
-    both, _ = sweep_logits(model, tiles, reference=reference)
-    apart, _ = sweep_logits(model, tiles, reference=reference, sweeps=2)
+    text = random_ids(200, 128, 77)
+    both, _ = sweep_logits(model, tiles, reference=text)
+    apart, _ = sweep_logits(model, tiles, reference=text, sweeps=2)
     without, _ = sweep_logits(model, tiles)
     for index in range(4):
-        exact, text, weights = both[index]
+        exact, fits, weights = both[index]
         assert all(torch.equal(*pair) for pair in zip(both[index], apart[index], strict=True))
         assert torch.equal(exact, without[index][0])
         assert torch.equal(weights, without[index][2]) and torch.equal(weights, without[index][1])
-        assert not torch.equal(text, weights)
+        assert not torch.equal(fits, weights)
+
+
+def test_heads_and_distances_that_share_launches_change_nothing(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    apart = []
+
+    def both(projected: Projected, table: Table | None, context: LayerContext) -> Fit:
+        monkeypatch.setattr(reference, "_at_once", lambda q, k: (2, 5))
+        together = fitted_to(projected, table, context)
+        monkeypatch.setattr(reference, "_at_once", lambda q, k: (1, 1))
+        alone = fitted_to(projected, table, context)
+        for one, other in (
+            (together.keys.into, alone.keys.into),
+            (together.values.weight, alone.values.weight),
+        ):
+            apart.append(((one - other).abs().max() / other.abs().max()).item())
+        return alone
+
+    monkeypatch.setattr(attention, "fitted", both)
+    model = load(str(tiny), device="cpu")
+    tiles = tiles_of("t", windows(model, 1, [EXACT, parse("trellis:K2V2@fit=1")]), 1)
+    sweep_logits(model, tiles, reference=random_ids(100, 128, 77))
+    assert len(apart) == 2 * model.decoder.num_hidden_layers and max(apart) < 1e-4
 
 
 def test_its_memory_is_planned(tiny: Path) -> None:
@@ -194,7 +244,7 @@ def test_its_memory_is_planned(tiny: Path) -> None:
     shape = model.shape(reference_tile((1,) * 200))
     held = tile_bytes(model.decoder, shape, 4)
     assert plan.peaks["reference text"] == held == alone.peaks["hidden states"] // 128 * 200
-    assert plan.peaks["temporaries"] >= fit_bytes(model.decoder, shape) > 4 * 4 * 200**2
+    assert plan.peaks["temporaries"] >= fit_bytes(model.decoder, shape, cpu=True) > 4 * 4 * 200**2
 
 
 def test_a_study_gives_the_text_to_arms_that_ask_and_says_where_it_cannot() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,16 +18,18 @@ from layersweep.errors import InputError
 from layersweep.families import spec
 from layersweep.kernels import KernelError
 from layersweep.model import attention as attentions
-from layersweep.model import fused, maths
+from layersweep.model import compute, fused, maths
 from layersweep.model.attention import (
     PLAIN,
     FlashAttention,
     MemoryEfficientAttention,
     PlainAttention,
     Rule,
+    TritonAttention,
     attend_one,
 )
-from layersweep.model.compute import on_cpu
+from layersweep.model.compute import choose_compute, on_cpu
+from layersweep.model.ops import TorchOps
 from layersweep.sweep import model as models
 from layersweep.sweep.model import load
 
@@ -189,19 +192,62 @@ def test_a_window_beside_a_mask_is_never_dropped_in_silence() -> None:
 def test_what_a_gpu_cannot_do_is_known_before_it_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     capped, narrow = Rule(softcap=50.0), Rule(scale=0.1, window=128)
     plain, efficient, flash = PlainAttention(), MemoryEfficientAttention(), FlashAttention()
+    ours = TritonAttention()
     monkeypatch.setattr(attentions, "_has_triton", lambda: True)
     monkeypatch.setattr(attentions, "load_nvrtc", lambda: None)
-    for attention in (plain, efficient, flash):
+    for attention in (plain, efficient, flash, ours):
         assert attention.refusal(narrow, 192) is None and attention.refusal(capped, 256) is None
     assert plain.refusal(capped, 512) is None and efficient.refusal(narrow, 512) is None
     limit = "takes heads of a multiple of 8 up to 256 numbers, not"
-    assert flash.refusal(narrow, 512) == f"flash attention {limit} 512"
+    assert flash.refusal(narrow, 512) == ours.refusal(capped, 512) == f"flash attention {limit} 512"
     assert efficient.refusal(capped, 12) == f"the kernel for capped scores (softcap) {limit} 12"
     monkeypatch.setattr(attentions, "_has_triton", lambda: False)
     why = "capped scores (softcap) need Triton, which is not installed"
     assert flash.refusal(capped, 128) == why and flash.refusal(narrow, 128) is None
     with pytest.raises(AssertionError, match="need Triton"):
         flash(*inputs(3, 3), rule=capped)
+
+
+@pytest.mark.parametrize("capability", [(9, 0), (12, 0), (8, 9)])
+def test_without_triton_torch_attends_and_the_run_says_so(
+    capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compute, "_kernel_ops", lambda *_: (TorchOps(), ()))
+    monkeypatch.delitem(sys.modules, "layersweep.kernels.flash_triton", raising=False)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    device, half = torch.device("cuda"), torch.float16
+    made = choose_compute(device, half, assume_capability=capability)
+    assert isinstance(made.attention, FlashAttention)
+    told = [one[:3] for one in made.fallbacks]
+    wanted = ("attention", "flash, in Triton", "torch's flash, slower")
+    assert told == ([wanted] if capability >= (9, 0) else [])
+    single = choose_compute(device, torch.float32, assume_capability=capability)
+    assert isinstance(single.attention, MemoryEfficientAttention) and not single.fallbacks
+
+
+def test_torchs_flash_serves_as_many_queries_as_keys_and_ours_the_rest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(fused, "flash", lambda *_: "torch's")
+    monkeypatch.setattr(attentions, "_in_triton", lambda *_: "ours")
+    attention, past = TritonAttention(), (torch.empty(2, KV_HEADS, 5, DIM),) * 2
+    square, branch = inputs(20, 20), inputs(7, 20)
+    assert attention(*square) == attention(*square, rule=Rule(scale=0.1)) == "torch's"
+    assert attention(*square, rule=Rule(window=20)) == "torch's"  # it hides nothing
+    assert attention(*square, rule=Rule(window=19)) == "ours"
+    assert attention(*square, rule=Rule(softcap=50.0)) == "ours"
+    assert attention(*square, sinks=torch.zeros(HEADS)) == "ours"
+    assert attention(*square, torch.ones(20, 20, dtype=torch.bool)) == "ours"
+    assert attention(*square, past=past) == attention(*branch) == "ours"
+
+
+@pytest.mark.parametrize("name", ["plain", "window", "gemma2"])
+def test_a_past_is_what_comes_before(name: str) -> None:
+    q, k, v = inputs(7, 20)
+    plain, past, own = PlainAttention(), (k[:, :, :12], v[:, :, :12]), (k[:, :, 12:], v[:, :, 12:])
+    assert torch.equal(
+        plain(q, *own, past=past, rule=RULES[name]), plain(q, k, v, rule=RULES[name])
+    )
 
 
 def raise_missing() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from layersweep.errors import BudgetError, InputError
 from layersweep.kv import parse
 from layersweep.kv.arms import EXACT, Arm
+from layersweep.model.attention import Pair, PlainAttention
 from layersweep.stream.blocks import Block
 from layersweep.stream.runs import Placement, choose_spread, compute_ring, runs_of
 from layersweep.stream.store import BlockStore
@@ -115,6 +117,30 @@ def test_a_sequence_beyond_the_models_limit_is_refused(tiny: Path) -> None:
     with pytest.raises(InputError, match=f"found 33 tokens, needed at most 32.*{field}") as refused:
         model.score([random_ids(count, 128, 0) for count in (20, 33, 25)])
     assert refused.value.hint == "cut it into pieces: up to 32 tokens"
+
+
+def test_a_past_that_is_read_where_it_lies_changes_no_number(tiny: Path) -> None:
+    """Of arms that keep it in one piece, and in two."""
+    model = load(str(tiny), device="cpu")
+    arms = [EXACT, parse("lloyd:K3V2"), parse("lloyd:K3V2@sink=3")]
+    tiles = [Tile("t", tuple(windows(model, 2, arms)))]
+    wanted, _ = sweep_logits(model, tiles)
+    lengths: list[tuple[int, int]] = []
+
+    class Parted(PlainAttention):
+        reads_past = True
+
+        def __call__(self, *args: Tensor, past: Pair | None = None, **others: Any) -> Tensor:
+            if past is not None:
+                lengths.append((past[0].shape[2], args[1].shape[2]))
+            return super().__call__(*args, past=past, **others)
+
+    parted = replace(model, compute=replace(model.compute, attention=Parted()))
+    found, _ = sweep_logits(parted, tiles)
+    for sequence, logits in wanted.items():
+        for one, other in zip(found[sequence], logits, strict=True):
+            assert torch.equal(one, other)
+    assert lengths == [(40, 24)] * 3 * model.decoder.num_hidden_layers
 
 
 @pytest.mark.parametrize("name", ["lloyd:K3V2", "lloyd:K1V16", "e8:K4V2", "e8:K3V2@v=0.5",

@@ -70,7 +70,7 @@ class Workshop:
         self._folder = folder
         self._built: dict[tuple[str, int, int], Future[Path]] = {}
         for scalar in kernels.SCALARS.values():
-            for name in ("nf4", "rows", "rope", "score", "sums"):
+            for name in ("nf4", "rows", "rope", "score", "sums", "sinks"):
                 self._start(name, scalar, 0)
         for dtype, dim in dims:
             self._start("lloyd", kernels.SCALARS[dtype], dim)

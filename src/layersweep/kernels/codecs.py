@@ -18,6 +18,10 @@ CODEC_LAYOUTS: dict[str, dict[str, str]] = {
         **dict.fromkeys(("column_sums", "column_sums_f32"), "2P3q2i"),
         "mean_and_level": "2P2i",
     },
+    "sinks": {
+        **dict.fromkeys(("find_sinks", "find_sinks_f32"), "4P3q4i"),
+        "shift_sinks": "4P4q4if",
+    },
     "lloyd": {
         **dict.fromkeys(("lloyd_encode", "lloyd_encode_f32"), "6Pqi"),
         **dict.fromkeys(("lloyd_decode", "lloyd_decode_f32"), "5Pqi"),
@@ -30,6 +34,7 @@ CODEC_LAYOUTS: dict[str, dict[str, str]] = {
     },
 }
 MAX_VECTOR = 256
+MAX_TOKEN = 8192  # numbers of all heads, see sinks.cu
 _VECTORS = 32  # of a block of 256 threads, see rotation.cuh
 _TABLE_BLOCKS = 4096  # at most, of kernels whose blocks build a table each
 
@@ -234,6 +239,40 @@ class CodecKernels:
             self._module("sums").launch("mean_and_level", (batch * heads, 1, 1), 256, args)
         return out
 
+    def compile_sinks(self) -> None:
+        """Compile what `find_sinks` and `shift_sinks` need now. Raises KernelError."""
+        self._module("sinks")
+
+    def find_sinks(self, x: Tensor, center: Tensor, mean: Tensor) -> Tensor:
+        """Flags uint8 [B, T / 8 rounded up] as kv.sinks.flags_by_torch finds them.
+
+        x [B, H, T, D] (T or float32) of any strides with the last dimension contiguous, H D up to
+        MAX_TOKEN; center [B, H, 1, D] and mean [B, H, D or more], float16.
+        """
+        batch, heads, tokens, dim = x.shape
+        columns = _around(x, center, mean)
+        flags = torch.empty(batch, -(-tokens // 8), dtype=torch.uint8, device=x.device)
+        if flags.numel():
+            args: list[Argument] = [x, center, mean, flags, *x.stride()[:3]]
+            args += [tokens, heads, dim, columns]
+            name, grid = f"find_sinks{self._suffix(x)}", (flags.shape[1], batch, 1)
+            self._module("sinks").launch(name, grid, 288, args)
+        return flags
+
+    def shift_sinks_(
+        self, x: Tensor, center: Tensor, mean: Tensor, flags: Tensor, sign: int
+    ) -> None:
+        """x += sign (mean - center) for the tokens that `flags` [B, T / 8 or more] name, rows of
+        any stride; x float32, the rest as in `find_sinks`."""
+        batch, heads, tokens, dim = x.shape
+        columns, count = _around(x, center, mean), -(-tokens // 8)
+        assert x.dtype == torch.float32 and flags.dtype == torch.uint8
+        assert flags.stride(1) == 1 and flags.shape[0] == batch and flags.shape[1] >= count
+        if batch * count:
+            args: list[Argument] = [x, center, mean, flags, *x.stride()[:3], flags.stride(0)]
+            args += [tokens, heads, dim, columns, float(sign)]
+            self._module("sinks").launch("shift_sinks", (count, batch, 1), 256, args)
+
     def _suffix(self, vectors: Tensor) -> str:
         assert vectors.dtype in (self.dtype, torch.float32)
         return "" if vectors.dtype == self.dtype else "_f32"
@@ -256,6 +295,17 @@ class CodecKernels:
 def same(tensor: Tensor, dtype: torch.dtype) -> None:
     """Assert the type, and that the tensor is contiguous."""
     assert tensor.dtype == dtype and tensor.is_contiguous(), (tensor.dtype, tensor.stride(), dtype)
+
+
+def _around(x: Tensor, center: Tensor, mean: Tensor) -> int:
+    """Columns of the mean of what `find_sinks` and `shift_sinks_` take."""
+    batch, heads, _, dim = x.shape
+    same(center, torch.float16)
+    same(mean, torch.float16)
+    assert x.stride(3) == 1 and heads * dim <= MAX_TOKEN and dim % 8 == 0 and batch < 65536
+    assert center.shape == (batch, heads, 1, dim)
+    assert mean.shape[:2] == (batch, heads) and mean.shape[2] >= dim
+    return mean.shape[2]
 
 
 def _tokens(mean: Tensor | None, count: int, dim: int) -> int:

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from subprocess import CalledProcessError
-from typing import Any
 
 import torch
 import triton
@@ -21,9 +20,9 @@ from torch import Tensor
 from triton.errors import TritonError
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from layersweep.kernels.launch_triton import Launcher, has_big_shared
 from layersweep.kernels.nvrtc import KernelError
 
-BIG_SHARED = 200 * 1024  # bytes of shared memory per block: sm_90 has them, sm_80 and sm_89 do not
 MIN_PARTS = 16  # smaller groups do not need a kernel of their own
 ROW_TILES_TOGETHER = 8  # they share a column's weights in the L2 cache
 
@@ -103,23 +102,8 @@ def grouped_products(
     biased = width if biases_PO is not None else 0
     where = ends if index is None else index
     args = x, where, weight, bias, out_NO, ends, parts, rows, row_tiles, biased, bias_part, *fixed
-    key = x_NK.device, dtype, where.dtype, ends.dtype, tile, fixed
-    _launch((programs, 1, 1), args, tile, key)
-
-
-_compiled: dict[tuple[object, ...], Any] = {}
-
-
-def _launch(
-    grid: tuple[int, int, int], args: Sequence[object], tile: Tile, key: tuple[object, ...]
-) -> None:
-    """Run the kernel that was compiled for the same `key`, which is all that makes kernels differ.
-    Triton's own launch looks at every argument to find it, which takes the host 3 times as long."""
-    compiled = _compiled.get(key)  # Triton's interpreter compiles nothing: None
-    if compiled is not None:
-        compiled[grid](*args)
-    else:
-        _compiled[key] = _multiply[grid](*args, num_warps=tile.warps, num_stages=tile.stages)
+    key = x_NK.device, dtype, where.dtype, ends.dtype, *fixed
+    _launch((programs, 1, 1), args, key, warps=tile.warps, stages=tile.stages)
 
 
 def prove(device: torch.device, dtype: torch.dtype) -> None:
@@ -132,8 +116,9 @@ def prove(device: torch.device, dtype: torch.dtype) -> None:
     index = torch.arange(299, -1, -1, device=device)
     try:
         with torch.cuda.device(device):
-            grouped_products(x, None, weight, None, spans, ends, plain)
-            grouped_products(x.flip(0), index, weight, None, spans, ends, gathered)
+            for _ in range(2):  # compiled, then launched as it was compiled
+                grouped_products(x, None, weight, None, spans, ends, plain)
+                grouped_products(x.flip(0), index, weight, None, spans, ends, gathered)
             same, found = torch.equal(plain, gathered), plain.float().cpu()
     except (TritonError, CalledProcessError, RuntimeError, OSError) as failure:
         raise KernelError(f"Triton: {failure}") from failure
@@ -143,12 +128,8 @@ def prove(device: torch.device, dtype: torch.dtype) -> None:
             raise KernelError("Triton's grouped products differ from torch's on this device")
 
 
-@cache
 def _tile(device: torch.device, *, gathers: bool) -> Tile:
-    if device.type != "cuda":
-        return SMALL
-    shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-    if shared < BIG_SHARED:
+    if not has_big_shared(device):
         return SMALL
     return GATHERING if gathers else LARGE
 
@@ -232,3 +213,6 @@ def _multiply(
             total.to(out.dtype.element_ty),
             mask=(down < stop)[:, None] & (at < width)[None, :],
         )
+
+
+_launch = Launcher(_multiply)

@@ -16,7 +16,7 @@ from layersweep.kernels.weights import WEIGHT_LAYOUTS, WeightKernels
 SCALARS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu2", "swiglu_clamped")
 # Branches that score.cu reads together, logits of a row that a warp takes, what it leaves of them.
-SCORED_TOGETHER, SCORED_PART, PART_BYTES = 5, 4096, 32
+SCORED_TOGETHER, SCORED_PART, PART_BYTES = 5, 8192, 32
 # Parameters of every kernel in the order of its declaration; see Module.
 LAYOUTS: dict[str, dict[str, str]] = {
     **WEIGHT_LAYOUTS,

@@ -6,7 +6,7 @@
 #include "common.cuh"
 
 constexpr int RUN = 8;  // logits of a row that a thread loads at once; its float sums end with them
-constexpr int CHUNK = 32 * RUN, PART = 4096, THREADS = 256;
+constexpr int CHUNK = 32 * RUN, PART = 8192, THREADS = 256;
 constexpr float LOWEST = -3.402823466e38f;  // finite, so that -inf less a maximum is -inf
 
 // A thread's or a part's sums in units of exp(top): `mass` of exp(logit), and `gap`, in the exact

@@ -32,7 +32,7 @@ class Basis:
 
     def enter(self, x_BHTD: Tensor) -> Tensor:
         """The same vectors in these coordinates, float32."""
-        return x_BHTD.float() @ self.into
+        return x_BHTD.to(torch.float32, memory_format=torch.contiguous_format) @ self.into
 
     def leave(self, x_BHTD: Tensor) -> Tensor:
         return x_BHTD @ self.back

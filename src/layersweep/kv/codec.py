@@ -255,13 +255,15 @@ def check_stream(codec: Codec, stream: Stream, device: torch.device, dtype: torc
     import torch
 
     from layersweep.kv.custom import FAILURES, CustomCodec
+    from layersweep.kv.means import mean_for
+    from layersweep.kv.sinks import Found
 
     if role_bits(codec, stream) == 16:
         return
-    x, mean = torch.zeros(1, stream.heads, 1, stream.dim, dtype=dtype, device=device), None
-    if wants_mean(codec):
-        columns = stream.dim + wants_level(codec)
-        mean = torch.zeros(1, stream.heads, columns, dtype=torch.float16, device=device)
+    x = torch.zeros(1, stream.heads, 1, stream.dim, dtype=dtype, device=device)
+    mean = mean_for(codec, x)
+    if mean is not None and finds_sinks(codec):
+        Found.of(x.float(), x.to(torch.float16), mean)
     at = torch.zeros(1, 1, dtype=torch.long, device=device)
     try:
         codec.decode(codec.encode(x, stream, at, mean), at)

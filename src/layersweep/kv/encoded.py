@@ -3,16 +3,14 @@
     x  --[ found sinks: another center ]-->  codec  -->  packed
        --[ minus what comes back of it, the newest tokens ]-->  fine codec  -->  fine
 
-`found`   Attention sinks are alike wherever they stand in the text: small keys, values of nearly
-          zero, far from the mean of all other tokens. A token that is nearer to the first token of
-          the text than to the mean is coded as a difference from that token, for one bit a token.
+`found`   Attention sinks are coded as a difference from the first of them (kv/sinks.py).
 `fine`    Queries look most at what is near. Of the newest tokens that are coded, the codec's error
           is coded again. As tokens age, that is dropped; nothing is encoded twice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,60 +20,8 @@ from layersweep.kv.arms import Arm
 from layersweep.kv.basis import Basis
 from layersweep.kv.codec import Codec, Packed, join_batches
 from layersweep.kv.means import mean_for
-from layersweep.kv.packing import pack_bits, unpack_bits
-from layersweep.kv.rotate import add_rows
+from layersweep.kv.sinks import FLAGS, Found, Move
 from layersweep.kv.stream import Rotation, Stream
-
-Move = Callable[[Tensor], Tensor]
-
-FLAGS = 8  # tokens whose bits share a byte
-
-
-@dataclass(frozen=True, eq=False)
-class Found:
-    """Which tokens are nearer to `center` [B,H,1,D] float16 than to the mean: `flags`
-    [B, T / 8 rounded up] uint8, a bit each."""
-
-    center: Tensor
-    flags: Tensor
-
-    @classmethod
-    def of(cls, x_BHTD: Tensor, center: Tensor, mean: Tensor) -> Found:
-        """Sums are added in a fixed tree: which tokens are found depends on nothing but them."""
-        away = mean - center.float()
-        between = (mean.square() - center.float().square()).transpose(1, 2).flatten(2)
-        along = (x_BHTD.float() * away).transpose(1, 2).flatten(2)  # [B, T, H D]
-        near = 2 * add_rows(along, dim=2) < add_rows(between, dim=2)
-        return cls(center, _packed(near))
-
-    def shift(self, x_BHTD: Tensor, mean: Tensor, sign: int) -> Tensor:
-        """Found tokens from around the center to around the mean (sign 1), or back (-1)."""
-        near = _unpacked(self.flags, x_BHTD.shape[2])[:, None, :, None]
-        return torch.where(near, x_BHTD + sign * (mean - self.center.float()), x_BHTD)
-
-    def followed(self, tokens: int, more: Found, count: int) -> Found:
-        """Of `tokens` tokens and the `count` of `more` after them."""
-        both = [_unpacked(self.flags, tokens), _unpacked(more.flags, count)]
-        return replace(self, flags=_packed(torch.cat(both, dim=1)))
-
-    def without(self, tokens: int) -> Found:
-        """Less its first `tokens`, a multiple of FLAGS."""
-        assert tokens % FLAGS == 0
-        return replace(self, flags=self.flags[:, tokens // FLAGS :])
-
-    def moved(self, move: Move) -> Found:
-        return Found(move(self.center), move(self.flags))
-
-    @staticmethod
-    def joined(parts: Sequence[Found]) -> Found:
-        longest = max(part.flags.shape[1] for part in parts)
-        flags = [part.flags for part in parts]
-        padded = [torch.nn.functional.pad(one, (0, longest - one.shape[1])) for one in flags]
-        return Found(torch.cat([part.center for part in parts]), torch.cat(padded))
-
-    @property
-    def nbytes(self) -> int:
-        return self.center.nbytes + self.flags.nbytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,19 +58,25 @@ class Encoded:
     found: Found | None = None
     fine: Fine | None = None
 
-    def decoded(self) -> Tensor:
+    def decoded(self, predicted: Tensor | None = None) -> Tensor:
+        """What attention reads; `predicted` [B,H,T,D] float32, of values, is added, and of its
+        tokens, the last ones, is the result."""
         x = self._decoded(0)
         if self.fine:
             x = self.fine.added(x, self.positions)
         x = self.basis.leave(x) if self.basis else x
-        return (self.rotation.redo(x, self.positions) if self.rotation else x).to(self.dtype)
+        x = self.rotation.redo(x, self.positions) if self.rotation else x
+        if predicted is None:
+            return x.to(self.dtype)
+        x = x[:, :, x.shape[2] - predicted.shape[2] :]
+        return torch.add(x, predicted, out=torch.empty_like(x, dtype=self.dtype))
 
     def coarse(self, first: int) -> Tensor:
         """What stays of the tokens from `first` on, once what is fine has been dropped: values are
         predicted from that, so that it never changes."""
         x = self._decoded(first // FLAGS * FLAGS)[:, :, first % FLAGS :]
         x = self.basis.leave(x) if self.basis else x
-        return x.to(self.dtype)
+        return _side_by_side(x, self.dtype)
 
     def _decoded(self, first: int) -> Tensor:
         """By the codec alone, in its coordinates; from token `first` on, a multiple of FLAGS."""
@@ -133,7 +85,10 @@ class Encoded:
             packed = packed.slice_tokens(first, packed.tokens)
             found = found and found.without(first)
         x = self.codec.decode(packed, self.positions[:, first:])
-        return found.shift(x, center_of(self.packed), -1) if found else x
+        if found is None:
+            return x
+        assert packed.mean is not None
+        return found.shift(x, packed.mean, -1)
 
     def refined(
         self, x_BHTD: Tensor, arm: Arm, stream: Stream, before: Fine | None, mean_tokens: int | None
@@ -211,18 +166,11 @@ class Encoded:
         return replace(self, packed=packed, positions=starts + at, found=found)
 
 
-def center_of(packed: Packed) -> Tensor:
-    """The mean [B,H,1,D] float32 of a codec that keeps one."""
-    assert packed.mean is not None
-    return packed.mean[:, :, None, : packed.dim].float()
-
-
-def _packed(flags_BT: Tensor) -> Tensor:
-    tokens = flags_BT.shape[1]
-    padded = torch.nn.functional.pad(flags_BT.to(torch.uint8), (0, -tokens % FLAGS))
-    return pack_bits(padded.t().contiguous(), 1)
-
-
-def _unpacked(flags: Tensor, tokens: int) -> Tensor:
-    """[B, tokens] bool."""
-    return unpack_bits(flags.contiguous(), 1)[:tokens].t().bool()
+def _side_by_side(x_BHTD: Tensor, dtype: torch.dtype) -> Tensor:
+    """In another dtype, with the heads of a token side by side in memory, where predictions take
+    them."""
+    if x_BHTD.dtype == dtype:
+        return x_BHTD
+    batch, heads, tokens, dim = x_BHTD.shape
+    out = torch.empty(batch, tokens, heads, dim, dtype=dtype, device=x_BHTD.device)
+    return out.transpose(1, 2).copy_(x_BHTD)

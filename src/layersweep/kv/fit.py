@@ -35,15 +35,21 @@ SEEN_FLOOR = 0.1  # of the mean, for directions that no query looks at
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """`weight` float32 [G D, G E]: all values of a token from all of its keys."""
+    """`weight` [G D, G E]: all values of a token from all of its keys; float32, or on a GPU in the
+    keys' own dtype. Writers and readers of a cache predict from the same decoded keys."""
 
     weight: Tensor
 
     def values(self, k_BGTD: Tensor) -> Tensor:
         """Keys before RoPE -> [B, G, T, E] float32."""
         batch, heads, tokens, _ = k_BGTD.shape
-        rows = k_BGTD.float().transpose(1, 2).reshape(batch * tokens, -1)
-        return (rows @ self.weight).view(batch, tokens, heads, -1).transpose(1, 2)
+        rows = k_BGTD.transpose(1, 2).reshape(batch * tokens, -1)
+        return product(rows, self.weight).view(batch, tokens, heads, -1).transpose(1, 2)
+
+    def left(self, v_BGTE: Tensor, k_BGTD: Tensor) -> Tensor:
+        """Of values, float32, what their keys do not say."""
+        said = self.values(k_BGTD)
+        return torch.sub(v_BGTE, said, out=said.new_empty(said.shape))
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,9 +64,19 @@ def fit(k_GND: Tensor, v_GNE: Tensor, weight_GN: Tensor, seen_GDD: Tensor, white
     """Keys before RoPE, values, and what queries make of the keys, see the module's text; `white`
     [G D + G E, H] makes keys and values of hidden states. Does not wait for their device."""
     k, v = _centred(k_GND), _centred(v_GNE)
-    weight = weight_GN.double()
-    basis = even(k.transpose(1, 2) @ (k * weight.unsqueeze(2)), seen_GDD.double())
-    return Fit(basis, Prediction(_prediction(k, v, white, basis).float().contiguous()))
+    # on a GPU halves meet in tensor cores, ten times as fast
+    operand = torch.float32 if k_GND.device.type == "cpu" else k_GND.dtype
+    weighted = k * weight_GN.double().unsqueeze(2)
+    basis = even(k.transpose(1, 2) @ weighted, seen_GDD.double())
+    weight = _prediction(k, v, white, basis, operand)
+    return Fit(basis, Prediction(weight.to(operand).contiguous()))
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b of two or three dimensions, float32; on a GPU operands of 16 bits stay that."""
+    if a.device.type == "cpu" or torch.float32 in (a.dtype, b.dtype):
+        return a.float() @ b.float()
+    return (torch.mm if a.dim() == 2 else torch.bmm)(a, b, out_dtype=torch.float32)
 
 
 def even(covariance: Tensor, seen: Tensor) -> Basis:
@@ -78,19 +94,20 @@ def even(covariance: Tensor, seen: Tensor) -> Basis:
     return Basis(into.float().contiguous(), back.float().contiguous())
 
 
-def _prediction(k_GND: Tensor, v_GNE: Tensor, white: Tensor, basis: Basis) -> Tensor:
+def _prediction(
+    k_GND: Tensor, v_GNE: Tensor, white: Tensor, basis: Basis, operand: torch.dtype
+) -> Tensor:
     """P [G D, G E]. The noise of decoded keys is even in their coordinates."""
     size, tokens = k_GND.shape[0] * k_GND.shape[2], k_GND.shape[1]
     x = torch.cat((_columns(k_GND), _columns(v_GNE)), dim=1)
     covariance = x.T @ x / tokens
-    rows = torch.cat((_share(white[:size], k_GND), _share(white[size:], v_GNE)))
-    covariance = covariance + (rows @ rows.T).double()
+    rows = torch.cat((_share(white[:size], k_GND), _share(white[size:], v_GNE))).to(operand)
+    covariance = covariance + product(rows, rows.T).double()
     variance = (k_GND @ basis.into.double()).square().mean((1, 2))
     back = basis.back.double()
     noise = NOISE * variance.view(-1, 1, 1) * (back.transpose(1, 2) @ back)
-    for head, own in enumerate(noise):
-        at = slice(head * len(own), (head + 1) * len(own))
-        covariance[at, at] += own
+    heads = covariance[:size, :size].view(*noise.shape[:2], *noise.shape[:2])
+    heads.diagonal(dim1=0, dim2=2).add_(noise.permute(1, 2, 0))
     factor = torch.linalg.cholesky_ex(covariance[:size, :size])[0]
     return torch.cholesky_solve(covariance[:size, size:], factor)
 

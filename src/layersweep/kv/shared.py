@@ -9,15 +9,19 @@ import torch
 from torch import Tensor
 
 from layersweep.kv.encoded import Encoded
+from layersweep.kv.sinks import Found
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Tokens in a codec's coordinates, and their channel means if it wants them."""
+    """Tokens in a codec's coordinates, their channel means if it wants them, and which of them are
+    sinks if it moves those: in `x` they are moved, in `exact`, for what is fine, they are not."""
 
     of: Hashable
     x: Tensor
     mean: Tensor | None
+    found: Found | None = None
+    exact: Tensor | None = None
 
 
 @dataclass
@@ -27,10 +31,12 @@ class Shared:
 
     encoded    whole encodings (K3V2 and K4V2: the values)
     prepared   by stream, what the last codec encoded (K3V2 and K4V2: the keys), with its means
+    coarse     by encoding and first token, keys as values have been predicted from them
     """
 
     encoded: dict[Hashable, Encoded] = field(default_factory=dict)
     prepared: dict[str, Prepared] = field(default_factory=dict)
+    coarse: dict[tuple[Encoded, int], Tensor] = field(default_factory=dict)
     _positions: Tensor | None = None
 
     def positions(self, batch: int, start: int, stop: int, device: torch.device) -> Tensor:
@@ -39,3 +45,17 @@ class Shared:
         if known is None or len(known) < stop:
             known = self._positions = torch.arange(stop, device=device)
         return known[start:stop].expand(batch, -1)
+
+    def coarse_of(self, middle: Encoded, first: int) -> Tensor:
+        """`middle.coarse(first)`, made once."""
+        if (middle, first) not in self.coarse:
+            self.coarse[middle, first] = middle.coarse(first)
+        return self.coarse[middle, first]
+
+    def read(self) -> dict[Encoded, Tensor]:
+        """Of encodings that attention reads as values were predicted from them, what it reads."""
+        return {
+            middle: x
+            for (middle, first), x in self.coarse.items()
+            if first == 0 and middle.fine is None and middle.rotation is None
+        }

@@ -7,15 +7,17 @@ moved to where they wait. A transformers cache appends to one as it grows.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from layersweep.kv.arms import Arm
-from layersweep.kv.encoded import Encoded, Move
+from layersweep.kv.encoded import Encoded
 from layersweep.kv.shared import Shared
-from layersweep.kv.stored import StoredStream
+from layersweep.kv.sinks import Move
+from layersweep.kv.stored import StoredStream, joined_pieces
 from layersweep.kv.stream import Stream
 
 ALIGNMENT = 64
@@ -30,11 +32,13 @@ class KvStore:
     their values.
     """
 
-    def __init__(self, arms: Iterable[Streams]) -> None:
+    def __init__(
+        self, arms: Iterable[Streams], decoded: Mapping[Encoded, Tensor] = MappingProxyType({})
+    ) -> None:
         self.arms: list[Streams] = list(arms)
         held = Counter(stream.middle for streams in self.arms for stream in streams)
         self._shared = {middle for middle, count in held.items() if count > 1}
-        self._decoded: dict[Encoded, Tensor] = {}
+        self._decoded = dict(decoded)
 
     @classmethod
     def empty(
@@ -65,7 +69,7 @@ class KvStore:
             for own, x in zip(streams, tensors, strict=True):
                 found.append(own.appended(x, shared, found[0] if found else None))
             arms.append(tuple(found))
-        return KvStore(arms)
+        return KvStore(arms, shared.read())
 
     def since(self, first: int) -> KvStore:
         """Without the tokens before position `first`, at which nobody looks any more. They are
@@ -79,16 +83,28 @@ class KvStore:
     def decoded(self, arm: int) -> tuple[Tensor, ...]:
         """What the arm's attention reads, a tensor per stream. Do not write into them: what arms
         share stays as long as this store."""
+        return tuple(map(joined_pieces, self._read_pieces(arm)))
+
+    def pieces(self, arm: int) -> list[tuple[Tensor, ...]]:
+        """The same in one or several parts, one after the other: nothing is copied to join them."""
+        every = self._read_pieces(arm)
+        lengths = {tuple(piece.shape[2] for piece in pieces) for pieces in every}
+        if len(lengths) > 1:
+            return [tuple(map(joined_pieces, every))]
+        return list(zip(*every, strict=True))
+
+    def _read_pieces(self, arm: int) -> list[list[Tensor]]:
         first, *others = self.arms[arm]
-        keys = first.decoded(self._read)
-        return (keys, *(stream.decoded(self._read, (first, keys)) for stream in others))
+        keys = first.pieces(self._read)
+        return [keys, *(stream.pieces(self._read, (first, keys)) for stream in others)]
 
     def _read(self, encoded: Encoded) -> Tensor:
-        if encoded not in self._shared:
-            return encoded.decoded()
-        if encoded not in self._decoded:
-            self._decoded[encoded] = encoded.decoded()
-        return self._decoded[encoded]
+        if encoded in self._decoded:
+            return self._decoded[encoded]
+        x = encoded.decoded()
+        if encoded in self._shared:
+            self._decoded[encoded] = x
+        return x
 
     def moved(self, move: Move, arms: slice = slice(None)) -> KvStore:
         """Some arms, every tensor put elsewhere by `move`; nothing decoded goes with them."""

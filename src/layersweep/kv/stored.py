@@ -26,10 +26,11 @@ from layersweep.kv.codec import (
     pad_tokens,
     role_bits,
 )
-from layersweep.kv.encoded import FLAGS, Encoded, Found, Move
+from layersweep.kv.encoded import Encoded
 from layersweep.kv.means import mean_for, mean_kind
 from layersweep.kv.methods import EXACT_BITS
 from layersweep.kv.shared import Prepared, Shared
+from layersweep.kv.sinks import FLAGS, Found, Move
 from layersweep.kv.stream import Stream
 
 # Exact tokens are counted as fp16 storage, whatever dtype the computation runs in.
@@ -114,9 +115,10 @@ class StoredStream:
         fine = (*key, self.arm.fine)
         if fine not in shared.encoded:
             own = shared.positions(len(x_BHTD), start, stop, x_BHTD.device)
-            x = self._prepared(x_BHTD, own, start, shared, keys).x
+            exact = self._prepared(x_BHTD, head, own, start, shared, keys).exact
+            assert exact is not None
             shared.encoded[fine] = shared.encoded[key].refined(
-                x, self.arm, stream, before.fine if before else None, self.mean_tokens
+                exact, self.arm, stream, before.fine if before else None, self.mean_tokens
             )
         return shared.encoded[fine]
 
@@ -130,17 +132,8 @@ class StoredStream:
         codec, stream, before = self.codec, self.stream, self.middle
         already = before.packed.tokens if before else 0
         own = positions[:, already:]
-        ready = self._prepared(x_BHTD, own, start, shared, keys)
-        x, found = ready.x, None
-        if finds_sinks(codec):
-            mean = ready.mean if before is None else before.packed.mean
-            assert mean is not None
-            center = (
-                before.found.center if before and before.found else self._first_token(head, x, keys)
-            )
-            around = mean[:, :, None, : stream.dim].float()
-            found = Found.of(x, center, around)
-            x = found.shift(x, around, 1)
+        ready = self._prepared(x_BHTD, head, own, start, shared, keys)
+        x, found = ready.x, ready.found
         if before is None:
             packed = codec.encode(x, stream, own, ready.mean)
         else:
@@ -150,14 +143,16 @@ class StoredStream:
         coordinates = basis_for(codec, stream), stream.rotation
         return Encoded(codec, packed, positions, *coordinates, x_BHTD.dtype, found)
 
-    def _first_token(self, head: Tensor | None, like: Tensor, keys: StoredStream | None) -> Tensor:
+    def _first_token(
+        self, head: Tensor | None, like: Tensor, shared: Shared, keys: StoredStream | None
+    ) -> Tensor:
         """The text's first token in the codec's coordinates, float16 [B,H,1,D]; zero where it is
         coded itself, or has left the layer's window."""
         if head is None or self.first:
             return like.new_zeros(*like.shape[:2], 1, like.shape[3], dtype=torch.float16)
-        at = torch.zeros(len(head), 1, dtype=torch.long, device=head.device)
+        at = shared.positions(len(head), 0, 1, head.device)
         told = None if keys is None or keys.head is None else keys.head[:, :, :1]
-        return self._entered(head[:, :, :1], at, told).to(torch.float16)
+        return self._entered(head[:, :, :1], at, told).to(torch.float16).contiguous()
 
     def _entered(self, x_BHTD: Tensor, positions: Tensor, keys_BHTD: Tensor | None) -> Tensor:
         """In the codec's coordinates, less what these keys say of it."""
@@ -165,57 +160,75 @@ class StoredStream:
         basis, rotation = basis_for(self.codec, self.stream), self.stream.rotation
         x = rotation.undo(x_BHTD.float(), positions) if rotation else x_BHTD
         if self.stream.prediction and keys_BHTD is not None:
-            x = x - self.stream.prediction.values(keys_BHTD)
+            x = self.stream.prediction.left(x, keys_BHTD)
         return basis.enter(x) if basis else x
 
     def _prepared(
-        self, x_BHTD: Tensor, positions: Tensor, start: int, shared: Shared,
+        self, x_BHTD: Tensor, head: Tensor | None, positions: Tensor, start: int, shared: Shared,
         keys: StoredStream | None,
     ) -> Prepared:  # fmt: skip
         assert self.codec is not None
-        codec, basis = self.codec, basis_for(self.codec, self.stream)
+        codec, before = self.codec, self.middle
         tokens, told = x_BHTD.shape[2], keys and (keys.stream, keys.middle)
-        of = (start, tokens, self.middle, basis, told, *mean_kind(codec))
+        kind = (*mean_kind(codec), finds_sinks(codec), self.arm.fine > 0)
+        of = (start, tokens, before, basis_for(codec, self.stream), told, *kind)
         ready = shared.prepared.get(self.stream.name)
         if ready is None or ready.of != of:
-            x = self._entered(x_BHTD, positions, keys.newest(start, tokens) if keys else None)
-            mean = None if self.middle else mean_for(codec, x[:, :, : self.mean_tokens])
-            ready = shared.prepared[self.stream.name] = Prepared(of, x, mean)
+            said = keys.newest(start, tokens, shared) if keys else None
+            x = self._entered(x_BHTD, positions, said)
+            mean = None if before else mean_for(codec, x[:, :, : self.mean_tokens])
+            exact, found = x if self.arm.fine else None, None
+            if finds_sinks(codec):
+                around = before.packed.mean if before else mean
+                assert around is not None
+                found = before.found if before else None
+                center = found.center if found else self._first_token(head, x, shared, keys)
+                found = Found.of(x, center, around)
+                x = x.to(torch.float32, copy=x is x_BHTD or x is exact)
+                x = found.shift(x, around, 1)
+            ready = shared.prepared[self.stream.name] = Prepared(of, x, mean, found, exact)
         return ready
 
-    def newest(self, start: int, tokens: int) -> Tensor:
+    def newest(self, start: int, tokens: int, shared: Shared) -> Tensor:
         """What stays of the newest coded tokens, which begin at `start`; exact where all are."""
         if self.middle is None:
             assert self.head is not None
             return self.head[:, :, start - self.first :][:, :, :tokens]
-        return self.middle.coarse(self.middle.packed.tokens - tokens)
+        return shared.coarse_of(self.middle, self.middle.packed.tokens - tokens)
 
-    def decoded(
+    def pieces(
         self,
         read: Callable[[Encoded], Tensor] = Encoded.decoded,
-        keys: tuple[StoredStream, Tensor] | None = None,
-    ) -> Tensor:
-        """What attention reads, [B,H,T,D] in the dtype that came; keys still before RoPE. `keys`,
-        and what attention reads of them, for a stream that is predicted from them.
+        keys: tuple[StoredStream, Sequence[Tensor]] | None = None,
+    ) -> list[Tensor]:
+        """What attention reads, [B,H,T,D] each in the dtype that came, one after the other; keys
+        still before RoPE. `keys`, and what attention reads of them, for a stream that is predicted
+        from them.
 
-        An exact stream returns the very tensor that was appended. Do not write into the result:
-        arms share it.
+        Exact tokens are the very tensors that were appended. Do not write into the result: arms
+        share it.
         """
-        middle = None if self.middle is None else read(self.middle)
-        if middle is not None and self.hidden:
-            middle = middle[:, :, self.hidden :]
-        if middle is not None and keys and self.stream.prediction:
-            told = self._told(*keys, middle.shape[2])
-            middle = (middle + self.stream.prediction.values(told)).to(middle.dtype)
-        parts = [part for part in (self.head, middle, self.tail) if part is not None]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+        middle = None
+        if self.middle is not None and keys and self.stream.prediction:
+            told = self._told(*keys, self.middle.packed.tokens - self.hidden)
+            middle = self.middle.decoded(self.stream.prediction.values(told))
+        elif self.middle is not None:
+            middle = read(self.middle)
+            middle = middle[:, :, self.hidden :] if self.hidden else middle
+        return [part for part in (self.head, middle, self.tail) if part is not None]
 
-    def _told(self, keys: StoredStream, read_BHTD: Tensor, tokens: int) -> Tensor:
+    def decoded(self) -> Tensor:
+        """`pieces` as one."""
+        return joined_pieces(self.pieces())
+
+    def _told(self, keys: StoredStream, pieces: Sequence[Tensor], tokens: int) -> Tensor:
         """Keys of the middle as it was predicted from them: without what is fine."""
-        if keys.middle is not None and keys.middle.fine:
+        if keys.middle is None:
+            exact = 0 if self.head is None else self.head.shape[2]
+            return pieces[0][:, :, exact : exact + tokens]
+        if keys.middle.fine:
             return keys.middle.coarse(keys.hidden)
-        exact = 0 if self.head is None else self.head.shape[2]
-        return read_BHTD[:, :, exact : exact + tokens]
+        return pieces[keys.head is not None]
 
     def since(self, first: int, shared: dict[Hashable, Encoded]) -> StoredStream:
         """Without the tokens before position `first`, not beyond `end`. What several streams share
@@ -316,6 +329,10 @@ class StoredStream:
     @property
     def _exact(self) -> list[Tensor]:
         return [part for part in (self.head, self.tail) if part is not None]
+
+
+def joined_pieces(pieces: Sequence[Tensor]) -> Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces), dim=2)
 
 
 def _after(before: Tensor | None, x_BHTD: Tensor) -> Tensor:

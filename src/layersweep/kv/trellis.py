@@ -244,21 +244,23 @@ def _encode_by_kernels(
     tokens, dim = x.shape[2:]
     flat = x.reshape(-1, dim).contiguous()
     means = None if mean is None else _mean_rows(mean, dim)
-    codes = torch.empty(len(flat), dim * code.bits // 8, dtype=torch.uint8, device=x.device)
-    scale = torch.empty(len(flat), dtype=torch.uint8, device=x.device)
     tables = (
         rotation_weights(dim, True, x.device).view(-1),
         square_thresholds(code.gain, dim, x.device),
         inverse_scales(code.gain, x.device),
     )
     levels, limits = code.levels(x.device), scale_thresholds(x.device)
-    for group in row_chunks(len(flat) // max(1, tokens), tokens * dim, x.device):
+    parts = []
+    for group in row_chunks(max(1, len(flat) // max(1, tokens)), tokens * dim, x.device):
         rows = slice(group.start * tokens, group.stop * tokens)
         own = None if means is None else means[group]
         u_ND, size = kernels.trellis_scale(flat[rows], own, *tables)
-        codes[rows] = kernels.trellis_encode(u_ND, code.bits, levels)
-        scale[rows] = kernels.trellis_gain(u_ND, codes[rows], size, own, code.bits, levels, limits)
-    return codes, scale
+        codes = kernels.trellis_encode(u_ND, code.bits, levels)
+        scale = kernels.trellis_gain(u_ND, codes, size, own, code.bits, levels, limits)
+        parts.append((codes, scale))
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat([codes for codes, _ in parts]), torch.cat([scale for _, scale in parts])
 
 
 @cache
@@ -275,7 +277,8 @@ def _on_device(name: str, device: torch.device) -> Tensor:
 def _kernels(
     device: torch.device, dtype: torch.dtype, code: Code, dim: int | None = None
 ) -> Kernels | None:
-    """CUDA kernels, equal to torch bit for bit, ready for head size `dim`; None: there are none.
+    """CUDA kernels, ready for head size `dim`; None: there are none. They decode bit for bit as
+    torch does; their search takes half numbers, with the same error on average.
 
     The engine says elsewhere that they are missing. A refusal is remembered, too.
     """

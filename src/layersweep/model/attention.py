@@ -7,7 +7,6 @@ raises, and that is an error, never a fallback; what is known to be missing says
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
@@ -55,27 +54,28 @@ class Rule:
 
 
 PLAIN = Rule()
+Pair = tuple[Tensor, Tensor]  # keys [B, G, S, D], values [B, G, S, D of a value]
 
 
 class Attention(Protocol):
-    """One way to attend. `repeats_kv`: it needs keys and values once per query head."""
+    """One way to attend.
+
+    `repeats_kv`: it needs keys and values once per query head. `reads_past`: it reads a past
+    where it lies; the others copy it and what follows into one, so callers lay them that way.
+    """
 
     name: str
     backends: tuple[SDPBackend, ...]
     repeats_kv: bool
+    reads_past: bool
 
     def __call__(
-        self,
-        q_BQTD: Tensor,
-        k_BGSD: Tensor,
-        v_BGSD: Tensor,
-        mask_TS: Tensor | None = None,
-        *,
-        rule: Rule = PLAIN,
-        sinks: Tensor | None = None,
-    ) -> Tensor:
+        self, q_BQTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, mask_TS: Tensor | None = None, *,
+        rule: Rule = PLAIN, sinks: Tensor | None = None, past: Pair | None = None,
+    ) -> Tensor:  # fmt: skip
         """[B, Q, T, D of a value]. `mask_TS` (True: may look) replaces the causal rule, so a window
-        must be part of it. `sinks` [Q]: scores that join the softmax and have no value."""
+        must be part of it. `sinks` [Q]: scores that join the softmax and have no value. `past`:
+        keys and values of the tokens before; without a mask, and k and v have T tokens or more."""
 
     def refusal(self, rule: Rule, head_dim: int) -> str | None:
         """Why it cannot attend by this rule, or None if it can."""
@@ -87,6 +87,7 @@ class PlainAttention:
     name = "torch scaled_dot_product_attention"
     backends: tuple[SDPBackend, ...] = ()
     repeats_kv = True
+    reads_past = False
 
     def __init__(self) -> None:
         self._masks: dict[tuple[int, int, int | None, torch.device], Tensor] = {}
@@ -95,15 +96,10 @@ class PlainAttention:
         return None
 
     def __call__(
-        self,
-        q_BQTD: Tensor,
-        k_BGSD: Tensor,
-        v_BGSD: Tensor,
-        mask_TS: Tensor | None = None,
-        *,
-        rule: Rule = PLAIN,
-        sinks: Tensor | None = None,
-    ) -> Tensor:
+        self, q_BQTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, mask_TS: Tensor | None = None, *,
+        rule: Rule = PLAIN, sinks: Tensor | None = None, past: Pair | None = None,
+    ) -> Tensor:  # fmt: skip
+        k_BGSD, v_BGSD = _whole(past, k_BGSD, v_BGSD)
         queries, keys = q_BQTD.shape[2], k_BGSD.shape[2]
         rule = _checked(rule, keys, mask_TS)
         if rule.softcap is not None or sinks is not None:
@@ -152,6 +148,7 @@ class MemoryEfficientAttention:
     name = "memory-efficient"
     backends: tuple[SDPBackend, ...] = (SDPBackend.EFFICIENT_ATTENTION,)
     repeats_kv = True
+    reads_past = False
 
     def refusal(self, rule: Rule, head_dim: int) -> str | None:
         if rule.softcap is None:
@@ -163,20 +160,17 @@ class MemoryEfficientAttention:
         return _too_wide(head_dim, "the kernel for capped scores (softcap)")
 
     def __call__(
-        self,
-        q_BQTD: Tensor,
-        k_BGSD: Tensor,
-        v_BGSD: Tensor,
-        mask_TS: Tensor | None = None,
-        *,
-        rule: Rule = PLAIN,
-        sinks: Tensor | None = None,
-    ) -> Tensor:
+        self, q_BQTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, mask_TS: Tensor | None = None, *,
+        rule: Rule = PLAIN, sinks: Tensor | None = None, past: Pair | None = None,
+    ) -> Tensor:  # fmt: skip
+        k_BGSD, v_BGSD = _whole(past, k_BGSD, v_BGSD)
         rule = _checked(rule, k_BGSD.shape[2], mask_TS)
         _refuse(self, rule, q_BQTD.shape[-1])
         if rule.softcap is not None:
-            attend_capped = load_kernels(q_BQTD.device, q_BQTD.dtype).attend_capped
-            return _capped(attend_capped, q_BQTD, k_BGSD, v_BGSD, mask_TS, rule, sinks)
+            return load_kernels(q_BQTD.device, q_BQTD.dtype).attend_capped(
+                q_BQTD, k_BGSD, v_BGSD, scale=rule.scale or q_BQTD.shape[-1] ** -0.5,
+                softcap=rule.softcap, window=rule.window, mask_TS=mask_TS, sinks_Q=sinks,
+            )  # fmt: skip
         k, v = fused.repeated(q_BQTD, k_BGSD), fused.repeated(q_BQTD, v_BGSD)
         if mask_TS is not None:
             return fused.masked(q_BQTD, k, v, mask_TS, rule.scale, sinks)
@@ -184,7 +178,7 @@ class MemoryEfficientAttention:
 
 
 class FlashAttention:
-    """sm_80 and newer, 16 bits: keys and values are read once per group of query heads."""
+    """torch's, from sm_80 on, 16 bits: keys and values are read once per group of query heads."""
 
     name = "flash"
     backends: tuple[SDPBackend, ...] = (
@@ -192,6 +186,7 @@ class FlashAttention:
         SDPBackend.EFFICIENT_ATTENTION,  # windows of streamed caches need a mask
     )
     repeats_kv = False
+    reads_past = False
 
     def refusal(self, rule: Rule, head_dim: int) -> str | None:
         if rule.softcap is not None and not _has_triton():
@@ -199,25 +194,43 @@ class FlashAttention:
         return _too_wide(head_dim, "flash attention")
 
     def __call__(
-        self,
-        q_BQTD: Tensor,
-        k_BGSD: Tensor,
-        v_BGSD: Tensor,
-        mask_TS: Tensor | None = None,
-        *,
-        rule: Rule = PLAIN,
-        sinks: Tensor | None = None,
-    ) -> Tensor:
+        self, q_BQTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, mask_TS: Tensor | None = None, *,
+        rule: Rule = PLAIN, sinks: Tensor | None = None, past: Pair | None = None,
+    ) -> Tensor:  # fmt: skip
+        k_BGSD, v_BGSD = _whole(past, k_BGSD, v_BGSD)
         rule = _checked(rule, k_BGSD.shape[2], mask_TS)
         _refuse(self, rule, q_BQTD.shape[-1])
         if rule.softcap is not None:
-            from layersweep.kernels.capped_triton import attend_capped  # brings Triton
-
-            return _capped(attend_capped, q_BQTD, k_BGSD, v_BGSD, mask_TS, rule, sinks)
+            return _in_triton(q_BQTD, (k_BGSD, v_BGSD), None, mask_TS, rule, sinks)
         if mask_TS is not None:
             k, v = fused.repeated(q_BQTD, k_BGSD), fused.repeated(q_BQTD, v_BGSD)
             return fused.masked(q_BQTD, k, v, mask_TS, rule.scale, sinks)
         return fused.flash(q_BQTD, k_BGSD, v_BGSD, rule.scale, rule.window, sinks)
+
+
+class TritonAttention:
+    """From sm_90 on, 16 bits: our own kernel for a past, a window, sinks, a cap or a mask, and
+    torch's flash for as many queries as keys with none of these, where it is faster."""
+
+    name = "flash, in Triton"
+    backends = FlashAttention.backends  # of one query over many keys, and of transformers' modules
+    repeats_kv = False
+    reads_past = True
+
+    def refusal(self, rule: Rule, head_dim: int) -> str | None:
+        return _too_wide(head_dim, "flash attention")
+
+    def __call__(
+        self, q_BQTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, mask_TS: Tensor | None = None, *,
+        rule: Rule = PLAIN, sinks: Tensor | None = None, past: Pair | None = None,
+    ) -> Tensor:  # fmt: skip
+        before = past[0].shape[2] if past else 0
+        rule = _checked(rule, before + k_BGSD.shape[2], mask_TS)
+        _refuse(self, rule, q_BQTD.shape[-1])
+        square = past is None and q_BQTD.shape[2] == k_BGSD.shape[2]
+        if square and mask_TS is sinks is None and rule.window is rule.softcap is None:
+            return fused.flash(q_BQTD, k_BGSD, v_BGSD, rule.scale, None, None)
+        return _in_triton(q_BQTD, (k_BGSD, v_BGSD), past, mask_TS, rule, sinks)
 
 
 def choose_attention(
@@ -226,7 +239,9 @@ def choose_attention(
     """`capability`: (7, 5) and so on; None on the CPU."""
     if device.type == "cpu" or capability is None:
         return PlainAttention()
-    if capability >= (8, 0) and dtype != torch.float32:
+    if dtype != torch.float32 and capability >= (9, 0):
+        return TritonAttention()
+    if dtype != torch.float32 and capability >= (8, 0):
         return FlashAttention()
     return MemoryEfficientAttention()
 
@@ -283,19 +298,20 @@ def _too_wide(head_dim: int, what: str) -> str | None:
     return f"{what} takes heads of a multiple of 8 up to {WIDEST} numbers, not {head_dim}"
 
 
-def _capped(
-    kernel: Callable[..., Tensor],
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    rule: Rule,
-    sinks: Tensor | None,
+def _whole(past: Pair | None, k: Tensor, v: Tensor) -> Pair:
+    """What came before and what follows, in one; copied where there is a past."""
+    return (torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)) if past else (k, v)
+
+
+def _in_triton(
+    q: Tensor, own: Pair, past: Pair | None, mask: Tensor | None, rule: Rule, sinks: Tensor | None
 ) -> Tensor:
-    scale = rule.scale or q.shape[-1] ** -0.5
-    return kernel(
-        q, k, v, scale=scale, softcap=rule.softcap, window=rule.window, mask_TS=mask, sinks_Q=sinks
-    )
+    from layersweep.kernels.flash_triton import attend  # brings Triton
+
+    return attend(
+        q, own, past, scale=rule.scale or q.shape[-1] ** -0.5, softcap=rule.softcap,
+        window=rule.window, mask_TS=mask, sinks_Q=sinks,
+    )  # fmt: skip
 
 
 def _refuse(attention: Attention, rule: Rule, head_dim: int) -> None:

@@ -13,7 +13,13 @@ from torch.nn.attention import sdpa_kernel
 
 from layersweep.checkpoint import nf4
 from layersweep.errors import Fallback
-from layersweep.model.attention import Attention, PlainAttention, choose_attention
+from layersweep.model.attention import (
+    Attention,
+    FlashAttention,
+    PlainAttention,
+    TritonAttention,
+    choose_attention,
+)
 from layersweep.model.ops import CudaOps, GroupedProducts, TorchOps
 
 
@@ -82,8 +88,27 @@ def choose_compute(
     if groups and capability >= (8, 0) and dtype != torch.float32:
         grouped, missing = _grouped_products(device, dtype)
     ops, fallbacks = _kernel_ops(device, dtype, grouped)
-    attention = choose_attention(device, dtype, capability)
-    return Compute(device, dtype, router_float, ops, attention, capability, (*fallbacks, *missing))
+    attention, also = _attention(device, dtype, capability)
+    fallbacks = (*fallbacks, *missing, *also)
+    return Compute(device, dtype, router_float, ops, attention, capability, fallbacks)
+
+
+def _attention(
+    device: torch.device, dtype: torch.dtype, capability: tuple[int, int]
+) -> tuple[Attention, tuple[Fallback, ...]]:
+    from layersweep.kernels import KernelError
+
+    chosen = choose_attention(device, dtype, capability)
+    if not isinstance(chosen, TritonAttention):
+        return chosen, ()
+    try:
+        from layersweep.kernels.flash_triton import prove  # brings Triton
+
+        prove(device, dtype)
+    except (ImportError, KernelError) as failure:
+        why, used = str(failure).splitlines()[0], FlashAttention()
+        return used, (Fallback("attention", chosen.name, f"torch's {used.name}, slower", why),)
+    return chosen, ()
 
 
 def _grouped_products(

@@ -157,7 +157,9 @@ def _planned(
     peaks = _peaks(decoder, runs, [*tiles, *([reference] if reference else [])], machine)
     if reference:
         peaks["reference text"] = held_by(reference)
-        peaks["temporaries"] = max(peaks["temporaries"], fit_bytes(decoder, reference))
+        peaks["temporaries"] = max(
+            peaks["temporaries"], fit_bytes(decoder, reference, cpu=machine.cpu)
+        )
     sizes = [held_by(tile) for tile in tiles]
     fixed, biggest = sum(peaks.values()), max(sizes, default=0)
     if fixed + biggest > machine.vram:

@@ -13,6 +13,7 @@ from layersweep.families.weights import BlockShape, Role, blocks
 EXPERT_SPREAD = 1.25  # an expert's rows go through at most this many times its even share at once
 GROUP_BYTES = 400 * 2**20  # of dense experts that are visited together: less than most heads
 GROUP_TILES = 2  # rows of a group of experts, in rows of a tile
+FITTED_SCORES = 2**23  # of the reference text that are held at once, unless a KV head has more
 LOGITS_BYTES = 512 * 2**20  # of logits that are held at once
 FEWEST_POSITIONS = 64  # that one product of the head takes, whatever they need
 DENSE_ROWS = 12_800  # of an MLP that all rows go through: enough for full speed
@@ -134,15 +135,22 @@ def tile_bytes(
     return (2 + keeps_normed) * tile.rows * decoder.hidden_size * element + routing
 
 
-def fit_bytes(decoder: Decoder, tile: TileShape) -> int:
+def fitted_at_once(heads: int, tokens: int, *, cpu: bool) -> int:
+    """KV heads, each of which has so many query heads, whose scores over a text are held at once:
+    on a GPU they share launches."""
+    return 1 if cpu else max(1, FITTED_SCORES // (heads * tokens**2))
+
+
+def fit_bytes(decoder: Decoder, tile: TileShape, *, cpu: bool) -> int:
     """What torch's allocator holds while a layer's coordinates are fitted to the reference text:
-    scores of a KV head's queries several times, covariances in float64."""
+    scores of a KV head's queries, or a few such heads', several times, covariances in float64."""
     most = 0
     for layer in decoder.distinct_layers:
         one = layer.attention
         if one.num_kv_heads and not one.latent:
             heads, width = one.num_heads // one.num_kv_heads, one.stream_width
-            scores = 7 * 4 * heads * tile.rows**2
+            at_once = fitted_at_once(heads, tile.rows, cpu=cpu)
+            scores = 7 * 4 * min(at_once, one.num_kv_heads) * heads * tile.rows**2
             covariances = 8 * width * (3 * width + 3 * tile.rows + decoder.hidden_size)
             most = max(most, scores, covariances + 12 * tile.rows * one.query_width)
     return most
@@ -267,7 +275,7 @@ def temporary_bytes(decoder: Decoder, tiles: Sequence[TileShape], machine: Machi
             routing += 4 * tile.rows_at_once * decoder.hidden_size
         positions = positions_at_once(tile.branches, decoder.vocab_size)
         read = min(tile.read_each, tile.branches * positions)
-        logits = 32 * read * math.ceil(decoder.vocab_size / 4096)  # sums of parts, see score.cu
+        logits = 32 * read * math.ceil(decoder.vocab_size / 8192)  # sums of parts, see score.cu
         if machine.cpu or not machine.kernels:
             logits = 4 * (read // tile.branches) * 4 * decoder.vocab_size
         if decoder.generic:

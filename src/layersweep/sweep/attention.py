@@ -16,7 +16,14 @@ from layersweep.kv.methods import FIRST_BLOCK
 from layersweep.kv.store import KvStore
 from layersweep.model.routing import route
 from layersweep.sweep.context import LayerContext, Table
-from layersweep.sweep.heads import Projected, Streams, project, read, turned_queries
+from layersweep.sweep.heads import (
+    Projected,
+    Streams,
+    project,
+    read,
+    read_with_past,
+    turned_queries,
+)
 from layersweep.sweep.reference import fitted
 from layersweep.sweep.sequences import Branch, BranchedSequence, Group, Tile
 from layersweep.sweep.state import Routing, TileState, attention_batch
@@ -126,7 +133,7 @@ def attend_group(
             if branch.streaming:
                 attended = _attend_streaming(tile.name, branch, q[:, :, own], mine, table, context)
             else:
-                seen = [store.decoded(reader), mine] if store else [mine]
+                seen = [*store.pieces(reader), mine] if store else [mine]
                 attended = _attend(q[:, :, own], seen, first, prefix, table, context)
                 reader += 1
             out[:, :, own] = attended
@@ -153,10 +160,10 @@ def _attend(
     context: LayerContext,
 ) -> Tensor:  # fmt: skip
     """Queries from position `at` on over all tokens of `parts`, which begin at `first`."""
-    keys, values = read(parts, first, table, context)
+    (keys, values), past = read_with_past(parts, first, table, context)
     queries = turned_queries(q, at, table, context)
     attention, rule, sinks = context.compute.attention, context.rule, context.sinks
-    return attention(queries, keys, values, rule=rule, sinks=sinks)
+    return attention(queries, keys, values, rule=rule, sinks=sinks, past=past)
 
 
 def _stored(

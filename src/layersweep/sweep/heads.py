@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from layersweep.model.attention import Pair
 from layersweep.sweep.context import LayerContext, Table
 
 Streams = tuple[Tensor, ...]  # [B, heads, T, D] each
@@ -53,6 +54,22 @@ def read(
             values[:, :, start:stop] = part_values
         start = stop
     return keys, values
+
+
+def read_with_past(
+    parts: Sequence[Streams], first: int, table: Table | None, context: LayerContext
+) -> tuple[Streams, Pair | None]:
+    """The same of the last part, and of those before it, where attention reads a past; of all of
+    them and None, where it does not.
+
+    A past of one part keeps its values where they are. Latents have to become keys and values of
+    one buffer anyway.
+    """
+    *before, own = parts
+    if not before or context.attention.latent or not context.compute.attention.reads_past:
+        return read(parts, first, table, context), None
+    keys, values = read(before, first, table, context)
+    return read([own], first + keys.shape[2], table, context), (keys, values)
 
 
 def turned_queries(q: Tensor, first: int, table: Table | None, context: LayerContext) -> Tensor:

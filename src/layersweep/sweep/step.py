@@ -70,7 +70,7 @@ def _columns(kept: KeptLayer, arms: slice, exact: Sequence[Pair], context: Layer
             assert store is not None
             with context.scratch.frame():
                 places = tuple(out[arm, rows, :, :length] for out in both)
-                read([store.decoded(arm)], prefixes.first, table, context, places)
+                read(store.pieces(arm), prefixes.first, table, context, places)
         for out in both:
             out[:, rows, :, length : shape.prefix] = 0
     behind = shape.prefix + shape.question
