@@ -63,7 +63,8 @@ class Walking:
         assert isinstance(halt, AtExperts)
         experts = self.decoder.layers[layer].feed.experts
         state.routing = Routing.of(halt.experts_NK, halt.weights_NK, experts)
-        state.hidden, state.update = halt.rows_NH, torch.zeros_like(halt.rows_NH)
+        state.hidden = halt.rows_NH.contiguous()  # as products gather from them
+        state.update = torch.zeros_like(state.hidden)
 
     def spread(self) -> Tensor:
         """How much the rows' weights of the experts differ, the most of any expert. No wait."""
