@@ -27,7 +27,7 @@ from layersweep.kv.trellis_search import states_of
 from layersweep.model import maths
 from layersweep.model.ops import TorchOps
 from layersweep.model.rope import rope_table
-from layersweep.sweep.state import Routing
+from layersweep.model.routing import Routing, sort_by_expert
 
 INT32_MAX = 2**31 - 1
 _WORDS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32}
@@ -176,12 +176,11 @@ def check_add_rows(
     update = draw(seed, tokens, width, device=device).to(kernels.dtype)
     y = draw(seed + 1, count, width, device=device).to(kernels.dtype)
     rows = torch.randperm(tokens, device=device)[:count]
-    for dtype in {torch.float32, kernels.dtype}:
-        weight = draw(seed + 2, count, device=device).sigmoid().to(dtype)
-        wanted = update.clone()
-        wanted[rows] += (y * weight[:, None]).to(y.dtype)
-        kernels.add_rows_(update, rows, y, weight)
-        exactly(update, wanted, seed)
+    weight = draw(seed + 2, count, device=device).sigmoid()
+    wanted = update.clone()
+    wanted[rows] += (y * weight[:, None]).to(y.dtype)
+    kernels.add_rows_(update, rows, y, weight)
+    exactly(update, wanted, seed)
 
 
 def check_add_places(
@@ -191,22 +190,22 @@ def check_add_places(
     """Some experts of a routing at once: equal to one after the other, bit for bit."""
     scores = draw(seed, tokens, experts, device=device)
     weights, chosen = scores.softmax(-1).topk(per_row, dim=-1)
-    routing = Routing.of(chosen, weights, experts)
+    routing = sort_by_expert(chosen, weights, experts)
     Routing.settle([routing])
-    for share in (routing.weights, routing.weights.to(kernels.dtype)):
-        first, last = routing.start[1], routing.start[experts - 1]
-        y = draw(seed + 1, last - first, width, device=device).to(kernels.dtype)
-        update = draw(seed + 2, tokens, width, device=device).to(kernels.dtype)
-        wanted = update.clone()
-        for expert in range(1, experts - 1):
-            own = slice(routing.start[expert], routing.start[expert + 1])
-            part = y[own.start - first : own.stop - first]
-            kernels.add_rows_(wanted, routing.rows[own], part, share[own].contiguous())
-        other = update.clone()
-        kernels.add_places_(update, routing.places, first, y, share[first:last].contiguous())
-        exactly(update, wanted, seed)
-        TorchOps().add_places_(other, routing.places, first, y, share[first:last])
-        within(other, wanted, 2, seed, 0.99)
+    first, last = routing.start[1], routing.start[experts - 1]
+    share = routing.weights[first:last]
+    y = draw(seed + 1, last - first, width, device=device).to(kernels.dtype)
+    update = draw(seed + 2, tokens, width, device=device).to(kernels.dtype)
+    wanted = update.clone()
+    for expert in range(1, experts - 1):
+        own = slice(routing.start[expert], routing.start[expert + 1])
+        there = slice(own.start - first, own.stop - first)
+        kernels.add_rows_(wanted, routing.rows[own], y[there], share[there])
+    other = update.clone()
+    kernels.add_places_(update, routing.places, first, y, share)
+    exactly(update, wanted, seed)
+    TorchOps().add_places_(other, routing.places, first, y, share)
+    within(other, wanted, 2, seed, 0.99)
 
 
 def check_leave_layer(

@@ -30,11 +30,15 @@ BY_DIM = [
     pytest.param("trellis", 2, (9, 0), 128, marks=pytest.mark.slow),
     ("capped", 0, (7, 5), 256),
     ("capped", 2, (9, 0), 80),
+    ("router", 0, (7, 5), 512),
+    ("router", 1, (9, 0), 60),
 ]
 
 
 @pytest.mark.parametrize(("scalar", "capability"), PAIRS, ids=str)
-@pytest.mark.parametrize("name", [name for name in LAYOUTS if name not in ("trellis", "capped")])
+@pytest.mark.parametrize(
+    "name", [name for name in LAYOUTS if name not in ("trellis", "capped", "router")]
+)
 def test_source_compiles(name: str, scalar: int, capability: tuple[int, int]) -> None:
     holds_kernels(name, compile_cubin(read_source(name), capability, {"SCALAR": scalar}))
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import kernel_checks as check
 import pytest
+import router_checks
 import torch
 from capped_checks import check_capped
 from checkpoint_builders import tiny_checkpoint
@@ -154,6 +155,35 @@ def test_add_rows(kernels: Kernels, width: int, seed: int) -> None:
 @pytest.mark.parametrize("width", [8, 264])
 def test_add_places(kernels: Kernels, width: int, seed: int) -> None:
     check.check_add_places(kernels, CPU, 9, 6, 3, width, seed)
+
+
+# Fewer experts than a warp has lanes, than a block has threads, and more; each is compiled.
+EXPERTS = {7: torch.float16, 60: torch.bfloat16, 300: torch.float16}
+
+
+@pytest.mark.parametrize("experts", EXPERTS)
+def test_choose_experts(workshop: Workshop, experts: int, seed: int) -> None:
+    kernels = workshop.kernels(EXPERTS[experts])
+    for router in router_checks.ROUTERS:
+        router_checks.check_choose_experts(kernels, CPU, 9, experts, router, seed)
+
+
+def test_choose_experts_at_edges(workshop: Workshop) -> None:
+    router_checks.check_choose_experts_at_edges(workshop.kernels(EXPERTS[60]), CPU, 60)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    rows=st.integers(0, 900) | st.sampled_from((255, 256, 257, 512)),
+    experts=st.sampled_from(tuple(EXPERTS)),
+    per_token=st.integers(1, 16),
+    seed=st.integers(0, 2**31),
+)
+def test_sort_by_expert(
+    workshop: Workshop, rows: int, experts: int, per_token: int, seed: int
+) -> None:
+    kernels = workshop.kernels(EXPERTS[experts])
+    router_checks.check_sort_by_expert(kernels, CPU, rows, experts, min(per_token, experts), seed)
 
 
 @pytest.mark.parametrize("width", [8, 264, 2056])
@@ -306,6 +336,9 @@ def test_nothing_to_do_is_no_launch(kernels: Kernels, monkeypatch: pytest.Monkey
     kernels.rms_norm(none, torch.ones(16, dtype=kernels.dtype), 1e-5, none, index)
     kernels.swiglu_(none)
     kernels.add_rows_(none, index, none, torch.empty(0))
+    kernels.choose_experts(none, 2, over_chosen=False, normalize=True, scale=1.0, rounds=False)
+    shares = torch.empty(0, 2)
+    assert kernels.sort_by_expert(shares.int(), shares, 3)[2].tolist() == [0, 0, 0]
     assert launched == []
 
 

@@ -8,11 +8,13 @@ from types import ModuleType
 
 import kernel_checks as check
 import pytest
+import router_checks
 import torch
 from capped_checks import check_capped
 from grouped_checks import check_gathered_rows, check_grouped, check_rows_are_their_own
 from half_search import half_search
 
+from layersweep.families.spec import Router
 from layersweep.kernels import Kernels, load_kernels
 from layersweep.kv import lloyd, trellis
 from layersweep.kv.lloyd_tables import POSITIVE_LEVELS
@@ -81,6 +83,25 @@ def test_add_rows(kernels: Kernels, width: int, seed: int) -> None:
 @pytest.mark.parametrize("width", [2048, 8])
 def test_add_places(kernels: Kernels, width: int, seed: int) -> None:
     check.check_add_places(kernels, DEVICE, 5120, 128, 8, width, seed)
+
+
+@pytest.mark.parametrize("router", router_checks.ROUTERS, ids=str)
+@pytest.mark.parametrize("experts", [8, 32, 60, 128, 512])
+def test_choose_experts(kernels: Kernels, experts: int, router: Router, seed: int) -> None:
+    router_checks.check_choose_experts(kernels, DEVICE, 5_003, experts, router, seed)
+
+
+def test_choose_experts_at_edges(kernels: Kernels) -> None:
+    router_checks.check_choose_experts_at_edges(kernels, DEVICE, 40)
+
+
+@pytest.mark.parametrize(
+    "rows, experts, per_token", [(41_779, 128, 8), (41_779, 32, 4), (12_801, 8, 2), (700, 512, 16)]
+)
+def test_sort_by_expert(
+    kernels: Kernels, rows: int, experts: int, per_token: int, seed: int
+) -> None:
+    router_checks.check_sort_by_expert(kernels, DEVICE, rows, experts, per_token, seed)
 
 
 @pytest.mark.parametrize("width", [4096, 256, 8])

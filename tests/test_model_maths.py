@@ -15,9 +15,11 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
 from layersweep.families.spec import Activation, Router
+from layersweep.kernels import Kernels
+from layersweep.kernels.runtime import Module
 from layersweep.model import maths
-from layersweep.model.ops import TorchOps
-from layersweep.model.routing import route
+from layersweep.model.ops import CudaOps, TorchOps
+from layersweep.model.routing import choose_experts
 
 DTYPES = [torch.float32, torch.bfloat16]
 HIDDEN, EXPERTS, ROWS = 32, 24, 40
@@ -83,16 +85,15 @@ def same_routing(module: nn.Module, router: Router, dtype: torch.dtype = torch.f
     logits, weights, experts = module(x)
     correction = getattr(module, "e_score_correction_bias", None) if router.correction else None
     bias = module.bias if router.bias else None
-    found = route(
-        x, module.weight, router, keep_float=weights.dtype == torch.float32, bias_E=bias,
-        correction_E=correction,
-    )  # fmt: skip
-    torch.testing.assert_close(found[0], logits.float(), rtol=0, atol=1e-5 if bias is None else 0.1)
-    assert found[0].dtype == torch.float32 and found[1].dtype == weights.dtype
-    ours, theirs = sorted_by_expert(*found[1:]), sorted_by_expert(weights, experts)
-    assert torch.equal(ours[1], theirs[1])
-    torch.testing.assert_close(ours[0], theirs[0], rtol=0, atol=1e-6)
-    return found[1]
+    ours = maths.linear(x.to(module.weight.dtype), module.weight)
+    atol = 1e-5 if bias is None else 0.1
+    biased = ours.float() if bias is None else ours.float() + bias.float()
+    torch.testing.assert_close(biased, logits.float(), rtol=0, atol=atol)
+    found, chosen = choose_experts(ours, router, weights.dtype, bias, correction)
+    ours, theirs = sorted_by_expert(found, chosen), sorted_by_expert(weights, experts)
+    assert torch.equal(ours[1], theirs[1]) and found.dtype == torch.float32
+    torch.testing.assert_close(ours[0], theirs[0].float(), rtol=0, atol=1e-6)
+    return found
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -143,19 +144,37 @@ def test_mixtrals_routing_keeps_its_bits(keep_float: bool, dtype: torch.dtype) -
     x, weight = torch.randn(ROWS, HIDDEN).to(dtype), torch.randn(8, HIDDEN).to(dtype)
     logits = maths.linear(x, weight).float()
     best, experts = logits.softmax(-1).topk(2, dim=-1)
-    weights = (best / best.sum(-1, keepdim=True)).to(torch.float32 if keep_float else dtype)
-    found = route(x, weight, Router(2), keep_float=keep_float)
-    for one, other in zip(found, (logits, weights, experts), strict=True):
-        assert one.dtype == other.dtype and torch.equal(one, other)
+    kept = torch.float32 if keep_float else dtype
+    weights = (best / best.sum(-1, keepdim=True)).to(kept)
+    found, chosen = choose_experts(maths.linear(x, weight), Router(2), kept)
+    assert torch.equal(found, weights.float()) and torch.equal(chosen, experts)
 
 
-def test_a_router_kept_in_float32_gets_rows_in_float32() -> None:
-    x, weight = torch.randn(ROWS, HIDDEN).bfloat16(), torch.randn(8, HIDDEN)
-    logits, _, _ = route(x, weight, Router(2), keep_float=True)
-    torch.testing.assert_close(logits, x.float() @ weight.T)
+@pytest.mark.parametrize(
+    "router",
+    [
+        Router(4, "sigmoid"),
+        Router(4, correction=True),
+        Router(4, groups=4, top_groups=2),
+        Router(33),
+    ],
+    ids=str,
+)
+def test_routers_that_no_kernel_takes_are_left_to_torch(router: Router) -> None:
+    def no_module(name: str, dim: int = 0) -> Module:
+        raise AssertionError(name)
+
+    ops = CudaOps(Kernels(torch.float32, no_module), torch.device("cpu"))
+    logits, correction = torch.randn(ROWS, 40), torch.randn(40) if router.correction else None
+    given = logits, router, torch.float32, None, correction
+    found, wanted = ops.choose_experts(*given), choose_experts(*given)
+    assert all(map(torch.equal, found, wanted))
+    found, wanted = (one.sort_by_expert(wanted[1], wanted[0], 513) for one in (ops, TorchOps()))
+    assert torch.equal(found.rows, wanted.rows) and torch.equal(found.places, wanted.places)
 
 
 def test_sigmoids_that_are_all_zero_share_nothing() -> None:
     weight = torch.full((8, HIDDEN), -10.0)
-    _, weights, _ = route(torch.ones(16, HIDDEN), weight, Router(2, "sigmoid"), keep_float=True)
+    logits = maths.linear(torch.ones(16, HIDDEN), weight)
+    weights, _ = choose_experts(logits, Router(2, "sigmoid"), torch.float32)
     assert torch.equal(weights, torch.zeros(16, 2))

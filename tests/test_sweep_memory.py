@@ -19,10 +19,13 @@ from layersweep.model.compute import Scratch, on_cpu
 from layersweep.model.ops import Parts, TorchOps
 from layersweep.stream import shapes
 from layersweep.sweep import loop
+from layersweep.sweep.attention import visit_attention
+from layersweep.sweep.context import LayerContext
 from layersweep.sweep.dense import DenseWeights
 from layersweep.sweep.model import load
 from layersweep.sweep.record import joined
 from layersweep.sweep.sequences import Branch, BranchedSequence, Tile
+from layersweep.sweep.state import TileState
 
 
 class Buffered(Scratch):
@@ -112,6 +115,28 @@ def test_products_that_gather_kept_rows_change_no_number(
     assert torch.equal(losses(folder), expected)
     layers = load(folder, device="cpu").decoder.num_hidden_layers
     assert gathered == [20 + 3 * 10] * 2 * layers + [3 * 30] * 2 * layers  # rows of either tile
+
+
+def test_only_the_checked_tile_keeps_its_router_logits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load(random_checkpoint(tmp_path, "qwen2_moe", FAMILIES["qwen2_moe"]), device="cpu")
+    engine, kept = model.open(model.plan([])), set()
+
+    def visit(state: TileState, context: LayerContext) -> None:
+        visit_attention(state, context)
+        kept.add((state.tile.name, state.router_logits is not None))
+
+    monkeypatch.setattr(loop, "visit_attention", visit)
+    lead, tile = (
+        Tile(name, (BranchedSequence((), (Branch(EXACT, tuple(range(20)), (0, 1)),)),))
+        for name in ("lead", "t")
+    )
+    try:
+        loop.run_sweep(engine, [tile], lambda *read: None, lead=lead, check=lambda health: None)
+    finally:
+        engine.close()
+    assert kept == {("lead", True), ("t", False)}
 
 
 @pytest.mark.parametrize("packed", [False, True])

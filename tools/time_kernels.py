@@ -124,6 +124,24 @@ def row_cases(kernels: Kernels, dtype: torch.dtype) -> Iterator[Case]:
     yield "leave_layer", leave, 4 * hidden.nbytes
 
 
+def router_cases(kernels: Kernels, dtype: torch.dtype) -> Iterator[Case]:
+    logits = random(dtype, 51200, 128)
+    choose = partial(
+        kernels.choose_experts,
+        logits,
+        8,
+        over_chosen=False,
+        normalize=True,
+        scale=1.0,
+        rounds=False,
+    )
+    weights, chosen = choose()
+    both = weights.nbytes + chosen.nbytes
+    yield "choose_experts_8_of_128", choose, logits.nbytes + both
+    sort = partial(kernels.sort_by_expert, chosen, weights, 128)
+    yield "sort_by_expert_8_of_128", sort, both + chosen.nbytes + sum(one.nbytes for one in sort())
+
+
 def attention_cases(kernels: Kernels, dtype: torch.dtype) -> Iterator[Case]:
     positions = torch.arange(2560, device=DEVICE)
     cos, sin = (one.to(dtype) for one in rope_table(Rope(1e6, 128), positions, 2560))
@@ -278,8 +296,8 @@ def main() -> None:
         found[name] = {"ms": round(spent, 4), "gb_per_s": round(moved / spent / 1e6)}
 
     note("copy", lambda: copy.copy_(source), 2 * source.nbytes)
-    weights, rows, attention = weight_cases, row_cases, (attention_cases, rule_cases)
-    for cases in (weights, rows, *attention, score_cases, grouped_cases):
+    rows, attention = (row_cases, router_cases), (attention_cases, rule_cases)
+    for cases in (weight_cases, *rows, *attention, score_cases, grouped_cases):
         if args.only in cases.__name__:
             for case in cases(kernels, dtype):
                 note(*case)

@@ -127,6 +127,9 @@ inline int atomicMin(int* at, int value) {
     if (value < old) *at = value;
     return old;
 }
+inline int atomicAdd(int* at, int value) { return std::exchange(*at, *at + value); }
+inline unsigned atomicOr(unsigned* at, unsigned value) { return std::exchange(*at, *at | value); }
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline float __uint_as_float(unsigned bits) {
     float value;
     std::memcpy(&value, &bits, 4);

@@ -22,7 +22,7 @@ from layersweep.checkpoint.nf4 import CODES, dequantize, expand_absmax
 from layersweep.errors import InputError
 from layersweep.model import maths
 from layersweep.model.rope import rope_table
-from layersweep.model.routing import route
+from layersweep.model.routing import choose_experts
 
 TORCH_DTYPES = {
     **{"U8": torch.uint8, "I8": torch.int8, "F16": torch.float16, "BF16": torch.bfloat16},
@@ -221,7 +221,8 @@ class SyncNf4:
         """The weighted sum [N, H] of each row's experts, in a loop over those that have rows."""
         router = self.decoder.layers[0].feed.router
         assert router is not None
-        _, share, chosen = route(x, dense("router"), router, keep_float=True)
+        logits = maths.linear(x, dense("router"))
+        share, chosen = choose_experts(logits, router, torch.float32)
         update = torch.zeros_like(x)
         for expert in range(self.decoder.num_experts):
             rows, slots = (chosen == expert).nonzero(as_tuple=True)

@@ -172,6 +172,19 @@ struct Min {
     __device__ V operator()(V a, V b) const { return a < b ? a : b; }
 };
 
+// Order of floats, then lowest index first; NaN is above everything, as in torch.argmax.
+__device__ __forceinline__ u64 rank_of(float value, u32 index) {
+    const u32 bits = __float_as_uint(value + 0.0f);  // -0 equals 0
+    u32 order = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+    if (value != value) order = 0xffffffffu;
+    return (u64)order << 32 | (0xffffffffu - index);
+}
+__device__ __forceinline__ u32 ranked_index(u64 rank) { return 0xffffffffu - (u32)rank; }
+__device__ __forceinline__ float ranked_value(u64 rank) {
+    const u32 order = (u32)(rank >> 32);
+    return __uint_as_float(order & 0x80000000u ? order & 0x7fffffffu : ~order);
+}
+
 template <class V, class Combine>
 __device__ V reduce_warp(V value, Combine combine) {
     for (int step = 16; step; step /= 2) {

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from layersweep.kernels.codecs import CODEC_LAYOUTS, MAX_VECTOR, same
 from layersweep.kernels.nvrtc import KernelError, compile_cubin, read_source
+from layersweep.kernels.router import ROUTER_LAYOUTS, RouterKernels
 from layersweep.kernels.runtime import Argument, Module
-from layersweep.kernels.weights import WEIGHT_LAYOUTS, WeightKernels
+from layersweep.kernels.weights import WEIGHT_LAYOUTS
 
 SCALARS = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu", "relu2", "swiglu_clamped")
@@ -20,15 +21,14 @@ SCORED_TOGETHER, SCORED_PART, PART_BYTES = 5, 8192, 32
 # Parameters of every kernel in the order of its declaration; see Module.
 LAYOUTS: dict[str, dict[str, str]] = {
     **WEIGHT_LAYOUTS,
+    **ROUTER_LAYOUTS,
     "rows": {
         "rms_norm": "4Pqif",
         "rms_norm_offset": "4Pqi2f",
         "rms_norm_narrow": "4Pqi2fi",
         **{f"glu{pairs}_{act}": "Pif" for pairs in ("", "_pairs") for act in ACTIVATIONS},
         "add_rows": "4Pi",
-        "add_rows_f32": "4Pi",
         "add_places": "4P4i",
-        "add_places_f32": "4P4i",
         "leave_layer": "4P2i",
     },
     "rope": {
@@ -78,7 +78,7 @@ def _cubin(name: str, capability: tuple[int, int], scalar: int, dim: int) -> byt
     return compile_cubin(read_source(name), capability, defines)
 
 
-class Kernels(WeightKernels):
+class Kernels(RouterKernels):
     """Launches on the current stream of its device; arguments are asserted, not corrected.
 
     Rows are H or I elements long, multiples of 8, at 16-byte-aligned addresses. Tensors are
@@ -140,7 +140,7 @@ class Kernels(WeightKernels):
         return gate_up[:, :inner]
 
     def add_rows_(self, update: Tensor, rows: Tensor, y: Tensor, weight: Tensor) -> None:
-        """update[rows] += (y * weight[:, None]).to(T); update [R, H], y [N, H], weight T or f32.
+        """update[rows] += (y * weight[:, None]).to(T); update [R, H], y [N, H], weight f32.
 
         rows int64 [N], each at most once.
         """
@@ -148,27 +148,24 @@ class Kernels(WeightKernels):
         _rows(update, self.dtype)
         _rows(y, self.dtype)
         same(rows, torch.int64)
-        same(weight, weight.dtype)
+        same(weight, torch.float32)
         assert update.shape[1] == width and rows.numel() == weight.numel() == count
-        assert weight.dtype in (self.dtype, torch.float32)
-        name = "add_rows" if weight.dtype == self.dtype else "add_rows_f32"
-        self._columns(name, count, width, (update, rows, y, weight, width))
+        self._columns("add_rows", count, width, (update, rows, y, weight, width))
 
     def add_places_(
         self, update: Tensor, places: Tensor, first: int, y: Tensor, weight: Tensor
     ) -> None:
         """See TorchOps.add_places_: update [N, H], places int32 [N, K] ascending, y [P, H],
-        weight [P], T or float32."""
+        weight float32 [P]."""
         count, width = y.shape
         _rows(update, self.dtype)
         _rows(y, self.dtype)
         same(places, torch.int32)
-        same(weight, weight.dtype)
+        same(weight, torch.float32)
         assert places.shape[0] == update.shape[0] and update.shape[1] == width
-        assert weight.dtype in (self.dtype, torch.float32) and weight.numel() == count
-        name = "add_places" if weight.dtype == self.dtype else "add_places_f32"
+        assert weight.numel() == count
         args = (update, places, y, weight, width, first, count, places.shape[1])
-        self._columns(name, len(update), width, args)
+        self._columns("add_places", len(update), width, args)
 
     def leave_layer_(
         self, hidden: Tensor, update: Tensor, unit: Tensor, first_bad: Tensor, layer: int

@@ -148,12 +148,14 @@ GLU_KERNELS(gelu)
 GLU_KERNELS(relu2)
 GLU_KERNELS(swiglu_clamped)
 
-template <class Weight>
-__device__ void add_row(T* update, const i64* rows, const T* y, const Weight* weight, int width) {
+// update[rows[i]] += T(y[i] * weight[i]); rows are unique, so no two blocks meet.
+extern "C" __global__ void __launch_bounds__(256) add_rows(
+    T* update, const i64* rows, const T* y, const float* weight, int width
+) {
     const int at = 8 * (blockIdx.y * blockDim.x + threadIdx.x);
     if (at >= width) return;
     T* row = update + rows[blockIdx.x] * width + at;
-    const float share = to_float(weight[blockIdx.x]);
+    const float share = weight[blockIdx.x];
     float sum[8], add[8];
     load(row, sum);
     load(y + (i64)blockIdx.x * width + at, add);
@@ -162,22 +164,11 @@ __device__ void add_row(T* update, const i64* rows, const T* y, const Weight* we
     store(row, sum);
 }
 
-// update[rows[i]] += T(y[i] * weight[i]); rows are unique, so no two blocks meet.
-extern "C" __global__ void __launch_bounds__(256) add_rows(
-    T* update, const i64* rows, const T* y, const T* weight, int width
-) {
-    add_row(update, rows, y, weight, width);
-}
-extern "C" __global__ void __launch_bounds__(256) add_rows_f32(
-    T* update, const i64* rows, const T* y, const float* weight, int width
-) {
-    add_row(update, rows, y, weight, width);
-}
-
-template <class Weight>
-__device__ void add_placed(
-    T* update, const int* places, const T* y, const Weight* weight, int width, int first,
-    int count, int per_row
+// update[n] += T(y[p - first] * weight[p - first]) for each p of places[n] that is in range, in
+// their order: as add_rows would, once per k. One block row per n, so no two blocks meet.
+extern "C" __global__ void __launch_bounds__(256) add_places(
+    T* update, const int* places, const T* y, const float* weight, int width, int first, int count,
+    int per_row
 ) {
     const int at = 8 * (blockIdx.y * blockDim.x + threadIdx.x);
     if (at >= width) return;
@@ -190,26 +181,11 @@ __device__ void add_placed(
         if (!read) load(row, sum);
         read = true;
         load(y + (i64)place * width + at, add);
-        const float share = to_float(weight[place]);
+        const float share = weight[place];
 #pragma unroll
         for (int i = 0; i < 8; ++i) sum[i] = rounded(sum[i] + rounded(add[i] * share));
     }
     if (read) store(row, sum);
-}
-
-// update[n] += T(y[p - first] * weight[p - first]) for each p of places[n] that is in range, in
-// their order: as add_rows would, once per k. One block row per n, so no two blocks meet.
-extern "C" __global__ void __launch_bounds__(256) add_places(
-    T* update, const int* places, const T* y, const T* weight, int width, int first, int count,
-    int per_row
-) {
-    add_placed(update, places, y, weight, width, first, count, per_row);
-}
-extern "C" __global__ void __launch_bounds__(256) add_places_f32(
-    T* update, const int* places, const T* y, const float* weight, int width, int first, int count,
-    int per_row
-) {
-    add_placed(update, places, y, weight, width, first, count, per_row);
 }
 
 // hidden += update; update = 0; the first layer after which a unit was not finite is kept.

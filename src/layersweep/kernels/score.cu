@@ -28,13 +28,6 @@ struct Branches {
     const float* of[ROWS];  // [T, V] each, the exact one first
 };
 
-// Order of floats, then lowest index first; NaN is above everything, as in torch.argmax.
-__device__ __forceinline__ u64 rank_of(float value, u32 index) {
-    const u32 bits = __float_as_uint(value + 0.0f);  // -0 equals 0
-    u32 order = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-    if (value != value) order = 0xffffffffu;
-    return (u64)order << 32 | (0xffffffffu - index);
-}
 __device__ __forceinline__ u64 best_of(const float* row, int from, int end) {
     u64 best = 0;
     for (int at = from + threadIdx.x % 32; at < end; at += 32) {

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from layersweep.checkpoint import nf4
-from layersweep.families.spec import Activation
-from layersweep.model import maths
+from layersweep.families.spec import Activation, Router
+from layersweep.model import maths, routing
+from layersweep.model.routing import Routing
 
 if TYPE_CHECKING:
     from layersweep.kernels import Kernels
@@ -133,6 +134,22 @@ class TorchOps:
     ) -> Tensor:
         """act(gate) * up over the first I columns; those [N, I], a view. See maths.glu_."""
         return maths.glu_(gate_up_N2I, act, interleaved=interleaved, limit=limit)
+
+    def choose_experts(
+        self,
+        logits_NE: Tensor,
+        router: Router,
+        dtype: torch.dtype,
+        bias_E: Tensor | None = None,
+        correction_E: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Weights, float32 but rounded to `dtype`, and experts, both [N, K], the best first."""
+        return routing.choose_experts(logits_NE, router, dtype, bias_E, correction_E)
+
+    def sort_by_expert(self, experts_NK: Tensor, weights_NK: Tensor, num_experts: int) -> Routing:
+        """Rows sorted by expert, then by their number. No synchronization. The experts of a row are
+        distinct and below `num_experts`."""
+        return routing.sort_by_expert(experts_NK, weights_NK, num_experts)
 
     def add_rows_(self, update: Tensor, rows: Tensor, y_NH: Tensor, weight_N: Tensor) -> None:
         """update[rows] += y * weight; rows are unique, so no order of additions is left open."""
@@ -274,6 +291,29 @@ class CudaOps(TorchOps):
         limit: float = 0.0,
     ) -> Tensor:
         return self.kernels.swiglu_(gate_up_N2I, act, interleaved, limit)
+
+    def choose_experts(
+        self,
+        logits_NE: Tensor,
+        router: Router,
+        dtype: torch.dtype,
+        bias_E: Tensor | None = None,
+        correction_E: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        plain = router.score != "sigmoid" and not router.correction and router.groups == 1
+        if not (plain and self.kernels.routes(logits_NE.shape[1], router.top_k)):
+            return super().choose_experts(logits_NE, router, dtype, bias_E, correction_E)
+        return self.kernels.choose_experts(
+            logits_NE, router.top_k, over_chosen=router.score == "softmax_topk",
+            normalize=router.normalize, scale=router.scale, rounds=dtype != torch.float32,
+            bias=None if bias_E is None else bias_E.float(),
+        )  # fmt: skip
+
+    def sort_by_expert(self, experts_NK: Tensor, weights_NK: Tensor, num_experts: int) -> Routing:
+        if not self.kernels.routes(num_experts, experts_NK.shape[1]):
+            return super().sort_by_expert(experts_NK, weights_NK, num_experts)
+        experts, weights = experts_NK.int().contiguous(), weights_NK.float().contiguous()
+        return Routing(*self.kernels.sort_by_expert(experts, weights, num_experts))
 
     def add_rows_(self, update: Tensor, rows: Tensor, y_NH: Tensor, weight_N: Tensor) -> None:
         self.kernels.add_rows_(update, rows, y_NH, weight_N)

@@ -131,7 +131,7 @@ def tile_bytes(
         from layersweep.stream.generic_shapes import held_bytes
 
         return held_bytes(decoder, tile, element)
-    routing = tile.rows * decoder.experts_per_token * 24 + tile.rows * 4
+    routing = tile.rows * decoder.experts_per_token * 16 + tile.rows * 4
     return (2 + keeps_normed) * tile.rows * decoder.hidden_size * element + routing
 
 
@@ -270,7 +270,8 @@ def temporary_bytes(decoder: Decoder, tiles: Sequence[TileShape], machine: Machi
         if machine.repeats_kv or machine.cpu:
             attention += 2 * at_once * width * machine.element
         codecs = at_once * streams * (4 + 4 + 2 * machine.element * (1 + tile.branches) // 2) // 2
-        routing = tile.rows * (decoder.experts_per_token * 40 + decoder.num_experts * 12)
+        # logits and what torch makes of them for the routers that no kernel takes; its sort
+        routing = tile.rows * (decoder.num_experts * 20 + decoder.experts_per_token * 40)
         if decoder.routes_in_float32:
             routing += 4 * tile.rows_at_once * decoder.hidden_size
         positions = positions_at_once(tile.branches, decoder.vocab_size)

@@ -14,7 +14,7 @@ from layersweep.kv.arms import Arm
 from layersweep.kv.codec import Grouping, grouping
 from layersweep.kv.methods import FIRST_BLOCK
 from layersweep.kv.store import KvStore
-from layersweep.model.routing import route
+from layersweep.model.maths import linear
 from layersweep.sweep.context import LayerContext, Table
 from layersweep.sweep.heads import (
     Projected,
@@ -26,7 +26,7 @@ from layersweep.sweep.heads import (
 )
 from layersweep.sweep.reference import fitted
 from layersweep.sweep.sequences import Branch, BranchedSequence, Group, Tile
-from layersweep.sweep.state import Routing, TileState, attention_batch
+from layersweep.sweep.state import TileState, attention_batch
 from layersweep.sweep.step import attend_step
 from layersweep.sweep.watch import Attended
 
@@ -38,7 +38,7 @@ def visit_attention(state: TileState, context: LayerContext) -> None:
 
     It goes group by group, so that projections are held for a few sequences at a time.
     """
-    routed = []
+    parts = []
     for group in state.groups:
         with context.scratch.frame():
             _attend_rows(state, group, context)
@@ -46,11 +46,11 @@ def visit_attention(state: TileState, context: LayerContext) -> None:
             rows = slice(group.start, group.stop)
             normed = None if state.normed is None else state.normed[rows]
             with context.scratch.frame():
-                routed.append(_route(state.hidden[rows], normed, context))
-    if routed:
-        logits, share, experts = (torch.cat(parts) for parts in zip(*routed, strict=True))
-        state.router_logits = logits
-        state.routing = Routing.of(experts, share, context.layer.feed.experts)
+                parts.append(_logits(state.hidden[rows], normed, context))
+    if parts:
+        logits = torch.cat(parts)
+        del parts
+        _route(state, logits, context)
 
 
 def _attend_rows(state: TileState, group: Group, context: LayerContext) -> None:
@@ -77,20 +77,28 @@ def _attend_rows(state: TileState, group: Group, context: LayerContext) -> None:
     hidden.add_(added, alpha=layer.residual)
 
 
-def _route(hidden: Tensor, normed: Tensor | None, context: LayerContext) -> tuple[Tensor, ...]:
-    """Router logits, weights and experts of a group's rows, after their attention. `normed`: where
-    the rows that experts see are kept."""
-    layer, weights = context.layer, context.weights
-    assert layer.feed.router is not None
-    x = hidden
-    if layer.feed_norm:
-        x = _normed(hidden, "feed_norm", layer.feed_norm, context, normed)
+def _logits(hidden: Tensor, normed: Tensor | None, context: LayerContext) -> Tensor:
+    """Router logits [N, E] of a group's rows, before a bias, in the dtype of the router's weight.
+    One that is kept in float32 (DeepSeek, GLM) gets rows in float32. `normed`: where the rows that
+    experts see are kept."""
+    x, weight = hidden, context.weights["router"]
+    if context.layer.feed_norm:
+        x = _normed(hidden, "feed_norm", context.layer.feed_norm, context, normed)
     if normed is not None and x.data_ptr() != normed.data_ptr():
         normed.copy_(x)
-    return route(
-        x, weights["router"], layer.feed.router, keep_float=context.compute.router_float,
-        bias_E=weights.get("router_bias"), correction_E=weights.get("router_correction"),
-    )  # fmt: skip
+    return linear(x.to(weight.dtype), weight)
+
+
+def _route(state: TileState, logits: Tensor, context: LayerContext) -> None:
+    feed, weights, compute = context.layer.feed, context.weights, context.compute
+    assert feed.router is not None
+    dtype = torch.float32 if compute.router_float else compute.dtype
+    share, experts = compute.ops.choose_experts(
+        logits, feed.router, dtype, weights.get("router_bias"), weights.get("router_correction")
+    )
+    state.routing = compute.ops.sort_by_expert(experts, share, feed.experts)
+    if state.looked_at:
+        state.router_logits = logits
 
 
 def _normed(

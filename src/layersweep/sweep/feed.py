@@ -12,9 +12,10 @@ from layersweep.families.spec import Layer
 from layersweep.families.weights import BlockShape
 from layersweep.model.compute import Compute, Scratch
 from layersweep.model.ops import Parts
+from layersweep.model.routing import Routing
 from layersweep.stream.shapes import rows_at_once
 from layersweep.sweep.dense import DenseWeights, Views
-from layersweep.sweep.state import Routing, TileState
+from layersweep.sweep.state import TileState
 
 NORM_ROWS = 12_800  # at once
 Span = tuple[int, int]

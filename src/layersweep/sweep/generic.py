@@ -19,6 +19,7 @@ from layersweep.families.spec import Decoder
 from layersweep.model.compute import Compute
 from layersweep.model.generic.decoder import Modules
 from layersweep.model.generic.walk import AtExperts, AtLayer
+from layersweep.model.routing import Routing
 from layersweep.stream.generic_shapes import HEAD_ROWS
 from layersweep.stream.shapes import experts_at_once, positions_at_once
 from layersweep.stream.store import BlockStore
@@ -38,7 +39,7 @@ from layersweep.sweep.record import (
 )
 from layersweep.sweep.sequences import Tile
 from layersweep.sweep.shapes import check_length
-from layersweep.sweep.state import Routing, Rows, pieces_of, read_rows
+from layersweep.sweep.state import Rows, pieces_of, read_rows
 
 
 class GenericEngine(Engine):

@@ -12,9 +12,10 @@ from layersweep.model.compute import Compute, Scratch
 from layersweep.model.generic.decoder import Modules
 from layersweep.model.generic.walk import AtExperts, AtLayer, Done, Halt
 from layersweep.model.ops import NEVER
+from layersweep.model.routing import sort_by_expert
 from layersweep.sweep.generic_rows import TileRows, context_maker, tile_positions
 from layersweep.sweep.sequences import Tile
-from layersweep.sweep.state import Routing, TileState
+from layersweep.sweep.state import TileState
 
 
 class Walking:
@@ -62,7 +63,8 @@ class Walking:
         halt, state = self.halt, self.state
         assert isinstance(halt, AtExperts)
         experts = self.decoder.layers[layer].feed.experts
-        state.routing = Routing.of(halt.experts_NK, halt.weights_NK, experts)
+        # by torch: the kernel would trust a foreign router with its memory
+        state.routing = sort_by_expert(halt.experts_NK, halt.weights_NK, experts)
         state.hidden = halt.rows_NH.contiguous()  # as products gather from them
         state.update = torch.zeros_like(state.hidden)
 

@@ -21,6 +21,7 @@ from layersweep.families.spec import Decoder
 from layersweep.families.weights import layer_blocks
 from layersweep.kv.fit import Fit
 from layersweep.model.compute import Compute, Scratch
+from layersweep.model.routing import Routing
 from layersweep.stream.blocks import Block
 from layersweep.stream.shapes import experts_at_once, positions_at_once
 from layersweep.stream.store import BlockStore
@@ -39,7 +40,7 @@ from layersweep.sweep.record import (
     SweepRecord,
 )
 from layersweep.sweep.sequences import Tile, reference_tile, want_reference
-from layersweep.sweep.state import Routing, TileState, read_rows
+from layersweep.sweep.state import TileState, read_rows
 from layersweep.sweep.turn import HostTurn
 from layersweep.sweep.watch import Watch
 
@@ -130,6 +131,8 @@ def run_sweep(
         [TileState(tile, decoder.query_width) for tile in group]
         for group in ([lead] if lead else [], tiles)
     ]
+    if lead and check:
+        groups[0][0].looked_at = True
     reference = None
     if engine.reference and want_reference(tiles):
         reference = TileState(reference_tile(engine.reference), decoder.query_width)
@@ -320,7 +323,7 @@ class _Sweep:
             return _Left(layer, None, largest[None])
         start = state.routing.start
         used = sum(start[e + 1] > start[e] for e in range(len(start) - 1))
-        spread = state.router_logits.std(0).max().float()
+        spread = state.router_logits.float().std(0).max()
         return _Left(layer, used, torch.stack((largest, spread)))
 
     def report(self, check: LayerCheck | None) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from layersweep.model.ops import NEVER
+from layersweep.model.routing import Routing
 from layersweep.sweep.sequences import BranchedSequence, Group, Tile
 
 # Sequences attended in one call. Bounded by shape alone, never by a budget, so that numbers
@@ -35,52 +34,6 @@ def arms_at_once(sequences: int, columns: int, kv_heads_times_dim: int) -> int:
     return max(1, STEP_ELEMENTS // (sequences * columns * kv_heads_times_dim))
 
 
-@dataclass
-class Routing:
-    """Rows of a tile sorted by expert: rows[start[e]:start[e+1]] go to expert e.
-
-    `weights` [N*K] belong to `rows`; `ends` [E] is `start` on the device, until `settle` has
-    brought it to the host. `places` [N, K] int32: where a row of the tile stands in `rows`, in
-    ascending order, which is that of its experts.
-    """
-
-    rows: Tensor
-    weights: Tensor
-    ends: Tensor
-    start: list[int]
-    order: Tensor
-    per_token: int
-
-    @cached_property
-    def places(self) -> Tensor:
-        found = torch.empty_like(self.order, dtype=torch.int32)
-        found[self.order] = torch.arange(
-            len(self.order), dtype=torch.int32, device=self.order.device
-        )
-        return found.view(-1, self.per_token).sort(dim=1).values
-
-    @classmethod
-    def of(cls, experts_NK: Tensor, weights_NK: Tensor, num_experts: int) -> Routing:
-        """Sort by expert, then by token. No synchronization."""
-        per_token = experts_NK.shape[1]
-        # eight bits are one pass of the device's radix sort, 64 would be eight
-        keys = experts_NK.flatten().to(torch.uint8 if num_experts <= 256 else torch.int32)
-        by_expert, order = keys.sort(stable=True)
-        experts = torch.arange(num_experts, device=keys.device, dtype=torch.int32)
-        ends = torch.searchsorted(by_expert.int(), experts, right=True)
-        rows, weights = order // per_token, weights_NK.flatten()[order]
-        return cls(rows, weights, ends, [], order, per_token)
-
-    @staticmethod
-    def settle(routings: Sequence[Routing]) -> None:
-        """Bring the counts of all tiles to the host: one small copy per layer."""
-        if routings:
-            for routing, ends in zip(
-                routings, torch.stack([r.ends for r in routings]).tolist(), strict=True
-            ):
-                routing.start = [0, *ends]
-
-
 class TileState:
     """Mutable state of one tile during a sweep."""
 
@@ -92,7 +45,9 @@ class TileState:
         self.update = torch.empty(0)
         self.normed: Tensor | None = None  # what the layer's experts see, where it is kept
         self.routing: Routing | None = None
+        # logits are kept where `looked_at`, by who checks that the model works
         self.router_logits: Tensor | None = None
+        self.looked_at = False
         self.unit_of_row, units = _units(tile)
         self.first_bad_layer = torch.full((units,), NEVER, dtype=torch.int32)
 
