@@ -151,9 +151,7 @@ def run_sweep(
                 if stage.layers[0] == 0:
                     sweep.embed(every)
                 else:
-                    moved = [
-                        state.move(stage.compute.device, stage.keeps_normed) for state in every
-                    ]
+                    moved = [one.move(stage.compute.device, stage.keeps_normed) for one in every]
                     record.moved_bytes += sum(moved)
             before.close()  # joins threads and waits for the device: others launch meanwhile
             before = visit
