@@ -22,15 +22,17 @@ def slots(seed: int, parts: int, *shape: int, dtype: torch.dtype, device: torch.
 
 
 def products(
-    x: Tensor, weights: Tensor, biases: Tensor | None, rows: Sequence[int], counted_from: int = 0
-) -> Tensor:
+    x: Tensor, weights: Tensor, biases: Tensor | None, rows: Sequence[int], counted_from: int = 0,
+    index: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     from layersweep.kernels.grouped_triton import grouped_products
 
     ends = torch.tensor(rows).cumsum(0)
     spans = list(pairwise([0, *ends.tolist()]))
-    out = torch.full((len(x), weights.shape[1]), float("nan"), dtype=x.dtype, device=x.device)
+    size = spans[-1][1], weights.shape[1]
+    out = torch.full(size, float("nan"), dtype=x.dtype, device=x.device)
     on_device = (ends + counted_from).to(x.device)
-    grouped_products(x, weights, biases, spans, on_device, out)
+    grouped_products(x, index, weights, biases, spans, on_device, out)
     return out
 
 
@@ -71,3 +73,18 @@ def check_rows_are_their_own(device: torch.device, dtype: torch.dtype, seed: int
         exactly(products(x[row : row + 1], weights, None, (0, 1, 0)), whole[row : row + 1], seed)
     moved = torch.cat([x[400:], x[17:317], x[:30]])
     exactly(products(moved, weights, None, (100, 300, 30))[100:400], whole[17:317], seed)
+
+
+def check_gathered_rows(
+    device: torch.device, dtype: torch.dtype, rows: Sequence[int], width: int, depth: int, seed: int
+) -> None:
+    """A row has the same bits where the kernel finds it by an index, from any place on, as where it
+    lies beside the others of its part. Some are asked for twice, some never."""
+    count = sum(rows)
+    x = draw(seed, count + 40, 2 * depth, device=device).to(dtype)[:, :depth]
+    weights = slots(seed + 1, len(rows), width, depth, dtype=dtype, device=device)
+    biases = slots(seed + 2, len(rows), width, dtype=dtype, device=device)
+    generator = torch.Generator().manual_seed(seed)
+    index = torch.randint(count + 40, (count + 1,), generator=generator).to(device)[1:]
+    wanted = products(x[index], weights, biases, rows)
+    exactly(products(x, weights, biases, rows, index=index), wanted, seed)

@@ -411,7 +411,7 @@ def test_on_a_gpu_each_tile_has_a_workspace_and_norms_take_no_float32(make: Any)
     """64 MiB per walk, in whose thread cuBLAS works; rows of experts lie in the scratch."""
     ours, decoder = make("qwen3_moe")[1], make("qwen3_moe")[1].decoder
     shapes = [replace(ours.shape(tile), rows=6144, rows_at_once=6144) for tile in TILES]
-    gpu = replace(ours.machine, cpu=False, element=2, vram=2**31)
+    gpu = replace(ours.machine, cpu=False, element=2, vram=2**31, grouped=True)
     plans = [
         make_plan(decoder, ours.specs, shapes, replace(gpu, kernels=own)) for own in (True, False)
     ]
@@ -421,7 +421,7 @@ def test_on_a_gpu_each_tile_has_a_workspace_and_norms_take_no_float32(make: Any)
     together = experts_at_once(decoder, decoder.layers[0], 2, cpu=False)
     assert plans[0].peaks["scratch"] >= rows * together * wide * 2
     ours_at, theirs_at = (
-        module_bytes(decoder, shapes[0], 2, attending=0, cpu=False, kernels=own)
+        module_bytes(decoder, shapes[0], replace(gpu, kernels=own), attending=0)
         for own in (True, False)
     )
     assert ours_at < 0.9 * theirs_at

@@ -18,7 +18,6 @@ from layersweep.model.generic.decoder import norm_by
 from layersweep.model.generic.memory import let_segments_grow
 from layersweep.model.generic.turning import Turner, Turners
 from layersweep.model.ops import TorchOps
-from layersweep.sweep.generic_experts import gathered
 
 
 @pytest.mark.parametrize(
@@ -154,14 +153,3 @@ def test_segments_grow_where_the_driver_can_and_nobody_has_chosen(
     monkeypatch.setattr(torch, "empty", empty)
     assert told == ([] if chosen else ["True", "False"])
     assert (fallback and fallback.why) == (None if chosen else "CUDA driver error: not supported")
-
-
-@pytest.mark.parametrize(("width", "offset"), [(64, 0), (64, 3), (61, 0)])
-def test_rows_are_gathered_bit_for_bit_at_any_width_and_place(width: int, offset: int) -> None:
-    whole = torch.randn(7 * width + offset).half()[offset:]
-    hidden, rows = whole.view(7, width), torch.tensor([6, 0, 3, 3])
-    hidden[0, 0] = torch.nan
-    out = torch.empty(4, width, dtype=torch.half)
-    found = gathered(hidden, rows, out)
-    assert found.data_ptr() == out.data_ptr()
-    assert torch.equal(found.view(torch.int16), hidden[rows].view(torch.int16))

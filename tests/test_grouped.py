@@ -48,6 +48,9 @@ def test_each_part_has_its_weight_and_its_bias(ops: TorchOps) -> None:
     for row, part in enumerate((0, 0, 2, 2, 2)):
         wanted = weights[part].double() @ x[row].double() + biases[part].double()
         assert torch.allclose(out[row].double(), wanted, atol=1e-5)
+    rows = torch.tensor([4, 0, 3, 3, 1])
+    gathered = ops.products(x, weights, biases, Parts(SPANS), torch.empty(5, 6), rows)
+    assert torch.equal(gathered, ops.products(x[rows], weights, biases, Parts(SPANS), out))
 
 
 def test_one_launch_serves_groups_alone() -> None:
@@ -55,17 +58,20 @@ def test_one_launch_serves_groups_alone() -> None:
     asked = []
 
     def grouped(
-        x: Tensor, weights: Tensor, biases: Tensor | None, spans: Sequence[tuple[int, int]],
-        ends: Tensor, out: Tensor,
+        x: Tensor, index: Tensor | None, weights: Tensor, biases: Tensor | None,
+        spans: Sequence[tuple[int, int]], ends: Tensor, out: Tensor,
     ) -> None:  # fmt: skip
-        asked.append((spans, ends.tolist()))
+        asked.append((spans, ends.tolist(), index))
 
     ops = CudaOps(cast(Kernels, None), CPU, grouped)
     x, weights, out = torch.ones(5, 8), torch.ones(3, 6, 8), torch.zeros(5, 6)
     assert ops.products(x, weights, None, Parts([(0, 5)]), out).eq(8).all() and asked == []
     parts = Parts(SPANS, torch.tensor([12, 12, 15]))
     assert ops.products(x, weights, None, parts, out) is out
-    assert asked == [(SPANS, [12, 12, 15])]
+    assert asked == [(SPANS, [12, 12, 15], None)]
+    rows = torch.tensor([4, 0, 3, 3, 1])
+    ops.products(x, weights, None, parts, out, rows)
+    assert asked[1] == (SPANS, [12, 12, 15], rows)
 
 
 def test_groups_change_no_number_and_know_their_ends_on_the_device(
@@ -79,13 +85,13 @@ def test_groups_change_no_number_and_know_their_ends_on_the_device(
 
     def spy(
         ops: TorchOps, x: Tensor, weights: Tensor, biases: Tensor | None, parts: Parts,
-        memory: Tensor,
+        memory: Tensor, rows: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         assert parts.ends is not None
         first = int(parts.ends[-1]) - parts.spans[-1][1]
         assert [last for _, last in parts.spans] == (parts.ends - first).tolist()
         sizes.append(len(weights))
-        return one_by_one(ops, x, weights, biases, parts, memory)
+        return one_by_one(ops, x, weights, biases, parts, memory, rows)
 
     monkeypatch.setattr(TorchOps, "products", spy)
     (together,) = either.score(ids)

@@ -11,7 +11,7 @@ import pytest
 import router_checks
 import torch
 from capped_checks import check_capped
-from grouped_checks import check_grouped, check_rows_are_their_own
+from grouped_checks import check_gathered_rows, check_grouped, check_rows_are_their_own
 from half_search import half_search
 
 from layersweep.families.spec import Router
@@ -147,6 +147,16 @@ def test_grouped_products(
 @half_precision
 def test_rows_of_grouped_products_are_their_own(dtype: torch.dtype, seed: int) -> None:
     check_rows_are_their_own(DEVICE, dtype, seed)
+
+
+@needs_sm_80
+@half_precision
+@pytest.mark.parametrize("width, depth", [(1536, 2048), (2880, 2880), (1000, 200), (72, 8)])
+def test_grouped_products_gather_rows(
+    width: int, depth: int, dtype: torch.dtype, seed: int
+) -> None:
+    check_gathered_rows(DEVICE, dtype, (0, 1, 17, 3200, 128, 0, 129), width, depth, seed)
+    check_gathered_rows(DEVICE, dtype, (32,) * 20, width, depth, seed)
 
 
 @pytest.mark.parametrize("bits", POSITIVE_LEVELS)

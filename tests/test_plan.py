@@ -273,6 +273,21 @@ def test_small_experts_are_visited_in_groups_of_one_size(model: str, wanted: int
     assert experts_at_once(decoder, decoder.layers[-1], 2, cpu=True) == 1
 
 
+def test_rows_that_experts_see_are_kept_where_that_costs_no_walk() -> None:
+    qwen, tiles = SHAPES["qwen3-30b-a3b"].decoder, [tile() for _ in range(4)]
+    card = replace(T4, repeats_kv=False, grouped=True)
+    plain = make_plan(qwen, SPECS, tiles, replace(card, grouped=False))
+    keeping = make_plan(qwen, SPECS, tiles, card)
+    assert (plain.keeps_normed, keeping.keeps_normed) == (False, True)
+    assert keeping.device_bytes - plain.device_bytes == 4 * 51_200 * 2048 * 2
+    assert make_plan(qwen, SPECS, tiles, replace(card, vram=keeping.device_bytes)) == replace(
+        keeping, vram=keeping.device_bytes
+    )
+    less = keeping.device_bytes - 1
+    assert make_plan(qwen, SPECS, tiles, replace(card, vram=less)) == replace(plain, vram=less)
+    assert not make_plan(MIXTRAL, SPECS, tiles, card).keeps_normed  # one expert at a time
+
+
 def test_a_context_beyond_the_model_is_refused() -> None:
     with pytest.raises(InputError, match="32768"):
         settings = EvalSettings(niah_contexts=(65_536,))

@@ -16,6 +16,8 @@ from layersweep.families.weights import layer_blocks
 from layersweep.kv import parse
 from layersweep.kv.arms import EXACT
 from layersweep.model.compute import Scratch, on_cpu
+from layersweep.model.ops import Parts, TorchOps
+from layersweep.stream import shapes
 from layersweep.sweep import loop
 from layersweep.sweep.attention import visit_attention
 from layersweep.sweep.context import LayerContext
@@ -86,6 +88,33 @@ def test_one_buffer_of_planned_size_is_enough(
     assert expected.isfinite().all()
     monkeypatch.setattr(loop, "Scratch", Buffered)
     assert torch.equal(losses(folder), expected)
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_moe", "gpt_oss"])
+def test_products_that_gather_kept_rows_change_no_number(
+    model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU with grouped products: rows are normed once for the router and the experts."""
+    folder = random_checkpoint(tmp_path, model_type, {**SMALL, **EXPERTS, "head_dim": 8})
+    for module in (loop, shapes):
+        monkeypatch.setattr(module, "experts_at_once", lambda *args, cpu: 2)
+    expected = losses(folder)
+    product, gathered = TorchOps.products, []
+
+    def spy(
+        ops: TorchOps, x: Tensor, weights: Tensor, biases: Tensor | None, parts: Parts,
+        memory: Tensor, rows: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        if rows is not None:
+            gathered.append(len(x))
+        return product(ops, x, weights, biases, parts, memory, rows)
+
+    monkeypatch.setattr(TorchOps, "products", spy)
+    monkeypatch.setattr(TorchOps, "grouped", lambda *args: None)
+    monkeypatch.setattr(loop, "Scratch", Buffered)
+    assert torch.equal(losses(folder), expected)
+    layers = load(folder, device="cpu").decoder.num_hidden_layers
+    assert gathered == [20 + 3 * 10] * 2 * layers + [3 * 30] * 2 * layers  # rows of either tile
 
 
 def test_only_the_checked_tile_keeps_its_router_logits(

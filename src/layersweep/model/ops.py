@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 NEVER = torch.iinfo(torch.int32).max  # "no bad layer": smaller numbers win
 
-# (x, weights, biases, spans, ends, out), see kernels.grouped_triton
+# (x, index, weights, biases, spans, ends, out), see kernels.grouped_triton
 GroupedProducts = Callable[
-    [Tensor, Tensor, Tensor | None, Sequence[tuple[int, int]], Tensor, Tensor], None
+    [Tensor, Tensor | None, Tensor, Tensor | None, Sequence[tuple[int, int]], Tensor, Tensor], None
 ]
 
 
@@ -70,9 +70,12 @@ class TorchOps:
         biases_PO: Tensor | None,
         parts: Parts,
         memory_NO: Tensor,
+        rows: Tensor | None = None,
     ) -> Tensor:
         """The rows of each part times a weight of its own, transposed, plus its bias if there are
-        any; in `memory`. Weights, and biases, may have numbers of others between them."""
+        any; in `memory`. With an index `rows`, those rows of x are the parts' own. Weights, and
+        biases, may have numbers of others between them."""
+        x_NI = x_NI if rows is None else x_NI[rows]
         for part, (first, last) in enumerate(parts.spans):
             if first == last:
                 continue
@@ -236,10 +239,11 @@ class CudaOps(TorchOps):
         biases_PO: Tensor | None,
         parts: Parts,
         memory_NO: Tensor,
+        rows: Tensor | None = None,
     ) -> Tensor:
         if self.grouped is None or parts.ends is None:
-            return super().products(x_NI, weights_POI, biases_PO, parts, memory_NO)
-        self.grouped(x_NI, weights_POI, biases_PO, parts.spans, parts.ends, memory_NO)
+            return super().products(x_NI, weights_POI, biases_PO, parts, memory_NO, rows)
+        self.grouped(x_NI, rows, weights_POI, biases_PO, parts.spans, parts.ends, memory_NO)
         return memory_NO
 
     def add_linear_(self, residual_NO: Tensor, x_NI: Tensor, weight_OI: Tensor) -> None:

@@ -14,6 +14,7 @@ from layersweep.families.spec import Decoder
 from layersweep.stream.shapes import (
     CPU_EXPERT_ROWS,
     DENSE_ROWS,
+    Machine,
     TileShape,
     experts_at_once,
     rows_at_once,
@@ -32,12 +33,11 @@ def held_bytes(decoder: Decoder, tile: TileShape, element: int) -> int:
     return math.ceil(tile.rows * (max(known.between, known.at_experts) + _ROW + routing))
 
 
-def module_bytes(
-    decoder: Decoder, tile: TileShape, element: int, *, attending: int, cpu: bool, kernels: bool
-) -> int:
+def module_bytes(decoder: Decoder, tile: TileShape, machine: Machine, *, attending: int) -> int:
     """What the modules of one tile hold while they compute, beside what it holds. `attending`:
     what its attention needs besides."""
-    known = costs(decoder, element, kernels=kernels and not cpu)
+    element, cpu = machine.element, machine.cpu
+    known = costs(decoder, element, kernels=machine.kernels and not cpu)
     at_once = CPU_EXPERT_ROWS if cpu else DENSE_ROWS
     most = max(_bytes_at(moment, tile, at_once, known.chunk) for moment in known.moments)
     attends = max(_bytes_at(moment, tile, at_once, known.chunk) for moment in known.attending)
@@ -46,11 +46,12 @@ def module_bytes(
         if layer.feed.experts:
             rows = min(rows_at_once(layer.feed, "expert", tile.rows, cpu=cpu), tile.rows)
             together = experts_at_once(decoder, layer, element, cpu=cpu)
-            expert = known.expert
+            row = decoder.hidden_size * element
+            gathered = rows * row * (1 if machine.grouped else together)
+            most = max(most, gathered + rows * together * known.expert)
             if cpu:  # products before they are put in their places, and rows as they are added
-                wide, hidden = 2 * layer.feed.inner, decoder.hidden_size
-                expert = max(expert + wide * element, 3 * hidden * element)
-            most = max(most, rows * together * expert)
+                made = row + known.expert + 2 * layer.feed.inner * element
+                most = max(most, rows * made, rows * 3 * row)
     return max(math.ceil(most), HEAD_ROWS * decoder.vocab_size * 4 * _HEAD)
 
 

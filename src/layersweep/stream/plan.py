@@ -26,6 +26,7 @@ from layersweep.stream.shapes import (
     dense_bytes,
     fit_bytes,
     kept_bytes,
+    most_experts_at_once,
     scratch_bytes,
     temporary_bytes,
     tile_bytes,
@@ -45,7 +46,8 @@ HOST_RING = 2**30
 class Plan:
     """`sweeps[i]` are the tiles (by index) of sweep i. `reads`, `copies` and `sweep_flops` have an
     entry per walk over the weights, first the sweeps, then further walks: bytes from files, bytes
-    to the device, operations (0 for a further walk). `peaks` sums to `device_bytes`."""
+    to the device, operations (0 for a further walk). `peaks` sums to `device_bytes`.
+    `keeps_normed`: tiles keep the rows that a layer's experts see."""
 
     sweeps: tuple[tuple[int, ...], ...]
     peaks: dict[str, int]
@@ -58,6 +60,7 @@ class Plan:
     sweep_flops: tuple[float, ...]
     vram: int
     ram: int
+    keeps_normed: bool = False
 
     @property
     def bytes_to_read(self) -> int:
@@ -110,7 +113,8 @@ def make_plan(
     further: int = 0,
     reference: TileShape | None = None,
 ) -> Plan:
-    """Cut `tiles` into sweeps that fit the machine's budgets, and place the weights.
+    """Cut `tiles` into sweeps that fit the machine's budgets, and place the weights. Rows that
+    experts see are kept where products gather them and that costs no walk and no byte read.
 
     `at_least`: the fewest sweeps, if there are as many tiles. For generation, `units` are tiles (by
     index) that share no sweep with another unit, and each unit gets `at_least` sweeps; `further`
@@ -120,17 +124,44 @@ def make_plan(
     On the CPU both budgets are host memory and `vram` bounds the working set alone. Raises
     BudgetError with needed, available and what would fit.
     """
+    args = decoder, specs, tiles, machine, at_least, units, further, reference
+    plain = _planned(*args, keeps_normed=False)
+    if not (machine.grouped and _groups_normed(decoder, machine)):
+        return plain
+    try:
+        keeping = _planned(*args, keeps_normed=True)
+    except BudgetError:
+        return plain
+    same = (keeping.reads, keeping.copies) == (plain.reads, plain.copies)
+    return keeping if same else plain
+
+
+def _groups_normed(decoder: Decoder, machine: Machine) -> bool:
+    """Whether experts that are visited together see rows that are made for them."""
+    if decoder.generic:  # its modules hold them
+        return False
+    return most_experts_at_once(decoder, machine.element, cpu=machine.cpu) > 1
+
+
+def _planned(
+    decoder: Decoder, specs: Sequence[BlockSpec], tiles: Sequence[TileShape], machine: Machine,
+    at_least: int, units: Sequence[Sequence[int]] | None, further: int,
+    reference: TileShape | None, *, keeps_normed: bool,
+) -> Plan:  # fmt: skip
+    def held_by(tile: TileShape) -> int:
+        return tile_bytes(decoder, tile, machine.element, keeps_normed=keeps_normed)
+
     runs = runs_of(specs)
     whole = sum(run.nbytes for run in runs)
     host_ring = host_ring_bytes(runs, machine)
     peaks = _peaks(decoder, runs, [*tiles, *([reference] if reference else [])], machine)
     if reference:
-        peaks["reference text"] = tile_bytes(decoder, reference, machine.element)
+        peaks["reference text"] = held_by(reference)
         peaks["temporaries"] = max(
             peaks["temporaries"], fit_bytes(decoder, reference, cpu=machine.cpu)
         )
     walk = LANE_BYTES if decoder.generic and not machine.cpu else 0
-    sizes = [tile_bytes(decoder, tile, machine.element) + walk for tile in tiles]
+    sizes = [held_by(tile) + walk for tile in tiles]
     fixed, biggest = sum(peaks.values()), max(sizes, default=0)
     if fixed + biggest > machine.vram:
         needed = format_bytes(fixed + biggest)
@@ -172,6 +203,7 @@ def make_plan(
         ),
         vram=machine.vram,
         ram=machine.ram,
+        keeps_normed=keeps_normed,
     )
 
 

@@ -69,7 +69,8 @@ class Machine:
 
     `element`: bytes of the compute dtype; `context`: what CUDA itself holds of `vram`;
     `repeats_kv`: attention needs keys and values once per query head (below sm_80); `kernels`:
-    our own work there, plain torch takes memory for every step; `sharers`: processes on this host
+    our own work there, plain torch takes memory for every step; `grouped`: experts that are visited
+    together have one product there, which gathers its rows; `sharers`: processes on this host
     that read the same files: then the page cache is the one copy of them in host memory; `lanes`:
     threads that generate there in turn.
     """
@@ -81,6 +82,7 @@ class Machine:
     context: int = 0
     repeats_kv: bool = False
     kernels: bool = True
+    grouped: bool = False
     sharers: int = 1
     lanes: int = 0
 
@@ -120,14 +122,17 @@ def _layer_flops(layer: Layer, hidden: int, tile: TileShape) -> int:
     return tile.rows * per_row + attended + 2 * expanded * tile.keys_read
 
 
-def tile_bytes(decoder: Decoder, tile: TileShape, element: int) -> int:
-    """Memory that a tile holds through the whole sweep: hidden states, update, routing."""
+def tile_bytes(
+    decoder: Decoder, tile: TileShape, element: int, *, keeps_normed: bool = False
+) -> int:
+    """Memory that a tile holds through the whole sweep: hidden states, update, routing; and the
+    rows that experts see, where it keeps them."""
     if decoder.generic:
         from layersweep.stream.generic_shapes import held_bytes
 
         return held_bytes(decoder, tile, element)
     routing = tile.rows * decoder.experts_per_token * 16 + tile.rows * 4
-    return 2 * tile.rows * decoder.hidden_size * element + routing
+    return (2 + keeps_normed) * tile.rows * decoder.hidden_size * element + routing
 
 
 def fitted_at_once(heads: int, tokens: int, *, cpu: bool) -> int:
@@ -280,10 +285,7 @@ def temporary_bytes(decoder: Decoder, tiles: Sequence[TileShape], machine: Machi
             from layersweep.stream.generic_shapes import module_bytes
 
             attending, codecs = attention + codecs, 0
-            attention = module_bytes(
-                decoder, tile, machine.element,
-                attending=attending, cpu=machine.cpu, kernels=machine.kernels,
-            )  # fmt: skip
+            attention = module_bytes(decoder, tile, machine, attending=attending)
         most = max(most, attention + codecs, routing, logits)
     if not machine.cpu and not machine.kernels:  # products and float32 norms beside the scratch
         rows = max((tile.rows for tile in tiles), default=0)

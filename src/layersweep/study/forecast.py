@@ -62,7 +62,8 @@ def forecast(
     cpu = machine.device == "cpu"
     place = Machine(
         machine.vram, machine.ram // machine.devices, element=4 if cpu else 2, cpu=cpu,
-        repeats_kv=machine.repeats_kv, sharers=machine.devices,
+        repeats_kv=machine.repeats_kv, grouped=not cpu and not machine.repeats_kv,
+        sharers=machine.devices,
     )  # fmt: skip
     rate = machine.gemm_flops * SWEEP_EFFICIENCY[machine.device]
     seconds = {

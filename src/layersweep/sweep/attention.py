@@ -43,8 +43,10 @@ def visit_attention(state: TileState, context: LayerContext) -> None:
         with context.scratch.frame():
             _attend_rows(state, group, context)
         if context.layer.feed.router:
+            rows = slice(group.start, group.stop)
+            normed = None if state.normed is None else state.normed[rows]
             with context.scratch.frame():
-                parts.append(_logits(state.hidden[group.start : group.stop], context))
+                parts.append(_logits(state.hidden[rows], normed, context))
     if parts:
         logits = torch.cat(parts)
         del parts
@@ -75,12 +77,15 @@ def _attend_rows(state: TileState, group: Group, context: LayerContext) -> None:
     hidden.add_(added, alpha=layer.residual)
 
 
-def _logits(hidden: Tensor, context: LayerContext) -> Tensor:
+def _logits(hidden: Tensor, normed: Tensor | None, context: LayerContext) -> Tensor:
     """Router logits [N, E] of a group's rows, before a bias, in the dtype of the router's weight.
-    One that is kept in float32 (DeepSeek, GLM) gets rows in float32."""
+    One that is kept in float32 (DeepSeek, GLM) gets rows in float32. `normed`: where the rows that
+    experts see are kept."""
     x, weight = hidden, context.weights["router"]
     if context.layer.feed_norm:
-        x = _normed(hidden, "feed_norm", context.layer.feed_norm, context)
+        x = _normed(hidden, "feed_norm", context.layer.feed_norm, context, normed)
+    if normed is not None and x.data_ptr() != normed.data_ptr():
+        normed.copy_(x)
     return linear(x.to(weight.dtype), weight)
 
 
@@ -96,8 +101,12 @@ def _route(state: TileState, logits: Tensor, context: LayerContext) -> None:
         state.router_logits = logits
 
 
-def _normed(rows: Tensor, key: str, norm: Norm, context: LayerContext) -> Tensor:
-    memory = context.scratch.take(*rows.shape, dtype=context.compute.dtype)
+def _normed(
+    rows: Tensor, key: str, norm: Norm, context: LayerContext, memory: Tensor | None = None
+) -> Tensor:
+    """In `memory`, or in scratch."""
+    if memory is None:
+        memory = context.scratch.take(*rows.shape, dtype=context.compute.dtype)
     weight = context.weights[key]
     return context.compute.ops.rms_norm(rows, weight, norm.eps, memory, offset=norm.offset)
 

@@ -78,7 +78,7 @@ class FeedVisit:
             rows = routing.rows[first:last]
             ends = routing.ends[experts[0] : experts[-1] + 1]
             parts = Parts([(start - first, stop - first) for start, stop in spans], ends)
-            y = self._mlp(state.hidden, rows, last - first, weights, parts)[1]
+            y = self._experts(state, rows, weights, parts)
             self.compute.ops.add_places_(
                 state.update, routing.places, first, y, routing.weights[first:last]
             )
@@ -89,36 +89,56 @@ class FeedVisit:
         """Rows of one expert. They are unique, so plain indexed addition is deterministic."""
         with self.scratch.frame():
             rows, parts = routing.rows[first:last], Parts([(0, last - first)])
-            y = self._mlp(state.hidden, rows, last - first, weights, parts)[1]
+            y = self._experts(state, rows, weights, parts)
             self.compute.ops.add_rows_(state.update, rows, y, routing.weights[first:last])
 
     def _all_rows(self, state: TileState, some: slice) -> None:
-        weights, count = self.feeds, some.stop - some.start
+        weights, parts = self.feeds, Parts([(0, some.stop - some.start)])
+        hidden, update = state.hidden[some], state.update[some]
         with self.scratch.frame():
-            x, y = self._mlp(state.hidden[some], None, count, weights, Parts([(0, count)]))
+            x = self._input(hidden, None, self._take(len(hidden)))
+            if self.blocks[0].role == "mlp":  # alone in its layer: the update is zero so far
+                self._mlp(x, None, update, weights, parts)
+                return
+            # x is asked for once more where there is a gate, else its memory takes y
+            free = self._take(len(hidden)) if "gate" in weights else x
+            y = self._mlp(x, None, free, weights, parts)
             if "gate" in weights:
                 y.mul_(torch.sigmoid(self.compute.ops.linear(x, weights["gate"][0])))
-            state.update[some] += y
+            update += y
+
+    def _experts(self, state: TileState, rows: Tensor, weights: Views, parts: Parts) -> Tensor:
+        """What experts make of the tile's rows of the index `rows`."""
+        y = self._take(len(rows))
+        if state.normed is not None and parts.ends is not None:
+            return self._mlp(state.normed, rows, y, weights, parts)
+        x = self._input(state.hidden, rows, y)  # has served before its memory takes y
+        return self._mlp(x, None, y, weights, parts)
 
     def _mlp(
-        self, hidden: Tensor, rows: Tensor | None, count: int, weights: Views, parts: Parts
-    ) -> tuple[Tensor, Tensor]:
-        """The normed rows, all `hidden` or those of the index `rows`, and down(act(gate x) * up x)
-        of them, each part by weights of its own."""
+        self, x: Tensor, rows: Tensor | None, out: Tensor, weights: Views, parts: Parts
+    ) -> Tensor:
+        """down(act(gate x) * up x) of normed rows, all or those of the index `rows`, each part by
+        weights of its own, in `out`."""
         ops, feed = self.compute.ops, self.feed
-        take, dtype = self.scratch.take, self.compute.dtype
-        x = self._input(hidden, rows, take(count, hidden.shape[1], dtype=dtype))
-        both = take(count, weights["gate_up_proj"].shape[1], dtype=dtype)
-        both = self._products(x, both, "gate_up", weights, parts)
+        width = weights["gate_up_proj"].shape[1]
+        both = self.scratch.take(len(out), width, dtype=self.compute.dtype)
+        both = self._products(x, both, "gate_up", weights, parts, rows)
         inner = ops.swiglu_(both, feed.act, interleaved=feed.interleaved, limit=feed.limit)
-        # x has served, where nobody asks for it: its memory takes y
-        free = x if "gate" not in weights else take(count, hidden.shape[1], dtype=dtype)
-        return x, self._products(inner, free, "down", weights, parts)
+        return self._products(inner, out, "down", weights, parts)
 
-    def _products(self, x: Tensor, out: Tensor, name: str, weights: Views, parts: Parts) -> Tensor:
+    def _products(
+        self, x: Tensor, out: Tensor, name: str, weights: Views, parts: Parts,
+        rows: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Rows of `parts` times the weights `name`, with their biases."""
         biases = weights[f"{name}_bias"] if self.feed.bias else None
-        return self.compute.ops.products(x, weights[f"{name}_proj"], biases, parts, out)
+        return self.compute.ops.products(x, weights[f"{name}_proj"], biases, parts, out, rows)
+
+    def _take(self, rows: int) -> Tensor:
+        """Scratch for rows that go in or come out."""
+        width = self.feeds["down_proj"].shape[1]
+        return self.scratch.take(rows, width, dtype=self.compute.dtype)
 
     def _input(self, hidden: Tensor, rows: Tensor | None, memory: Tensor) -> Tensor:
         norm = self.layer.feed_norm

@@ -17,6 +17,7 @@ from layersweep.model.generic.experts import expert_rows
 from layersweep.model.ops import Parts
 from layersweep.sweep.dense import DenseWeights, Views
 from layersweep.sweep.feed import FeedVisit
+from layersweep.sweep.state import TileState
 
 
 class ExpertsVisit(FeedVisit):
@@ -31,24 +32,10 @@ class ExpertsVisit(FeedVisit):
         self.feeds = joined(weights.feeds, dim=1)
         self.module, self.act = module, act
 
-    def _mlp(
-        self, hidden: Tensor, rows: Tensor | None, count: int, weights: Views, parts: Parts
-    ) -> tuple[Tensor, Tensor]:
-        assert rows is not None
+    def _experts(self, state: TileState, rows: Tensor, weights: Views, parts: Parts) -> Tensor:
         take = partial(self.scratch.take, dtype=self.compute.dtype)
-        x = gathered(hidden, rows, take(count, hidden.shape[1]))
-        found = expert_rows(self.module, self.act, weights, x, parts, self.compute.ops, take)
-        return x, found
-
-
-def gathered(hidden: Tensor, rows: Tensor, out: Tensor) -> Tensor:
-    """hidden[rows] in `out`. Where they can be, 16 bytes are one element: torch's kernel moves them
-    one by one."""
-    wide, places = torch.complex128, (hidden.shape[1], hidden.storage_offset())
-    if hidden.is_contiguous() and not any(at * hidden.itemsize % wide.itemsize for at in places):
-        torch.index_select(hidden.view(wide), 0, rows, out=out.view(wide))
-        return out
-    return torch.index_select(hidden, 0, rows, out=out)
+        ops = self.compute.ops
+        return expert_rows(self.module, self.act, weights, state.hidden, rows, parts, ops, take)
 
 
 def joined(views: Views, dim: int = 0) -> dict[str, Tensor]:

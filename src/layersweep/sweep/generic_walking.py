@@ -68,7 +68,8 @@ class Walking:
         experts = self.decoder.layers[layer].feed.experts
         # by torch: the kernel would trust a foreign router with its memory
         state.routing = sort_by_expert(halt.experts_NK, halt.weights_NK, experts)
-        state.hidden, state.update = halt.rows_NH, torch.zeros_like(halt.rows_NH)
+        state.hidden = halt.rows_NH.contiguous()  # as products gather from them
+        state.update = torch.zeros_like(state.hidden)
 
     def spread(self) -> Tensor:
         """How much the rows' weights of the experts differ, the most of any expert. No wait."""

@@ -59,7 +59,8 @@ class Engine:
 
     `layers`: those that this engine holds, all by default; the first one's has the embedding, too,
     and the last one's the head. `reference`: tokens of the text that arms with @fit=1 take
-    their coordinates from; without it, these follow from the weights.
+    their coordinates from; without it, these follow from the weights. `keeps_normed`: tiles keep
+    the rows that a layer's experts see, from which their products gather.
     """
 
     def __init__(
@@ -70,9 +71,10 @@ class Engine:
         scratch_bytes: int,
         layers: range | None = None,
         reference: tuple[int, ...] = (),
+        keeps_normed: bool = False,
     ) -> None:
         self.decoder, self.store, self.compute = decoder, store, compute
-        self.reference = reference
+        self.reference, self.keeps_normed = reference, keeps_normed
         self.layers = layers or range(decoder.num_hidden_layers)
         self._visiting = threading.Lock()
         self.weights = DenseWeights(decoder, compute)
@@ -149,7 +151,8 @@ def run_sweep(
                 if stage.layers[0] == 0:
                     sweep.embed(every)
                 else:
-                    record.moved_bytes += sum(state.move(stage.compute.device) for state in every)
+                    moved = [one.move(stage.compute.device, stage.keeps_normed) for one in every]
+                    record.moved_bytes += sum(moved)
             before.close()  # joins threads and waits for the device: others launch meanwhile
             before = visit
             with turn:
@@ -186,20 +189,14 @@ class _Sweep:
     """One walk over an engine's blocks, which the store numbers in sweep order."""
 
     def __init__(
-        self,
-        engine: Engine,
-        record: SweepRecord,
-        caches: KeptCaches | None,
-        visited: _Visits,
-        states: list[TileState],
-        turn: HostTurn,
-        reference: TileState | None,
-        watch: Watch | None,
-    ) -> None:
+        self, engine: Engine, record: SweepRecord, caches: KeptCaches | None, visited: _Visits,
+        states: list[TileState], turn: HostTurn, reference: TileState | None, watch: Watch | None,
+    ) -> None:  # fmt: skip
         self.visited, self.turn = visited, turn
         self.reference, self.watch = reference, watch
         self.decoder, self.store, self.compute = engine.decoder, engine.store, engine.compute
         self.weights, self.scratch = engine.weights, engine.scratch
+        self.keeps_normed = engine.keeps_normed
         self.record, self.caches = record, caches
         # the first of them is attention's
         self.of_layer: dict[int | None, list[int]] = {}
@@ -221,7 +218,8 @@ class _Sweep:
             table = self.weights.embedding(self._block(number))
             for state, rows in zip(states, ids, strict=True):
                 hidden = table[rows.to(device)].to(dtype)
-                state.start(hidden if scale == 1.0 else hidden.mul_(scale))
+                hidden = hidden if scale == 1.0 else hidden.mul_(scale)
+                state.start(hidden, self.keeps_normed)
             self.store.release(number)
 
     def visit_layer(

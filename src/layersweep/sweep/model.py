@@ -129,6 +129,7 @@ class Model:
             context=self.context_bytes,
             repeats_kv=self.compute.attention.repeats_kv,
             kernels=isinstance(self.compute.ops, CudaOps),
+            grouped=self.compute.ops.grouped is not None,
             sharers=self.sharers,
         )
 
@@ -182,7 +183,10 @@ class Model:
 
                 engine: Engine = GenericEngine(decoder, store, self.compute, plan.scratch)
             else:
-                engine = Engine(decoder, store, self.compute, plan.scratch, layers, self.reference)
+                engine = Engine(
+                    decoder, store, self.compute, plan.scratch, layers, self.reference,
+                    plan.keeps_normed,
+                )  # fmt: skip
             undo.pop_all()
         return engine
 

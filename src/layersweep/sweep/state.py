@@ -43,6 +43,7 @@ class TileState:
         self.groups: list[Group] = tile.groups(attention_batch(longest, heads_times_dim))
         self.hidden = torch.empty(0)
         self.update = torch.empty(0)
+        self.normed: Tensor | None = None  # what the layer's experts see, where it is kept
         self.routing: Routing | None = None
         # logits are kept where `looked_at`, by who checks that the model works
         self.router_logits: Tensor | None = None
@@ -50,18 +51,17 @@ class TileState:
         self.unit_of_row, units = _units(tile)
         self.first_bad_layer = torch.full((units,), NEVER, dtype=torch.int32)
 
-    def start(self, hidden_NH: Tensor) -> None:
+    def start(self, hidden_NH: Tensor, keeps_normed: bool) -> None:
+        """Before the first layer, or before a later one on another device."""
         self.hidden = hidden_NH
         self.update = torch.zeros_like(hidden_NH)
+        self.normed = torch.empty_like(hidden_NH) if keeps_normed else None
         self.unit_of_row = self.unit_of_row.to(hidden_NH.device)
         self.first_bad_layer = self.first_bad_layer.to(hidden_NH.device)
 
-    def move(self, device: torch.device) -> int:
+    def move(self, device: torch.device, keeps_normed: bool) -> int:
         """Go on between two layers on another device; the bytes that moved."""
-        self.hidden = self.hidden.to(device)
-        self.update = torch.zeros_like(self.hidden)
-        self.unit_of_row = self.unit_of_row.to(device)
-        self.first_bad_layer = self.first_bad_layer.to(device)
+        self.start(self.hidden.to(device), keeps_normed)
         return self.hidden.nbytes
 
     def nonfinite(self) -> dict[tuple[int, int], int]:

@@ -20,32 +20,33 @@ def expert_rows(
     act: GateAct | None,
     weights: Mapping[str, Tensor],
     x_NH: Tensor,
+    rows: Tensor,
     parts: Parts,
     ops: TorchOps,
     take: Callable[..., Tensor],
 ) -> Tensor:
-    """What experts make of their rows, the `parts` of x, which they overwrite. `weights`: their
-    parts [experts, ...] of the module's parameters, by their names. `act`: see gate_of. `take`
-    gives memory.
+    """What experts make of their rows, the `parts` of x[rows]. `weights`: their parts
+    [experts, ...] of the module's parameters, by their names. `act`: see gate_of. `take` gives
+    memory.
 
     The layout flags are those of transformers.integrations.moe.use_experts_implementation.
     """
     of: Any = module
     name = "gate_up_proj" if of.has_gate else "up_proj"
-    wide = take(len(x_NH), weights[name].shape[1])
-    inner = _products(x_NH, name, weights, parts, ops, of, wide)
+    inner = _products(x_NH, rows, name, weights, parts, ops, of, take)
     if act:
         inner = ops.swiglu_(inner, act)
     else:
         inner = of._apply_gate(inner) if of.has_gate else of.act_fn(inner)
-    found = _products(inner, "down_proj", weights, parts, ops, of, x_NH)
+    found = _products(inner, None, "down_proj", weights, parts, ops, of, take)
     # a flag that transformers 5.17 does not have yet
     return of.post_expert_norm(found) if getattr(of, "has_post_expert_norm", False) else found
 
 
 def _products(
-    x: Tensor, name: str, weights: Mapping[str, Tensor], parts: Parts, ops: TorchOps, of: Any,
-    memory: Tensor,
+    x: Tensor, rows: Tensor | None, name: str, weights: Mapping[str, Tensor], parts: Parts,
+    ops: TorchOps, of: Any, take: Callable[..., Tensor],
 ) -> Tensor:  # fmt: skip
     own, biases = weights[name], weights[f"{name}_bias"] if of.has_bias else None
-    return ops.products(x, own, biases, parts, memory)
+    out = take(parts.spans[-1][1], own.shape[1])
+    return ops.products(x, own, biases, parts, out, rows)
