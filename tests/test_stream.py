@@ -308,11 +308,11 @@ def test_a_file_is_dropped_from_the_page_cache_once_nothing_more_of_it_is_read(
         folder.mkdir()
         specs += a_file(folder, [100_000] * 30)[0]
     read: list[str] = []
-    read_parts, drop = RunReader._read, RunReader.drop
+    fill, drop = RunReader._fill, RunReader.drop
     monkeypatch.setattr(
-        RunReader, "_read",
-        lambda self, parts, memory: (read.extend(part.source.file.parent.name for part in parts),
-                                     read_parts(self, parts, memory))[1],
+        RunReader, "_fill",
+        lambda self, call, target: (read.extend(one.file.parent.name for one in call.sources),
+                                    fill(self, call, target))[1],
     )  # fmt: skip
     monkeypatch.setattr(
         RunReader,

@@ -106,6 +106,7 @@ class HostStage:
         self._buffer = self._open_ring()
         self._ring = ByteRing(self._buffer.bytes.numel())
         self._readers = Readers()
+        reader.prepare(runs, self._readers.piece_bytes)
         self._changed = threading.Condition()
         self._queue: deque[Arrival] = deque()
         self._freed: deque[Event | None] = deque()

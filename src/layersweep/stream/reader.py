@@ -10,27 +10,29 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
-from operator import attrgetter
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from layersweep.checkpoint import nf4
 from layersweep.checkpoint.header import StoredTensor
-from layersweep.checkpoint.weights import Nested
 from layersweep.errors import CheckpointError, MachineError
-from layersweep.stream.blocks import STORED_DTYPES, BlockSpec, PlacedWeight, Slot
+from layersweep.stream.blocks import STORED_DTYPES, BlockSpec, PlacedWeight
+from layersweep.stream.preadv import after, preadv
+from layersweep.stream.reading_plan import (
+    Call,
+    Reading,
+    calls_for,
+    plan_reading,
+    ranges_of,
+)
 from layersweep.stream.runs import Run
+from layersweep.stream.scales import ScaleCheck, check_nested, check_weight, plan_check
 
 # Large enough that a disk streams and that few steps of Python are taken: each of them may hold up
 # the thread that launches kernels.
 PIECE_BYTES = 32 * 2**20
-GAP_BYTES = 64 * 2**10  # bytes between tensors that are read and dropped
-MOST_RANGES = 500  # of one call; with the gaps between them, the system takes 1,024
-_UNREAD = memoryview(bytearray(GAP_BYTES))
 
 Task = Callable[[], int]  # the bytes that it has read
 
@@ -47,44 +49,41 @@ class RunReader:
         self._handles: dict[Path, int] = {}
         self._opened: dict[Path, tuple[int, int]] = {}  # sizes and times of change
         self._lock = threading.Lock()
+        self._readings: dict[tuple[Run, int], Reading] = {}  # by run and bytes of a call
+        self._checks: dict[Run, ScaleCheck] = {}
+
+    def prepare(self, runs: Sequence[Run], piece_bytes: Callable[[int], int]) -> None:
+        """Plan all runs before the first sweep; `piece_bytes`: of a run's bytes, those of a call.
+        What is not planned here is planned when it is first needed."""
+        for run in runs:
+            self._reading(run, piece_bytes(run.nbytes))
+            self._scales(run)
 
     def tasks(self, run: Run, target: Tensor, piece: int = PIECE_BYTES) -> list[Task]:
-        """The work that fills `target` (uint8, CPU, run.nbytes): up to `piece` bytes each.
-
-        What lies together in a file is read by one call, whatever tensors it is, since a thread
-        that launches kernels has to wait for each step of Python that others take.
-        """
-        found: list[Task] = []
-        wanted: dict[Path, list[_Range]] = {}
-        for block, start in zip(run.blocks, run.offsets, strict=True):
-            for placed in self.specs[block].weights.values():
-                if placed.quantize:
-                    found.append(partial(self._read_quantized, placed, target[start:]))
-                    continue
-                for slot in placed.slots:
-                    if slot.source is None:
-                        found.append(partial(self._read_nested_scales, placed, target[start:]))
-                        continue
-                    parts = _cut(slot.source, start + slot.offset, piece)
-                    wanted.setdefault(slot.source.file, []).extend(parts)
-        memory = target.numpy().data
-        for ranges in wanted.values():
-            ranges.sort(key=attrgetter("offset"))
-            found += (partial(self._read, parts, memory) for parts in _together(ranges, piece))
-        return found
+        """The work that fills `target` (uint8, CPU, run.nbytes): up to `piece` bytes each."""
+        reading = self._reading(run, piece)
+        made = [partial(self._make, placed, target[start:]) for placed, start in reading.made]
+        return [*made, *(partial(self._fill_all, calls, target) for calls in reading.calls)]
 
     def check(self, run: Run, target: Tensor) -> None:
         """Scales of a run whose tasks are done. Raises CheckpointError for NaN or infinity, which
         would poison every token."""
-        placed = [
-            (one, start)
-            for block, start in zip(run.blocks, run.offsets, strict=True)
-            for one in self.specs[block].weights.values()
-            if one.weight.quant is not None
-        ]
-        if not _all_plausible(placed, target):
-            for one, start in placed:
-                _check_scales(one, target[start:])
+        if self._scales(run).plausible(target):
+            return
+        for block, start in zip(run.blocks, run.offsets, strict=True):
+            for placed in self.specs[block].weights.values():
+                if placed.weight.quant is not None:
+                    check_weight(placed, target[start:])
+
+    def _reading(self, run: Run, piece: int) -> Reading:
+        if (run, piece) not in self._readings:
+            self._readings[run, piece] = plan_reading(self.specs, run, piece)
+        return self._readings[run, piece]
+
+    def _scales(self, run: Run) -> ScaleCheck:
+        if run not in self._checks:
+            self._checks[run] = plan_check(self.specs, run)
+        return self._checks[run]
 
     def drop(self, file: Path) -> int:
         """Take a file out of the page cache; a task, which reads nothing.
@@ -109,33 +108,38 @@ class RunReader:
             found.setdefault(index, []).append(file)
         return found
 
-    def _read(self, parts: Sequence[_Range], memory: memoryview) -> int:
-        """Fill ranges of `memory` that follow each other in one file; how many bytes that takes."""
-        first, views = parts[0], _views(parts, memory)
-        handle, total, done = self._handle(first.source.file), sum(map(len, views)), 0
-        while done < total:
-            at = first.offset + done
+    def _fill_all(self, calls: Sequence[Call], target: Tensor) -> int:
+        return sum(self._fill(call, target) for call in calls)
+
+    def _fill(self, call: Call, target: Tensor) -> int:
+        """Read what a call takes of a file, to its places in `target`; how many bytes that is."""
+        handle, vectors, done = self._handle(call.file), call.vectors_in(target), 0
+        while True:
+            at = call.offset + done
             try:
-                count = os.preadv(handle, views, at)
+                count = preadv(handle, vectors, at)
             except OSError as failure:
                 raise MachineError(
-                    f"{first.source.file}: tensor {_source_at(parts, at).name} cannot be read "
+                    f"{call.file}: tensor {call.source_at(at).name} cannot be read "
                     f"({failure.strerror})",
                     hint="check the disk, then go on with --resume if there is an --out",
                 ) from failure
             if count == 0:
-                source = _source_at(parts, at)
+                source = call.source_at(at)
                 raise CheckpointError(
-                    f"{source.file.name}: tensor {source.name} ends after "
+                    f"{call.file.name}: tensor {source.name} ends after "
                     f"{max(0, at - source.offset)} bytes, needed {source.nbytes}",
                     hint="the file changed or was cut short while it was read: copy it again",
                 )
             done += count
-            while views and count >= len(views[0]):
-                count -= len(views.pop(0))
-            if count:
-                views[0] = views[0][count:]
-        return total
+            if done == call.nbytes:
+                return done
+            vectors = after(vectors, count)
+
+    def _make(self, placed: PlacedWeight, arena: Tensor) -> int:
+        if placed.quantize:
+            return self._read_quantized(placed, arena)
+        return self._read_nested_scales(placed, arena)
 
     def _read_quantized(self, placed: PlacedWeight, arena: Tensor) -> int:
         source = placed.weight.data
@@ -160,7 +164,7 @@ class RunReader:
         for source, raw in zip(sources, (absmax, outer, table), strict=True):
             self._read_whole(source, raw)
         outer, table = outer.view(torch.float32), table.view(torch.float32)
-        _check_nested(quant.nested, outer, table)
+        check_nested(quant.nested, outer, table)
         nested = quant.nested
         scales = nf4.expand_absmax(
             absmax, outer, table, nested.blocksize, nested.offset, nested.skip
@@ -169,7 +173,8 @@ class RunReader:
         return sum(source.nbytes for source in sources)
 
     def _read_whole(self, source: StoredTensor, raw: Tensor) -> None:
-        self._read([_Range(source, source.offset, 0, source.nbytes)], raw.numpy().data)
+        for call in calls_for(ranges_of(source, 0, source.nbytes), source.nbytes):
+            self._fill(call, raw)
 
     def _handle(self, file: Path) -> int:
         with self._lock:
@@ -207,127 +212,3 @@ class RunReader:
 def _state(handle: int) -> tuple[int, int]:
     status = os.fstat(handle)
     return status.st_size, status.st_mtime_ns
-
-
-class _Range(NamedTuple):
-    """`nbytes` of a tensor from `offset` in its file on, and the place that they go to."""
-
-    source: StoredTensor
-    offset: int
-    place: int
-    nbytes: int
-
-    @property
-    def stop(self) -> int:
-        return self.offset + self.nbytes
-
-
-def _cut(source: StoredTensor, place: int, piece: int) -> list[_Range]:
-    """A tensor in ranges of at most `piece` bytes."""
-    if source.nbytes <= piece:
-        return [_Range(source, source.offset, place, source.nbytes)]
-    starts = range(0, source.nbytes, piece)
-    return [
-        _Range(source, source.offset + at, place + at, min(piece, source.nbytes - at))
-        for at in starts
-    ]
-
-
-def _together(ranges: Sequence[_Range], piece: int) -> list[list[_Range]]:
-    """Ranges of one file in order of their offsets, those that one call reads in one list."""
-    found: list[list[_Range]] = []
-    begin = end = -1
-    for part in ranges:
-        if (
-            found
-            and 0 <= part.offset - end <= GAP_BYTES
-            and part.stop - begin <= piece
-            and len(found[-1]) < MOST_RANGES
-        ):
-            found[-1].append(part)
-        else:
-            found.append([part])
-            begin = part.offset
-        end = part.stop
-    return found
-
-
-def _views(parts: Sequence[_Range], memory: memoryview) -> list[memoryview]:
-    """Where the file's bytes go, those between two ranges to memory that nobody reads."""
-    views: list[memoryview] = []
-    at = parts[0].offset
-    for _, offset, place, nbytes in parts:
-        if offset > at:
-            views.append(_UNREAD[: offset - at])
-        views.append(memory[place : place + nbytes])
-        at = offset + nbytes
-    return views
-
-
-def _source_at(parts: Sequence[_Range], offset: int) -> StoredTensor:
-    """The tensor that the byte at `offset` is of; before one, that tensor."""
-    return next(part.source for part in parts if offset < part.stop)
-
-
-# Scales of scales, entries of their table and offsets are all far below this in a whole file, and
-# no product of them overflows.
-PLAUSIBLE = 1e18
-
-
-def _all_plausible(placed: Sequence[tuple[PlacedWeight, int]], target: Tensor) -> bool:
-    """Whether nothing of many weights, whose blocks begin at some place of `target`, needs a closer
-    look: a look at each takes 100 us."""
-    positive: list[tuple[int, Slot]] = []
-    signed: list[tuple[int, Slot]] = []
-    for one, start in placed:
-        quant = one.weight.quant
-        assert quant is not None and one.absmax is not None
-        if one.nested_absmax is not None and one.nested_quant_map is not None:
-            positive.append((start, one.nested_absmax))
-            signed.append((start, one.nested_quant_map))
-            assert quant.nested is not None
-            if not abs(quant.nested.offset) < PLAUSIBLE:
-                return False
-        elif quant.nested is None:
-            positive.append((start, one.absmax))
-    lowest, highest = _extremes(positive, target)
-    least, most = _extremes(signed, target)
-    return lowest >= 0 and highest < PLAUSIBLE and least > -PLAUSIBLE and most < PLAUSIBLE
-
-
-def _extremes(slots: Sequence[tuple[int, Slot]], target: Tensor) -> tuple[float, float]:
-    """Least and greatest of float32 values, NaN where one is NaN. numpy's views take a quarter of
-    the time of torch's."""
-    raw = target.numpy()
-    starts = ((start + slot.offset, slot.nbytes) for start, slot in slots)
-    parts = [raw[start : start + nbytes].view(np.float32) for start, nbytes in starts if nbytes]
-    values = np.concatenate(parts or [np.zeros(1, np.float32)])
-    return float(values.min()), float(values.max())
-
-
-def _values(slot: Slot, arena: Tensor) -> Tensor:
-    return arena[slot.offset : slot.offset + slot.nbytes].view(torch.float32)
-
-
-def _check_scales(placed: PlacedWeight, arena: Tensor) -> None:
-    quant = placed.weight.quant
-    assert quant is not None and placed.absmax is not None
-    if quant.nested is None:
-        source = quant.absmax
-        scales = _values(placed.absmax, arena)
-        nf4.check_scales(scales, file=source.file.name, tensor=source.name, signed=False)
-    elif placed.nested_absmax is not None and placed.nested_quant_map is not None:
-        outer = _values(placed.nested_absmax, arena)
-        table = _values(placed.nested_quant_map, arena)
-        _check_nested(quant.nested, outer, table)
-
-
-def _check_nested(nested: Nested, outer: Tensor, table: Tensor) -> None:
-    """Raises CheckpointError for values that are not finite, or whose product is not."""
-    for source, values, signed in (
-        (nested.absmax, outer, False),
-        (nested.quant_map, table, True),
-    ):
-        nf4.check_scales(values, file=source.file.name, tensor=source.name, signed=signed)
-    source = nested.absmax
-    nf4.check_products(outer, table, nested.offset, file=source.file.name, tensor=source.name)
