@@ -1,8 +1,8 @@
 """The system's preadv, called with an array of addresses.
 
-os.preadv wants a memoryview for each place, made anew wherever a run lands in its ring: 0.7 us
-each, while the thread that launches kernels waits. ctypes needs one number for all of them, and
-lets other threads run while it reads. Both exist on the same systems: Linux, and macOS from 11.
+os.preadv wants a memoryview for each place, made anew wherever a run lands in its ring, while the
+thread that launches kernels waits. ctypes passes one address for all of them, and lets other
+threads run while it reads. Both functions exist on the same systems: Linux, and macOS from 11.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def preadv(handle: int, vectors: Vectors, offset: int) -> int:
     return done
 
 
-def after(vectors: Vectors, count: int) -> Vectors:
+def remaining(vectors: Vectors, count: int) -> Vectors:
     """What is still to be filled once the first `count` bytes are."""
     ends = np.cumsum(vectors[:, 1])
     first = int(np.searchsorted(ends, count, side="right"))

@@ -19,7 +19,7 @@ from layersweep.checkpoint import nf4
 from layersweep.checkpoint.header import StoredTensor
 from layersweep.errors import CheckpointError, MachineError
 from layersweep.stream.blocks import STORED_DTYPES, BlockSpec, PlacedWeight
-from layersweep.stream.preadv import after, preadv
+from layersweep.stream.preadv import preadv, remaining
 from layersweep.stream.reading_plan import (
     Call,
     Reading,
@@ -61,6 +61,7 @@ class RunReader:
 
     def tasks(self, run: Run, target: Tensor, piece: int = PIECE_BYTES) -> list[Task]:
         """The work that fills `target` (uint8, CPU, run.nbytes): up to `piece` bytes each."""
+        assert target.numel() == run.nbytes  # addresses are not checked again
         reading = self._reading(run, piece)
         made = [partial(self._make, placed, target[start:]) for placed, start in reading.made]
         return [*made, *(partial(self._fill_all, calls, target) for calls in reading.calls)]
@@ -134,7 +135,7 @@ class RunReader:
             done += count
             if done == call.nbytes:
                 return done
-            vectors = after(vectors, count)
+            vectors = remaining(vectors, count)
 
     def _make(self, placed: PlacedWeight, arena: Tensor) -> int:
         if placed.quantize:

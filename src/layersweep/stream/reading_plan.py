@@ -24,6 +24,7 @@ from layersweep.stream.preadv import Vectors
 from layersweep.stream.runs import Run
 
 GAP_BYTES = 64 * 2**10  # bytes between tensors that are read and dropped
+DISK_SHARES = 4  # of a call's bytes, which small calls may be together
 _UNREAD = np.empty(GAP_BYTES, np.uint8)
 Numbers = NDArray[np.int64]
 Range = tuple[int, int, int, StoredTensor]  # offset in the file, place in the run, bytes, of what
@@ -64,8 +65,8 @@ class Reading:
 
 
 def plan_reading(specs: Sequence[BlockSpec], run: Run, piece: int) -> Reading:
-    """Calls of at most `piece` bytes, and readers' shares of as many. What lies together in a file
-    is read by one call, whatever tensors it is."""
+    """Calls of at most `piece` bytes. What lies together in a file is read by one of them, whatever
+    tensors it is."""
     wanted: list[Range] = []
     made: list[tuple[PlacedWeight, int]] = []
     for block, start in zip(run.blocks, run.offsets, strict=True):
@@ -82,16 +83,19 @@ def plan_reading(specs: Sequence[BlockSpec], run: Run, piece: int) -> Reading:
     for file, ranges in groupby(wanted, lambda one: one[3].file):
         files.setdefault(file, []).extend(ranges)
     calls = [call for ranges in files.values() for call in calls_for(ranges, piece)]
-    return Reading(tuple(_shares(calls, piece)), tuple(made))
+    # a run that one call might read is for one reader; a disk's queue needs more of them
+    share = piece if run.nbytes <= piece else piece // DISK_SHARES
+    return Reading(tuple(_shares(calls, share)), tuple(made))
 
 
-def _shares(calls: Sequence[Call], piece: int) -> Iterator[tuple[Call, ...]]:
-    """Handing work to a thread takes longer than a call does, beside the copying."""
+def _shares(calls: Sequence[Call], most: int) -> Iterator[tuple[Call, ...]]:
+    """Calls of up to `most` bytes together for each reader: handing one over takes 20 us of Python,
+    and experts that lie in the order "1", "10", "100" are many calls."""
     ends = list(accumulate(call.nbytes for call in calls))
     first = 0
     while first < len(calls):
         before = ends[first] - calls[first].nbytes
-        after = max(first + 1, bisect_right(ends, before + piece))
+        after = max(first + 1, bisect_right(ends, before + most))
         yield tuple(calls[first:after])
         first = after
 
