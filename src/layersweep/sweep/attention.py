@@ -126,7 +126,7 @@ def attend_group(
     if prefix:
         own = slice(0, prefix)
         with context.scratch.frame():
-            out[:, :, own] = _attend(q[:, :, own], [_some(streams, own)], 0, 0, table, context)
+            _attend(q[:, :, own], [_some(streams, own)], 0, 0, table, context, out[:, :, own])
     first = context.plain_streams[0].first_held(prefix)
     past = _some(streams, slice(first, prefix))
     readers = [branch.arm for branch in sequence.branches if not branch.streaming]
@@ -136,15 +136,14 @@ def attend_group(
     start, reader = prefix, 0
     for branch in sequence.branches:
         own = slice(start, start + len(branch.ids))
-        mine = _some(streams, own)
+        mine, its_q, its_out = _some(streams, own), q[:, :, own], out[:, :, own]
         with context.scratch.frame():
             if branch.streaming:
-                attended = _attend_streaming(tile.name, branch, q[:, :, own], mine, table, context)
+                _attend_streaming(tile.name, branch, its_q, mine, table, context, its_out)
             else:
                 seen = [*store.pieces(reader), mine] if store else [mine]
-                attended = _attend(q[:, :, own], seen, first, prefix, table, context)
+                _attend(its_q, seen, first, prefix, table, context, its_out)
                 reader += 1
-            out[:, :, own] = attended
         start = own.stop
     if context.watch is not None and store is not None:
         mine = _some(streams, slice(prefix, prefix + len(sequence.branches[0].ids)))
@@ -165,13 +164,13 @@ def _some(streams: Streams, tokens: slice) -> Streams:
 
 def _attend(
     q: Tensor, parts: Sequence[Streams], first: int, at: int, table: Table | None,
-    context: LayerContext,
-) -> Tensor:  # fmt: skip
+    context: LayerContext, out: Tensor,
+) -> None:  # fmt: skip
     """Queries from position `at` on over all tokens of `parts`, which begin at `first`."""
     (keys, values), past = read_with_past(parts, first, table, context)
     queries = turned_queries(q, at, table, context)
     attention, rule, sinks = context.compute.attention, context.rule, context.sinks
-    return attention(queries, keys, values, rule=rule, sinks=sinks, past=past)
+    attention(queries, keys, values, rule=rule, sinks=sinks, past=past, out=out)
 
 
 def _stored(
@@ -218,8 +217,8 @@ def _coded_until(arm: Arm, tokens: int, device: torch.device) -> Tensor:
 
 def _attend_streaming(
     tile_name: str, branch: Branch, q: Tensor, streams: Streams, table: Table | None,
-    context: LayerContext,
-) -> Tensor:  # fmt: skip
+    context: LayerContext, out: Tensor,
+) -> None:  # fmt: skip
     """Every token reads what a cache holds once it is in, itself included: coded tokens, the newest
     of them with what is `fine`; exactly what has not left the window or filled a block, and keys,
     values or both that a codec has not let go of."""
@@ -242,10 +241,12 @@ def _attend_streaming(
     parts = 1 + (arm.fine > 0) + between + near
     if parts == 1:
         keys, values = read([stored.decoded(0)], 0, table, context)
-        return attention(q, keys, values, rule=rule, sinks=sinks)
+        attention(q, keys, values, rule=rule, sinks=sinks, out=out)
+        return
     exact = read([streams], 0, table, context)
     if arm.keeps_window(rule.window):
-        return attention(q, *exact, rule=rule, sinks=sinks)
+        attention(q, *exact, rule=rule, sinks=sinks, out=out)
+        return
     # every token in each of the shapes that it takes as it ages, the last one first
     shapes = (0, tokens) if arm.fine else (0,)
     every = [replace(arm, window=0, block=0, fine=fine) for fine in shapes]
@@ -258,7 +259,6 @@ def _attend_streaming(
     keys, values = (torch.cat(part, dim=2) for part in zip(*views, strict=True))
     key_at = torch.arange(tokens, device=q.device)
     until = _coded_until(arm, tokens, q.device)
-    pieces = []
     for first in range(0, tokens, QUERY_CHUNK):
         some = slice(first, first + QUERY_CHUNK)
         at, left = key_at[some, None], until[some, None]
@@ -276,5 +276,5 @@ def _attend_streaming(
         if rule.window is not None:
             seen &= key_at > at - rule.window
         mask = torch.cat(masks[:parts], dim=1) & seen.repeat(1, parts)
-        pieces.append(attention(q[:, :, some], keys, values, mask, rule=rule.masked(), sinks=sinks))
-    return torch.cat(pieces, dim=2)
+        its_q, its_out = q[:, :, some], out[:, :, some]
+        attention(its_q, keys, values, mask, rule=rule.masked(), sinks=sinks, out=its_out)
