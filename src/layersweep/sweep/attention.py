@@ -22,7 +22,7 @@ from layersweep.sweep.heads import (
     project,
     read,
     read_with_past,
-    turned_queries,
+    turn_queries_,
 )
 from layersweep.sweep.reference import fitted
 from layersweep.sweep.sequences import Branch, BranchedSequence, Group, Tile
@@ -123,10 +123,12 @@ def attend_group(
     out = out.view(count, group.rows_each, context.attention.num_heads, -1).transpose(1, 2)
     sequence = group.sequences[0]
     prefix, table = len(sequence.prefix), context.table(_reach(tile, sequence, context))
+    (length,) = {len(branch.ids) for branch in sequence.branches}
+    turn_queries_(q, table, context, (prefix, length))
     if prefix:
         own = slice(0, prefix)
         with context.scratch.frame():
-            _attend(q[:, :, own], [_some(streams, own)], 0, 0, table, context, out[:, :, own])
+            _attend(q[:, :, own], [_some(streams, own)], 0, table, context, out[:, :, own])
     first = context.plain_streams[0].first_held(prefix)
     past = _some(streams, slice(first, prefix))
     readers = [branch.arm for branch in sequence.branches if not branch.streaming]
@@ -142,7 +144,7 @@ def attend_group(
                 _attend_streaming(tile.name, branch, its_q, mine, table, context, its_out)
             else:
                 seen = [*store.pieces(reader), mine] if store else [mine]
-                _attend(its_q, seen, first, prefix, table, context, its_out)
+                _attend(its_q, seen, first, table, context, its_out)
                 reader += 1
         start = own.stop
     if context.watch is not None and store is not None:
@@ -163,14 +165,13 @@ def _some(streams: Streams, tokens: slice) -> Streams:
 
 
 def _attend(
-    q: Tensor, parts: Sequence[Streams], first: int, at: int, table: Table | None,
-    context: LayerContext, out: Tensor,
+    q: Tensor, parts: Sequence[Streams], first: int, table: Table | None, context: LayerContext,
+    out: Tensor,
 ) -> None:  # fmt: skip
-    """Queries from position `at` on over all tokens of `parts`, which begin at `first`."""
+    """The newest queries over all tokens of `parts`, which begin at position `first`."""
     (keys, values), past = read_with_past(parts, first, table, context)
-    queries = turned_queries(q, at, table, context)
     attention, rule, sinks = context.compute.attention, context.rule, context.sinks
-    attention(queries, keys, values, rule=rule, sinks=sinks, past=past, out=out)
+    attention(q, keys, values, rule=rule, sinks=sinks, past=past, out=out)
 
 
 def _stored(
@@ -234,7 +235,6 @@ def _attend_streaming(
     if first:  # all tokens are read here, each by those in whose window it is; a cache holds fewer
         held = _stored([arm], _some(streams, slice(first, tokens)), context, first=first)
     _count(tile_name, [arm], held, context)
-    q = turned_queries(q, 0, table, context)
     # One of the two is exact in between, where they are not let go of alike.
     between = how_keys != how_values
     near = arm.window > 0 or arm.block > 0 or Grouping() not in (how_keys, how_values)

@@ -122,12 +122,18 @@ class LayerContext:
         rope = self.attention.rope
         return None if rope is None else self.tables.of(rope, length)
 
-    def turn(self, x_BHTD: Tensor, table: Table | None, first: int, out: Tensor) -> Tensor:
-        """Copy heads to `out` (which may be x), turned to positions from `first` on."""
+    def turn(
+        self, x_BHTD: Tensor, table: Table | None, first: int, out: Tensor,
+        branched: tuple[int, int] | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Copy heads to `out` (which may be x), turned to positions from `first` on, or as those
+        of a prefix and its branches: see TorchOps.rope."""
         rope = self.attention.rope
         if rope is None or table is None:
             return out if out is x_BHTD else out.copy_(x_BHTD)
-        return self.compute.ops.rope(x_BHTD, *table, first, out, interleaved=rope.interleaved)
+        return self.compute.ops.rope(
+            x_BHTD, *table, first, out, interleaved=rope.interleaved, branched=branched
+        )
 
     def take_like(self, x_BGTD: Tensor, tokens: int) -> Tensor:
         """Scratch for keys or values of `tokens` tokens."""

@@ -72,12 +72,13 @@ def read_with_past(
     return read([own], first + keys.shape[2], table, context), (keys, values)
 
 
-def turned_queries(q: Tensor, first: int, table: Table | None, context: LayerContext) -> Tensor:
-    """Queries at positions from `first` on, in place."""
+def turn_queries_(
+    q: Tensor, table: Table | None, context: LayerContext, branched: tuple[int, int] | None = None
+) -> None:
+    """Turn queries in place to positions from 0 on, or to those of a prefix and its branches."""
     latent = context.attention.latent
     part = q[..., latent.nope_dim :] if latent else q
-    context.turn(part, table, first, part)
-    return q
+    context.turn(part, table, 0, part, branched)
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
