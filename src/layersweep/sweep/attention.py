@@ -21,7 +21,7 @@ from layersweep.sweep.heads import (
     Streams,
     project,
     read,
-    read_with_past,
+    read_apart,
     turn_queries_,
 )
 from layersweep.sweep.reference import fitted
@@ -125,13 +125,14 @@ def attend_group(
     prefix, table = len(sequence.prefix), context.table(_reach(tile, sequence, context))
     (length,) = {len(branch.ids) for branch in sequence.branches}
     turn_queries_(q, table, context, (prefix, length))
+    readers = [branch.arm for branch in sequence.branches if not branch.streaming]
+    apart = read_apart(streams, (prefix, length), table, context) if readers else None
     if prefix:
         own = slice(0, prefix)
         with context.scratch.frame():
-            _attend(q[:, :, own], [_some(streams, own)], 0, table, context, out[:, :, own])
+            _attend(q[:, :, own], (), 0, streams, apart, own, table, context, out[:, :, own])
     first = context.plain_streams[0].first_held(prefix)
     past = _some(streams, slice(first, prefix))
-    readers = [branch.arm for branch in sequence.branches if not branch.streaming]
     store = _stored(readers, past, context, first=first) if first < prefix else None
     if store:
         _count(tile.name, readers, store, context)
@@ -143,16 +144,15 @@ def attend_group(
             if branch.streaming:
                 _attend_streaming(tile.name, branch, its_q, mine, table, context, its_out)
             else:
-                seen = [*store.pieces(reader), mine] if store else [mine]
-                _attend(its_q, seen, first, table, context, its_out)
+                seen = store.pieces(reader) if store else ()
+                _attend(its_q, seen, first, streams, apart, own, table, context, its_out)
                 reader += 1
         start = own.stop
     if context.watch is not None and store is not None:
         mine = _some(streams, slice(prefix, prefix + len(sequence.branches[0].ids)))
         context.watch(Attended(group, q, out, mine, past, store, first, table, context))
     if context.caches is not None:
-        own = slice(prefix, None)
-        _keep(tile, group, first, store, _some(streams, own), table, context)
+        _keep(tile, group, first, store, streams, apart, table, context)
 
 
 def _reach(tile: Tile, sequence: BranchedSequence, context: LayerContext) -> int:
@@ -165,13 +165,19 @@ def _some(streams: Streams, tokens: slice) -> Streams:
 
 
 def _attend(
-    q: Tensor, parts: Sequence[Streams], first: int, table: Table | None, context: LayerContext,
-    out: Tensor,
+    q: Tensor, past: Sequence[Streams], first: int, streams: Streams, apart: Streams | None,
+    own: slice, table: Table | None, context: LayerContext, out: Tensor,
 ) -> None:  # fmt: skip
-    """The newest queries over all tokens of `parts`, which begin at position `first`."""
-    (keys, values), past = read_with_past(parts, first, table, context)
+    """Queries of the tokens `own` over `past`, which begins at position `first`, and themselves.
+    `apart`: turned keys and values of all tokens, where they are not joined to a past."""
+    before = None
+    if apart is None:
+        keys, values = read([*past, _some(streams, own)], first, table, context)
+    else:
+        keys, values = _some(apart, own)
+        before = read(past, first, table, context) if past else None
     attention, rule, sinks = context.compute.attention, context.rule, context.sinks
-    attention(q, keys, values, rule=rule, sinks=sinks, past=past, out=out)
+    attention(q, keys, values, rule=rule, sinks=sinks, past=before, out=out)
 
 
 def _stored(
@@ -196,15 +202,17 @@ def _count(tile_name: str, arms: Sequence[Arm], store: KvStore, context: LayerCo
 
 
 def _keep(
-    tile: Tile, group: Group, first: int, prefix: KvStore | None, own: Streams,
-    table: Table | None, context: LayerContext,
+    tile: Tile, group: Group, first: int, prefix: KvStore | None, streams: Streams,
+    apart: Streams | None, table: Table | None, context: LayerContext,
 ) -> None:  # fmt: skip
-    """Put away what each branch has seen. `own`: streams of all branches, one after the other."""
+    """Put away what each branch has seen. `apart` as in _attend."""
     assert context.caches is not None
     before, branches = len(group.sequences[0].prefix), len(group.sequences[0].branches)
     with context.scratch.frame():
-        parts = zip(*(x.chunk(branches, dim=2) for x in own), strict=True)
-        pairs = [read([part], before, table, context) for part in parts]
+        own = _some(apart or streams, slice(before, None))
+        pairs: list[Streams] = [*zip(*(x.chunk(branches, dim=2) for x in own), strict=True)]
+        if apart is None:
+            pairs = [read([part], before, table, context) for part in pairs]
         longest = max(sequence.longest for sequence in tile.sequences)
         at_once = attention_batch(longest, context.decoder.query_width)
         context.caches.layer(tile, context.index).keep(group, first, prefix, pairs, at_once)

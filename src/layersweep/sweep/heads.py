@@ -35,7 +35,7 @@ def project(x_NH: Tensor, sequences: int, context: LayerContext) -> Projected:
 def read(
     parts: Sequence[Streams], first: int, table: Table | None, context: LayerContext,
     into: Streams | None = None,
-) -> Streams:  # fmt: skip
+) -> Pair:  # fmt: skip
     """Keys, turned to positions from `first` on, and values of tokens that lie in one or several
     parts, one after the other; `into` given memory, or in the scratch, or as they come."""
     if context.attention.latent:
@@ -56,20 +56,17 @@ def read(
     return keys, values
 
 
-def read_with_past(
-    parts: Sequence[Streams], first: int, table: Table | None, context: LayerContext
-) -> tuple[Streams, Pair | None]:
-    """The same of the last part, and of those before it, where attention reads a past; of all of
-    them and None, where it does not.
-
-    A past of one part keeps its values where they are. Latents have to become keys and values of
-    one buffer anyway.
-    """
-    *before, own = parts
-    if not before or context.attention.latent or not context.compute.attention.reads_past:
-        return read(parts, first, table, context), None
-    keys, values = read(before, first, table, context)
-    return read([own], first + keys.shape[2], table, context), (keys, values)
+def read_apart(
+    streams: Streams, branched: tuple[int, int], table: Table | None, context: LayerContext
+) -> Streams | None:
+    """The same of a prefix and all its branches, whose keys turn in one launch, where attention
+    reads a past apart from them; None where it does not. Latents have to become keys and values of
+    one buffer with their past anyway."""
+    if context.attention.latent or not context.compute.attention.reads_past:
+        return None
+    keys, values = streams
+    turned = context.take_like(keys, keys.shape[2])
+    return context.turn(keys, table, 0, turned, branched), values
 
 
 def turn_queries_(
@@ -142,7 +139,7 @@ def _latent(x_NH: Tensor, sequences: int, context: LayerContext) -> Projected:
 
 def _expanded(
     streams: Streams, first: int, table: Table | None, context: LayerContext, into: Streams | None
-) -> Streams:
+) -> Pair:
     """Keys [B, Q, T, nope + rope] and values of all heads from latents and rotary keys."""
     one, latent = context.attention, context.attention.latent
     assert latent is not None
