@@ -403,20 +403,10 @@ def test_the_table_of_reliability_is_what_was_measured() -> None:
     assert tool["table"](lines) in (PROJECT / "docs/reliability.md").read_text("utf-8")
 
 
-def test_the_tables_of_the_real_model_are_what_was_measured() -> None:
+def test_the_tables_of_real_models_are_what_was_measured() -> None:
     tool = runpy.run_path(str(PROJECT / "tools/measure_real.py"))
     lines = (PROJECT / "docs/measurements/real.jsonl").read_text("utf-8").splitlines()
-    page = (PROJECT / "docs/codecs.md").read_text("utf-8")
-    assert len(lines) == 35  # 25 arms and 8, each behind an exact one
-    assert tool["table"]([json.loads(line) for line in lines]) in page
-
-
-def test_the_table_of_reference_methods_is_what_was_measured(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.syspath_prepend(str(PROJECT / "tools"))  # it shares what measure_real.py reads
-    tool = runpy.run_path(str(PROJECT / "tools/measure_reference.py"))
-    text = (PROJECT / "docs/measurements/reference.jsonl").read_text("utf-8")
-    found = [json.loads(line) for line in text.splitlines()]
+    found = [json.loads(line) for line in lines]
     assert tool["table"](found) in (PROJECT / "docs/codecs.md").read_text("utf-8")
-    assert {line["segments"] for line in found} == {8, 16}
+    windows = {line["segments"] for line in found if "ppl" in line and "segments" in line}
+    assert (len(lines), windows) == (199, {80})

@@ -56,6 +56,7 @@ def main() -> None:
     parser.add_argument("--segments", default="80", help="windows")
     parser.add_argument("--niah-context", default="4096", help="tokens around a needle")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto")
     parser.add_argument("--table", type=Path, metavar="FILE", help="print what was measured before")
     given = parser.parse_args()
     if given.table:
@@ -83,8 +84,8 @@ def measured(mode: str, given: argparse.Namespace) -> Iterator[Json]:
         "streaming": ["--tasks", "ppl", "--segments", given.segments, "--cache-mode", "streaming"],
         "needle": ["--tasks", "niah", "--niah-context", given.niah_context],
     }[mode]
-    out = given.out / mode
-    run(["eval", given.model, "--text", given.text, *common, *options, "--out", str(out)])
+    out, dtype = given.out / mode, ["--dtype", given.dtype]
+    run(["eval", given.model, "--text", given.text, *common, *dtype, *options, "--out", str(out)])
     yield from lines(mode, json.loads((out / "results.json").read_text("utf-8")), given.kv)
 
 
