@@ -98,48 +98,48 @@ class Plan:
     blocks: tuple[tuple[list[int], list[int], list[int]], ...]
 
 
-@lru_cache(maxsize=1024)  # shapes of a study's groups, times its kinds of layers: tens
+@lru_cache(maxsize=1024)  # each shape of a group has a few for each kind of layer
 def _plan(
     layouts: tuple[Layout, ...], mask: torch.Size | None, sinks: torch.dtype | None,
     scale: float, softcap: float | None, window: int | None, tile: Tile | None,
     device: torch.device,
 ) -> Plan:  # fmt: skip
     """`layouts`: of queries, result, keys and values, and those of a past."""
-    (batch, heads, queries, dim), _, dtype = layouts[0]
-    (_, groups, keys, _), (_, _, _, width) = layouts[2][0], layouts[3][0]
+    shapes, strides, dtypes = zip(*layouts, strict=True)
+    batch, heads, queries, dim = shapes[0]
+    (_, groups, keys, _), width, dtype = shapes[2], shapes[3][3], dtypes[0]
     past = len(layouts) > 4
-    before = layouts[4][0][2] if past else 0
+    before = shapes[4][2] if past else 0
     assert dtype in (torch.float16, torch.bfloat16) and max(dim, width) <= 256
-    assert {kind for _, _, kind in layouts} == {dtype}
+    assert set(dtypes) == {dtype} and shapes[1] == (batch, heads, queries, width)
+    assert all(one == 1 and not (a | b | c) & 7 for a, b, c, one in strides)
     assert queries <= keys and scale > 0 and dim % 8 == width % 8 == 0
-    assert layouts[1][0] == (batch, heads, queries, width)
-    assert layouts[1][1][3] == 1 and not any(step % 8 for step in layouts[1][1][:3])
     assert mask is None or (window is None and not past and mask == (queries, keys))
     block_dim, block_width = (max(16, triton.next_power_of_2(size)) for size in (dim, width))
     tile = tile or _tile(max(block_dim, block_width), device)
     factor, cap = scale * LOG2_E, 0.0
     if softcap is not None:
         factor, cap = 2 * factor / softcap, softcap * LOG2_E
-    strides = [step // 8 for _, steps, _ in layouts for step in steps[:3]]
-    strides += [0] * (18 - len(strides))
+    steps = [step // 8 for of in strides for step in of[:3]]
+    steps += [0] * (18 - len(steps))  # of a past that is none
     fixed = (
         groups, heads // groups, dim, width, block_dim, block_width, tile.rows, tile.keys,
         past, window is not None, softcap is not None, tile.descriptors,
     )  # fmt: skip
-    loaded = zip(layouts[2:], (block_dim, block_width) * 2, strict=False)
-    blocks = [(list(x[0]), list(x[1]), [1, 1, tile.keys, block]) for x, block in loaded]
+    loaded = zip(shapes[2:], strides[2:], (block_dim, block_width) * (1 + past), strict=True)
+    blocks = [(list(shape), list(of), [1, 1, tile.keys, block]) for shape, of, block in loaded]
     return Plan(
         tile,
         grid=(triton.cdiv(queries * (heads // groups), tile.rows), batch * groups, 1),
-        numbers=(*strides, queries, keys, before, window or 0, factor, cap, *fixed),
+        numbers=(*steps, queries, keys, before, window or 0, factor, cap, *fixed),
         key=(device, dtype, mask is None, sinks, *fixed),
         blocks=tuple(blocks) if tile.descriptors else (),
     )
 
 
 def _described(x: Tensor, block: tuple[list[int], list[int], list[int]]) -> TensorDescriptor:
-    """A descriptor without Triton's checks of it, which take the host longer than the launch; x is
-    loadable, and the plan has looked at the rest."""
+    """A descriptor without Triton's own checks, which take the host 4 us: x is loadable, and the
+    plan has seen to the rest."""
     made = TensorDescriptor.__new__(TensorDescriptor)
     made.base, made.padding = x, "zero"
     made.shape, made.strides, made.block_shape = block
@@ -168,7 +168,7 @@ def _loadable(x: Tensor) -> Tensor:
     """x, or a copy, as the kernel's loads of 16 bytes want it."""
     batch, head, token, one = x.stride()
     there = one == 1 and not (batch | head | token) & 7 and not x.data_ptr() & 15
-    return x if there else x.contiguous()
+    return x if there else x.clone(memory_format=torch.contiguous_format)
 
 
 def _tile(width: int, device: torch.device) -> Tile:
