@@ -22,7 +22,7 @@ from layersweep.sweep.heads import (
     project,
     read,
     read_apart,
-    turn_queries_,
+    rotary_part,
 )
 from layersweep.sweep.reference import fitted
 from layersweep.sweep.sequences import Branch, BranchedSequence, Group, Tile
@@ -123,10 +123,10 @@ def attend_group(
     out = out.view(count, group.rows_each, context.attention.num_heads, -1).transpose(1, 2)
     sequence = group.sequences[0]
     prefix, table = len(sequence.prefix), context.table(_reach(tile, sequence, context))
-    (length,) = {len(branch.ids) for branch in sequence.branches}
-    turn_queries_(q, table, context, (prefix, length))
+    rotary = rotary_part(q, context)
+    context.turn_branches(rotary, table, sequence, rotary)
     readers = [branch.arm for branch in sequence.branches if not branch.streaming]
-    apart = read_apart(streams, (prefix, length), table, context) if readers else None
+    apart = read_apart(streams, sequence, table, context) if readers else None
     if prefix:
         own = slice(0, prefix)
         with context.scratch.frame():

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from layersweep.model.attention import Pair
 from layersweep.sweep.context import LayerContext, Table
+from layersweep.sweep.sequences import BranchedSequence
 
 Streams = tuple[Tensor, ...]  # [B, heads, T, D] each
 
@@ -57,25 +58,22 @@ def read(
 
 
 def read_apart(
-    streams: Streams, branched: tuple[int, int], table: Table | None, context: LayerContext
+    streams: Streams, sequence: BranchedSequence, table: Table | None, context: LayerContext
 ) -> Streams | None:
-    """The same of a prefix and all its branches, whose keys turn in one launch, where attention
-    reads a past apart from them; None where it does not. Latents have to become keys and values of
-    one buffer with their past anyway."""
+    """The same of a prefix and all its branches, whose keys turn together, where attention reads a
+    past apart from them; None where it does not. Latents have to become keys and values of one
+    buffer with their past anyway."""
     if context.attention.latent or not context.compute.attention.reads_past:
         return None
     keys, values = streams
     turned = context.take_like(keys, keys.shape[2])
-    return context.turn(keys, table, 0, turned, branched), values
+    return context.turn_branches(keys, table, sequence, turned), values
 
 
-def turn_queries_(
-    q: Tensor, table: Table | None, context: LayerContext, branched: tuple[int, int] | None = None
-) -> None:
-    """Turn queries in place to positions from 0 on, or to those of a prefix and its branches."""
+def rotary_part(q: Tensor, context: LayerContext) -> Tensor:
+    """What turns of queries, in place."""
     latent = context.attention.latent
-    part = q[..., latent.nope_dim :] if latent else q
-    context.turn(part, table, 0, part, branched)
+    return q[..., latent.nope_dim :] if latent else q
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
