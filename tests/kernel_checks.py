@@ -230,7 +230,7 @@ def check_leave_layer(
 def check_rope(
     kernels: Kernels, device: torch.device, shape: tuple[int, int, int, int], seed: int
 ) -> None:
-    """Whole heads and a part of each; pairs that are halves and neighbours."""
+    """Whole heads and a part of each; pairs that are halves and neighbours; two branches."""
     batch, heads, tokens, width = shape
     first, dtype = 3, kernels.dtype
     floats = draw(seed, batch, tokens, heads, width, device=device).transpose(1, 2)
@@ -247,6 +247,16 @@ def check_rope(
         x = floats.to(dtype)
         kernels.rope(x, x, cos, sin, first, interleaved)
         exactly(x, wanted, seed)
+        length = tokens // 3
+        prefix = tokens - 2 * length
+        own = [*range(first + prefix, first + prefix + length)]
+        places = [*range(first, first + prefix), *own, *own]
+        given, branched = floats.to(dtype), (prefix, length)
+        wanted = maths.rope(given, cos[places], sin[places], interleaved=interleaved)
+        kernels.rope(given, out, cos, sin, first, interleaved, branched)
+        exactly(out, wanted, seed)
+        told = {"interleaved": interleaved, "branched": branched}
+        exactly(TorchOps().rope(given, cos, sin, first, out.zero_(), **told), wanted, seed)
 
 
 def check_lloyd(

@@ -116,8 +116,13 @@ def test_a_past_that_lies_elsewhere(
     q, k, v = inputs(shape, HALF)
     past = k[:, :, :before].contiguous(), v[:, :, :before].contiguous()
     sinks = torch.randn(shape[0], device=DEVICE)
-    found = attention(q, k[:, :, before:], v[:, :, before:], past=past, rule=rule, sinks=sinks)
+    own = k[:, :, before:], v[:, :, before:]
+    found = attention(q, *own, past=past, rule=rule, sinks=sinks)
     same(found, oracle(q, k, v, None, rule, sinks), HALF)
+    memory = torch.full((2, shape[2] + 2, shape[0], shape[5]), 7.0, dtype=HALF, device=DEVICE)
+    out = memory.transpose(1, 2)[:, :, 1:-1]
+    attention(q, *own, past=past, rule=rule, sinks=sinks, out=out)
+    assert torch.equal(out, found) and memory[:, [0, -1]].eq(7).all()
 
 
 @pytest.mark.parametrize("with_sinks", [False, True])

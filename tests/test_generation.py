@@ -28,6 +28,7 @@ from layersweep.generate.generation import Generation
 from layersweep.generate.lanes import generate_units
 from layersweep.generate.plan import plan_generation
 from layersweep.kv.arms import EXACT, Arm, parse_arms
+from layersweep.model.attention import PlainAttention
 from layersweep.stream.blocks import BlockSpec, blocks_of
 from layersweep.stream.host import HostStage
 from layersweep.stream.runs import Placement, compute_ring, runs_of, spread_layers
@@ -384,6 +385,8 @@ def test_where_caches_wait_and_how_many_arms_go_at_once_changes_no_bit(
         assert caches.moved_bytes == 0  # nothing leaves the host
         memory.close()
     monkeypatch.setattr("layersweep.sweep.state.STEP_ELEMENTS", 1)
+    assert torch.equal(stepped(tiny, rides, arms, KeptCaches(3)), expected)
+    monkeypatch.setattr(PlainAttention, "reads_past", True)  # kept keys turned with the prefix's
     assert torch.equal(stepped(tiny, rides, arms, KeptCaches(3)), expected)
 
 

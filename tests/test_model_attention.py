@@ -242,6 +242,16 @@ def test_torchs_flash_serves_as_many_queries_as_keys_and_ours_the_rest(
 
 
 @pytest.mark.parametrize("name", ["plain", "window", "gemma2"])
+def test_a_result_goes_where_it_is_wanted(name: str) -> None:
+    q, k, v = inputs(7, 20)
+    memory = torch.full((2, 9, HEADS, v.shape[-1]), float("nan"))
+    out = memory.transpose(1, 2)[:, :, 1:8]
+    assert PlainAttention()(q, k, v, rule=RULES[name], out=out) is out
+    assert torch.equal(out, PlainAttention()(q, k, v, rule=RULES[name]))
+    assert memory[:, [0, 8]].isnan().all()
+
+
+@pytest.mark.parametrize("name", ["plain", "window", "gemma2"])
 def test_a_past_is_what_comes_before(name: str) -> None:
     q, k, v = inputs(7, 20)
     plain, past, own = PlainAttention(), (k[:, :, :12], v[:, :, :12]), (k[:, :, 12:], v[:, :, 12:])
@@ -298,10 +308,12 @@ def test_torchs_kernels_take_our_arguments(attention: attentions.Attention) -> N
     sizes = ((2, HEADS, 7, DIM), (2, KV_HEADS, 20, DIM), (2, KV_HEADS, 20, VALUE))
     q, k, v = (torch.empty(size, dtype=torch.float16, device="meta") for size in sizes)
     mask = torch.empty(7, 20, dtype=torch.bool, device="meta")
+    out = torch.empty(2, 7, HEADS, VALUE, dtype=torch.float16, device="meta").transpose(1, 2)
     for name in GPU_RULES:
         for sinks in (None, torch.empty(HEADS, device="meta")):
             found = attention(q, k, v, rule=RULES[name], sinks=sinks)
             assert found.shape == (2, HEADS, 7, VALUE) and found.dtype == torch.float16
+            assert attention(q, k, v, rule=RULES[name], sinks=sinks, out=out) is out
             found = attention(q, k, v, mask, rule=RULES[name].masked(), sinks=sinks)
             assert found.shape == (2, HEADS, 7, VALUE)
 

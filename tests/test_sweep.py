@@ -19,6 +19,7 @@ from layersweep.errors import BudgetError, InputError
 from layersweep.kv import parse
 from layersweep.kv.arms import EXACT, Arm
 from layersweep.model.attention import Pair, PlainAttention
+from layersweep.model.ops import TorchOps
 from layersweep.stream.blocks import Block
 from layersweep.stream.runs import Placement, choose_spread, compute_ring, runs_of
 from layersweep.stream.store import BlockStore
@@ -119,8 +120,10 @@ def test_a_sequence_beyond_the_models_limit_is_refused(tiny: Path) -> None:
     assert refused.value.hint == "cut it into pieces: up to 32 tokens"
 
 
-def test_a_past_that_is_read_where_it_lies_changes_no_number(tiny: Path) -> None:
-    """Of arms that keep it in one piece, and in two."""
+def test_a_past_that_is_read_where_it_lies_changes_no_number(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of arms that keep it in one piece, and in two. Queries turn at once, and so do exact keys."""
     model = load(str(tiny), device="cpu")
     arms = [EXACT, parse("lloyd:K3V2"), parse("lloyd:K3V2@sink=3")]
     tiles = [Tile("t", tuple(windows(model, 2, arms)))]
@@ -135,12 +138,24 @@ def test_a_past_that_is_read_where_it_lies_changes_no_number(tiny: Path) -> None
                 lengths.append((past[0].shape[2], args[1].shape[2]))
             return super().__call__(*args, past=past, **others)
 
+    turned: list[tuple[int, int]] = []
+    real = TorchOps.rope
+
+    def rope(ops: TorchOps, x: Tensor, *args: Any, **others: Any) -> Tensor:
+        turned.append((x.shape[1], x.shape[2]))
+        return real(ops, x, *args, **others)
+
+    monkeypatch.setattr(TorchOps, "rope", rope)
     parted = replace(model, compute=replace(model.compute, attention=Parted()))
     found, _ = sweep_logits(parted, tiles)
     for sequence, logits in wanted.items():
         for one, other in zip(found[sequence], logits, strict=True):
             assert torch.equal(one, other)
     assert lengths == [(40, 24)] * 3 * model.decoder.num_hidden_layers
+    heads, own = (4, 2), 40 + 3 * 24
+    past = [(heads[1], tokens) for tokens in (40, 40, 3, 37)]
+    every = [(heads[0], own), (heads[1], own), *past]
+    assert turned == every * model.decoder.num_hidden_layers
 
 
 @pytest.mark.parametrize("name", ["lloyd:K3V2", "lloyd:K1V16", "e8:K4V2", "e8:K3V2@v=0.5",

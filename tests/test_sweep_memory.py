@@ -14,7 +14,8 @@ from torch import Tensor
 
 from layersweep.families.weights import layer_blocks
 from layersweep.kv import parse
-from layersweep.kv.arms import EXACT
+from layersweep.kv.arms import EXACT, Arm
+from layersweep.model.attention import PlainAttention
 from layersweep.model.compute import Scratch, on_cpu
 from layersweep.model.ops import Parts, TorchOps
 from layersweep.stream import shapes
@@ -64,10 +65,12 @@ def random_checkpoint(folder: Path, model_type: str, fields: Mapping[str, object
     return written(folder, {**fields, "model_type": model_type}, tensors)
 
 
-def losses(folder: str) -> Tensor:
+ARMS = EXACT, parse("lloyd:K3V2"), parse("lloyd:K4V4@window=4")
+
+
+def losses(folder: str, arms: tuple[Arm, ...] = ARMS) -> Tensor:
     """Of two sequences: an exact branch, arms, and arms that are read as they grow."""
     ids = tuple(torch.randint(32, (30,), generator=torch.Generator().manual_seed(1)).tolist())
-    arms = EXACT, parse("lloyd:K3V2"), parse("lloyd:K4V4@window=4")
     branched = tuple(Branch(arm, ids[20:], (0, 10)) for arm in arms)
     growing = tuple(Branch(arm, ids, (0, 30), True) for arm in arms)
     found: list[Tensor] = []
@@ -88,6 +91,19 @@ def test_one_buffer_of_planned_size_is_enough(
     assert expected.isfinite().all()
     monkeypatch.setattr(loop, "Scratch", Buffered)
     assert torch.equal(losses(folder), expected)
+
+
+@pytest.mark.parametrize("model_type", ["qwen3", "gemma3_text"])
+def test_keys_of_many_branches_that_turn_at_once_fit_the_plan(
+    model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fields = {**FAMILIES[model_type], **WIDE["heads"]}
+    folder = random_checkpoint(tmp_path, model_type, fields)
+    arms = *ARMS, *(parse(f"lloyd:K{bits}V{bits}@sink=3") for bits in (2, 3, 4, 5))
+    expected = losses(folder, arms)
+    monkeypatch.setattr(PlainAttention, "reads_past", True)
+    monkeypatch.setattr(loop, "Scratch", Buffered)
+    assert torch.equal(losses(folder, arms), expected)
 
 
 @pytest.mark.parametrize("model_type", ["qwen2_moe", "gpt_oss"])

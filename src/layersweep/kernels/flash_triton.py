@@ -8,6 +8,7 @@ whatever other sequences share its launch. Importing this file imports Triton.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from subprocess import CalledProcessError
 
 import torch
@@ -25,6 +26,7 @@ LOWEST = tl.constexpr(-1e30)  # of running maxima: finite, so that exp2(-inf - m
 WIDE = tl.constexpr(8)  # numbers of 16 bits that are loaded at once: strides are multiples of it
 
 Pair = tuple[Tensor, Tensor]  # keys [B, G, S, D], values [B, G, S, D of a value]
+Layout = tuple[torch.Size, tuple[int, ...], torch.dtype]  # shape, strides and dtype
 
 
 @dataclass(frozen=True)
@@ -53,50 +55,95 @@ def attend(
     window: int | None = None,
     mask_TS: Tensor | None = None,
     sinks_Q: Tensor | None = None,
+    out: Tensor | None = None,
     tile: Tile | None = None,
 ) -> Tensor:
-    """[B, Q, T, D of a value] in q's dtype, float16 or bfloat16, summed in float32.
+    """[B, Q, T, D of a value] in q's dtype, float16 or bfloat16, summed in float32; written to
+    `out` where that is given: at a multiple of 16 bytes, strides multiples of 8, the last one 1.
 
     Keys and values of `past` come before `own`, wherever they lie. Query T - 1 sits at the last key
     and sees the newest `window` keys up to itself; with a mask (True: may look; no past) what that
     says. Each query must see a key. Head sizes are multiples of 8; what cannot be loaded 8 numbers
     at once from where it lies is copied.
     """
-    batch, heads, queries, dim = q_BQTD.shape
-    q, k, v, past_k, past_v = map(_loadable, (q_BQTD, *own, *(past or own)))
-    groups, keys, width = k.shape[1], k.shape[2], v.shape[3]
-    before = past_k.shape[2] if past else 0
-    dtype = q.dtype
-    assert dtype in (torch.float16, torch.bfloat16) and max(dim, width) <= 256
-    assert {x.dtype for x in (k, v, past_k, past_v)} == {dtype}
-    assert queries <= keys and scale > 0 and dim % 8 == width % 8 == 0
-    assert mask_TS is None or (window is None and past is None and mask_TS.shape == (queries, keys))
-    out = torch.empty(batch, queries, heads, width, dtype=dtype, device=q.device)
+    q, k, v, *before = map(_loadable, (q_BQTD, *own, *(past or ())))
+    if out is None:
+        batch, heads, queries, _ = q.shape
+        out = q.new_empty(batch, queries, heads, v.shape[3]).transpose(1, 2)
+    assert not out.data_ptr() & 15
     mask = None if mask_TS is None else mask_TS.contiguous().view(torch.uint8)
+    plan = _plan(
+        tuple((x.shape, x.stride(), x.dtype) for x in (q, out, k, v, *before)),
+        None if mask is None else mask.shape, None if sinks_Q is None else sinks_Q.dtype,
+        scale, softcap, window, tile, q.device,
+    )  # fmt: skip
+    sources = k, v, *(before or (None, None))
+    if plan.blocks:
+        sources = *map(_described, (k, v, *before), plan.blocks), *sources[len(plan.blocks) :]
+    args = q, *sources, out, mask, sinks_Q, *plan.numbers
+    _launch(plan.grid, args, plan.key, warps=plan.tile.warps, stages=plan.tile.stages)
+    return out
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What follows from shapes, strides and the rule: the host works it out once for all layers
+    and groups that agree in them. `numbers`: arguments behind the tensors; `key`: of the compiled
+    kernel; `blocks`: shape, strides and block of each tensor that the copy engine loads."""
+
+    tile: Tile
+    grid: tuple[int, int, int]
+    numbers: tuple[int | float | bool, ...]
+    key: tuple[object, ...]
+    blocks: tuple[tuple[list[int], list[int], list[int]], ...]
+
+
+@lru_cache(maxsize=1024)  # each shape of a group has a few for each kind of layer
+def _plan(
+    layouts: tuple[Layout, ...], mask: torch.Size | None, sinks: torch.dtype | None,
+    scale: float, softcap: float | None, window: int | None, tile: Tile | None,
+    device: torch.device,
+) -> Plan:  # fmt: skip
+    """`layouts`: of queries, result, keys and values, and those of a past."""
+    shapes, strides, dtypes = zip(*layouts, strict=True)
+    batch, heads, queries, dim = shapes[0]
+    (_, groups, keys, _), width, dtype = shapes[2], shapes[3][3], dtypes[0]
+    past = len(layouts) > 4
+    before = shapes[4][2] if past else 0
+    assert dtype in (torch.float16, torch.bfloat16) and max(dim, width) <= 256
+    assert set(dtypes) == {dtype} and shapes[1] == (batch, heads, queries, width)
+    assert all(one == 1 and not (a | b | c) & 7 for a, b, c, one in strides)
+    assert queries <= keys and scale > 0 and dim % 8 == width % 8 == 0
+    assert mask is None or (window is None and not past and mask == (queries, keys))
     block_dim, block_width = (max(16, triton.next_power_of_2(size)) for size in (dim, width))
-    tile = tile or _tile(max(block_dim, block_width), q.device)
-    sources: list[Tensor | TensorDescriptor] = [k, v, past_k, past_v]
-    if tile.descriptors:
-        sources = [
-            TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, tile.keys, block])
-            for x, block in zip((k, v, past_k, past_v), (block_dim, block_width) * 2, strict=True)
-        ]
+    tile = tile or _tile(max(block_dim, block_width), device)
     factor, cap = scale * LOG2_E, 0.0
     if softcap is not None:
         factor, cap = 2 * factor / softcap, softcap * LOG2_E
-    strides = [step // 8 for x in (q, k, v, past_k, past_v) for step in x.stride()[:3]]
+    steps = [step // 8 for of in strides for step in of[:3]]
+    steps += [0] * (18 - len(steps))  # of a past that is none
     fixed = (
         groups, heads // groups, dim, width, block_dim, block_width, tile.rows, tile.keys,
-        past is not None, window is not None, softcap is not None, tile.descriptors,
+        past, window is not None, softcap is not None, tile.descriptors,
     )  # fmt: skip
-    args = (
-        q, *sources, out, mask, sinks_Q, *strides, queries, keys, before, window or 0, factor, cap,
-        *fixed,
-    )  # fmt: skip
-    grid = triton.cdiv(queries * (heads // groups), tile.rows), batch * groups, 1
-    key = q.device, dtype, mask is None, None if sinks_Q is None else sinks_Q.dtype, *fixed
-    _launch(grid, args, key, warps=tile.warps, stages=tile.stages)
-    return out.transpose(1, 2)
+    loaded = zip(shapes[2:], strides[2:], (block_dim, block_width) * (1 + past), strict=True)
+    blocks = [(list(shape), list(of), [1, 1, tile.keys, block]) for shape, of, block in loaded]
+    return Plan(
+        tile,
+        grid=(triton.cdiv(queries * (heads // groups), tile.rows), batch * groups, 1),
+        numbers=(*steps, queries, keys, before, window or 0, factor, cap, *fixed),
+        key=(device, dtype, mask is None, sinks, *fixed),
+        blocks=tuple(blocks) if tile.descriptors else (),
+    )
+
+
+def _described(x: Tensor, block: tuple[list[int], list[int], list[int]]) -> TensorDescriptor:
+    """A descriptor without Triton's own checks, which take the host 4 us: x is loadable, and the
+    plan has seen to the rest."""
+    made = TensorDescriptor.__new__(TensorDescriptor)
+    made.base, made.padding = x, "zero"
+    made.shape, made.strides, made.block_shape = block
+    return made
 
 
 def prove(device: torch.device, dtype: torch.dtype) -> None:
@@ -121,7 +168,7 @@ def _loadable(x: Tensor) -> Tensor:
     """x, or a copy, as the kernel's loads of 16 bytes want it."""
     batch, head, token, one = x.stride()
     there = one == 1 and not (batch | head | token) & 7 and not x.data_ptr() & 15
-    return x if there else x.contiguous()
+    return x if there else x.clone(memory_format=torch.contiguous_format)
 
 
 def _tile(width: int, device: torch.device) -> Tile:
@@ -206,15 +253,17 @@ def _part(
 
 @triton.jit(
     do_not_specialize=[
-        "q_batch", "q_head", "q_token", "k_batch", "k_head", "k_token", "v_batch", "v_head",
-        "v_token", "past_k_batch", "past_k_head", "past_k_token", "past_v_batch", "past_v_head",
-        "past_v_token", "queries", "keys", "before", "window", "factor", "cap",
+        "q_batch", "q_head", "q_token", "out_batch", "out_head", "out_token", "k_batch", "k_head",
+        "k_token", "v_batch", "v_head", "v_token", "past_k_batch", "past_k_head", "past_k_token",
+        "past_v_batch", "past_v_head", "past_v_token", "queries", "keys", "before", "window",
+        "factor", "cap",
     ],
     do_not_specialize_on_alignment=["mask", "sinks"],
 )  # fmt: skip
 def _attend(
     q, k, v, past_k, past_v, out, mask, sinks,
-    q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token,
+    q_batch, q_head, q_token, out_batch, out_head, out_token,
+    k_batch, k_head, k_token, v_batch, v_head, v_token,
     past_k_batch, past_k_head, past_k_token, past_v_batch, past_v_head, past_v_token,
     queries, keys, before, window, factor, cap,
     GROUPS: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
@@ -240,8 +289,9 @@ def _attend(
         wide_batch = batch.to(tl.int64)
         k += (wide_batch * k_batch + group * k_head) * WIDE
         v += (wide_batch * v_batch + group * v_head) * WIDE
-        past_k += (wide_batch * past_k_batch + group * past_k_head) * WIDE
-        past_v += (wide_batch * past_v_batch + group * past_v_head) * WIDE
+        if PAST:
+            past_k += (wide_batch * past_k_batch + group * past_k_head) * WIDE
+            past_v += (wide_batch * past_v_batch + group * past_v_head) * WIDE
 
     best = tl.full([ROWS], LOWEST, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -262,9 +312,9 @@ def _attend(
         batch, group, keys, at, here, queries, window, factor, cap,
         GROUP, DIM, WIDTH, BLOCK_DIM, BLOCK_WIDTH, ROWS, KEYS, WINDOW, CAPPED, DESCRIPTORS,
     )  # fmt: skip
-    place = (batch.to(tl.int64) * queries + at) * (GROUPS * GROUP) + head
+    place = batch.to(tl.int64) * out_batch + at.to(tl.int64) * out_token + head * out_head
     tl.store(
-        out + place[:, None] * WIDTH + col[None, :],
+        out + place[:, None] * WIDE + col[None, :],
         (found / total[:, None]).to(query.dtype),
         mask=real[:, None] & (col < WIDTH)[None, :],
     )

@@ -32,7 +32,7 @@ LAYOUTS: dict[str, dict[str, str]] = {
         "leave_layer": "4P2i",
     },
     "rope": {
-        f"rope{pairs}_{width}{source}": "4P6q2iq"
+        f"rope{pairs}_{width}{source}": "4P6q2iq2i"
         for pairs in ("", "_pairs")
         for width in ("wide", "any")
         for source in ("", "_f32")
@@ -190,8 +190,10 @@ class Kernels(RouterKernels):
         sin: Tensor,
         first: int = 0,
         interleaved: bool = False,
+        branched: tuple[int, int] | None = None,
     ) -> None:
-        """out = maths.rope(x.to(T), cos, sin) for tokens at positions first, first + 1, ...
+        """out = maths.rope(x.to(T), cos, sin) for tokens at positions first, first + 1, ...;
+        `branched` as in TorchOps.rope.
 
         x (T or float32) and out (T) [B, heads, T, D], any strides with the last dimension
         contiguous; out may be x. cos, sin (T) [S, R], S >= first + T; R even, up to 256 and D.
@@ -203,7 +205,9 @@ class Kernels(RouterKernels):
         assert heads < 65536 and batch < 65536 and dim <= MAX_VECTOR
         same(cos, self.dtype)
         same(sin, self.dtype)
-        assert cos.shape == sin.shape and len(cos) >= first + tokens
+        prefix, length = branched or (tokens, 1)
+        assert cos.shape == sin.shape
+        assert len(cos) >= first + (prefix + length if branched else tokens)
         if x.numel() == 0:
             return
         if dim < width and out.data_ptr() != x.data_ptr():
@@ -217,7 +221,7 @@ class Kernels(RouterKernels):
         if x.dtype != self.dtype:
             name += "_f32"
         grid = -(-tokens * (dim // 16 if wide else dim // 2) // 256)
-        args: list[Argument] = [*pointers, *strides, tokens, dim, first]
+        args: list[Argument] = [*pointers, *strides, tokens, dim, first, prefix, length]
         self._module("rope").launch(name, (grid, heads, batch), 256, args)
 
     def attend_capped(

@@ -1,6 +1,7 @@
 // Rotary positions as model/maths.py has them, each operation rounded to T. A thread turns WIDTH
 // pairs of the first `dim` numbers of a head, so out may be x itself. A pair is numbers i and
-// i + dim / 2, or 2i and 2i + 1 (INTERLEAVED).
+// i + dim / 2, or 2i and 2i + 1 (INTERLEAVED). Tokens from `prefix` on are branches of `length`
+// tokens, each of which continues the prefix.
 #include "common.cuh"
 
 template <int WIDTH, class In>
@@ -30,7 +31,8 @@ __device__ void store_interleaved(T* at, const float (&low)[WIDTH], const float 
 template <int WIDTH, bool INTERLEAVED, class In>
 __device__ void turn(
     const In* x, T* out, const T* cosines, const T* sines, i64 x_batch, i64 x_head, i64 x_token,
-    i64 out_batch, i64 out_head, i64 out_token, int tokens, int dim, i64 first
+    i64 out_batch, i64 out_head, i64 out_token, int tokens, int dim, i64 first, u32 prefix,
+    u32 length
 ) {
     const u32 half = dim / 2, per_token = half / WIDTH;
     const u32 item = blockIdx.x * blockDim.x + threadIdx.x;
@@ -38,8 +40,9 @@ __device__ void turn(
     if (token >= (u32)tokens) return;
     x += blockIdx.z * x_batch + blockIdx.y * x_head + token * x_token;
     out += blockIdx.z * out_batch + blockIdx.y * out_head + token * out_token;
-    cosines += (first + token) * dim + at;
-    sines += (first + token) * dim + at;
+    const i64 place = first + (token < prefix ? token : prefix + (token - prefix) % length);
+    cosines += place * dim + at;
+    sines += place * dim + at;
     float low[WIDTH], high[WIDTH], cosine[WIDTH], sine[WIDTH], result[2][WIDTH];
     if constexpr (INTERLEAVED) {
         load_interleaved(x + 2 * at, low, high);
@@ -77,11 +80,12 @@ __device__ void turn(
 #define ROPE_KERNEL(NAME, WIDTH, INTERLEAVED, IN)                                               \
     extern "C" __global__ void __launch_bounds__(256) NAME(                                     \
         const IN* x, T* out, const T* cosines, const T* sines, i64 x_batch, i64 x_head,         \
-        i64 x_token, i64 out_batch, i64 out_head, i64 out_token, int tokens, int dim, i64 first \
+        i64 x_token, i64 out_batch, i64 out_head, i64 out_token, int tokens, int dim, i64 first, \
+        int prefix, int length                                                                  \
     ) {                                                                                         \
         turn<WIDTH, INTERLEAVED, IN>(                                                           \
             x, out, cosines, sines, x_batch, x_head, x_token, out_batch, out_head, out_token,   \
-            tokens, dim, first                                                                  \
+            tokens, dim, first, prefix, length                                                  \
         );                                                                                      \
     }
 ROPE_KERNEL(rope_wide, 8, false, T)

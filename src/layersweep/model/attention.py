@@ -72,10 +72,13 @@ class Attention(Protocol):
     def __call__(
         self, q_BQTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, mask_TS: Tensor | None = None, *,
         rule: Rule = PLAIN, sinks: Tensor | None = None, past: Pair | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """[B, Q, T, D of a value]. `mask_TS` (True: may look) replaces the causal rule, so a window
         must be part of it. `sinks` [Q]: scores that join the softmax and have no value. `past`:
-        keys and values of the tokens before; without a mask, and k and v have T tokens or more."""
+        keys and values of the tokens before; without a mask, and k and v have T tokens or more.
+        `out`: where the result goes; torch's kernels make a tensor of their own, which is copied.
+        """
 
     def refusal(self, rule: Rule, head_dim: int) -> str | None:
         """Why it cannot attend by this rule, or None if it can."""
@@ -98,16 +101,17 @@ class PlainAttention:
     def __call__(
         self, q_BQTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, mask_TS: Tensor | None = None, *,
         rule: Rule = PLAIN, sinks: Tensor | None = None, past: Pair | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         k_BGSD, v_BGSD = _whole(past, k_BGSD, v_BGSD)
         queries, keys = q_BQTD.shape[2], k_BGSD.shape[2]
         rule = _checked(rule, keys, mask_TS)
         if rule.softcap is not None or sinks is not None:
-            return self._by_scores(q_BQTD, k_BGSD, v_BGSD, mask_TS, rule, sinks)
+            return _put(self._by_scores(q_BQTD, k_BGSD, v_BGSD, mask_TS, rule, sinks), out)
         if mask_TS is None and (queries < keys or rule.window is not None):
             mask_TS = self._mask(queries, keys, rule.window, q_BQTD.device)
         q, k, v, scale = fused.one_width(q_BQTD, k_BGSD, v_BGSD, rule.scale)
-        return maths.attend(q, k, v, mask_TS, scale)[..., : v_BGSD.shape[-1]]
+        return _put(maths.attend(q, k, v, mask_TS, scale)[..., : v_BGSD.shape[-1]], out)
 
     def _by_scores(
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, rule: Rule, sinks: Tensor | None
@@ -162,19 +166,21 @@ class MemoryEfficientAttention:
     def __call__(
         self, q_BQTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, mask_TS: Tensor | None = None, *,
         rule: Rule = PLAIN, sinks: Tensor | None = None, past: Pair | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         k_BGSD, v_BGSD = _whole(past, k_BGSD, v_BGSD)
         rule = _checked(rule, k_BGSD.shape[2], mask_TS)
         _refuse(self, rule, q_BQTD.shape[-1])
         if rule.softcap is not None:
-            return load_kernels(q_BQTD.device, q_BQTD.dtype).attend_capped(
+            found = load_kernels(q_BQTD.device, q_BQTD.dtype).attend_capped(
                 q_BQTD, k_BGSD, v_BGSD, scale=rule.scale or q_BQTD.shape[-1] ** -0.5,
                 softcap=rule.softcap, window=rule.window, mask_TS=mask_TS, sinks_Q=sinks,
             )  # fmt: skip
+            return _put(found, out)
         k, v = fused.repeated(q_BQTD, k_BGSD), fused.repeated(q_BQTD, v_BGSD)
         if mask_TS is not None:
-            return fused.masked(q_BQTD, k, v, mask_TS, rule.scale, sinks)
-        return fused.memory_efficient(q_BQTD, k, v, rule.scale, rule.window, sinks)
+            return _put(fused.masked(q_BQTD, k, v, mask_TS, rule.scale, sinks), out)
+        return _put(fused.memory_efficient(q_BQTD, k, v, rule.scale, rule.window, sinks), out)
 
 
 class FlashAttention:
@@ -196,16 +202,17 @@ class FlashAttention:
     def __call__(
         self, q_BQTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, mask_TS: Tensor | None = None, *,
         rule: Rule = PLAIN, sinks: Tensor | None = None, past: Pair | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         k_BGSD, v_BGSD = _whole(past, k_BGSD, v_BGSD)
         rule = _checked(rule, k_BGSD.shape[2], mask_TS)
         _refuse(self, rule, q_BQTD.shape[-1])
         if rule.softcap is not None:
-            return _in_triton(q_BQTD, (k_BGSD, v_BGSD), None, mask_TS, rule, sinks)
+            return _in_triton(q_BQTD, (k_BGSD, v_BGSD), None, mask_TS, rule, sinks, out)
         if mask_TS is not None:
             k, v = fused.repeated(q_BQTD, k_BGSD), fused.repeated(q_BQTD, v_BGSD)
-            return fused.masked(q_BQTD, k, v, mask_TS, rule.scale, sinks)
-        return fused.flash(q_BQTD, k_BGSD, v_BGSD, rule.scale, rule.window, sinks)
+            return _put(fused.masked(q_BQTD, k, v, mask_TS, rule.scale, sinks), out)
+        return _put(fused.flash(q_BQTD, k_BGSD, v_BGSD, rule.scale, rule.window, sinks), out)
 
 
 class TritonAttention:
@@ -223,14 +230,15 @@ class TritonAttention:
     def __call__(
         self, q_BQTD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, mask_TS: Tensor | None = None, *,
         rule: Rule = PLAIN, sinks: Tensor | None = None, past: Pair | None = None,
+        out: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         before = past[0].shape[2] if past else 0
         rule = _checked(rule, before + k_BGSD.shape[2], mask_TS)
         _refuse(self, rule, q_BQTD.shape[-1])
         square = past is None and q_BQTD.shape[2] == k_BGSD.shape[2]
         if square and mask_TS is sinks is None and rule.window is rule.softcap is None:
-            return fused.flash(q_BQTD, k_BGSD, v_BGSD, rule.scale, None, None)
-        return _in_triton(q_BQTD, (k_BGSD, v_BGSD), past, mask_TS, rule, sinks)
+            return _put(fused.flash(q_BQTD, k_BGSD, v_BGSD, rule.scale, None, None), out)
+        return _in_triton(q_BQTD, (k_BGSD, v_BGSD), past, mask_TS, rule, sinks, out)
 
 
 def choose_attention(
@@ -303,14 +311,19 @@ def _whole(past: Pair | None, k: Tensor, v: Tensor) -> Pair:
     return (torch.cat((past[0], k), dim=2), torch.cat((past[1], v), dim=2)) if past else (k, v)
 
 
+def _put(found: Tensor, out: Tensor | None) -> Tensor:
+    return found if out is None else out.copy_(found)
+
+
 def _in_triton(
-    q: Tensor, own: Pair, past: Pair | None, mask: Tensor | None, rule: Rule, sinks: Tensor | None
-) -> Tensor:
+    q: Tensor, own: Pair, past: Pair | None, mask: Tensor | None, rule: Rule,
+    sinks: Tensor | None, out: Tensor | None,
+) -> Tensor:  # fmt: skip
     from layersweep.kernels.flash_triton import attend  # brings Triton
 
     return attend(
         q, own, past, scale=rule.scale or q.shape[-1] ** -0.5, softcap=rule.softcap,
-        window=rule.window, mask_TS=mask, sinks_Q=sinks,
+        window=rule.window, mask_TS=mask, sinks_Q=sinks, out=out,
     )  # fmt: skip
 
 

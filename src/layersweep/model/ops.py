@@ -117,11 +117,16 @@ class TorchOps:
         out: Tensor,
         *,
         interleaved: bool = False,
+        branched: tuple[int, int] | None = None,
     ) -> Tensor:
         """Heads rotated to the positions from `first` on, into `out` (which may be x); only
-        their first R coordinates turn."""
-        last = first + x_BHTD.shape[2]
-        x, tables = x_BHTD.to(out.dtype), (cos_SR[first:last], sin_SR[first:last])
+        their first R coordinates turn. `branched` (P, L): tokens from P on are branches of L
+        tokens, each of which continues the first P."""
+        x, tokens = x_BHTD.to(out.dtype), x_BHTD.shape[2]
+        prefix, length = branched or (tokens, 1)
+        own = [slice(first + prefix, first + prefix + length)] * ((tokens - prefix) // length)
+        places = slice(first, first + prefix), *own
+        tables = [torch.cat([one[place] for place in places]) for one in (cos_SR, sin_SR)]
         return out.copy_(maths.rope(x, *tables, interleaved=interleaved))
 
     def swiglu_(
@@ -278,8 +283,9 @@ class CudaOps(TorchOps):
         out: Tensor,
         *,
         interleaved: bool = False,
+        branched: tuple[int, int] | None = None,
     ) -> Tensor:
-        self.kernels.rope(x_BHTD, out, cos_SR, sin_SR, first, interleaved)
+        self.kernels.rope(x_BHTD, out, cos_SR, sin_SR, first, interleaved, branched)
         return out
 
     def swiglu_(

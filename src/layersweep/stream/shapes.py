@@ -212,8 +212,8 @@ def feed_bytes(decoder: Decoder, tile: TileShape, *, cpu: bool, element: int) ->
 
 def attention_bytes(decoder: Decoder, tile: TileShape, element: int) -> int:
     """Scratch of one attention call: normed rows, projections, outputs; keys and values of the
-    prefix and of a branch. A step has a row of each branch (no more than are read), and keys and
-    values of all of them."""
+    prefix and of a branch, or keys of all branches, where a past is read apart from them. A step
+    has a row of each branch (no more than are read), and keys and values of all of them."""
     most, at_once = 0, tile.sequences_at_once * tile.longest
     for layer in decoder.distinct_layers:
         one = layer.attention
@@ -229,6 +229,8 @@ def attention_bytes(decoder: Decoder, tile: TileShape, element: int) -> int:
             row += one.latent.query_rank or 0
             seen += at_once * (one.stream_width + keys + values)
             kept += tile.kept_columns * (one.stream_width + keys + values)
+        else:
+            seen = max(seen, tile.rows_at_once * keys + at_once * (keys + values))
         first = tile.rows_at_once * row + max(seen, tile.rows_at_once * added)
         step = tile.read_rows * row + max(kept, tile.read_rows * added)
         most = max(most, first, step)

@@ -21,8 +21,8 @@ from layersweep.sweep.heads import (
     Streams,
     project,
     read,
-    read_with_past,
-    turned_queries,
+    read_apart,
+    rotary_part,
 )
 from layersweep.sweep.reference import fitted
 from layersweep.sweep.sequences import Branch, BranchedSequence, Group, Tile
@@ -123,35 +123,36 @@ def attend_group(
     out = out.view(count, group.rows_each, context.attention.num_heads, -1).transpose(1, 2)
     sequence = group.sequences[0]
     prefix, table = len(sequence.prefix), context.table(_reach(tile, sequence, context))
+    rotary = rotary_part(q, context)
+    context.turn_branches(rotary, table, sequence, rotary)
+    readers = [branch.arm for branch in sequence.branches if not branch.streaming]
+    apart = read_apart(streams, sequence, table, context) if readers else None
     if prefix:
         own = slice(0, prefix)
         with context.scratch.frame():
-            out[:, :, own] = _attend(q[:, :, own], [_some(streams, own)], 0, 0, table, context)
+            _attend(q[:, :, own], (), 0, streams, apart, own, table, context, out[:, :, own])
     first = context.plain_streams[0].first_held(prefix)
     past = _some(streams, slice(first, prefix))
-    readers = [branch.arm for branch in sequence.branches if not branch.streaming]
     store = _stored(readers, past, context, first=first) if first < prefix else None
     if store:
         _count(tile.name, readers, store, context)
     start, reader = prefix, 0
     for branch in sequence.branches:
         own = slice(start, start + len(branch.ids))
-        mine = _some(streams, own)
+        mine, its_q, its_out = _some(streams, own), q[:, :, own], out[:, :, own]
         with context.scratch.frame():
             if branch.streaming:
-                attended = _attend_streaming(tile.name, branch, q[:, :, own], mine, table, context)
+                _attend_streaming(tile.name, branch, its_q, mine, table, context, its_out)
             else:
-                seen = [*store.pieces(reader), mine] if store else [mine]
-                attended = _attend(q[:, :, own], seen, first, prefix, table, context)
+                seen = store.pieces(reader) if store else ()
+                _attend(its_q, seen, first, streams, apart, own, table, context, its_out)
                 reader += 1
-            out[:, :, own] = attended
         start = own.stop
     if context.watch is not None and store is not None:
         mine = _some(streams, slice(prefix, prefix + len(sequence.branches[0].ids)))
         context.watch(Attended(group, q, out, mine, past, store, first, table, context))
     if context.caches is not None:
-        own = slice(prefix, None)
-        _keep(tile, group, first, store, _some(streams, own), table, context)
+        _keep(tile, group, first, store, streams, apart, table, context)
 
 
 def _reach(tile: Tile, sequence: BranchedSequence, context: LayerContext) -> int:
@@ -164,14 +165,19 @@ def _some(streams: Streams, tokens: slice) -> Streams:
 
 
 def _attend(
-    q: Tensor, parts: Sequence[Streams], first: int, at: int, table: Table | None,
-    context: LayerContext,
-) -> Tensor:  # fmt: skip
-    """Queries from position `at` on over all tokens of `parts`, which begin at `first`."""
-    (keys, values), past = read_with_past(parts, first, table, context)
-    queries = turned_queries(q, at, table, context)
+    q: Tensor, past: Sequence[Streams], first: int, streams: Streams, apart: Streams | None,
+    own: slice, table: Table | None, context: LayerContext, out: Tensor,
+) -> None:  # fmt: skip
+    """Queries of the tokens `own` over `past`, which begins at position `first`, and themselves.
+    `apart`: turned keys and values of all tokens, where they are not joined to a past."""
+    before = None
+    if apart is None:
+        keys, values = read([*past, _some(streams, own)], first, table, context)
+    else:
+        keys, values = _some(apart, own)
+        before = read(past, first, table, context) if past else None
     attention, rule, sinks = context.compute.attention, context.rule, context.sinks
-    return attention(queries, keys, values, rule=rule, sinks=sinks, past=past)
+    attention(q, keys, values, rule=rule, sinks=sinks, past=before, out=out)
 
 
 def _stored(
@@ -196,15 +202,17 @@ def _count(tile_name: str, arms: Sequence[Arm], store: KvStore, context: LayerCo
 
 
 def _keep(
-    tile: Tile, group: Group, first: int, prefix: KvStore | None, own: Streams,
-    table: Table | None, context: LayerContext,
+    tile: Tile, group: Group, first: int, prefix: KvStore | None, streams: Streams,
+    apart: Streams | None, table: Table | None, context: LayerContext,
 ) -> None:  # fmt: skip
-    """Put away what each branch has seen. `own`: streams of all branches, one after the other."""
+    """Put away what each branch has seen. `apart` as in _attend."""
     assert context.caches is not None
     before, branches = len(group.sequences[0].prefix), len(group.sequences[0].branches)
     with context.scratch.frame():
-        parts = zip(*(x.chunk(branches, dim=2) for x in own), strict=True)
-        pairs = [read([part], before, table, context) for part in parts]
+        own = _some(apart or streams, slice(before, None))
+        pairs: list[Streams] = [*zip(*(x.chunk(branches, dim=2) for x in own), strict=True)]
+        if apart is None:
+            pairs = [read([part], before, table, context) for part in pairs]
         longest = max(sequence.longest for sequence in tile.sequences)
         at_once = attention_batch(longest, context.decoder.query_width)
         context.caches.layer(tile, context.index).keep(group, first, prefix, pairs, at_once)
@@ -218,8 +226,8 @@ def _coded_until(arm: Arm, tokens: int, device: torch.device) -> Tensor:
 
 def _attend_streaming(
     tile_name: str, branch: Branch, q: Tensor, streams: Streams, table: Table | None,
-    context: LayerContext,
-) -> Tensor:  # fmt: skip
+    context: LayerContext, out: Tensor,
+) -> None:  # fmt: skip
     """Every token reads what a cache holds once it is in, itself included: coded tokens, the newest
     of them with what is `fine`; exactly what has not left the window or filled a block, and keys,
     values or both that a codec has not let go of."""
@@ -235,17 +243,18 @@ def _attend_streaming(
     if first:  # all tokens are read here, each by those in whose window it is; a cache holds fewer
         held = _stored([arm], _some(streams, slice(first, tokens)), context, first=first)
     _count(tile_name, [arm], held, context)
-    q = turned_queries(q, 0, table, context)
     # One of the two is exact in between, where they are not let go of alike.
     between = how_keys != how_values
     near = arm.window > 0 or arm.block > 0 or Grouping() not in (how_keys, how_values)
     parts = 1 + (arm.fine > 0) + between + near
     if parts == 1:
         keys, values = read([stored.decoded(0)], 0, table, context)
-        return attention(q, keys, values, rule=rule, sinks=sinks)
+        attention(q, keys, values, rule=rule, sinks=sinks, out=out)
+        return
     exact = read([streams], 0, table, context)
     if arm.keeps_window(rule.window):
-        return attention(q, *exact, rule=rule, sinks=sinks)
+        attention(q, *exact, rule=rule, sinks=sinks, out=out)
+        return
     # every token in each of the shapes that it takes as it ages, the last one first
     shapes = (0, tokens) if arm.fine else (0,)
     every = [replace(arm, window=0, block=0, fine=fine) for fine in shapes]
@@ -258,7 +267,6 @@ def _attend_streaming(
     keys, values = (torch.cat(part, dim=2) for part in zip(*views, strict=True))
     key_at = torch.arange(tokens, device=q.device)
     until = _coded_until(arm, tokens, q.device)
-    pieces = []
     for first in range(0, tokens, QUERY_CHUNK):
         some = slice(first, first + QUERY_CHUNK)
         at, left = key_at[some, None], until[some, None]
@@ -276,5 +284,5 @@ def _attend_streaming(
         if rule.window is not None:
             seen &= key_at > at - rule.window
         mask = torch.cat(masks[:parts], dim=1) & seen.repeat(1, parts)
-        pieces.append(attention(q[:, :, some], keys, values, mask, rule=rule.masked(), sinks=sinks))
-    return torch.cat(pieces, dim=2)
+        its_q, its_out = q[:, :, some], out[:, :, some]
+        attention(its_q, keys, values, mask, rule=rule.masked(), sinks=sinks, out=its_out)

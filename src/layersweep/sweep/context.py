@@ -20,6 +20,7 @@ from layersweep.model.compute import Compute, Scratch
 from layersweep.model.rope import rope_table
 from layersweep.sweep.caches import KeptCaches
 from layersweep.sweep.dense import Views
+from layersweep.sweep.sequences import BranchedSequence
 from layersweep.sweep.streams import streams_of
 
 if TYPE_CHECKING:
@@ -122,12 +123,31 @@ class LayerContext:
         rope = self.attention.rope
         return None if rope is None else self.tables.of(rope, length)
 
-    def turn(self, x_BHTD: Tensor, table: Table | None, first: int, out: Tensor) -> Tensor:
-        """Copy heads to `out` (which may be x), turned to positions from `first` on."""
+    def turn(
+        self, x_BHTD: Tensor, table: Table | None, first: int, out: Tensor,
+        branched: tuple[int, int] | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Copy heads to `out` (which may be x), turned to positions from `first` on; `branched` as
+        in TorchOps.rope."""
         rope = self.attention.rope
         if rope is None or table is None:
             return out if out is x_BHTD else out.copy_(x_BHTD)
-        return self.compute.ops.rope(x_BHTD, *table, first, out, interleaved=rope.interleaved)
+        return self.compute.ops.rope(
+            x_BHTD, *table, first, out, interleaved=rope.interleaved, branched=branched
+        )
+
+    def turn_branches(
+        self, x_BHTD: Tensor, table: Table | None, sequence: BranchedSequence, out: Tensor
+    ) -> Tensor:
+        """The same of all rows of sequences of one shape: in one launch, where their branches are
+        as long as each other."""
+        prefix, lengths = len(sequence.prefix), [len(branch.ids) for branch in sequence.branches]
+        if len(set(lengths)) == 1:
+            return self.turn(x_BHTD, table, 0, out, (prefix, lengths[0]))
+        parts = (torch.split(one, [prefix, *lengths], dim=2) for one in (x_BHTD, out))
+        for index, (x, its_out) in enumerate(zip(*parts, strict=True)):
+            self.turn(x, table, prefix if index else 0, its_out)
+        return out
 
     def take_like(self, x_BGTD: Tensor, tokens: int) -> Tensor:
         """Scratch for keys or values of `tokens` tokens."""

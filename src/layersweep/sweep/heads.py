@@ -14,6 +14,7 @@ from torch import Tensor
 
 from layersweep.model.attention import Pair
 from layersweep.sweep.context import LayerContext, Table
+from layersweep.sweep.sequences import BranchedSequence
 
 Streams = tuple[Tensor, ...]  # [B, heads, T, D] each
 
@@ -35,7 +36,7 @@ def project(x_NH: Tensor, sequences: int, context: LayerContext) -> Projected:
 def read(
     parts: Sequence[Streams], first: int, table: Table | None, context: LayerContext,
     into: Streams | None = None,
-) -> Streams:  # fmt: skip
+) -> Pair:  # fmt: skip
     """Keys, turned to positions from `first` on, and values of tokens that lie in one or several
     parts, one after the other; `into` given memory, or in the scratch, or as they come."""
     if context.attention.latent:
@@ -56,28 +57,23 @@ def read(
     return keys, values
 
 
-def read_with_past(
-    parts: Sequence[Streams], first: int, table: Table | None, context: LayerContext
-) -> tuple[Streams, Pair | None]:
-    """The same of the last part, and of those before it, where attention reads a past; of all of
-    them and None, where it does not.
-
-    A past of one part keeps its values where they are. Latents have to become keys and values of
-    one buffer anyway.
-    """
-    *before, own = parts
-    if not before or context.attention.latent or not context.compute.attention.reads_past:
-        return read(parts, first, table, context), None
-    keys, values = read(before, first, table, context)
-    return read([own], first + keys.shape[2], table, context), (keys, values)
+def read_apart(
+    streams: Streams, sequence: BranchedSequence, table: Table | None, context: LayerContext
+) -> Streams | None:
+    """The same of a prefix and all its branches, whose keys turn together, where attention reads a
+    past apart from them; None where it does not. Latents have to become keys and values of one
+    buffer with their past anyway."""
+    if context.attention.latent or not context.compute.attention.reads_past:
+        return None
+    keys, values = streams
+    turned = context.take_like(keys, keys.shape[2])
+    return context.turn_branches(keys, table, sequence, turned), values
 
 
-def turned_queries(q: Tensor, first: int, table: Table | None, context: LayerContext) -> Tensor:
-    """Queries at positions from `first` on, in place."""
+def rotary_part(q: Tensor, context: LayerContext) -> Tensor:
+    """What turns of queries, in place."""
     latent = context.attention.latent
-    part = q[..., latent.nope_dim :] if latent else q
-    context.turn(part, table, first, part)
-    return q
+    return q[..., latent.nope_dim :] if latent else q
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
@@ -141,7 +137,7 @@ def _latent(x_NH: Tensor, sequences: int, context: LayerContext) -> Projected:
 
 def _expanded(
     streams: Streams, first: int, table: Table | None, context: LayerContext, into: Streams | None
-) -> Streams:
+) -> Pair:
     """Keys [B, Q, T, nope + rope] and values of all heads from latents and rotary keys."""
     one, latent = context.attention, context.attention.latent
     assert latent is not None

@@ -13,7 +13,7 @@ from torch import Tensor
 from layersweep.model.attention import attend_one
 from layersweep.sweep.caches import KeptLayer, Pair
 from layersweep.sweep.context import LayerContext
-from layersweep.sweep.heads import Projected, Streams, read, turned_queries
+from layersweep.sweep.heads import Projected, Streams, read, rotary_part
 from layersweep.sweep.sequences import Group, Tile
 from layersweep.sweep.state import arms_at_once
 
@@ -36,7 +36,8 @@ def attend_step(
         table = table[0][position], table[1][position]
     # [B, heads, A, D] -> [A, heads, B, D]
     q, *streams = (x.transpose(0, 2) for x in (projected.q, *projected.streams))
-    turned_queries(q, 0, table, context)
+    rotary = rotary_part(q, context)
+    context.turn(rotary, table, 0, rotary)
     with context.scratch.frame():
         kept.extend(step, *read([tuple(streams)], 0, table, context))
     exact = kept.exact_on(q.device)
