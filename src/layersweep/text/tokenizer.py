@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -116,8 +117,22 @@ class TextTokenizer:
 
     def holds_special(self, text: str) -> bool:
         """Whether `text` spells a special token, which a rendered chat would turn into one."""
-        added = self.tokenizer.get_added_tokens_decoder().values()
-        return any(token.special and token.content in text for token in added)
+        return any(token in text for token in self._special.values())
+
+    def spelling(self, id: int) -> str | None:
+        """The token as the vocabulary spells it; None if it is special, or there is none."""
+        return None if id in self._special else self.tokenizer.id_to_token(id)
+
+    @cached_property
+    def joins_bytes(self) -> bool:
+        """Whether tokens spell bytes in GPT-2's alphabet, and text is their bytes in a row."""
+        decoder = self.tokenizer.decoder
+        return decoder is not None and json.loads(decoder.__getstate__())["type"] == "ByteLevel"
+
+    @cached_property
+    def _special(self) -> dict[int, str]:
+        added = self.tokenizer.get_added_tokens_decoder()
+        return {id: token.content for id, token in added.items() if token.special}
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`, special tokens spelled out."""
