@@ -243,6 +243,17 @@ def test_forbidden_tokens_are_no_fault_and_a_row_without_any_token_is_one() -> N
     assert int(chosen.ids[0]) == 4 and float(chosen.logprobs[0]) == 0.0
 
 
+def test_it_works_inside_a_sweep_and_outside() -> None:
+    """Sweeps run in inference mode, whose tensors nothing may write to outside."""
+    sampler, logits = Sampler(50, 2, CPU), rows_of(2)
+    with torch.inference_mode():
+        sampler.add(0, EACH[-1], PROMPT)
+        sampler.choose(logits[:1], [0])
+    sampler.choose(logits[:1], [0])
+    sampler.add(1, EACH[-1], PROMPT)
+    assert not sampler.choose(logits, [0, 1]).broken.any()
+
+
 def test_a_greedy_batch_neither_sorts_nor_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("_warp", "_draw", "penalized"):
         monkeypatch.setattr(ours, name, None)

@@ -109,6 +109,7 @@ class Sampler:
         self._seen: Tensor | None = None  # [slots, V]: tokens of the prompt, and those chosen
         self._batch: tuple[tuple[int, ...], _Batch] | None = None
 
+    @torch.inference_mode()
     def add(self, slot: int, sampling: Sampling, ids: Sequence[int], generated: int = 0) -> None:
         """Let a sequence in. `ids`: its prompt, with the last `generated` of them chosen earlier,
         where it was preempted. Call `check_sampling` first."""
@@ -128,6 +129,7 @@ class Sampler:
         del self._rows[slot]
         self._batch = None
 
+    @torch.inference_mode()
     def choose(self, logits: Tensor, slots: Sequence[int]) -> Chosen:
         """The next token of the sequences in `slots`, from `logits` float32 [B, V], row by row."""
         batch = self._batch_of(tuple(slots))
