@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,6 @@ from layersweep.checkpoint.strict_json import UnusableJson, parse_json
 from layersweep.errors import InputError
 from layersweep.generate.request import Sampling
 
-_NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty")
 FILE = "generation_config.json"
 
 
@@ -32,16 +31,21 @@ class GenerationConfig:
             text = config.get("text_config")
             ends = config.get("eos_token_id", text.get("eos_token_id") if text else None)
             return cls(_ids(ends, folder / "config.json"))
-        file, sampling = folder / FILE, Sampling()
-        for name in _NUMBERS:
-            if fields.get(name) is not None:
-                sampling = replace(sampling, **{name: _number(fields[name], name, file)})
-        if fields.get("top_k") is not None:
-            sampling = replace(sampling, top_k=int(_number(fields["top_k"], "top_k", file)))
-        if fields.get("max_new_tokens") is not None:
-            most = int(_number(fields["max_new_tokens"], "max_new_tokens", file))
-            sampling = replace(sampling, max_new_tokens=most)
-        sampling = replace(sampling, do_sample=fields.get("do_sample") is True)
+        file, own = folder / FILE, Sampling()
+
+        def number(name: str, default: float) -> float:
+            value = fields.get(name)
+            return default if value is None else _number(value, name, file)
+
+        sampling = Sampling(
+            max_new_tokens=int(number("max_new_tokens", own.max_new_tokens)),
+            do_sample=fields.get("do_sample") is True,
+            temperature=number("temperature", own.temperature),
+            top_k=int(number("top_k", own.top_k)),
+            top_p=number("top_p", own.top_p),
+            min_p=number("min_p", own.min_p),
+            repetition_penalty=number("repetition_penalty", own.repetition_penalty),
+        )
         return cls(_ids(fields.get("eos_token_id"), file), sampling)
 
 

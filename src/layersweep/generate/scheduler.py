@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 
 import torch
@@ -21,7 +21,7 @@ from layersweep.errors import Fallback, InputError
 from layersweep.generate.config import GenerationConfig
 from layersweep.generate.request import Finish, Output, Request
 from layersweep.generate.room import MOST, make_room
-from layersweep.generate.sampling import Chosen, Sampler, check_sampling
+from layersweep.generate.sampling import Sampler, check_sampling
 from layersweep.sweep.loop import run_sweep
 from layersweep.sweep.model import Model
 from layersweep.sweep.record import Pieces, Progress
@@ -89,7 +89,7 @@ class Scheduler:
         self._say, self._progress = say, progress
         self._engine = model.open(self.room.plan, say)
         self._caches = RunningCaches(model.compute.device)
-        self._sampler = Sampler(most, model.decoder.vocab_size, model.compute.device)
+        self._sampler = Sampler(model.decoder.vocab_size, most, model.compute.device)
         self._slots = list(range(most - 1, -1, -1))
         self._waiting: deque[_Run] = deque()
         self._running: list[_Run] = []
@@ -144,8 +144,9 @@ class Scheduler:
         """Queue what `check` lets through."""
         reach = min(len(request.ids) + request.sampling.max_new_tokens, self.room.longest)
         text = Text(request.arm, reach, self.model.decoder.num_hidden_layers)
-        stop = request.sampling.stop
-        stream = TextStream(self.tokenizer, stop) if self.tokenizer is not None else None
+        stream = None
+        if self.tokenizer is not None:
+            stream = TextStream(self.tokenizer, request.sampling.stop, request.ids)
         self._waiting.append(_Run(request, text, stream, list(request.ids)))
 
     def cancel(self, request: str) -> None:
@@ -218,7 +219,7 @@ class Scheduler:
                 return
             self._waiting.popleft()
             run.rides, run.slot = rides, self._slots.pop()
-            self._sampler.add(run.slot, run.request.sampling, run.ids, made=run.made)
+            self._sampler.add(run.slot, run.request.sampling, run.ids, run.made)
             self._running.append(run)
             rows, used = rows + rides, used + cost
 
@@ -265,33 +266,38 @@ class Scheduler:
         if not ready:
             return []
         logits = torch.stack([row for _, row in ready])
-        chosen = self._sampler.choose(logits, [run.slot for run, _ in ready]).on_host()
-        return [self._take(run, chosen, at) for at, (run, _) in enumerate(ready)]
+        chosen = self._sampler.choose(logits, [run.slot for run, _ in ready])
+        every = zip(
+            ready, chosen.broken.tolist(), chosen.ids.tolist(), chosen.logprobs.tolist(),
+            chosen.top_ids.tolist(), chosen.top_logprobs.tolist(), strict=True,
+        )  # fmt: skip
+        return [
+            self._end(run, "error", error="non-finite logits")
+            if broken
+            else self._take(run, token, logprob, list(zip(ids, logprobs, strict=True)))
+            for (run, _), broken, token, logprob, ids, logprobs in every
+        ]
 
-    def _take(self, run: _Run, chosen: Chosen, at: int) -> Output:
+    def _take(self, run: _Run, token: int, logprob: float, top: list[tuple[int, float]]) -> Output:
         """One more token of a request."""
-        if not chosen.finite[at]:
-            return self._end(run, "error", error="non-finite logits")
-        token, sampling = chosen.ids[at], run.request.sampling
+        sampling, text = run.request.sampling, ""
+        finish: Finish | None = None
         run.ids.append(token)
         self.counts.tokens += 1
         ended = token in self.config.ends and not sampling.ignore_eos
-        text = "" if run.stream is None or ended else run.stream.add(token)
-        finish: Finish | None = None
+        if run.stream is not None and not ended:
+            text = run.stream.push(token)
         if ended or (run.stream is not None and run.stream.stopped):
             finish = "stop"
         elif run.made >= sampling.max_new_tokens or len(run.ids) >= self.room.longest:
             finish = "length"
-        top = tuple(chosen.top(at, sampling.logprobs))
-        if finish is None:
-            return Output(run.request.id, token, text, chosen.logprobs[at], top)
-        return self._end(run, finish, token, text, chosen.logprobs[at], top)
+        output = Output(run.request.id, token, text, logprob, tuple(top[: sampling.logprobs]))
+        return output if finish is None else self._end(run, finish, output)
 
     def _end(
-        self, run: _Run, finish: Finish, token: int | None = None, text: str = "",
-        logprob: float | None = None, top: tuple[tuple[int, float], ...] = (),
-        error: str | None = None,
-    ) -> Output:  # fmt: skip
+        self, run: _Run, finish: Finish, last: Output | None = None, error: str | None = None
+    ) -> Output:
+        """Its last output: `last`, with what the text still holds back, or one without a token."""
         if run in self._running:
             self._running.remove(run)
             self._sampler.remove(run.slot)
@@ -299,9 +305,9 @@ class Scheduler:
         else:
             self._waiting.remove(run)
         self._caches.leave(run.text)
-        if run.stream is not None and finish in ("stop", "length"):
-            text += run.stream.finish()
-        return Output(run.request.id, token, text, logprob, top, finish, error)
+        last = last or Output(run.request.id)
+        rest = "" if run.stream is None or error else run.stream.finish()
+        return replace(last, text=last.text + rest, finish=finish, error=error)
 
 
 def _together(order: Sequence[_Run]) -> Iterator[list[_Run]]:
