@@ -15,7 +15,7 @@ from builders_tokenizer import MARKED_TEMPLATE, load_kind
 from rich.console import Console
 
 from layersweep.cli.app import run
-from layersweep.cli.chat import Terminal, printable
+from layersweep.cli.chat import Terminal, printable, sampling_of
 from layersweep.errors import InputError
 from layersweep.generate.conversation import Conversation
 from layersweep.generate.request import Output, Request, Sampling
@@ -34,24 +34,23 @@ class Scripted:
         self.answers, self.requests = iter(answers), list[Request]()
         self.running, self.waiting, self.idle = 0, 0, True
         self._steps: Iterator[Step | Callable[[], None]] = iter(())
-        self._cancelled = False
+        self.cancelled: list[str] = []
 
     def check(self, request: Request) -> None:
         if request.arm.method == "int2":
             raise InputError("int2: found heads of 48, needed a multiple of 64")
         if len(request.ids) > 200:
-            raise InputError("prompt: found too many tokens", hint="/reset")
+            raise InputError("prompt: found too many tokens", hint="write less")
 
     def submit(self, request: Request) -> None:
         self.requests.append(request)
-        self._steps, self._cancelled = iter(next(self.answers)), False
+        self._steps = iter(next(self.answers))
 
     def cancel(self, request: str) -> None:
-        assert request == self.requests[-1].id
-        self._cancelled = True
+        self.cancelled.append(request)
 
     def step(self) -> list[Output]:
-        if self._cancelled:
+        if self.requests[-1].id in self.cancelled:
             return [Output(self.requests[-1].id, finish="cancelled")]
         step = next(self._steps)
         if callable(step):
@@ -147,6 +146,42 @@ def test_an_answer_that_fails_is_told_and_is_no_part_of_the_talk(
     conversation, _ = talk(steps, "First?", "Second?")
     assert "error: answer: non-finite logits" in capsys.readouterr().err
     assert [message.content for message in conversation.history] == ["Second?", "Yes."]
+
+
+def test_who_stops_listening_ends_the_answer_and_the_next_one_is_its_own() -> None:
+    """Also if the steps fail half way: what comes late of the first is not the second's."""
+    steps = Scripted(words("One two."), words("Three."))
+    conversation = Conversation(steps, TOKENIZER, Sampling())
+    _, pieces = conversation.answer("Count.", lambda: False)
+    next(pieces)
+    pieces.close()
+    assert steps.cancelled == ["chat-1"] and conversation.history == []
+    late = steps.step
+    steps.step = lambda: [Output("chat-1", 5, "late", finish="cancelled"), *late()]  # type: ignore[method-assign]
+    answer, pieces = conversation.answer("Go on.", lambda: False)
+    assert (list(pieces), answer.finish) == (["Three."], "stop")
+
+
+def test_a_talk_that_is_too_long_can_be_reset(capsys: pytest.CaptureFixture[str]) -> None:
+    talk(Scripted(words("word " * 90)), "Repeat.", "word " * 120)
+    assert "hint: /reset forgets the conversation" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, Sampling(do_sample=True, temperature=0.6, top_p=0.9)),
+        ({"temperature": 1.5, "top_k": 3}, Sampling(20, True, 1.5, 3, 0.9)),
+        (
+            {"temperature": 0.0, "repetition_penalty": 1.2},
+            Sampling(temperature=0.6, top_p=0.9, repetition_penalty=1.2),
+        ),
+    ],
+)
+def test_options_go_before_the_models_own_sampling(
+    given: dict[str, float], expected: Sampling
+) -> None:
+    assert sampling_of(Sampling(temperature=0.6, top_p=0.9), given) == expected
 
 
 def press() -> None:

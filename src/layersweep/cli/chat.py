@@ -62,10 +62,10 @@ def chat(
     from layersweep.generate.config import GenerationConfig
     from layersweep.generate.conversation import Conversation
     from layersweep.generate.scheduler import Scheduler
-    from layersweep.study.study import with_reference
     from layersweep.sweep.model import load
     from layersweep.text.bos import resolve_bos
     from layersweep.text.chat import Message
+    from layersweep.text.reference import with_reference
     from layersweep.text.tokenizer import TextTokenizer
 
     loaded = load(
@@ -78,7 +78,7 @@ def chat(
     own = GenerationConfig.read(folder).sampling
     given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
              "repetition_penalty": repetition_penalty}  # fmt: skip
-    sampling = _sampling(own, {name: value for name, value in given.items() if value is not None})
+    sampling = sampling_of(own, {name: value for name, value in given.items() if value is not None})
     sampling = replace(sampling, max_new_tokens=max_new_tokens, seed=seed)
 
     # /kv may ask for it at any time
@@ -99,11 +99,12 @@ def chat(
         terminal.run()
 
 
-def _sampling(own: Sampling, given: dict[str, float]) -> Sampling:
+def sampling_of(own: Sampling, given: dict[str, float]) -> Sampling:
     """The model's, with what was given in its place; a temperature of 0 samples nothing."""
-    if given.get("temperature") == 0:
-        return replace(own, do_sample=False, temperature=1.0)
-    return replace(own, do_sample=True, **given)  # type: ignore[arg-type]
+    greedy = given.get("temperature") == 0
+    if greedy:
+        given = {name: value for name, value in given.items() if name != "temperature"}
+    return replace(own, do_sample=not greedy, **given)  # type: ignore[arg-type]
 
 
 def _cache(arm: Arm, model: Model) -> str:
@@ -195,7 +196,11 @@ class Terminal:
 
     def _answer(self, said: str) -> None:
         with _Stop() as stop:
-            answer, pieces = self.conversation.answer(said, lambda: stop.asked)
+            try:
+                answer, pieces = self.conversation.answer(said, lambda: stop.asked)
+            except InputError as refusal:
+                hint = f"/reset forgets the conversation; {refusal.hint}"
+                raise InputError(str(refusal), hint=hint) from refusal
             for piece in pieces:
                 sys.stdout.write(printable(piece))
                 sys.stdout.flush()

@@ -77,18 +77,23 @@ class Conversation:
     ) -> Iterator[str]:
         began = first = time.perf_counter()
         self.steps.submit(request)
-        while answer.finish is None:
-            if stop():
+        try:
+            while answer.finish is None:
+                if stop():
+                    self.steps.cancel(request.id)
+                outputs = [one for one in self.steps.step() if one.request == request.id]
+                for output in outputs:
+                    now = time.perf_counter()
+                    if output.token is not None:
+                        first = now if answer.tokens == 0 else first
+                        answer.tokens += 1
+                        answer.reading_s, answer.writing_s = first - began, now - first
+                    answer.text += output.text
+                    answer.finish, answer.error = output.finish, output.error
+                    if output.text:
+                        yield output.text
+        finally:  # a step failed, or nobody listens any more
+            if answer.finish is None:
                 self.steps.cancel(request.id)
-            for output in self.steps.step():
-                now = time.perf_counter()
-                if output.token is not None:
-                    first = now if answer.tokens == 0 else first
-                    answer.tokens += 1
-                    answer.reading_s, answer.writing_s = first - began, now - first
-                answer.text += output.text
-                answer.finish, answer.error = output.finish, output.error
-                if output.text:
-                    yield output.text
         if answer.text and answer.error is None:
             self.history += [Message("user", said), Message("assistant", answer.text)]
