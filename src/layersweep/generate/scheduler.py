@@ -98,7 +98,7 @@ class Scheduler:
         self.counts = Counts()
         self._known: set[Arm] = set()
         self._say, self._progress = say, progress
-        self._engine = model.open(self.room.plan, say)
+        self._engine = model.open(self.room.plan, say, keeps_dense=self.room.keeps_dense)
         self._caches = RunningCaches(model.compute.device)
         self._sampler = Sampler(model.decoder.vocab_size, most, model.compute.device)
         self._slots = list(range(most - 1, -1, -1))
@@ -272,6 +272,7 @@ class Scheduler:
             progress=self._progress,
         )  # fmt: skip
         self.counts.walks += 1
+        self.counts.weight_bytes_read = self._engine.store.bytes_read
         bad = {(tile, row): layer for (tile, row, _), layer in record.nonfinite.items()}
         broken = {tiles[at][1][row]: layer for (at, row), layer in bad.items()}
         for run in self._running:
