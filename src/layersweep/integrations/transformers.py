@@ -117,11 +117,11 @@ def _bases(config: Any, decoder: Any) -> dict[int, Basis]:
         return {}
     found = {}
     for index, (layer, module) in enumerate(zip(described.layers, modules, strict=True)):
-        attention, norm = (getattr(module, of, None) for of in ("self_attn", "input_layernorm"))
-        q, k = (getattr(attention, of, None) for of in ("q_proj", "k_proj"))
-        if layer.projects_keys and None not in (norm, q, k):
-            weights = [one.weight.detach().float() for one in (q, k, norm)]
-            found[index] = key_basis(*weights, layer.attention.head_dim)
+        named = dict(module.named_parameters())
+        names = ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "input_layernorm.weight")
+        if layer.projects_keys and named.keys() >= {*names}:
+            q, k, norm = (named[name].detach().float() for name in names)
+            found[index] = key_basis(q, k, norm, layer.attention.head_dim)
     return found
 
 
