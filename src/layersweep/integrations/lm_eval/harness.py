@@ -1,0 +1,120 @@
+"""One model under several arms, and every answer that it gave: computed once, for all arms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from layersweep.errors import Fallback, InputError
+from layersweep.generate.request import Steps
+from layersweep.integrations.lm_eval.generation import Prompt, generate
+from layersweep.integrations.lm_eval.scoring import (
+    EXACT_CACHE,
+    HarnessArm,
+    Ids,
+    Score,
+    Scored,
+    score,
+)
+from layersweep.study.fitting import arm_fallbacks, fitting_arms
+from layersweep.study.study import with_reference
+from layersweep.sweep.generic_limits import check_modules
+from layersweep.sweep.model import Model
+from layersweep.sweep.record import Progress
+from layersweep.sweep.shapes import length_limit
+from layersweep.sweep.streams import every_stream
+from layersweep.text.bos import resolve_bos
+from layersweep.text.tokenizer import TextTokenizer
+
+Pair = tuple[Sequence[int], Sequence[int]]  # tokens of a context and of its continuation
+
+
+@dataclass
+class Harness:
+    """A model, its arms, and what they answered. `tokenizer` is transformers', as in lm-eval's HF
+    backend. `max_length`: tokens of the longest text.
+
+    `sweeps` of contexts and texts, `steps` of generated answers, and `bytes_read` of weights count
+    what was done so far. `nonfinite`: arms whose numbers are not, with the first such layer.
+    """
+
+    model: Model
+    arms: list[HarnessArm]
+    tokenizer: Any
+    max_length: int
+    say: Callable[[Fallback], None] = lambda fallback: None
+    progress: Progress = lambda phase, done, total: None
+    sweeps: int = 0
+    steps: int = 0
+    bytes_read: int = 0
+    nonfinite: dict[HarnessArm, int] = field(default_factory=dict)
+    _scores: dict[Scored, list[Score]] = field(default_factory=dict)
+    _answers: dict[tuple[Prompt, int], list[list[int]]] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, model: Model, arms: Sequence[HarnessArm], max_length: int | None = None,
+        say: Callable[[Fallback], None] = lambda fallback: None,
+    ) -> Harness:  # fmt: skip
+        """Refuses what cannot work, before weights are read, and says what is simpler than wanted.
+
+        Raises InputError for an arm that the model cannot have, a `max_length` that it cannot
+        read, and a tokenizer that transformers cannot load.
+        """
+        decoder, compute = model.decoder, model.compute
+        every = [arm for one in arms for arm in (one.whole, one.growing)]
+        check_modules(decoder, every, generates=False)
+        for arm in every:
+            arm.check_model(decoder.num_hidden_layers, model.checkpoint.fingerprint)
+        fitting, left_out = fitting_arms(every, every_stream(decoder), compute.device, compute.dtype)
+        kept = [one for one in arms if one.whole in fitting and one.growing in fitting]
+        limit, name = length_limit(decoder)
+        if max_length is not None and not 1 < max_length <= limit:
+            raise InputError(
+                f"--max-length: found {max_length}, needed 2 to {limit}, the model's limit ({name})",
+                hint=f"--max-length {limit}",
+            )
+        own = TextTokenizer.load(model.checkpoint.folder)
+        for fallback in (*left_out, *arm_fallbacks(fitting, decoder, compute.device)):
+            say(fallback)
+        model = with_reference(model, fitting, own, resolve_bos(own, "auto"))
+        tokenizer = AutoTokenizer.from_pretrained(model.checkpoint.folder)
+        return cls(replace(model, say=say), kept, tokenizer, max_length or limit, say)
+
+    def scores(self, pairs: Sequence[Pair], *, rolling: bool = False) -> list[list[Score]]:
+        """Of each context's continuation under each arm, [pair][arm]; all pairs that were not asked
+        for before go in one sweep. `rolling`: they are windows of texts.
+
+        Contexts longer than `max_length` lose their beginning, as in lm-eval's HF backend, which
+        is said. Raises InputError for a continuation that is longer or empty.
+        """
+        wanted = [Scored.of(*pair, self.max_length) for pair in pairs]
+        if rolling:
+            wanted = [one.rolling() for one in wanted]
+        new = [one for one in dict.fromkeys(wanted) if one not in self._scores]
+        if new:
+            cut = sum(len(one) + len(other) > self.max_length + 1 for one, other in pairs)
+            if cut:
+                used = f"their last {self.max_length} tokens"
+                why = f"{cut} of {len(pairs)} are longer than that, the longest text"
+                self.say(Fallback("lm-eval's contexts", "all of them", used, why))
+            found = score(self.model, new, self.arms, self.progress)
+            self._scores.update(zip(new, found.of, strict=True))
+            self.sweeps += found.record.sweeps
+            self.bytes_read += found.record.bytes_read
+            for place, layer in found.nonfinite.items():
+                arm = self.arms[place]
+                self.nonfinite[arm] = min(layer, self.nonfinite.get(arm, layer))
+        return [self._scores[one] for one in wanted]
+
+    def answers(self, prompts: Sequence[Prompt]) -> list[list[list[int]]]:
+        """New tokens of each prompt under each arm, [prompt][arm]; all prompts that were not asked
+        for before are generated together.
+
+        A prompt that is sampled and asked for several times gets as many answers. Raises
+        InputError for one without room for its answer.
+        """
+        raise NotImplementedError
