@@ -41,9 +41,7 @@ def fitting_arms(
     return fitting, left_out
 
 
-def arm_fallbacks(
-    arms: Sequence[Arm], decoder: Decoder, device: torch.device
-) -> list[Fallback]:
+def arm_fallbacks(arms: Sequence[Arm], decoder: Decoder, device: torch.device) -> list[Fallback]:
     """What a model and a device do for some arms in a simpler way than wanted."""
     slow = [
         arm.name for arm in arms if arm.method == "trellis" and arm.encoder_on(device) == "torch"

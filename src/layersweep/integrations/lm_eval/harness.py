@@ -9,12 +9,9 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from layersweep.errors import Fallback, InputError
-from layersweep.generate.request import Steps
-from layersweep.integrations.lm_eval.generation import Prompt, generate
+from layersweep.integrations.lm_eval.generation import Prompt
 from layersweep.integrations.lm_eval.scoring import (
-    EXACT_CACHE,
     HarnessArm,
-    Ids,
     Score,
     Scored,
     score,
@@ -69,12 +66,14 @@ class Harness:
         check_modules(decoder, every, generates=False)
         for arm in every:
             arm.check_model(decoder.num_hidden_layers, model.checkpoint.fingerprint)
-        fitting, left_out = fitting_arms(every, every_stream(decoder), compute.device, compute.dtype)
+        streams = every_stream(decoder)
+        fitting, left_out = fitting_arms(every, streams, compute.device, compute.dtype)
         kept = [one for one in arms if one.whole in fitting and one.growing in fitting]
         limit, name = length_limit(decoder)
         if max_length is not None and not 1 < max_length <= limit:
             raise InputError(
-                f"--max-length: found {max_length}, needed 2 to {limit}, the model's limit ({name})",
+                f"--max-length: found {max_length}, needed 2 to {limit}, the model's limit "
+                f"({name} in config.json)",
                 hint=f"--max-length {limit}",
             )
         own = TextTokenizer.load(model.checkpoint.folder)

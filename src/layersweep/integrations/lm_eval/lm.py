@@ -18,7 +18,6 @@ from layersweep.errors import GateError, InputError
 from layersweep.integrations.lm_eval.generation import Prompt, sampling_of
 from layersweep.integrations.lm_eval.harness import Harness
 from layersweep.integrations.lm_eval.scoring import EXACT_CACHE, HarnessArm, harness_arms
-from layersweep.kv.arms import EXACT
 from layersweep.sweep.model import load
 
 
@@ -63,7 +62,8 @@ class LayersweepLM(TemplateLM):
     def loglikelihood(
         self, requests: list[Instance], disable_tqdm: bool = True
     ) -> list[tuple[float, bool]]:
-        return super().loglikelihood(requests, disable_tqdm)
+        scores: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm)
+        return scores
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any

@@ -16,8 +16,8 @@ tokens exactly. Continuations that differ in their last token alone share a bran
 A rolling window, and a continuation of an empty context, have nothing before their first
 prediction but one token: a codec would have no prefix to take, and every arm would equal the exact
 cache. There each token reads what a growing cache holds once it is in (`Branch.streaming`). This is
-what such a text meets when it goes through a cache token by token. The last rolling window of a text
-has a context; it is read the same way, so that one text is measured in one way.
+what such a text meets when it goes through a cache token by token. The last rolling window of a
+text has a context; it is read the same way, so that one text is measured in one way.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ def harness_arms(kv: str) -> list[HarnessArm]:
 
 @dataclass(frozen=True)
 class Scored:
-    """`targets` to predict after `prefix` by the last rows of `branch`, the last of them by the last
-    row. Without a prefix the cache is read as it grows."""
+    """`targets` to predict after `prefix`, by as many last rows of `branch`. Without a prefix the
+    cache is read as it grows."""
 
     prefix: Ids
     branch: Ids
@@ -188,9 +188,7 @@ def score(
     rides, ops = rides_of(wanted), model.compute.ops
     tiles = tiles_of_rides(rides, arms)
     # log-probability, and how many targets are not the argmax: one copy to the host at the end
-    sums = torch.zeros(
-        len(wanted), len(arms), 2, dtype=torch.float64, device=model.compute.device
-    )
+    sums = torch.zeros(len(wanted), len(arms), 2, dtype=torch.float64, device=model.compute.device)
 
     def read(tile: Tile, number: int, sequence: BranchedSequence, pieces: Pieces) -> None:
         ride = rides[tile.first + number]
@@ -208,9 +206,7 @@ def score(
                     sums[index, arm, 1] += (best != goal).sum()
 
     record = model.run(tiles, read, progress=progress)
-    of = [
-        [(likelihood, missed == 0) for likelihood, missed in by_arm] for by_arm in sums.tolist()
-    ]
+    of = [[(likelihood, missed == 0) for likelihood, missed in by_arm] for by_arm in sums.tolist()]
     return Scores(of, _nonfinite(tiles, arms, record, sums, model), record)
 
 

@@ -1,0 +1,406 @@
+"""lm-evaluation-harness: three local tasks against its own HF backend on transformers' model, arms
+against a cache that is overwritten, and one sweep for all arms."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from oracle_models import (
+    codec_of,
+    oracle_model,
+    rope_tables,
+    rotate_half,
+    scored_with_cache,
+)
+from torch import Tensor
+from transformers import AutoTokenizer, DynamicCache
+
+from layersweep.cli.app import run
+from layersweep.errors import InputError
+from layersweep.sweep.model import load
+
+pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.registry import get_model
+from lm_eval.evaluator import simple_evaluate
+from lm_eval.tasks import TaskManager
+
+from layersweep.integrations.lm_eval import evaluate as evaluation
+from layersweep.integrations.lm_eval.compare import ANSWER_NLL, differences
+from layersweep.integrations.lm_eval.evaluate import Asked, evaluate, load_tasks
+from layersweep.integrations.lm_eval.harness import Harness
+from layersweep.integrations.lm_eval.lm import LayersweepLM
+from layersweep.integrations.lm_eval.scoring import (
+    EXACT_CACHE,
+    Scored,
+    harness_arms,
+    rides_of,
+    tiles_of_rides,
+)
+
+Json = dict[str, Any]
+DEMO = Path(__file__).parents[1] / "src/layersweep/demo/model"
+LIMIT = 96  # tokens: some contexts and all texts are longer
+ARMS = ("exact", "lloyd:K3V2", "lloyd:K4V2")
+TASKS = {
+    "choice": {
+        "output_type": "multiple_choice", "doc_to_text": "{{question}}",
+        "doc_to_choice": "choices", "doc_to_target": "gold", "target_delimiter": "",
+        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+    },
+    "rolling": {
+        "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{text}}",
+        "metric_list": [{"metric": "word_perplexity"}, {"metric": "bits_per_byte"}],
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tasks' YAML (JSON is YAML) and their documents."""
+    path = tmp_path_factory.mktemp("tasks")
+    text = (DEMO.parent / "text/heldout.txt").read_text("utf-8")
+    parts = [part for part in text.split("\n\n") if 150 < len(part) < 500]
+    docs = [
+        {
+            "question": part[:100] if number else "",  # an empty context
+            "choices": [part[100:115], parts[number + 9][:15], parts[number + 10][:16]],
+            "gold": 0,
+            "text": "\n\n".join(parts[number : number + 2]),
+        }
+        for number, part in enumerate(parts[:4])
+    ]
+    docs[1]["question"] += " "  # the space goes with the choices
+    docs[2]["question"] = "\n\n".join(parts[:4])  # longer than LIMIT
+    docs[3]["choices"] = ["a", "b", " c"]  # one token each
+    (path / "docs.json").write_text(json.dumps(docs))
+    data = {
+        "dataset_path": "json", "test_split": "test",
+        "dataset_kwargs": {
+            "data_files": {"test": str(path / "docs.json")}, "cache_dir": str(path / "cache")
+        },
+    }  # fmt: skip
+    for name, task in TASKS.items():
+        (path / f"{name}.yaml").write_text(json.dumps({"task": name, **data, **task}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def oracle() -> Any:
+    return oracle_model(DEMO)
+
+
+@pytest.fixture(scope="module")
+def hf(oracle: Any) -> Any:
+    """lm-eval's HF backend on transformers' model. Its module imports accelerate, which this
+    project keeps out; nothing of it is used with a model that is there."""
+    import transformers.utils
+
+    assert not transformers.utils.is_accelerate_available()  # asked before the stand-in is there
+    names = ("Accelerator", "InitProcessGroupKwargs", "find_executable_batch_size")
+    stand_in: Any = types.ModuleType("accelerate")
+    stand_in.utils = types.ModuleType("accelerate.utils")
+    stand_in.utils.get_max_memory = None
+    for name in names:
+        setattr(stand_in, name, None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "accelerate", stand_in)
+        patch.setitem(sys.modules, "accelerate.utils", stand_in.utils)
+        module = importlib.import_module("lm_eval.models.huggingface")
+    tokenizer = AutoTokenizer.from_pretrained(DEMO)
+    return module.HFLM(pretrained=oracle, tokenizer=tokenizer, max_length=LIMIT, device="cpu")
+
+
+def harness_of(kv: str, limit: int | None = LIMIT) -> Harness:
+    return Harness.of(load("demo", device="cpu"), [EXACT_CACHE, *harness_arms(kv)], limit)
+
+
+@pytest.fixture(scope="module")
+def harness() -> Harness:
+    return harness_of(",".join(ARMS))
+
+
+@pytest.fixture(scope="module")
+def asked(folder: Path) -> Asked:
+    return Asked(tuple(TASKS), include_path=folder)
+
+
+@pytest.fixture(scope="module")
+def tasks(asked: Asked) -> Any:
+    return load_tasks(asked, "demo")
+
+
+@pytest.fixture(scope="module")
+def found(harness: Harness, tasks: Any, asked: Asked, tmp_path_factory: Any) -> tuple[Json, Path]:
+    out = tmp_path_factory.mktemp("results")
+    return evaluate(harness, tasks, asked, command="test", out=out).results, out
+
+
+@pytest.fixture(scope="module")
+def theirs(hf: Any, tasks: Any) -> Json:
+    results = simple_evaluate(hf, tasks=tasks, task_manager=TaskManager(include_defaults=False))
+    assert results is not None
+    return results
+
+
+def written(out: Path, pattern: str) -> Path:
+    (path,) = out.rglob(pattern)
+    return path
+
+
+def test_the_exact_cache_gives_what_the_hf_backend_gives(
+    found: tuple[Json, Path], theirs: Json
+) -> None:
+    results, out = found
+    compared = 0
+    for row in results["rows"]:
+        if row["metric"] == ANSWER_NLL:
+            continue
+        value = theirs["results"][row["task"]][f"{row['metric']},none"]
+        assert row["values"]["exact"] == pytest.approx(value, rel=1e-4)
+        compared += 1
+    assert compared == 4
+    lines = written(out / "exact", "samples_choice_*.jsonl").read_text("utf-8").splitlines()
+    for line, sample in zip(lines, theirs["samples"]["choice"], strict=True):
+        ours = json.loads(line)["filtered_resps"]
+        for (likelihood, greedy), other in zip(ours, sample["filtered_resps"], strict=True):
+            assert float(likelihood) == pytest.approx(other[0], abs=1e-4)
+            assert (greedy == "True") == other[1]
+
+
+def test_all_arms_of_a_task_take_one_sweep(harness: Harness, found: tuple[Json, Path]) -> None:
+    """Both kinds of requests, three arms: the weights are read twice."""
+    payload = sum(spec.stored_bytes for spec in harness.model.specs)
+    assert (harness.sweeps, harness.bytes_read) == (2, 2 * payload)
+    results, out = found
+    performance = results["performance"]
+    assert (performance["sweeps"], performance["weight_bytes_read"]) == (2, 2 * payload)
+    assert [arm["folder"] for arm in results["arms"]] == ["exact", "lloyd_K3V2", "lloyd_K4V2"]
+    for arm, name in zip(ARMS, ("exact", "lloyd_K3V2", "lloyd_K4V2"), strict=True):
+        its = json.loads(written(out / name, "results_*.json").read_text("utf-8"))
+        assert its["config"]["kv"] == arm
+        rows = {row["metric"]: row for row in results["rows"] if row["task"] == "rolling"}
+        value = its["results"]["rolling"]["word_perplexity,none"]
+        assert rows["word_perplexity"]["values"][arm] == value
+
+
+def scores(harness: Harness, arm: str, context: list[int], after: list[int]) -> tuple[float, bool]:
+    return harness.scores([(context, after)])[0][ARMS.index(arm)]
+
+
+@pytest.mark.parametrize("arm", ARMS[1:])
+def test_a_continuation_reads_its_context_through_the_codec(
+    arm: str, harness: Harness, oracle: Any
+) -> None:
+    """The first prediction, too: it is that of the context's last token, a row of the branch."""
+    ids = harness.tokenizer.encode("def main(argv):\n    return run(argv, verbose=True)\n" * 5)
+    context, after = ids[:60], ids[60:70]
+    through = None if arm == "exact" else codec_of(arm, 6)
+    theirs = scored_with_cache(oracle, context[:-1], context[-1:] + after, through)
+    likelihood, _ = scores(harness, arm, context, after)
+    assert likelihood == pytest.approx(theirs.double().sum().item(), abs=1e-4)
+    exact, _ = scores(harness, "exact", context, after)
+    assert abs(likelihood - exact) > 1e-3
+
+
+class CodedCache(DynamicCache):
+    """What a cache holds is what is read: every key and value that goes in comes back coded."""
+
+    def __init__(self, model: Any, arm: str) -> None:
+        super().__init__(config=model.config)
+        self.model, self.through = model, codec_of(arm, 6)
+        self.projected: list[Tensor] = []
+        for layer in model.model.layers:
+            keys = layer.self_attn.k_proj
+            keys.register_forward_hook(lambda module, x, out: self.projected.append(out))
+
+    def update(
+        self, keys: Tensor, values: Tensor, layer: int, *more: Any, **others: Any
+    ) -> tuple[Tensor, Tensor]:
+        plain = self.projected[layer].view(1, keys.shape[2], -1, keys.shape[3]).transpose(1, 2)
+        coded, values = self.through(plain, values, layer)
+        theta = self.model.config.rope_parameters["rope_theta"]
+        cos, sin = rope_tables(theta, keys.shape[3], keys.shape[2])
+        return coded * cos + rotate_half(coded) * sin, values
+
+
+@pytest.mark.parametrize("empty", [True, False])
+def test_a_text_without_a_context_reads_what_a_growing_cache_holds(
+    empty: bool, harness: Harness, oracle: Any
+) -> None:
+    """Rolling windows, and continuations of an empty context."""
+    lm = LayersweepLM(harness, harness.arms[1])
+    text = "import os\n\ndef f(x):\n    return os.path.join(x, 'y')\n" * 2
+    kind, arguments = ("loglikelihood", ("", text)) if empty else ("loglikelihood_rolling", (text,))
+    (answer,) = getattr(lm, kind)([Instance(kind, {}, arguments, 0)])
+    ids = [1, *harness.tokenizer.encode(text, add_special_tokens=False)]
+    assert 40 < len(ids) <= LIMIT
+    with torch.inference_mode():
+        cache = CodedCache(oracle, "lloyd:K3V2")
+        logits = oracle(torch.tensor([ids[:-1]]), past_key_values=cache).logits[0]
+    chosen = logits.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])
+    assert (answer[0] if empty else answer) == pytest.approx(chosen.double().sum().item(), abs=1e-3)
+
+
+def test_choices_share_their_context_and_one_token_choices_a_branch() -> None:
+    context = [5, 6, 7]
+    wanted = [Scored.of(context, after, 8) for after in ([1], [2], [3, 4])]
+    (ride,) = rides_of(wanted)
+    arms = [EXACT_CACHE, *harness_arms("lloyd:K3V2")]
+    sequence = ride.sequence(arms)
+    assert sequence.prefix == (5, 6)
+    assert [(branch.arm.name, branch.ids) for branch in sequence.branches] == [
+        ("exact", (7,)), ("lloyd:K3V2", (7,)), ("exact", (7, 3)), ("lloyd:K3V2", (7, 3)),
+    ]  # fmt: skip
+    assert [sequence.branches[0].role, sequence.branches[1].role] == ["baseline", "arm"]
+
+
+def test_tiles_hold_at_most_twenty_contexts_and_the_rows_of_a_study() -> None:
+    some = rides_of([Scored.of([index] + [1] * 40, [2], 99) for index in range(45)])
+    assert [len(tile.sequences) for tile in tiles_of_rides(some, [EXACT_CACHE])] == [20, 20, 5]
+    large = rides_of([Scored.of([index] + [1] * 20_000, [2], 30_000) for index in range(5)])
+    tiles = tiles_of_rides(large, [EXACT_CACHE])
+    assert [(tile.first, len(tile.sequences)) for tile in tiles] == [(0, 2), (2, 2), (4, 1)]
+
+
+def test_a_bare_arm_keeps_recent_tokens_where_its_cache_grows() -> None:
+    (bare, spelled) = harness_arms("K3V2,lloyd:K3V2")
+    assert (bare.whole.window, bare.growing.window) == (0, 8)
+    assert spelled.whole == spelled.growing
+    assert bare.name == "trellis:K3V2@fit=1@found=1"
+    with pytest.raises(InputError, match="which are both trellis:K3V2@fit=1@found=1"):
+        harness_arms("K3V2,trellis:K3V2@fit=1@found=1")
+
+
+@pytest.mark.parametrize(("context", "after"), [([], [1]), ([1], []), ([1], [2] * (LIMIT + 1))])
+def test_what_cannot_be_scored_is_refused(context: list[int], after: list[int]) -> None:
+    with pytest.raises(InputError, match=f"needed a context, and a continuation of 1 to {LIMIT}"):
+        Scored.of(context, after, LIMIT)
+
+
+def test_a_context_that_is_cut_is_announced() -> None:
+    said: list[str] = []
+    harness = harness_of("")
+    harness.say = lambda fallback: said.append(str(fallback))
+    harness.scores([([1] * 200, [2]), ([1] * 20, [2])])
+    assert said == [
+        "lm-eval's contexts: wanted all of them, used their last 96 tokens: "
+        "1 of 2 are longer than that, the longest text"
+    ]
+
+
+def test_lm_eval_knows_the_model_by_name(harness: Harness) -> None:
+    """With what lm-eval's own command hands to every model."""
+    lm: Any = get_model("layersweep").create_from_arg_string(
+        f"pretrained=demo,kv=lloyd:K3V2,max_length={LIMIT}", {"batch_size": 1, "device": "cpu"}
+    )
+    ids = harness.tokenizer.encode("def main(argv):\n    return 0\n")
+    ((own,),) = lm.harness.scores([(ids, [9, 8])])
+    assert own[0] == pytest.approx(scores(harness, "lloyd:K3V2", ids, [9, 8])[0], abs=1e-5)
+    with pytest.raises(InputError, match="found 2 arms, needed one"):
+        get_model("layersweep")(kv="K2-3V2")
+
+
+def sample(number: int, **values: Any) -> Json:
+    return {
+        "doc_id": number, "filter": "none", "metrics": list(values), "target": 0,
+        "filtered_resps": [(-1.0 - number, True), (-3.0, False)], **values,
+    }  # fmt: skip
+
+
+def test_verdicts_are_compared_by_exact_mcnemar() -> None:
+    exact = [sample(number, acc=1.0) for number in range(12)]
+    arm = [sample(number, acc=float(number >= 6)) for number in range(12)]
+    (one,) = differences({"exact": exact, "lloyd:K3V2": arm}, "acc", "none")
+    assert (one.kind, one.n, one.lost, one.gained, one.delta) == ("verdicts", 12, 6, 0, -0.5)
+    assert one.p == one.p_holm == 2 * 0.5**6
+    two = differences({"exact": exact, "a": arm, "b": arm}, "acc", "none")
+    assert [each.p_holm for each in two] == [4 * 0.5**6] * 2
+
+
+def test_losses_are_compared_per_word_of_all_documents() -> None:
+    found = {
+        arm: [
+            sample(n, word_perplexity=(-10.0 - n * worse, 5), bits_per_byte=(-10.0 - n * worse, 20))
+            for n in range(3)
+        ]
+        for worse, arm in enumerate(("exact", "a"))
+    }
+    (words,) = differences(found, "word_perplexity", "none")
+    assert (words.kind, words.lost) == ("losses", None)
+    assert words.delta == pytest.approx(3.0 / 15)
+    (bits,) = differences(found, "bits_per_byte", "none")
+    assert bits.delta == pytest.approx(3.0 / 60 / 0.6931472)
+    (answers,) = differences(found, ANSWER_NLL, "none")
+    assert (answers.kind, answers.delta, answers.p) == ("losses", 0.0, 1.0)
+    pairs = [sample(n, f1=(0, 1)) for n in range(3)]
+    assert differences({"exact": pairs, "a": pairs}, "f1", "none") == []
+
+
+@pytest.fixture
+def quick_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without lm-eval's own tasks, which take seconds to list."""
+    only = functools.partial(TaskManager, include_defaults=False)
+    monkeypatch.setattr(evaluation, "TaskManager", only)
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    assert run(["lm-eval", "demo", "--device", "cpu", *words]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    error, hint = captured.err.splitlines()[-2:]
+    assert hint.startswith("hint: ")
+    return error
+
+
+@pytest.mark.usefixtures("quick_tasks")
+def test_what_cannot_work_is_refused_before_weights_are_read(
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delattr("layersweep.sweep.model.Model.open")
+    local = ("--include-path", str(folder))
+    say = functools.partial(refused, capsys)
+    assert "found 'chioce', needed a task" in say("--tasks", "chioce", *local)
+    assert "found no folder" in say("--tasks", "choice", "--include-path", str(tmp_path / "none"))
+    assert "unknown name 'k99'" in say("--tasks", "choice", "--kv", "K99", *local)
+    assert "needed 2 to 8192" in say("--tasks", "choice", "--max-length", "9999", *local)
+    assert "needed more than 0" in say("--tasks", "choice", "--limit", "0", *local)
+    (tmp_path / "lm_eval.json").write_text("{}")
+    assert "results of another run" in say("--tasks", "choice", "--out", str(tmp_path), *local)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "found no package lm_eval" in say("--tasks", "choice")
+
+
+@pytest.mark.usefixtures("quick_tasks")
+def test_a_task_whose_data_is_missing_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = {
+        "task": "lost", "dataset_path": "json", "test_split": "test", **TASKS["choice"],
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "none.json")}},
+    }  # fmt: skip
+    (tmp_path / "lost.yaml").write_text(json.dumps(task))
+    error = refused(capsys, "--tasks", "lost", "--include-path", str(tmp_path))
+    assert "found a task lost that cannot be loaded (FileNotFoundError: " in error
+
+
+@pytest.mark.usefixtures("quick_tasks")
+def test_the_command_prints_a_table(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--tasks", "choice", "--kv", "lloyd:K3V2", "--include-path", str(folder)]
+    assert run(["lm-eval", "demo", "--device", "cpu", "--limit", "2", *words]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "demo: nf4 weights, float32"
+    assert lines[-1] == "2 arms in 1 sweep(s): 11.73 MiB of weights read"
+    assert [line.split()[0] for line in lines[3:9:2]] == ["choice"] * 3
