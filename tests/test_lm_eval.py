@@ -61,6 +61,11 @@ TASKS = {
         "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{text}}",
         "metric_list": [{"metric": "word_perplexity"}, {"metric": "bits_per_byte"}],
     },
+    "answers": {
+        "output_type": "generate_until", "doc_to_text": "import {{question}}",
+        "doc_to_target": "{{answer}}", "metric_list": [{"metric": "exact_match"}],
+        "generation_kwargs": {"until": ["\n", ")"], "max_gen_toks": 12},
+    },
 }  # fmt: skip
 
 
@@ -75,6 +80,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "question": part[:100] if number else "",  # an empty context
             "choices": [part[100:115], parts[number + 9][:15], parts[number + 10][:16]],
             "gold": 0,
+            "answer": part[100:110],
             "text": "\n\n".join(parts[number : number + 2]),
         }
         for number, part in enumerate(parts[:4])
@@ -157,33 +163,41 @@ def written(out: Path, pattern: str) -> Path:
     return path
 
 
+def samples(out: Path, task: str) -> list[Json]:
+    """Of the exact cache."""
+    text = written(out / "exact", f"samples_{task}_*.jsonl").read_text("utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
 def test_the_exact_cache_gives_what_the_hf_backend_gives(
     found: tuple[Json, Path], theirs: Json
 ) -> None:
     results, out = found
-    compared = 0
-    for row in results["rows"]:
-        if row["metric"] == ANSWER_NLL:
-            continue
+    rows = [row for row in results["rows"] if row["metric"] != ANSWER_NLL]
+    for row in rows:
         value = theirs["results"][row["task"]][f"{row['metric']},none"]
         assert row["values"]["exact"] == pytest.approx(value, rel=1e-4)
-        compared += 1
-    assert compared == 4
-    lines = written(out / "exact", "samples_choice_*.jsonl").read_text("utf-8").splitlines()
-    for line, sample in zip(lines, theirs["samples"]["choice"], strict=True):
-        ours = json.loads(line)["filtered_resps"]
-        for (likelihood, greedy), other in zip(ours, sample["filtered_resps"], strict=True):
-            assert float(likelihood) == pytest.approx(other[0], abs=1e-4)
-            assert (greedy == "True") == other[1]
+    assert [row["metric"] for row in rows] == [
+        "acc", "acc_norm", "word_perplexity", "bits_per_byte", "exact_match",
+    ]  # fmt: skip
+    for sample, other in zip(samples(out, "choice"), theirs["samples"]["choice"], strict=True):
+        pairs = zip(sample["filtered_resps"], other["filtered_resps"], strict=True)
+        for (likelihood, greedy), expected in pairs:
+            assert float(likelihood) == pytest.approx(expected[0], abs=1e-4)
+            assert (greedy == "True") == expected[1]
+    texts = [sample["filtered_resps"] for sample in samples(out, "answers")]
+    assert texts == [sample["filtered_resps"] for sample in theirs["samples"]["answers"]]
+    assert len({text for (text,) in texts}) > 1
 
 
 def test_all_arms_of_a_task_take_one_sweep(harness: Harness, found: tuple[Json, Path]) -> None:
-    """Both kinds of requests, three arms: the weights are read twice."""
-    payload = sum(spec.stored_bytes for spec in harness.model.specs)
-    assert (harness.sweeps, harness.bytes_read) == (2, 2 * payload)
+    """Three arms: contexts are one sweep, texts another, and what answers need is read once."""
+    stored = sum(spec.stored_bytes for spec in harness.model.specs)
     results, out = found
     performance = results["performance"]
-    assert (performance["sweeps"], performance["weight_bytes_read"]) == (2, 2 * payload)
+    assert performance["sweeps"] == 2
+    assert performance["walks"] == 12  # as many as the longest answer has tokens
+    assert performance["weight_bytes_read"] == 3 * stored
     assert [arm["folder"] for arm in results["arms"]] == ["exact", "lloyd_K3V2", "lloyd_K4V2"]
     for arm, name in zip(ARMS, ("exact", "lloyd_K3V2", "lloyd_K4V2"), strict=True):
         its = json.loads(written(out / name, "results_*.json").read_text("utf-8"))
@@ -293,8 +307,8 @@ def test_a_context_that_is_cut_is_announced() -> None:
     harness.say = lambda fallback: said.append(str(fallback))
     harness.scores([([1] * 200, [2]), ([1] * 20, [2])])
     assert said == [
-        "lm-eval's contexts: wanted all of them, used their last 96 tokens: "
-        "1 of 2 are longer than that, the longest text"
+        "lm-eval's contexts: wanted all of them, used their last tokens: "
+        "1 of 2 are longer than the longest text, 96 tokens"
     ]
 
 

@@ -244,6 +244,7 @@ class Scheduler:
             progress=self._progress,
         )  # fmt: skip
         self.counts.walks += 1
+        self.counts.weight_bytes_read = self._engine.store.bytes_read
         bad = {(tile, row): layer for (tile, row, _), layer in record.nonfinite.items()}
         broken = {tiles[at][1][row]: layer for (at, row), layer in bad.items()}
         for run in self._running:

@@ -147,7 +147,7 @@ def evaluate(
     found: dict[str, Json] = {}
     files: list[Path] = []
     for arm in harness.arms:
-        if arm in harness.nonfinite:
+        if arm in harness.ill:
             continue
         with redirect_stderr(io.StringIO()) if found else nullcontext():
             found[arm.name] = _run(harness, arm, tasks, asked, out)
@@ -223,20 +223,19 @@ def _results(
         "performance": {
             "wall_s": seconds,
             "sweeps": harness.sweeps,
-            "steps": harness.steps,
+            "walks": harness.walks,
             "weight_bytes_read": harness.bytes_read,
         },
     }
 
 
 def _arm(harness: Harness, arm: HarnessArm) -> Json:
-    layer = harness.nonfinite.get(arm)
     return {
         "arm": arm.name,
         "growing": arm.growing.name,
         "requested": arm.whole.requested,
-        "status": "ok" if layer is None else "nonfinite",
-        "first_nonfinite_layer": layer,
+        "status": "nonfinite" if arm in harness.ill else "ok",
+        "why": harness.ill.get(arm),
         "folder": folder_of(arm),
     }
 

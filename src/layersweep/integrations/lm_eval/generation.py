@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 
-from layersweep.errors import GateError, InputError
+from layersweep.errors import InputError
 from layersweep.generate.request import Request, Sampling, Steps
 from layersweep.integrations.lm_eval.scoring import Ids
 from layersweep.kv.arms import Arm
+from layersweep.sweep.record import Progress
 
 MAX_GEN_TOKS = 256  # where a task says nothing, as in lm-eval's HF backend
 _SAMPLED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -60,13 +62,26 @@ def sampling_of(kwargs: Mapping[str, Any], eos: str | None) -> Sampling:
     )
 
 
-def generate(
-    scheduler: Steps, prompts: Sequence[Prompt], arms: Sequence[Arm],
-    progress: Callable[[str, int, int], None],
-) -> tuple[list[list[list[int]]], int]:  # fmt: skip
-    """Tokens of each prompt under each arm, [prompt][arm], and how many steps that took.
+def numbered(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """With seeds: the n-th time that a prompt is asked for has seed n. Greedy ones stay alike."""
+    asked: Counter[Prompt] = Counter()
+    found = []
+    for prompt in prompts:
+        if prompt.sampling.do_sample:
+            asked[prompt] += 1
+            seed = asked[prompt] - 1
+            found.append(replace(prompt, sampling=replace(prompt.sampling, seed=seed)))
+        else:
+            found.append(prompt)
+    return found
 
-    All of them are in the scheduler at once, so that a step walks the weights once for all.
+
+def generate(
+    scheduler: Steps, prompts: Sequence[Prompt], arms: Sequence[Arm], progress: Progress
+) -> tuple[list[list[list[int]]], dict[int, str]]:
+    """Tokens of each prompt under each arm, [prompt][arm], and what went wrong under which arm.
+
+    All of them are in the scheduler at once, so that a walk over the weights serves all.
     """
     requests = {
         f"{index} {place}": Request(f"{index} {place}", prompt.ids, prompt.sampling, arm)
@@ -75,20 +90,18 @@ def generate(
     }
     for request in requests.values():
         scheduler.check(request)
-    tokens: dict[str, list[int]] = {name: [] for name in requests}
     for request in requests.values():
         scheduler.submit(request)
-    steps = finished = 0
+    answers: list[list[list[int]]] = [[[] for _ in arms] for _ in prompts]
+    ill: dict[int, str] = {}
+    finished = 0
     while not scheduler.idle:
         for output in scheduler.step():
-            if output.error is not None:
-                arm = requests[output.request].arm.name
-                raise GateError(f"lm-eval: an answer under {arm}: {output.error}")
+            index, place = map(int, output.request.split())
             if output.token is not None:
-                tokens[output.request].append(output.token)
+                answers[index][place].append(output.token)
+            if output.error is not None:
+                ill.setdefault(place, output.error)
             finished += output.finish is not None
-        steps += 1
         progress("answers", finished, len(requests))
-    return [
-        [tokens[f"{index} {place}"] for place in range(len(arms))] for index in range(len(prompts))
-    ], steps
+    return answers, ill

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from transformers import AutoTokenizer
 
-from layersweep.errors import Fallback, InputError
-from layersweep.integrations.lm_eval.generation import Prompt
-from layersweep.integrations.lm_eval.scoring import (
-    HarnessArm,
-    Score,
-    Scored,
-    score,
-)
+from layersweep.errors import Fallback, GateError, InputError
+from layersweep.generate.room import MOST
+from layersweep.generate.scheduler import Scheduler
+from layersweep.integrations.lm_eval.generation import Prompt, generate, numbered
+from layersweep.integrations.lm_eval.scoring import EXACT_CACHE, HarnessArm, Score, Scored, score
 from layersweep.study.fitting import arm_fallbacks, fitting_arms
 from layersweep.study.study import with_reference
 from layersweep.sweep.generic_limits import check_modules
@@ -32,24 +29,25 @@ Pair = tuple[Sequence[int], Sequence[int]]  # tokens of a context and of its con
 @dataclass
 class Harness:
     """A model, its arms, and what they answered. `tokenizer` is transformers', as in lm-eval's HF
-    backend. `max_length`: tokens of the longest text.
+    backend; ours finds stop strings. `max_length`: tokens of the longest text.
 
-    `sweeps` of contexts and texts, `steps` of generated answers, and `bytes_read` of weights count
-    what was done so far. `nonfinite`: arms whose numbers are not, with the first such layer.
+    `sweeps` over contexts and texts, `walks` that gave answers their tokens, and `bytes_read` of
+    weights count what was done so far. `ill`: arms whose numbers are not finite, and where.
     """
 
     model: Model
     arms: list[HarnessArm]
     tokenizer: Any
+    text_tokenizer: TextTokenizer
     max_length: int
     say: Callable[[Fallback], None] = lambda fallback: None
     progress: Progress = lambda phase, done, total: None
     sweeps: int = 0
-    steps: int = 0
+    walks: int = 0
     bytes_read: int = 0
-    nonfinite: dict[HarnessArm, int] = field(default_factory=dict)
+    ill: dict[HarnessArm, str] = field(default_factory=dict)
     _scores: dict[Scored, list[Score]] = field(default_factory=dict)
-    _answers: dict[tuple[Prompt, int], list[list[int]]] = field(default_factory=dict)
+    _answers: dict[Prompt, list[list[int]]] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -81,7 +79,7 @@ class Harness:
             say(fallback)
         model = with_reference(model, fitting, own, resolve_bos(own, "auto"))
         tokenizer = AutoTokenizer.from_pretrained(model.checkpoint.folder)
-        return cls(replace(model, say=say), kept, tokenizer, max_length or limit, say)
+        return cls(replace(model, say=say), kept, tokenizer, own, max_length or limit, say)
 
     def scores(self, pairs: Sequence[Pair], *, rolling: bool = False) -> list[list[Score]]:
         """Of each context's continuation under each arm, [pair][arm]; all pairs that were not asked
@@ -96,24 +94,54 @@ class Harness:
         new = [one for one in dict.fromkeys(wanted) if one not in self._scores]
         if new:
             cut = sum(len(one) + len(other) > self.max_length + 1 for one, other in pairs)
-            if cut:
-                used = f"their last {self.max_length} tokens"
-                why = f"{cut} of {len(pairs)} are longer than that, the longest text"
-                self.say(Fallback("lm-eval's contexts", "all of them", used, why))
+            self._say_cut("contexts", cut, len(pairs), "their last tokens")
             found = score(self.model, new, self.arms, self.progress)
             self._scores.update(zip(new, found.of, strict=True))
             self.sweeps += found.record.sweeps
             self.bytes_read += found.record.bytes_read
-            for place, layer in found.nonfinite.items():
-                arm = self.arms[place]
-                self.nonfinite[arm] = min(layer, self.nonfinite.get(arm, layer))
+            self._mark(found.ill)
         return [self._scores[one] for one in wanted]
 
     def answers(self, prompts: Sequence[Prompt]) -> list[list[list[int]]]:
         """New tokens of each prompt under each arm, [prompt][arm]; all prompts that were not asked
         for before are generated together.
 
-        A prompt that is sampled and asked for several times gets as many answers. Raises
-        InputError for one without room for its answer.
+        A prompt that is sampled and asked for several times gets as many answers, which all arms
+        draw by the same seeds. Prompts without room for their answer lose their beginning, as in
+        lm-eval's HF backend, which is said. Raises InputError where there is no room at all.
         """
-        raise NotImplementedError
+        fitted = [prompt.fitted(self.max_length) for prompt in prompts]
+        wanted = numbered(fitted)
+        new = [one for one in dict.fromkeys(wanted) if one not in self._answers]
+        if new:
+            self._say_cut(
+                "prompts", sum(a.ids != b.ids for a, b in zip(fitted, prompts, strict=True)),
+                len(prompts), "the last tokens that leave room for the answer",
+            )  # fmt: skip
+            longest = max(len(one.ids) + one.sampling.max_new_tokens for one in new)
+            most = min(MOST, len(new) * len(self.arms))
+            with Scheduler(
+                self.model, self.text_tokenizer, most=most, longest=longest, say=self.say
+            ) as scheduler:
+                arms = [arm.growing for arm in self.arms]
+                answers, ill = generate(scheduler, new, arms, self.progress)
+                self.walks += scheduler.counts.walks
+                self.bytes_read += scheduler.counts.weight_bytes_read
+            self._answers.update(zip(new, answers, strict=True))
+            self._mark(ill)
+        return [self._answers[one] for one in wanted]
+
+    def _say_cut(self, what: str, cut: int, of: int, used: str) -> None:
+        if cut:
+            why = f"{cut} of {of} are longer than the longest text, {self.max_length} tokens"
+            self.say(Fallback(f"lm-eval's {what}", "all of them", used, why))
+
+    def _mark(self, ill: Mapping[int, str]) -> None:
+        """Arms that gave something that is not finite; GateError if the exact cache did."""
+        for place, why in ill.items():
+            if self.arms[place] == EXACT_CACHE:
+                raise GateError(
+                    f"lm-eval: the exact cache gives {why}",
+                    hint="try --dtype bfloat16 or float32",
+                )
+            self.ill.setdefault(self.arms[place], why)

@@ -69,7 +69,8 @@ class LayersweepLM(TemplateLM):
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
         found = self.harness.scores([(context, after) for _, context, after in requests])
-        return [self._checked(scores[self._place]) for scores in found]
+        self._check()
+        return [scores[self._place] for scores in found]
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = True
@@ -86,9 +87,8 @@ class LayersweepLM(TemplateLM):
         ]
         pairs = [window for of_text in windows for window in of_text]
         found = iter(self.harness.scores(pairs, rolling=True))
-        return [
-            sum(self._checked(next(found)[self._place])[0] for _ in of_text) for of_text in windows
-        ]
+        self._check()
+        return [sum(next(found)[self._place][0] for _ in of_text) for of_text in windows]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         eos: str = self.tokenizer.decode(self.eot_token_id)
@@ -97,6 +97,7 @@ class LayersweepLM(TemplateLM):
             for context, kwargs in (request.args for request in requests)
         ]
         found = self.harness.answers(prompts)
+        self._check()
         return [
             postprocess_generated_text(
                 self.tokenizer.decode(tokens[self._place], skip_special_tokens=True),
@@ -106,9 +107,11 @@ class LayersweepLM(TemplateLM):
         ]  # fmt: skip
 
     def _encode_prompt(self, context: str) -> list[int]:
-        """As lm-eval's HF backend encodes batches: here the first special token is BOS alone."""
+        """As lm-eval's HF backend encodes batches: here the first special token is BOS alone. A
+        prompt without a token, which that backend cannot continue, is what stands before a text."""
         plain = has_bos_prefix(context, self.tokenizer.bos_token)
-        return self.tok_encode(context, add_special_tokens=not plain)
+        ids = self.tok_encode(context, add_special_tokens=not plain)
+        return ids or [self.prefix_token_id]
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
@@ -130,14 +133,14 @@ class LayersweepLM(TemplateLM):
             "kv_growing": self.arm.growing.name,
         }
 
-    def _checked(self, score: tuple[float, bool]) -> tuple[float, bool]:
-        if self.arm in self.harness.nonfinite:
+    def _check(self) -> None:
+        """Raises GateError if this arm gave something that is not finite."""
+        why = self.harness.ill.get(self.arm)
+        if why is not None:
             raise GateError(
-                f"lm-eval: {self.arm.name} is not finite from layer "
-                f"{self.harness.nonfinite[self.arm]} on",
+                f"lm-eval: {self.arm.name} gives {why}",
                 hint="try --dtype bfloat16 or float32, or leave the arm out",
             )
-        return score
 
 
 @register_model("layersweep")

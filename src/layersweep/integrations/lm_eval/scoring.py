@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from layersweep.errors import GateError, InputError
+from layersweep.errors import InputError
 from layersweep.kv.arms import EXACT, Arm, parse_arms
 from layersweep.sweep.model import SCORE_TILE, Model
 from layersweep.sweep.record import Pieces, Progress, SweepRecord
@@ -165,13 +165,13 @@ def tiles_of_rides(rides: Sequence[Ride], arms: Sequence[HarnessArm]) -> list[Ti
     return [*tiles, Tile("lm-eval", tuple(some), first)] if some else tiles
 
 
-@dataclass
+@dataclass(frozen=True)
 class Scores:
-    """`of[i][a]`: the score of the i-th Scored under arm a. `nonfinite`: arm index -> first layer
-    whose hidden states are not finite, or the number of layers for the head."""
+    """`of[i][a]`: the score of the i-th Scored under arm a. `ill`: arms by number that gave
+    something that is not finite, and where."""
 
     of: list[list[Score]]
-    nonfinite: dict[int, int]
+    ill: dict[int, str]
     record: SweepRecord
 
 
@@ -182,8 +182,7 @@ def score(
     """All of `wanted` under all `arms`, in one sweep if their hidden states fit the budget.
 
     Losses and argmax are taken in float32 and summed in float64, as precise as lm-eval's HF
-    backend. Raises GateError where the exact cache gives something that is not finite, BudgetError
-    for what cannot fit.
+    backend. Raises BudgetError for what cannot fit.
     """
     rides, ops = rides_of(wanted), model.compute.ops
     tiles = tiles_of_rides(rides, arms)
@@ -207,25 +206,17 @@ def score(
 
     record = model.run(tiles, read, progress=progress)
     of = [[(likelihood, missed == 0) for likelihood, missed in by_arm] for by_arm in sums.tolist()]
-    return Scores(of, _nonfinite(tiles, arms, record, sums, model), record)
+    return Scores(of, _ill(sums, record, len(arms)), record)
 
 
-def _nonfinite(
-    tiles: Sequence[Tile], arms: Sequence[HarnessArm], record: SweepRecord, sums: Tensor,
-    model: Model,
-) -> dict[int, int]:  # fmt: skip
-    """Arms that gave something that is not finite; GateError if the exact cache did."""
-    layers = model.decoder.num_hidden_layers
-    found: dict[int, int] = {}
-    for arm in (~sums.isfinite()).any(dim=(0, 2)).nonzero()[:, 0].tolist():
-        found[arm] = layers
+def _ill(sums: Tensor, record: SweepRecord, arms: int) -> dict[int, str]:
+    """Arms with something that is not finite: in hidden states, or in the head's logits alone."""
+    first: dict[int, int] = {}
     for (_, _, branch), layer in record.nonfinite.items():
-        for arm in range(len(arms)) if branch < 0 else [branch % len(arms)]:
-            found[arm] = min(layer, found.get(arm, layers))
-    for arm, layer in found.items():
-        if arms[arm] == EXACT_CACHE:
-            raise GateError(
-                f"lm-eval: the exact cache is not finite from layer {layer} of {layers} on",
-                hint="try --dtype bfloat16 or float32",
-            )
+        for arm in range(arms) if branch < 0 else [branch % arms]:
+            first[arm] = min(layer, first.get(arm, layer))
+    found = {arm: f"non-finite numbers from layer {layer} on" for arm, layer in first.items()}
+    bad = (~sums.isfinite()).any(dim=2).any(dim=0)
+    for arm in bad.nonzero()[:, 0].tolist():
+        found.setdefault(arm, "non-finite logits")
     return found

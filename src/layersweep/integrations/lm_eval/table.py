@@ -72,15 +72,14 @@ def _difference(one: Json | None) -> tuple[str, ...]:
 
 def _notes(results: Json) -> list[Text]:
     performance = results["performance"]
-    steps = f" and {performance['steps']} steps of generation" if performance["steps"] else ""
+    walks = f" and {performance['walks']} walks of generation" if performance["walks"] else ""
     lines = [
-        f"{len(results['arms'])} arms in {performance['sweeps']} sweep(s){steps}: "
+        f"{len(results['arms'])} arms in {performance['sweeps']} sweep(s){walks}: "
         f"{format_bytes(performance['weight_bytes_read'])} of weights read"
     ]
     for arm in results["arms"]:
         if arm["status"] != "ok":
-            layer = arm["first_nonfinite_layer"]
-            lines.append(f"note: {arm['arm']} has no results: not finite from layer {layer} on")
+            lines.append(f"note: {arm['arm']} has no results: {arm['why']}")
         if arm["growing"] != arm["arm"]:
             lines.append(f"note: {arm['arm']} is {arm['growing']} where a cache grows (rolling "
                          "windows, empty contexts, generation)")  # fmt: skip
