@@ -80,9 +80,10 @@ def metrics_of(samples: Sequence[Sample]) -> list[tuple[str, str]]:
     return list(found)
 
 
-def mean_answer_nll(samples: Sequence[Sample], filter_name: str) -> float:
-    """In nats; lm-eval has no such metric."""
-    return float(np.mean(_values(samples, ANSWER_NLL, filter_name)))
+def answer_nll(samples: Sequence[Sample], filter_name: str) -> tuple[float, float | None]:
+    """Its mean in nats and the standard error of that: lm-eval has no such metric."""
+    losses = np.array(_values(samples, ANSWER_NLL, filter_name), np.float64)
+    return float(losses.mean()), iid_sem(losses)
 
 
 def _values(samples: Sequence[Sample], metric: str, filter_name: str) -> list[Any]:

@@ -27,8 +27,8 @@ from layersweep.environment import device_facts, package_version, versions
 from layersweep.errors import InputError, MachineError
 from layersweep.integrations.lm_eval.compare import (
     ANSWER_NLL,
+    answer_nll,
     differences,
-    mean_answer_nll,
     metrics_of,
 )
 from layersweep.integrations.lm_eval.harness import Harness
@@ -219,6 +219,7 @@ def _results(
         "max_length": harness.max_length,
         "dtype": str(model.compute.dtype).removeprefix("torch."),
         "arms": [_arm(harness, arm) for arm in harness.arms],
+        "caches_grew": harness.grew,
         "rows": rows_of(found),
         "performance": {
             "wall_s": seconds,
@@ -266,11 +267,12 @@ def _rows(
     for metric, filter_name in metrics_of(every[0]):
         key, error = f"{metric},{filter_name}", f"{metric}_stderr,{filter_name}"
         values = {arm: results[section][name].get(key) for arm, results in found.items()}
+        errors = {arm: results[section][name].get(error) for arm, results in found.items()}
         if metric == ANSWER_NLL:
-            values = {arm: mean_answer_nll(its, filter_name) for arm, its in samples.items()}
+            own = {arm: answer_nll(its, filter_name) for arm, its in samples.items()}
+            values, errors = ({arm: both[part] for arm, both in own.items()} for part in (0, 1))
         elif None in values.values():
             continue  # a group that does not average this metric
-        errors = {arm: results[section][name].get(error) for arm, results in found.items()}
         better = next(iter(found.values()))["higher_is_better"].get(name, {}).get(metric)
         yield {
             "task": name,

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from layersweep.errors import Fallback, GateError, InputError
-from layersweep.generate.room import MOST
+from layersweep.generate.room import MOST, ROWS
 from layersweep.generate.scheduler import Scheduler
 from layersweep.integrations.lm_eval.generation import Prompt, generate, numbered
 from layersweep.integrations.lm_eval.scoring import EXACT_CACHE, HarnessArm, Score, Scored, score
@@ -32,7 +32,8 @@ class Harness:
     backend; ours finds stop strings. `max_length`: tokens of the longest text.
 
     `sweeps` over contexts and texts, `walks` that gave answers their tokens, and `bytes_read` of
-    weights count what was done so far. `ill`: arms whose numbers are not finite, and where.
+    weights count what was done so far. `grew`: some of it read a cache as it grows. `ill`: arms
+    whose numbers are not finite, and where.
     """
 
     model: Model
@@ -45,6 +46,7 @@ class Harness:
     sweeps: int = 0
     walks: int = 0
     bytes_read: int = 0
+    grew: bool = False
     ill: dict[HarnessArm, str] = field(default_factory=dict)
     _scores: dict[Scored, list[Score]] = field(default_factory=dict)
     _answers: dict[Prompt, list[list[int]]] = field(default_factory=dict)
@@ -95,6 +97,7 @@ class Harness:
         if new:
             cut = sum(len(one) + len(other) > self.max_length + 1 for one, other in pairs)
             self._say_cut("contexts", cut, len(pairs), "their last tokens")
+            self.grew = self.grew or any(one.grows for one in new)
             found = score(self.model, new, self.arms, self.progress)
             self._scores.update(zip(new, found.of, strict=True))
             self.sweeps += found.record.sweeps
@@ -118,7 +121,9 @@ class Harness:
                 "prompts", sum(a.ids != b.ids for a, b in zip(fitted, prompts, strict=True)),
                 len(prompts), "the last tokens that leave room for the answer",
             )  # fmt: skip
-            longest = max(len(one.ids) + one.sampling.max_new_tokens for one in new)
+            self.grew = True
+            needed = max(len(one.ids) + one.sampling.max_new_tokens for one in new)
+            longest = min(self.max_length, max(needed, ROWS))  # ROWS are read in one walk
             most = min(MOST, len(new) * len(self.arms))
             with Scheduler(
                 self.model, self.text_tokenizer, most=most, longest=longest, say=self.say

@@ -9,6 +9,7 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from layersweep.integrations.lm_eval.compare import PER_UNIT, PERPLEXITY
 from layersweep.report.table import print_whole
 from layersweep.report.text import MISSING, fixed, signed
 from layersweep.tasks.arms import BASELINE
@@ -77,10 +78,12 @@ def _notes(results: Json) -> list[Text]:
         f"{len(results['arms'])} arms in {performance['sweeps']} sweep(s){walks}: "
         f"{format_bytes(performance['weight_bytes_read'])} of weights read"
     ]
+    if any(row["metric"] in (*PER_UNIT, PERPLEXITY) for row in results["rows"]):
+        lines.append("the delta of a perplexity is that of its logarithm: nats per word or byte")
     for arm in results["arms"]:
         if arm["status"] != "ok":
             lines.append(f"note: {arm['arm']} has no results: {arm['why']}")
-        if arm["growing"] != arm["arm"]:
-            lines.append(f"note: {arm['arm']} is {arm['growing']} where a cache grows (rolling "
-                         "windows, empty contexts, generation)")  # fmt: skip
+        if results["caches_grew"] and arm["growing"] != arm["arm"]:
+            lines.append(f"note: {arm['arm']} is {arm['growing']} where a cache grows (answers, "
+                         "rolling windows, empty contexts)")  # fmt: skip
     return [Text(line, style="yellow" if line.startswith("note") else "") for line in lines]
