@@ -12,6 +12,7 @@ import typer
 from typer.main import get_command
 
 from layersweep.cli.bench import bench
+from layersweep.cli.chat import chat
 from layersweep.cli.codec import codec
 from layersweep.cli.doctor import doctor
 from layersweep.cli.eval import evaluate
@@ -41,6 +42,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command("eval")(evaluate)
+app.command("chat")(chat)
 app.command("inspect")(inspect)
 app.command("plan")(plan)
 app.command("doctor")(doctor)

@@ -56,7 +56,7 @@ def make_room(model: Model, *, most: int = MOST, longest: int | None = None) -> 
             "in config.json)"
         )
     row = row_bytes(decoder, capacity_for(longest, longest), model.machine.element)
-    rows = min(ROWS, longest)
+    rows = ROWS
     while True:
         try:
             base = _plan(model, 0, most, rows, longest)
@@ -87,10 +87,11 @@ def make_room(model: Model, *, most: int = MOST, longest: int | None = None) -> 
 def _plan(model: Model, kept: int, most: int, rows: int, longest: int) -> Plan:
     """Of a walk that reads `rows` tokens and gives `most` texts a token each, and of more walks."""
     machine = replace(model.machine, vram=model.machine.vram - kept)
-    read = Branch(EXACT, (0,) * rows, (rows - 1, rows))
+    each = min(rows, longest)
+    read = Branch(EXACT, (0,) * each, (each - 1, each))
     step = Branch(EXACT, (0,), (0, 1))
     tiles = [
-        Tile("prompts", (BranchedSequence((), (read,), longest - rows),)),
+        Tile("prompts", (BranchedSequence((), (read,), longest - each),) * -(-rows // each)),
         Tile("steps", (BranchedSequence((), (step,), longest - 1),) * most),
     ]
     plan = make_plan(

@@ -43,7 +43,7 @@ from layersweep.sweep.record import (
 )
 from layersweep.sweep.running import RunningCaches
 from layersweep.sweep.sequences import Tile, reference_tile, want_reference
-from layersweep.sweep.state import TileState, read_rows
+from layersweep.sweep.state import COLUMN_ALIGNMENT, TileState, read_rows
 from layersweep.sweep.turn import HostTurn
 from layersweep.sweep.watch import Watch
 
@@ -214,6 +214,8 @@ class _Sweep:
         self._left: _Left | None = None
         sequences = [sequence for state in states for sequence in state.tile.sequences]
         longest = max((sequence.longest for sequence in sequences), default=0)
+        # steps look at columns that are aligned
+        longest += -longest % COLUMN_ALIGNMENT if isinstance(caches, RunningCaches) else 0
         self.tables = RopeTables(longest, self.compute)
 
     def embed(self, states: list[TileState]) -> None:
