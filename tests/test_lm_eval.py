@@ -8,6 +8,7 @@ import importlib
 import json
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,10 @@ from torch import Tensor
 from transformers import AutoTokenizer, DynamicCache
 
 from layersweep.cli.app import run
-from layersweep.errors import InputError
+from layersweep.errors import GateError, InputError
+from layersweep.generate.request import Sampling
 from layersweep.sweep.model import load
+from layersweep.sweep.record import SweepRecord
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
 
@@ -35,13 +38,17 @@ from lm_eval.evaluator import simple_evaluate
 from lm_eval.tasks import TaskManager
 
 from layersweep.integrations.lm_eval import evaluate as evaluation
+from layersweep.integrations.lm_eval import scoring
 from layersweep.integrations.lm_eval.compare import ANSWER_NLL, differences
-from layersweep.integrations.lm_eval.evaluate import Asked, evaluate, load_tasks
+from layersweep.integrations.lm_eval.evaluate import Asked, evaluate, load_tasks, rows_of
+from layersweep.integrations.lm_eval.generation import Prompt, numbered, sampling_of
 from layersweep.integrations.lm_eval.harness import Harness
 from layersweep.integrations.lm_eval.lm import LayersweepLM
 from layersweep.integrations.lm_eval.scoring import (
     EXACT_CACHE,
     Scored,
+    Scores,
+    _ill,
     harness_arms,
     rides_of,
     tiles_of_rides,
@@ -196,7 +203,7 @@ def test_all_arms_of_a_task_take_one_sweep(harness: Harness, found: tuple[Json, 
     results, out = found
     performance = results["performance"]
     assert performance["sweeps"] == 2
-    assert performance["walks"] == 12  # as many as the longest answer has tokens
+    assert performance["walks"] <= 12  # max_gen_toks: prompts and arms walk together
     assert performance["weight_bytes_read"] == 3 * stored
     assert [arm["folder"] for arm in results["arms"]] == ["exact", "lloyd_K3V2", "lloyd_K4V2"]
     for arm, name in zip(ARMS, ("exact", "lloyd_K3V2", "lloyd_K4V2"), strict=True):
@@ -418,3 +425,78 @@ def test_the_command_prints_a_table(folder: Path, capsys: pytest.CaptureFixture[
     assert lines[0] == "demo: nf4 weights, float32"
     assert lines[-1] == "2 arms in 1 sweep(s): 11.73 MiB of weights read"
     assert [line.split()[0] for line in lines[3:9:2]] == ["choice"] * 3
+
+
+def test_sampled_prompts_have_a_seed_for_each_time_they_are_asked_for() -> None:
+    greedy = Prompt((1, 2), sampling_of({"until": ["x", ""], "max_gen_toks": 3}, "</s>"))
+    assert greedy.sampling == Sampling(max_new_tokens=3, stop=("x", "</s>"))
+    sampled = Prompt((1,), sampling_of({"do_sample": True, "temperature": 0.7, "top_p": 0.9}, None))
+    assert (sampled.sampling.max_new_tokens, sampled.sampling.temperature) == (256, 0.7)
+    found = numbered([greedy, sampled, greedy, sampled])
+    assert [prompt.sampling.seed for prompt in found] == [None, 0, None, 1]
+
+
+def test_a_prompt_is_cut_to_what_its_answer_leaves() -> None:
+    prompt = Prompt((1, 2, 3, 4, 5), Sampling(max_new_tokens=7))
+    assert prompt.fitted(10).ids == (3, 4, 5)
+    with pytest.raises(InputError, match="found max_gen_toks 7, needed fewer than the 7 tokens"):
+        prompt.fitted(7)
+
+
+def test_unknown_generation_kwargs_are_named() -> None:
+    assert sampling_of({"num_beams": 1, "temperature": 0.0}, None).do_sample is False
+    with pytest.raises(InputError, match="found max_length, num_beams in a task's"):
+        sampling_of({"num_beams": 4, "max_length": 100}, None)
+
+
+def test_an_arm_that_is_not_finite_has_no_results(
+    harness: Harness, tasks: Any, asked: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the arms alone: a baseline that is not finite ends the run."""
+    kept = Harness.of(harness.model, harness.arms, LIMIT)
+    record = SweepRecord(nonfinite={(0, 0, 1): 4, (0, 2, 4): 3})
+    ill = _ill(torch.zeros(2, 3, 2), record, 3)
+    assert ill == {1: "non-finite numbers from layer 3 on"}
+    assert _ill(torch.tensor([[[0.0, 0.0], [1.0, torch.nan]]]), SweepRecord(), 2) == {
+        1: "non-finite logits"
+    }
+    honest = scoring.score
+
+    def broken(*given: Any) -> Scores:
+        return replace(honest(*given), ill=ill)
+
+    monkeypatch.setattr("layersweep.integrations.lm_eval.harness.score", broken)
+    (choice, *_) = tasks
+    results = evaluate(kept, [choice], asked, command="test").results
+    assert [arm["status"] for arm in results["arms"]] == ["ok", "nonfinite", "ok"]
+    assert list(results["rows"][0]["values"]) == ["exact", "lloyd:K4V2"]
+    with pytest.raises(GateError, match="lloyd:K3V2 gives non-finite numbers from layer 3 on"):
+        LayersweepLM(kept, kept.arms[1])._check()
+    ill[0] = ill.pop(1)
+    with pytest.raises(GateError, match="the exact cache gives non-finite"):
+        kept.scores([([1, 2], [3])])
+
+
+def test_a_group_is_compared_over_the_documents_of_its_tasks() -> None:
+    """With the mean that lm-eval gives it."""
+
+    def results(*right: float) -> Json:
+        tasks = {
+            name: [
+                sample(number, acc=acc) | {"prompt_hash": name, "target": "x"}
+                for number, acc in enumerate(accs)
+            ]
+            for name, accs in (("a", right[:2]), ("b", right[2:]))
+        }
+        values = {name: {"acc,none": sum(s["acc"] for s in its) / 2} for name, its in tasks.items()}
+        return {
+            "samples": tasks, "results": values, "higher_is_better": {},
+            "groups": {"both": {"acc,none": sum(right) / 4}},
+            "group_subtasks": {"both": ["inner", "b"], "inner": ["a"], "a": [], "b": []},
+        }  # fmt: skip
+
+    rows = rows_of({"exact": results(1.0, 1.0, 1.0, 0.0), "e8:K3V2": results(0.0, 1.0, 0.0, 1.0)})
+    assert [(row["task"], row["n"]) for row in rows] == [("a", 2), ("b", 2), ("both", 4)]
+    (pooled,) = rows[2]["differences"]
+    assert (pooled["lost"], pooled["gained"], pooled["delta"]) == (2, 1, -0.25)
+    assert rows[2]["values"] == {"exact": 0.75, "e8:K3V2": 0.5}

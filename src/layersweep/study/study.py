@@ -31,7 +31,7 @@ from layersweep.sweep.generic_limits import check_modules
 from layersweep.sweep.loop import Engine
 from layersweep.sweep.model import Model
 from layersweep.sweep.sequences import Tile
-from layersweep.sweep.shapes import can_fit, check_length, length_limit
+from layersweep.sweep.shapes import check_length, length_limit
 from layersweep.sweep.streams import every_stream
 from layersweep.tasks.registry import asked
 from layersweep.tasks.settings import SHORTEN, EvalSettings
