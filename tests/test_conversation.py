@@ -7,7 +7,8 @@ import json
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -20,11 +21,23 @@ from layersweep.errors import InputError
 from layersweep.generate.conversation import Conversation
 from layersweep.generate.request import Output, Request, Sampling
 from layersweep.kv.arms import EXACT, parse
+from layersweep.text import chat
 from layersweep.text.chat import Message
 
 DEMO = Path(__file__).parents[1] / "src/layersweep/demo/model"
 TOKENIZER = load_kind("marked")
 Step = tuple[str, str | None]
+
+
+@pytest.fixture(autouse=True)
+def render_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Templates in this process: another one for each takes a tenth of a second."""
+    sandbox = chat._sandbox()
+
+    def render(template: str, messages: Sequence[Message], tokens: Mapping[str, str]) -> str:
+        return chat._render_in(sandbox, template, [asdict(one) for one in messages], tokens)
+
+    monkeypatch.setattr("layersweep.text.tokenizer.render_chat", render)
 
 
 class Scripted:
@@ -249,13 +262,13 @@ def test_a_model_talks_and_a_seed_repeats_it(
     settings = json.loads((DEMO / "tokenizer_config.json").read_text())
     settings["chat_template"] = MARKED_TEMPLATE
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    options = ["--max-new-tokens", "5", "--seed", "1", "--device", "cpu", "--max-length", "512"]
+    options = ["--max-new-tokens", "4", "--seed", "1", "--device", "cpu", "--max-length", "512"]
     lines = "def add(\n/reset\ndef add(\n/kv int4\n"
     monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
     assert run(["chat", str(folder), *options]) == 0
     out, shown = capsys.readouterr()
     assert out == 2 * out[: len(out) // 2] and len(out) > 10
-    assert shown.count("[5 tokens, ") == 2 and "cache: int4, " in shown
+    assert shown.count("[4 tokens, ") == 2 and "cache: int4, " in shown
 
 
 def test_a_model_without_a_template_is_refused_before_its_weights_are_read(

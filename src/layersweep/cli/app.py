@@ -17,6 +17,7 @@ from layersweep.cli.codec import codec
 from layersweep.cli.doctor import doctor
 from layersweep.cli.eval import evaluate
 from layersweep.cli.exits import exit_code, fail, print_any_name
+from layersweep.cli.generate import generate
 from layersweep.cli.inspect import inspect
 from layersweep.cli.kaggle import kaggle
 from layersweep.cli.lm_eval import lm_eval
@@ -43,6 +44,7 @@ app = typer.Typer(
 )
 app.command("eval")(evaluate)
 app.command("chat")(chat)
+app.command("generate")(generate)
 app.command("inspect")(inspect)
 app.command("plan")(plan)
 app.command("doctor")(doctor)

@@ -59,42 +59,49 @@ def chat(
     from layersweep.kv.arms import parse
 
     arm = parse(kv, growing=True)  # the cheapest refusal first: no torch yet
+    from layersweep.sweep.model import load
+
+    loaded = load(
+        model, revision=revision, vram=vram, ram=ram, device=device, dtype=dtype, weights=weights
+    )
+    given = {
+        "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k,
+        "top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty, "seed": seed,
+    }  # fmt: skip
+    _talk(loaded, arm, system, {n: v for n, v in given.items() if v is not None}, max_length)
+
+
+def _talk(
+    model: Model, arm: Arm, system: str | None, given: dict[str, float], longest: int | None
+) -> None:
     from layersweep.generate.config import GenerationConfig
     from layersweep.generate.conversation import Conversation
     from layersweep.generate.scheduler import Scheduler
-    from layersweep.sweep.model import load
+    from layersweep.kv.arms import parse
     from layersweep.text.bos import resolve_bos
     from layersweep.text.chat import Message
     from layersweep.text.reference import with_reference
     from layersweep.text.tokenizer import TextTokenizer
 
-    loaded = load(
-        model, revision=revision, vram=vram, ram=ram, device=device, dtype=dtype, weights=weights
-    )
-    folder = loaded.checkpoint.folder
+    folder = model.checkpoint.folder
     tokenizer = TextTokenizer.load(folder)
     lead = [] if system is None else [Message("system", system)]
-    tokenizer.render_chat([*lead, Message("user", "hello")])  # before any weight is read
-    own = GenerationConfig.read(folder).sampling
-    given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p,
-             "repetition_penalty": repetition_penalty}  # fmt: skip
-    sampling = sampling_of(own, {name: value for name, value in given.items() if value is not None})
-    sampling = replace(sampling, max_new_tokens=max_new_tokens, seed=seed)
+    tokenizer.render_chat([*lead, Message("user", "hello")])  # refused before a weight is read
+    sampling = sampling_of(GenerationConfig.read(folder).sampling, given)
+    arms = [arm, parse("K3V2", growing=True)]  # which /kv may ask for at any time
+    model = with_reference(model, arms, tokenizer, resolve_bos(tokenizer, "auto"))
 
-    # /kv may ask for it at any time
-    arms = [arm, parse("K3V2", growing=True)]
-    loaded = with_reference(loaded, arms, tokenizer, resolve_bos(tokenizer, "auto"))
     console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
-    for note in (*loaded.checkpoint.notes, *tokenizer.notes):
+    for note in (*model.checkpoint.notes, *tokenizer.notes):
         console.print(f"note: {note}")
-    for fallback in loaded.compute.fallbacks:
+    for fallback in model.compute.fallbacks:
         console.print(f"fallback: {fallback}")
     with Scheduler(
-        loaded, tokenizer, most=1, longest=max_length,
+        model, tokenizer, most=1, longest=longest,
         say=lambda fallback: console.print(f"fallback: {fallback}"),
     ) as steps:  # fmt: skip
         conversation = Conversation(steps, tokenizer, sampling, arm, system)
-        terminal = Terminal(conversation, lambda arm: _cache(arm, loaded), console, _reader())
+        terminal = Terminal(conversation, lambda arm: _cache(arm, model), console, _reader())
         console.print(f"{terminal.cache()}. /help says what you can type.")
         terminal.run()
 

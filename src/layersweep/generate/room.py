@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from layersweep.errors import BudgetError, InputError
 from layersweep.kv.arms import EXACT
 from layersweep.stream.plan import Plan, make_plan
+from layersweep.stream.shapes import dense_total
 from layersweep.sweep.generic_limits import KEEPS_NOTHING
 from layersweep.sweep.model import Model
 from layersweep.sweep.running import capacity_for, row_bytes
@@ -22,11 +23,13 @@ ENOUGH = 8  # full-length texts that make room for others beside weights that co
 
 @dataclass(frozen=True)
 class Room:
-    """`kept_bytes`: for keys and values on the device; `host_bytes`: in host memory, of requests
+    """`keeps_dense`: weights are decoded once and stay so. `kept_bytes`: for keys and values on the
+    device; `host_bytes`: in host memory, of requests
     that are set back. `most` requests run at once, `rows` of their tokens are read in one walk,
     and none is longer than `longest` tokens."""
 
     plan: Plan
+    keeps_dense: bool
     kept_bytes: int
     host_bytes: int
     most: int
@@ -76,12 +79,18 @@ def make_room(model: Model, *, most: int = MOST, longest: int | None = None) -> 
             hint="a larger --vram, or a smaller --max-length",
         )
     wanted = min(most, ENOUGH) * row
-    spare = free - base.weight_bytes
+    packed = 0 if model.cpu else base.weight_bytes  # on the CPU they are used where they wait
+    dense = dense_total(decoder, model.machine.element)
+    keeps_dense = base.host == "resident" and free >= packed + dense + wanted
+    spare = free - packed - (dense if keeps_dense else 0)
     kept = min(most * row, max(row, spare, min(wanted, free // 2)))
-    plan = _plan(model, kept, most, rows, longest)
-    plan = replace(plan, peaks={**plan.peaks, "keys and values": kept}, vram=model.machine.vram)
+    plan = _plan(model, kept + dense if keeps_dense else kept, most, rows, longest)
+    peaks = {**plan.peaks, "keys and values": kept}
+    if keeps_dense:
+        peaks["weights decoded"] = dense
+    plan = replace(plan, peaks=peaks, vram=model.machine.vram)
     beside = plan.host_bytes + (model.machine.vram if model.cpu else 0)
-    return Room(plan, kept, max(0, model.machine.ram - beside), most, rows, longest)
+    return Room(plan, keeps_dense, kept, max(0, model.machine.ram - beside), most, rows, longest)
 
 
 def _plan(model: Model, kept: int, most: int, rows: int, longest: int) -> Plan:

@@ -98,7 +98,7 @@ class Scheduler:
         self.counts = Counts()
         self._known: set[Arm] = set()
         self._say, self._progress = say, progress
-        self._engine = model.open(self.room.plan, say)
+        self._engine = model.open(self.room.plan, say, keeps_dense=self.room.keeps_dense)
         self._caches = RunningCaches(model.compute.device)
         self._sampler = Sampler(model.decoder.vocab_size, most, model.compute.device)
         self._slots = list(range(most - 1, -1, -1))

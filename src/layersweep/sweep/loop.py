@@ -65,7 +65,8 @@ class Engine:
     `layers`: those that this engine holds, all by default; the first one's has the embedding, too,
     and the last one's the head. `reference`: tokens of the text that arms with @fit=1 take
     their coordinates from; without it, these follow from the weights. `keeps_normed`: tiles keep
-    the rows that a layer's experts see, from which their products gather.
+    the rows that a layer's experts see, from which their products gather. `keeps_dense`: weights
+    are decoded in the first walk, and stay so.
     """
 
     def __init__(
@@ -77,12 +78,13 @@ class Engine:
         layers: range | None = None,
         reference: tuple[int, ...] = (),
         keeps_normed: bool = False,
+        keeps_dense: bool = False,
     ) -> None:
         self.decoder, self.store, self.compute = decoder, store, compute
         self.reference, self.keeps_normed = reference, keeps_normed
         self.layers = layers or range(decoder.num_hidden_layers)
         self._visiting = threading.Lock()
-        self.weights = DenseWeights(decoder, compute)
+        self.weights = DenseWeights(decoder, compute, keeps=keeps_dense)
         self.scratch = Scratch(scratch_bytes, compute.device)
 
     @contextmanager
