@@ -8,6 +8,7 @@ import importlib
 import json
 import sys
 import types
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,14 @@ TASKS = {
         "generation_kwargs": {"until": ["\n", ")"], "max_gen_toks": 12},
     },
 }  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick() -> Iterator[None]:
+    """lm-eval asks pip and the compiler for their versions in every run, a second each."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -447,6 +456,21 @@ def test_unknown_generation_kwargs_are_named() -> None:
     assert sampling_of({"num_beams": 1, "temperature": 0.0}, None).do_sample is False
     with pytest.raises(InputError, match="found max_length, num_beams in a task's"):
         sampling_of({"num_beams": 4, "max_length": 100}, None)
+
+
+def test_answers_that_cannot_be_generated_are_refused_before_weights_are_read(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(InputError, match="found max_gen_toks 96, needed fewer"):
+        harness.check_answers("long", sampling_of({"max_gen_toks": LIMIT}, None))
+    with pytest.raises(InputError, match=r"temperature: found 0\.0"):
+        harness.check_answers("cold", sampling_of({"do_sample": True, "temperature": 0.0}, None))
+    decoder = replace(harness.model.decoder, generic=object())  # type: ignore[arg-type]
+    checkpoint = replace(harness.model.checkpoint, decoder=decoder)
+    other = replace(harness, model=replace(harness.model, checkpoint=checkpoint))
+    with pytest.raises(InputError, match="answers token by token") as refusal:
+        other.check_answers("answers", Sampling())
+    assert refusal.value.hint == "leave answers out of --tasks"
 
 
 def test_an_arm_that_is_not_finite_has_no_results(

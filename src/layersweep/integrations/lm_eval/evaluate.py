@@ -31,6 +31,7 @@ from layersweep.integrations.lm_eval.compare import (
     differences,
     metrics_of,
 )
+from layersweep.integrations.lm_eval.generation import sampling_of
 from layersweep.integrations.lm_eval.harness import Harness
 from layersweep.integrations.lm_eval.lm import LayersweepLM
 from layersweep.integrations.lm_eval.scoring import HarnessArm
@@ -140,9 +141,14 @@ def evaluate(
     """Run lm-eval once for each arm, the exact cache first; the first run computes all arms.
 
     lm-eval says the same on stderr for every arm: it is shown once. An arm that is not finite has
-    no results. Raises what Harness.scores and Harness.answers raise, and MachineError where `out`
-    cannot be written.
+    no results. Raises InputError for tasks whose answers cannot be generated, before weights are
+    read; what Harness.scores and Harness.answers raise; and MachineError where `out` cannot be
+    written.
     """
+    for task in _leaf_tasks(tasks):
+        if task.OUTPUT_TYPE == "generate_until":
+            kwargs = task.get_config("generation_kwargs") or {}
+            harness.check_answers(task.task_name, sampling_of(kwargs, None))
     began = time.perf_counter()
     found: dict[str, Json] = {}
     files: list[Path] = []
@@ -157,6 +163,11 @@ def evaluate(
             write_atomically(out / FILE, json.dumps(results, indent=1, allow_nan=False))
         files = sorted(path for path in out.rglob("*.json*"))
     return Evaluation(results, tuple(files))
+
+
+def _leaf_tasks(tasks: Sequence[Task | Group]) -> Iterator[Task]:
+    for one in tasks:
+        yield from one.get_all_tasks() if isinstance(one, Group) else [one]
 
 
 def _run(

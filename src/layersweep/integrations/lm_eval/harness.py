@@ -9,18 +9,20 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from layersweep.errors import Fallback, GateError, InputError
+from layersweep.generate.request import Sampling
 from layersweep.generate.room import MOST, ROWS
+from layersweep.generate.sampling import check_sampling
 from layersweep.generate.scheduler import Scheduler
 from layersweep.integrations.lm_eval.generation import Prompt, generate, numbered
 from layersweep.integrations.lm_eval.scoring import EXACT_CACHE, HarnessArm, Score, Scored, score
 from layersweep.study.fitting import arm_fallbacks, fitting_arms
-from layersweep.study.study import with_reference
-from layersweep.sweep.generic_limits import check_modules
+from layersweep.sweep.generic_limits import KEEPS_NOTHING, check_modules
 from layersweep.sweep.model import Model
 from layersweep.sweep.record import Progress
 from layersweep.sweep.shapes import length_limit
 from layersweep.sweep.streams import every_stream
 from layersweep.text.bos import resolve_bos
+from layersweep.text.reference import with_reference
 from layersweep.text.tokenizer import TextTokenizer
 
 Pair = tuple[Sequence[int], Sequence[int]]  # tokens of a context and of its continuation
@@ -105,6 +107,13 @@ class Harness:
             self._mark(found.ill)
         return [self._scores[one] for one in wanted]
 
+    def check_answers(self, task: str, sampling: Sampling) -> None:
+        """Raises InputError where no answer of a task can be generated, before weights are read."""
+        if self.model.decoder.generic is not None:
+            raise InputError(KEEPS_NOTHING, hint=f"leave {task} out of --tasks")
+        check_sampling(sampling, self.model.decoder.vocab_size)
+        Prompt((0,), sampling).fitted(self.max_length)
+
     def answers(self, prompts: Sequence[Prompt]) -> list[list[list[int]]]:
         """New tokens of each prompt under each arm, [prompt][arm]; all prompts that were not asked
         for before are generated together.
@@ -125,10 +134,11 @@ class Harness:
             needed = max(len(one.ids) + one.sampling.max_new_tokens for one in new)
             longest = min(self.max_length, max(needed, ROWS))  # ROWS are read in one walk
             most = min(MOST, len(new) * len(self.arms))
+            arms = [arm.growing for arm in self.arms]
             with Scheduler(
-                self.model, self.text_tokenizer, most=most, longest=longest, say=self.say
-            ) as scheduler:
-                arms = [arm.growing for arm in self.arms]
+                self.model, self.text_tokenizer, arms=arms, most=most, longest=longest,
+                say=self.say,
+            ) as scheduler:  # fmt: skip
                 answers, ill = generate(scheduler, new, arms, self.progress)
                 self.walks += scheduler.counts.walks
                 self.bytes_read += scheduler.counts.weight_bytes_read
