@@ -42,8 +42,8 @@ from layersweep.integrations.lm_eval import evaluate as evaluation
 from layersweep.integrations.lm_eval import scoring
 from layersweep.integrations.lm_eval.compare import ANSWER_NLL, differences
 from layersweep.integrations.lm_eval.evaluate import Asked, evaluate, load_tasks, rows_of
-from layersweep.integrations.lm_eval.generation import Prompt, numbered, sampling_of
-from layersweep.integrations.lm_eval.harness import Harness
+from layersweep.integrations.lm_eval.generation import Context, numbered, sampling_of
+from layersweep.integrations.lm_eval.harness import Harness, _tokenizer
 from layersweep.integrations.lm_eval.lm import LayersweepLM
 from layersweep.integrations.lm_eval.scoring import (
     EXACT_CACHE,
@@ -324,7 +324,7 @@ def test_a_context_that_is_cut_is_announced() -> None:
     harness.scores([([1] * 200, [2]), ([1] * 20, [2])])
     assert said == [
         "lm-eval's contexts: wanted all of them, used their last tokens: "
-        "1 of 2 are longer than the longest text, 96 tokens"
+        "1 of 2 take more than the longest text, 96 tokens"
     ]
 
 
@@ -406,6 +406,7 @@ def test_what_cannot_work_is_refused_before_weights_are_read(
     assert "found no folder" in say("--tasks", "choice", "--include-path", str(tmp_path / "none"))
     assert "unknown name 'k99'" in say("--tasks", "choice", "--kv", "K99", *local)
     assert "needed 2 to 8192" in say("--tasks", "choice", "--max-length", "9999", *local)
+    assert "found no chat template" in say("--tasks", "choice", "--apply-chat-template", *local)
     assert "needed more than 0" in say("--tasks", "choice", "--limit", "0", *local)
     (tmp_path / "lm_eval.json").write_text("{}")
     assert "results of another run" in say("--tasks", "choice", "--out", str(tmp_path), *local)
@@ -436,20 +437,22 @@ def test_the_command_prints_a_table(folder: Path, capsys: pytest.CaptureFixture[
     assert [line.split()[0] for line in lines[3:9:2]] == ["choice"] * 3
 
 
-def test_sampled_prompts_have_a_seed_for_each_time_they_are_asked_for() -> None:
-    greedy = Prompt((1, 2), sampling_of({"until": ["x", ""], "max_gen_toks": 3}, "</s>"))
+def test_sampled_contexts_have_a_seed_for_each_time_they_are_asked_for() -> None:
+    greedy = Context((1, 2), sampling_of({"until": ["x", ""], "max_gen_toks": 3}, "</s>"))
     assert greedy.sampling == Sampling(max_new_tokens=3, stop=("x", "</s>"))
-    sampled = Prompt((1,), sampling_of({"do_sample": True, "temperature": 0.7, "top_p": 0.9}, None))
+    sampled = Context(
+        (1,), sampling_of({"do_sample": True, "temperature": 0.7, "top_p": 0.9}, None)
+    )
     assert (sampled.sampling.max_new_tokens, sampled.sampling.temperature) == (256, 0.7)
     found = numbered([greedy, sampled, greedy, sampled])
-    assert [prompt.sampling.seed for prompt in found] == [None, 0, None, 1]
+    assert [one.sampling.seed for one in found] == [None, 0, None, 1]
 
 
-def test_a_prompt_is_cut_to_what_its_answer_leaves() -> None:
-    prompt = Prompt((1, 2, 3, 4, 5), Sampling(max_new_tokens=7))
-    assert prompt.fitted(10).ids == (3, 4, 5)
+def test_a_context_is_cut_to_what_its_answer_leaves() -> None:
+    context = Context((1, 2, 3, 4, 5), Sampling(max_new_tokens=7))
+    assert context.fitted(10).ids == (3, 4, 5)
     with pytest.raises(InputError, match="found max_gen_toks 7, needed fewer than the 7 tokens"):
-        prompt.fitted(7)
+        context.fitted(7)
 
 
 def test_unknown_generation_kwargs_are_named() -> None:
@@ -524,3 +527,30 @@ def test_a_group_is_compared_over_the_documents_of_its_tasks() -> None:
     (pooled,) = rows[2]["differences"]
     assert (pooled["lost"], pooled["gained"], pooled["delta"]) == (2, 1, -0.25)
     assert rows[2]["values"] == {"exact": 0.75, "e8:K3V2": 0.5}
+
+
+def test_a_template_that_refuses_system_messages_gets_the_rest(harness: Harness) -> None:
+    said: list[str] = []
+    lm = LayersweepLM(replace(harness, say=lambda one: said.append(one.why)), EXACT_CACHE)
+    lm.tokenizer = AutoTokenizer.from_pretrained(DEMO)
+    lm.tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}"
+        "{% endif %}[{{ m.content }}]{% endfor %}"
+    )
+    chat = [{"role": "system", "content": "be"}, {"role": "user", "content": "hi"}]
+    assert [lm.apply_chat_template(chat), lm.apply_chat_template(chat)] == ["[hi]"] * 2
+    assert said == ["no system"]
+    lm.tokenizer.chat_template = "{{ raise_exception('never') }}"
+    with pytest.raises(InputError, match=r"template refuses \(never\)"):
+        lm.apply_chat_template(chat[1:])
+
+
+def test_a_tokenizer_that_transformers_cannot_have_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="found no tokenizer that transformers reads"):
+        _tokenizer(tmp_path)
+    for name in ("tokenizer.json", "config.json"):
+        (tmp_path / name).write_bytes((DEMO / name).read_bytes())
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(InputError, match="found a tokenizer without an end token"):
+        _tokenizer(tmp_path)

@@ -141,10 +141,15 @@ def evaluate(
     """Run lm-eval once for each arm, the exact cache first; the first run computes all arms.
 
     lm-eval says the same on stderr for every arm: it is shown once. An arm that is not finite has
-    no results. Raises InputError for tasks whose answers cannot be generated, before weights are
-    read; what Harness.scores and Harness.answers raise; and MachineError where `out` cannot be
-    written.
+    no results. Raises InputError for a chat template that is not there and for answers that cannot
+    be generated, before weights are read; what Harness.scores and Harness.answers raise; and
+    MachineError where `out` cannot be written.
     """
+    if asked.apply_chat_template and harness.tokenizer.chat_template is None:
+        raise InputError(
+            "--apply-chat-template: found no chat template in the tokenizer's files, needed one",
+            hint="leave it out: the model may not be one to chat with",
+        )
     for task in _leaf_tasks(tasks):
         if task.OUTPUT_TYPE == "generate_until":
             kwargs = task.get_config("generation_kwargs") or {}

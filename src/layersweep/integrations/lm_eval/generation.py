@@ -1,4 +1,4 @@
-"""Answers of lm-eval's generate_until, by a scheduler: prompts and arms in, tokens out."""
+"""Answers of lm-eval's generate_until: contexts and arms in, tokens out."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 
 from layersweep.errors import InputError
-from layersweep.generate.request import Request, Sampling, Steps
+from layersweep.generate.prompts import Prompt, answers
+from layersweep.generate.request import Sampling, Steps
 from layersweep.integrations.lm_eval.scoring import Ids
 from layersweep.kv.arms import Arm
 from layersweep.sweep.record import Progress
@@ -20,15 +21,15 @@ _SAMPLED = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """A context's tokens, and how it is continued."""
+class Context:
+    """The tokens of a context to continue, and how."""
 
     ids: Ids
     sampling: Sampling
 
-    def fitted(self, limit: int) -> Prompt:
-        """The last tokens of the context that leave room for the new ones, as lm-eval's HF backend
-        cuts it. Raises InputError where there is no room for a context."""
+    def fitted(self, limit: int) -> Context:
+        """Its last tokens, which leave room for the new ones, as lm-eval's HF backend cuts it.
+        Raises InputError where there is no room for a context."""
         room = limit - self.sampling.max_new_tokens
         if room < 1:
             raise InputError(
@@ -62,46 +63,37 @@ def sampling_of(kwargs: Mapping[str, Any], eos: str | None) -> Sampling:
     )
 
 
-def numbered(prompts: Sequence[Prompt]) -> list[Prompt]:
-    """With seeds: the n-th time that a prompt is asked for has seed n. Greedy ones stay alike."""
-    asked: Counter[Prompt] = Counter()
+def numbered(contexts: Sequence[Context]) -> list[Context]:
+    """With seeds: the n-th time that a context is asked for has seed n. Greedy ones stay alike."""
+    asked: Counter[Context] = Counter()
     found = []
-    for prompt in prompts:
-        if prompt.sampling.do_sample:
-            asked[prompt] += 1
-            seed = asked[prompt] - 1
-            found.append(replace(prompt, sampling=replace(prompt.sampling, seed=seed)))
+    for one in contexts:
+        if one.sampling.do_sample:
+            seed = asked[one]
+            asked[one] += 1
+            found.append(replace(one, sampling=replace(one.sampling, seed=seed)))
         else:
-            found.append(prompt)
+            found.append(one)
     return found
 
 
 def generate(
-    scheduler: Steps, prompts: Sequence[Prompt], arms: Sequence[Arm], progress: Progress
+    steps: Steps, contexts: Sequence[Context], arms: Sequence[Arm], progress: Progress
 ) -> tuple[list[list[list[int]]], dict[int, str]]:
-    """Tokens of each prompt under each arm, [prompt][arm], and what went wrong under which arm.
-
-    All of them are in the scheduler at once, so that a walk over the weights serves all.
-    """
-    requests = {
-        f"{index} {place}": Request(f"{index} {place}", prompt.ids, prompt.sampling, arm)
-        for index, prompt in enumerate(prompts)
-        for place, arm in enumerate(arms)
-    }
-    for request in requests.values():
-        scheduler.check(request)
-    for request in requests.values():
-        scheduler.submit(request)
-    answers: list[list[list[int]]] = [[[] for _ in arms] for _ in prompts]
-    ill: dict[int, str] = {}
-    finished = 0
-    while not scheduler.idle:
-        for output in scheduler.step():
-            index, place = map(int, output.request.split())
-            if output.token is not None:
-                answers[index][place].append(output.token)
-            if output.error is not None:
-                ill.setdefault(place, output.error)
-            finished += output.finish is not None
-        progress("answers", finished, len(requests))
-    return answers, ill
+    """Tokens after each context under each arm, [context][arm], and what went wrong under which
+    arm. All of them are asked for at once, so that a walk over the weights serves all."""
+    prompts = [
+        Prompt(str(index), "lm-eval", one.ids, one.sampling) for index, one in enumerate(contexts)
+    ]
+    distinct = {arm.name: arm for arm in arms}  # two may be the same where a cache grows
+    tokens: list[dict[str, list[int]]] = [{} for _ in contexts]
+    errors: dict[str, str] = {}
+    total = len(prompts) * len(distinct)
+    for done, answer in enumerate(answers(steps, prompts, list(distinct.values())), start=1):
+        tokens[int(answer.prompt.id)][answer.arm.name] = answer.ids
+        if answer.error is not None:
+            errors.setdefault(answer.arm.name, answer.error)
+        progress("answers", done, total)
+    found = [[of[arm.name] for arm in arms] for of in tokens]
+    ill = {place: errors[arm.name] for place, arm in enumerate(arms) if arm.name in errors}
+    return found, ill

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
@@ -13,7 +14,7 @@ from layersweep.generate.request import Sampling
 from layersweep.generate.room import MOST, ROWS
 from layersweep.generate.sampling import check_sampling
 from layersweep.generate.scheduler import Scheduler
-from layersweep.integrations.lm_eval.generation import Prompt, generate, numbered
+from layersweep.integrations.lm_eval.generation import Context, generate, numbered
 from layersweep.integrations.lm_eval.scoring import EXACT_CACHE, HarnessArm, Score, Scored, score
 from layersweep.study.fitting import arm_fallbacks, fitting_arms
 from layersweep.sweep.generic_limits import KEEPS_NOTHING, check_modules
@@ -50,8 +51,9 @@ class Harness:
     bytes_read: int = 0
     grew: bool = False
     ill: dict[HarnessArm, str] = field(default_factory=dict)
+    _said: set[Fallback] = field(default_factory=set)
     _scores: dict[Scored, list[Score]] = field(default_factory=dict)
-    _answers: dict[Prompt, list[list[int]]] = field(default_factory=dict)
+    _answers: dict[Context, list[list[int]]] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -82,7 +84,7 @@ class Harness:
         for fallback in (*left_out, *arm_fallbacks(fitting, decoder, compute.device)):
             say(fallback)
         model = with_reference(model, fitting, own, resolve_bos(own, "auto"))
-        tokenizer = AutoTokenizer.from_pretrained(model.checkpoint.folder)
+        tokenizer = _tokenizer(model.checkpoint.folder)
         return cls(replace(model, say=say), kept, tokenizer, own, max_length or limit, say)
 
     def scores(self, pairs: Sequence[Pair], *, rolling: bool = False) -> list[list[Score]]:
@@ -98,7 +100,7 @@ class Harness:
         new = [one for one in dict.fromkeys(wanted) if one not in self._scores]
         if new:
             cut = sum(len(one) + len(other) > self.max_length + 1 for one, other in pairs)
-            self._say_cut("contexts", cut, len(pairs), "their last tokens")
+            self._say_cut(cut, len(pairs), "their last tokens")
             self.grew = self.grew or any(one.grows for one in new)
             found = score(self.model, new, self.arms, self.progress)
             self._scores.update(zip(new, found.of, strict=True))
@@ -112,24 +114,22 @@ class Harness:
         if self.model.decoder.generic is not None:
             raise InputError(KEEPS_NOTHING, hint=f"leave {task} out of --tasks")
         check_sampling(sampling, self.model.decoder.vocab_size)
-        Prompt((0,), sampling).fitted(self.max_length)
+        Context((0,), sampling).fitted(self.max_length)
 
-    def answers(self, prompts: Sequence[Prompt]) -> list[list[list[int]]]:
-        """New tokens of each prompt under each arm, [prompt][arm]; all prompts that were not asked
-        for before are generated together.
+    def answers(self, contexts: Sequence[Context]) -> list[list[list[int]]]:
+        """New tokens after each context under each arm, [context][arm]; all that were not asked for
+        before are generated together.
 
-        A prompt that is sampled and asked for several times gets as many answers, which all arms
-        draw by the same seeds. Prompts without room for their answer lose their beginning, as in
+        A context that is sampled and asked for several times gets as many answers, which all arms
+        draw by the same seeds. Contexts without room for their answer lose their beginning, as in
         lm-eval's HF backend, which is said. Raises InputError where there is no room at all.
         """
-        fitted = [prompt.fitted(self.max_length) for prompt in prompts]
+        fitted = [one.fitted(self.max_length) for one in contexts]
         wanted = numbered(fitted)
         new = [one for one in dict.fromkeys(wanted) if one not in self._answers]
         if new:
-            self._say_cut(
-                "prompts", sum(a.ids != b.ids for a, b in zip(fitted, prompts, strict=True)),
-                len(prompts), "the last tokens that leave room for the answer",
-            )  # fmt: skip
+            cut = sum(one.ids != other.ids for one, other in zip(fitted, contexts, strict=True))
+            self._say_cut(cut, len(contexts), "the last tokens that leave room for an answer")
             self.grew = True
             needed = max(len(one.ids) + one.sampling.max_new_tokens for one in new)
             longest = min(self.max_length, max(needed, ROWS))  # ROWS are read in one walk
@@ -146,10 +146,15 @@ class Harness:
             self._mark(ill)
         return [self._answers[one] for one in wanted]
 
-    def _say_cut(self, what: str, cut: int, of: int, used: str) -> None:
+    def say_once(self, fallback: Fallback) -> None:
+        if fallback not in self._said:
+            self._said.add(fallback)
+            self.say(fallback)
+
+    def _say_cut(self, cut: int, of: int, used: str) -> None:
         if cut:
-            why = f"{cut} of {of} are longer than the longest text, {self.max_length} tokens"
-            self.say(Fallback(f"lm-eval's {what}", "all of them", used, why))
+            why = f"{cut} of {of} take more than the longest text, {self.max_length} tokens"
+            self.say(Fallback("lm-eval's contexts", "all of them", used, why))
 
     def _mark(self, ill: Mapping[int, str]) -> None:
         """Arms that gave something that is not finite; GateError if the exact cache did."""
@@ -160,3 +165,22 @@ class Harness:
                     hint="try --dtype bfloat16 or float32",
                 )
             self.ill.setdefault(self.arms[place], why)
+
+
+def _tokenizer(folder: Path) -> Any:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"{folder}: found no tokenizer that transformers reads ({why}), needed one, whose "
+            "tokens lm-eval's HF backend has",
+            hint="take the tokenizer files of the model's own repository",
+        ) from error
+    if tokenizer.eos_token_id is None:
+        raise InputError(
+            f"{folder}: found a tokenizer without an end token, needed one, which lm-eval puts "
+            "before a text",
+            hint="name an eos_token in tokenizer_config.json",
+        )
+    return tokenizer

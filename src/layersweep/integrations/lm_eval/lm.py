@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from typing import Any
 
+from jinja2 import TemplateError
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import has_bos_prefix, postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from layersweep.errors import GateError, InputError
-from layersweep.integrations.lm_eval.generation import Prompt, sampling_of
+from layersweep.errors import Fallback, GateError, InputError
+from layersweep.integrations.lm_eval.generation import Context, sampling_of
 from layersweep.integrations.lm_eval.harness import Harness
 from layersweep.integrations.lm_eval.scoring import EXACT_CACHE, HarnessArm, harness_arms
 from layersweep.sweep.model import load
@@ -92,32 +93,49 @@ class LayersweepLM(TemplateLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
         eos: str = self.tokenizer.decode(self.eot_token_id)
-        prompts = [
-            Prompt(tuple(self._encode_prompt(context)), sampling_of(kwargs, eos))
-            for context, kwargs in (request.args for request in requests)
+        contexts = [
+            Context(tuple(self._encode_context(text)), sampling_of(kwargs, eos))
+            for text, kwargs in (request.args for request in requests)
         ]
-        found = self.harness.answers(prompts)
+        found = self.harness.answers(contexts)
         self._check()
         return [
             postprocess_generated_text(
                 self.tokenizer.decode(tokens[self._place], skip_special_tokens=True),
-                list(prompt.sampling.stop), None,
+                list(context.sampling.stop), None,
             )
-            for prompt, tokens in zip(prompts, found, strict=True)
+            for context, tokens in zip(contexts, found, strict=True)
         ]  # fmt: skip
 
-    def _encode_prompt(self, context: str) -> list[int]:
-        """As lm-eval's HF backend encodes batches: here the first special token is BOS alone. A
-        prompt without a token, which that backend cannot continue, is what stands before a text."""
-        plain = has_bos_prefix(context, self.tokenizer.bos_token)
-        ids = self.tok_encode(context, add_special_tokens=not plain)
+    def _encode_context(self, text: str) -> list[int]:
+        """As lm-eval's HF backend encodes batches: here the first special token is BOS alone. An
+        empty context, which that backend cannot continue, is what stands before a text."""
+        plain = has_bos_prefix(text, self.tokenizer.bos_token)
+        ids = self.tok_encode(text, add_special_tokens=not plain)
         return ids or [self.prefix_token_id]
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
+        """A template that refuses the chat gets it without its system messages, as in lm-eval's HF
+        backend; that is said once."""
+        try:
+            return self._render(chat_history, add_generation_prompt)
+        except TemplateError as error:
+            rest = [one for one in chat_history if one["role"] != "system"]
+            if len(rest) == len(chat_history):
+                raise InputError(
+                    f"--apply-chat-template: found a chat that the template refuses ({error})",
+                    hint="leave it out, or see the task's messages",
+                ) from error
+            self.harness.say_once(
+                Fallback("chat template", "system messages", "the chat without them", str(error))
+            )
+            return self._render(rest, add_generation_prompt)
+
+    def _render(self, chat: list[dict[str, str]], add_generation_prompt: bool) -> str:
         text: str = self.tokenizer.apply_chat_template(
-            chat_history, tokenize=False, add_generation_prompt=add_generation_prompt,
+            chat, tokenize=False, add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
         )  # fmt: skip
         return text
