@@ -113,6 +113,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }  # fmt: skip
     for name, task in TASKS.items():
         (path / f"{name}.yaml").write_text(json.dumps({"task": name, **data, **task}))
+    (path / "group.yaml").write_text(json.dumps({"group": "all", "task": list(TASKS)}))
     return path
 
 
@@ -164,7 +165,7 @@ def tasks(asked: Asked) -> Any:
 @pytest.fixture(scope="module")
 def found(harness: Harness, tasks: Any, asked: Asked, tmp_path_factory: Any) -> tuple[Json, Path]:
     out = tmp_path_factory.mktemp("results")
-    return evaluate(harness, tasks, asked, command="test", out=out).results, out
+    return evaluate(harness, tasks, asked, command="test", out=out), out
 
 
 @pytest.fixture(scope="module")
@@ -279,6 +280,19 @@ def test_a_text_without_a_context_reads_what_a_growing_cache_holds(
         logits = oracle(torch.tensor([ids[:-1]]), past_key_values=cache).logits[0]
     chosen = logits.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])
     assert (answer[0] if empty else answer) == pytest.approx(chosen.double().sum().item(), abs=1e-3)
+
+
+def test_logits_in_pieces_give_the_same_scores(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of branches that are not as long as each other, too."""
+    context = harness.tokenizer.encode("import os\nimport sys\nfrom pathlib")
+    pairs = [(context, context[:count]) for count in (1, 2, 5)]
+    whole = harness.scores(pairs)
+    monkeypatch.setattr("layersweep.sweep.loop.positions_at_once", lambda *sizes: 2)
+    pieces = Harness.of(harness.model, harness.arms, LIMIT).scores(pairs)
+    for mine, other in zip(pieces, whole, strict=True):
+        assert [one for one, _ in mine] == pytest.approx([one for one, _ in other], abs=1e-5)
 
 
 def test_choices_share_their_context_and_one_token_choices_a_branch() -> None:
@@ -403,6 +417,8 @@ def test_what_cannot_work_is_refused_before_weights_are_read(
     local = ("--include-path", str(folder))
     say = functools.partial(refused, capsys)
     assert "found 'chioce', needed a task" in say("--tasks", "chioce", *local)
+    assert "found a task twice (Duplicate task 'choice'" in say("--tasks", "choice,all", *local)
+    assert "found no name" in say("--tasks", ",", *local)
     assert "found no folder" in say("--tasks", "choice", "--include-path", str(tmp_path / "none"))
     assert "unknown name 'k99'" in say("--tasks", "choice", "--kv", "K99", *local)
     assert "needed 2 to 8192" in say("--tasks", "choice", "--max-length", "9999", *local)
@@ -494,7 +510,7 @@ def test_an_arm_that_is_not_finite_has_no_results(
 
     monkeypatch.setattr("layersweep.integrations.lm_eval.harness.score", broken)
     (choice, *_) = tasks
-    results = evaluate(kept, [choice], asked, command="test").results
+    results = evaluate(kept, [choice], asked, command="test")
     assert [arm["status"] for arm in results["arms"]] == ["ok", "nonfinite", "ok"]
     assert list(results["rows"][0]["values"]) == ["exact", "lloyd:K4V2"]
     with pytest.raises(GateError, match="lloyd:K3V2 gives non-finite numbers from layer 3 on"):

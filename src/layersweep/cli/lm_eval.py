@@ -83,11 +83,11 @@ def lm_eval(
     harness = Harness.of(opened, [EXACT_CACHE, *harness_arms(kv)], max_length, _say)
     loaded = load_tasks(asked, model)
     with SweepProgress(Console(stderr=True)) as harness.progress:
-        found = evaluate(harness, loaded, asked, command=command_line(), out=out)
+        results = evaluate(harness, loaded, asked, command=command_line(), out=out)
     if json_output:
-        sys.stdout.write(json.dumps(found.results, allow_nan=False) + "\n")
+        sys.stdout.write(json.dumps(results, allow_nan=False) + "\n")
     else:
-        print_table(Console(), found.results)
+        print_table(Console(), results)
     if out is not None:
         _line(f"wrote {out}/{FILE}, and lm-eval's results of each arm beside it")
 

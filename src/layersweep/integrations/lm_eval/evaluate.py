@@ -59,6 +59,8 @@ class Asked:
 def load_tasks(asked: Asked, source: str) -> list[Task | Group]:
     """The tasks and groups by name or pattern, with their documents. Raises InputError for a name
     that nothing has, and for what cannot be loaded or run here."""
+    if not asked.tasks:
+        raise InputError("--tasks: found no name, needed one or more", hint="--tasks arc_easy")
     manager = _manager(asked, source)
     found: list[Task | Group] = []
     for name in asked.tasks:
@@ -77,6 +79,12 @@ def load_tasks(asked: Asked, source: str) -> list[Task | Group]:
             found += [groups[one]] if one in groups else loaded["tasks"].values()
             for task in loaded["tasks"].values():
                 _check(task)
+    try:
+        manager.load(found)
+    except ValueError as error:
+        raise InputError(
+            f"--tasks: found a task twice ({error}), needed each once", hint="leave one out"
+        ) from error
     return found
 
 
@@ -126,19 +134,12 @@ def _check(task: Task) -> None:
             )
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """`results`: our own object. `files`: what was written."""
-
-    results: Json
-    files: tuple[Path, ...]
-
-
 def evaluate(
     harness: Harness, tasks: Sequence[Task | Group], asked: Asked, *, command: str,
     out: Path | None = None,
-) -> Evaluation:  # fmt: skip
-    """Run lm-eval once for each arm, the exact cache first; the first run computes all arms.
+) -> Json:  # fmt: skip
+    """Our own results. lm-eval runs once for each arm, the exact cache first, whose run computes all
+    arms.
 
     lm-eval says the same on stderr for every arm: it is shown once. An arm that is not finite has
     no results. Raises InputError for a chat template that is not there and for answers that cannot
@@ -156,7 +157,6 @@ def evaluate(
             harness.check_answers(task.task_name, sampling_of(kwargs, None))
     began = time.perf_counter()
     found: dict[str, Json] = {}
-    files: list[Path] = []
     for arm in harness.arms:
         if arm in harness.ill:
             continue
@@ -166,8 +166,7 @@ def evaluate(
     if out is not None:
         with writing(out, "run it again"):
             write_atomically(out / FILE, json.dumps(results, indent=1, allow_nan=False))
-        files = sorted(path for path in out.rglob("*.json*"))
-    return Evaluation(results, tuple(files))
+    return results
 
 
 def _leaf_tasks(tasks: Sequence[Task | Group]) -> Iterator[Task]:

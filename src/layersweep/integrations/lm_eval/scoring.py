@@ -201,6 +201,8 @@ def score(
                 best = rows.argmax(-1)
                 for index, targets in goals[branch]:
                     goal: Tensor = targets[at]
+                    if not len(goal):  # of a shorter branch; kernels take no empty input
+                        continue
                     sums[index, arm, 0] -= ops.losses(rows, goal).sum(dtype=torch.float64)
                     sums[index, arm, 1] += (best != goal).sum()
 
