@@ -138,8 +138,8 @@ def evaluate(
     harness: Harness, tasks: Sequence[Task | Group], asked: Asked, *, command: str,
     out: Path | None = None,
 ) -> Json:  # fmt: skip
-    """Our own results. lm-eval runs once for each arm, the exact cache first, whose run computes all
-    arms.
+    """Our own results. lm-eval runs once for each arm; the first run, of the exact cache, computes
+    all arms.
 
     lm-eval says the same on stderr for every arm: it is shown once. An arm that is not finite has
     no results. Raises InputError for a chat template that is not there and for answers that cannot
