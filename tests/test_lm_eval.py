@@ -386,8 +386,9 @@ def test_losses_are_compared_per_word_of_all_documents() -> None:
     assert bits.delta == pytest.approx(3.0 / 60 / 0.6931472)
     (answers,) = differences(found, ANSWER_NLL, "none")
     assert (answers.kind, answers.delta, answers.p) == ("losses", 0.0, 1.0)
-    pairs = [sample(n, f1=(0, 1)) for n in range(3)]
-    assert differences({"exact": pairs, "a": pairs}, "f1", "none") == []
+    for value in ((0, 1), float("nan"), "text"):  # more, or less, than a number
+        its = [sample(n, own=value) for n in range(3)]
+        assert differences({"exact": its, "a": its}, "own", "none") == []
 
 
 @pytest.fixture
@@ -414,7 +415,7 @@ def test_what_cannot_work_is_refused_before_weights_are_read(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delattr("layersweep.sweep.model.Model.open")
-    local = ("--include-path", str(folder))
+    local, two = ("--include-path", str(folder)), ("--device", "cpu,cpu")
     say = functools.partial(refused, capsys)
     assert "found 'chioce', needed a task" in say("--tasks", "chioce", *local)
     assert "found a task twice (Duplicate task 'choice'" in say("--tasks", "choice,all", *local)
@@ -422,6 +423,7 @@ def test_what_cannot_work_is_refused_before_weights_are_read(
     assert "found no folder" in say("--tasks", "choice", "--include-path", str(tmp_path / "none"))
     assert "unknown name 'k99'" in say("--tasks", "choice", "--kv", "K99", *local)
     assert "needed 2 to 8192" in say("--tasks", "choice", "--max-length", "9999", *local)
+    assert "found 2 devices, needed one" in say("--tasks", "choice", *two, *local)
     assert "found no chat template" in say("--tasks", "choice", "--apply-chat-template", *local)
     assert "needed more than 0" in say("--tasks", "choice", "--limit", "0", *local)
     (tmp_path / "lm_eval.json").write_text("{}")
@@ -444,10 +446,19 @@ def test_a_task_whose_data_is_missing_is_refused(
 
 
 @pytest.mark.usefixtures("quick_tasks")
-def test_the_command_prints_a_table(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_a_table_and_nothing_else_on_stdout(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loud(*given: Any, **named: Any) -> Any:
+        print("bootstrapping")
+        return simple_evaluate(*given, **named)
+
+    monkeypatch.setattr(evaluation, "simple_evaluate", loud)
     words = ["--tasks", "choice", "--kv", "lloyd:K3V2", "--include-path", str(folder)]
     assert run(["lm-eval", "demo", "--device", "cpu", "--limit", "2", *words]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    out, err = capsys.readouterr()
+    assert err.count("bootstrapping") == 1  # of two arms
+    lines = out.splitlines()
     assert lines[0] == "demo: nf4 weights, float32"
     assert lines[-1] == "2 arms in 1 sweep(s): 11.73 MiB of weights read"
     assert [line.split()[0] for line in lines[3:9:2]] == ["choice"] * 3

@@ -54,10 +54,10 @@ def differences(
     samples: Mapping[str, Sequence[Sample]], metric: str, filter_name: str
 ) -> list[Difference]:
     """Of all arms from the exact one, for a metric of a task under one of its filters. `samples`:
-    by arm. Empty for a metric that is more than a number for each document (F1, Brier score)."""
+    by arm. Empty for a metric that is no finite number for each document (F1, Brier score)."""
     values = {arm: _values(its, metric, filter_name) for arm, its in samples.items()}
     exact = values.pop(BASELINE)
-    if not all(isinstance(x, Real) for of_arm in (exact, *values.values()) for x in of_arm):
+    if not all(_is_finite(x) for of_arm in (exact, *values.values()) for x in of_arm):
         return []
     kind: Kind = "losses" if metric in (*PER_UNIT, PERPLEXITY, ANSWER_NLL) else "values"
     if all(x in (0, 1) for of_arm in (exact, *values.values()) for x in of_arm):
@@ -107,6 +107,10 @@ def _answer_nll(sample: Sample) -> float | None:
         return None
     right = scores[target]
     return -float(right[0]) if isinstance(right, (tuple, list)) and len(right) == 2 else None
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, Real) and math.isfinite(value)
 
 
 def _p(kind: Kind, deltas: Floats) -> float:

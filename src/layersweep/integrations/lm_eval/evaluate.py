@@ -9,9 +9,10 @@ from __future__ import annotations
 import difflib
 import io
 import json
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ from layersweep.integrations.lm_eval.scoring import HarnessArm
 from layersweep.runs.files import write_atomically, writing
 from layersweep.runs.sections import now
 from layersweep.study.results import model_section
+from layersweep.tasks.finite import finite
 
 Json = dict[str, Any]
 SCHEMA = "layersweep.lm_eval/1"
@@ -141,10 +143,10 @@ def evaluate(
     """Our own results. lm-eval runs once for each arm; the first run, of the exact cache, computes
     all arms.
 
-    lm-eval says the same on stderr for every arm: it is shown once. An arm that is not finite has
-    no results. Raises InputError for a chat template that is not there and for answers that cannot
-    be generated, before weights are read; what Harness.scores and Harness.answers raise; and
-    MachineError where `out` cannot be written.
+    What lm-eval prints, it prints for every arm: it is shown once, on stderr. An arm that is not
+    finite has no results. Raises InputError for a chat template that is not there and for answers
+    that cannot be generated, before weights are read; what Harness.scores and Harness.answers
+    raise; and MachineError where `out` cannot be written.
     """
     if asked.apply_chat_template and harness.tokenizer.chat_template is None:
         raise InputError(
@@ -160,7 +162,8 @@ def evaluate(
     for arm in harness.arms:
         if arm in harness.ill:
             continue
-        with redirect_stderr(io.StringIO()) if found else nullcontext():
+        said = io.StringIO() if found else sys.stderr
+        with redirect_stdout(said), redirect_stderr(said):
             found[arm.name] = _run(harness, arm, tasks, asked, out)
     results = _results(harness, found, asked, command, time.perf_counter() - began)
     if out is not None:
@@ -308,5 +311,5 @@ def _leaves(group: str, subtasks: Mapping[str, Sequence[str]]) -> list[str]:
 
 
 def _number(value: object) -> float | None:
-    """None for lm-eval's "N/A"."""
-    return float(value) if isinstance(value, (int, float)) else None
+    """None for lm-eval's "N/A", and for what JSON has no word for."""
+    return finite(value) if isinstance(value, (int, float)) else None

@@ -66,6 +66,11 @@ class Harness:
         read, and a tokenizer that transformers cannot load.
         """
         decoder, compute = model.decoder, model.compute
+        if model.beside:
+            raise InputError(
+                f"--device: found {1 + len(model.beside)} devices, needed one",
+                hint=f"--device {compute.device}",
+            )
         every = [arm for one in arms for arm in (one.whole, one.growing)]
         check_modules(decoder, every, generates=False)
         for arm in every:
