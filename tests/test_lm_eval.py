@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import importlib
 import json
+import runpy
 import sys
 import types
 from collections.abc import Iterator
@@ -56,7 +57,8 @@ from layersweep.integrations.lm_eval.scoring import (
 )
 
 Json = dict[str, Any]
-DEMO = Path(__file__).parents[1] / "src/layersweep/demo/model"
+PROJECT = Path(__file__).parents[1]
+DEMO, TOOLS = PROJECT / "src/layersweep/demo/model", PROJECT / "tools"
 LIMIT = 96  # tokens: some contexts and all texts are longer
 ARMS = ("exact", "lloyd:K3V2", "lloyd:K4V2")
 TASKS = {
@@ -581,3 +583,26 @@ def test_a_tokenizer_that_transformers_cannot_have_is_refused(tmp_path: Path) ->
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     with pytest.raises(InputError, match="found a tokenizer without an end token"):
         _tokenizer(tmp_path)
+
+
+def test_the_documented_task_asks_for_what_follows() -> None:
+    tool = runpy.run_path(str(TOOLS / "make_lm_eval_task.py"))
+    text = tool["TEXT"].read_text("utf-8")
+    found = tool["documents"](text)
+    assert len(found) == 74
+    words = " ".join(text.split())
+    for one in found:
+        assert f"{one['context']} {one['choices'][one['gold']]}" in words
+        assert len(set(one["choices"])) == 4
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_gives_what_the_cpu_gives(harness: Harness) -> None:
+    """Branches of one context that are not as long as each other, and a text without one."""
+    ids = harness.tokenizer.encode("def main(argv):\n    return run(argv, verbose=True)\n" * 5)
+    pairs = [(ids[:60], ids[60 : 60 + count]) for count in (1, 2, 10)] + [(ids[:1], ids[1:40])]
+    model = load("demo", device="cuda", dtype="float32")
+    on_gpu = Harness.of(model, harness.arms, LIMIT).scores(pairs)
+    for ours, expected in zip(on_gpu, harness.scores(pairs), strict=True):
+        assert [one for one, _ in ours] == pytest.approx([one for one, _ in expected], abs=5e-2)
