@@ -20,6 +20,7 @@ from layersweep.cli.exits import exit_code, fail, print_any_name
 from layersweep.cli.generate import generate
 from layersweep.cli.inspect import inspect
 from layersweep.cli.kaggle import kaggle
+from layersweep.cli.lm_eval import lm_eval
 from layersweep.cli.merge import merge
 from layersweep.cli.plan import plan
 from layersweep.cli.quantize import quantize
@@ -54,6 +55,7 @@ app.command("synth")(synth)
 app.command("quantize")(quantize)
 app.command("calibrate")(calibrate)
 app.command("kaggle")(kaggle)
+app.command("lm-eval")(lm_eval)
 app.add_typer(bench)
 app.add_typer(codec)
 
