@@ -1,0 +1,182 @@
+"""Kernels that attend to trellis codes where they lie; see packed.cu. They are compiled for a head
+size of 64, 128 or 256, and need sm_80.
+
+Legend: B sequences, Q query heads, G key heads, T coded tokens, D numbers of a head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from layersweep.kernels.codecs import CodecKernels, same
+from layersweep.kernels.runtime import Argument
+
+PACKED_DIMS, PACKED_BITS = (64, 128, 256), (2, 3, 4)
+CHUNK, TILE = 512, 32  # tokens that share a maximum; that a warp takes together
+MOST_EXACT = 8192  # columns, whose scores lie in shared memory
+PACKED_LAYOUTS = {
+    "packed": {
+        **{f"packed_scores_{bits}": "16P6q3if" for bits in PACKED_BITS},
+        **{f"packed_sums_{bits}_{tiles}": "8P4q4i" for bits in PACKED_BITS for tiles in (1, 2)},
+        "packed_join": "13P6if",
+    },
+}
+_THREADS, _OCTET, _TILE_HEADS = 256, 8, 16
+_RESIDENT = 264  # blocks of an H100 at two for each of 132 multiprocessors
+
+
+@dataclass(frozen=True, eq=False)
+class Coded:
+    """What is stored of T tokens: codes uint8 [B, G, T, D bits / 8] and scales uint8 [B, G, T] of any
+    strides but along T; `sizes` float32 [B, G], what a scale is relative to; `flags`, uint8
+    [B, T / 8 or more], name the tokens that are coded around a sink. kv.trellis, kv.sinks."""
+
+    bits: int
+    codes: Tensor
+    scales: Tensor
+    sizes: Tensor
+    flags: Tensor | None
+
+    def strides(self) -> list[int]:
+        """Of sequences and heads: codes, then scales."""
+        codes, scales = self.codes, self.scales
+        assert codes.dtype == scales.dtype == torch.uint8 and codes.shape[:3] == scales.shape
+        assert codes.stride(3) == scales.stride(2) == 1 and codes.stride(2) == codes.shape[3]
+        alignment = min(16, codes.shape[3] & -codes.shape[3])
+        assert not (codes.data_ptr() | codes.stride(0) | codes.stride(1)) % alignment
+        return [codes.stride(0), codes.stride(1), scales.stride(0), scales.stride(1)]
+
+    @property
+    def flag_stride(self) -> int:
+        if self.flags is None:
+            return 0
+        assert self.flags.dtype == torch.uint8 and self.flags.stride(1) == 1
+        assert self.flags.shape[1] * 8 >= self.codes.shape[2]
+        return self.flags.stride(0)
+
+
+@dataclass(frozen=True, eq=False)
+class Weighed:
+    """What `packed_scores` found. Chunks of CHUNK tokens have a maximum each, scores being powers of
+    two: `weights` float16 [B, Q, chunks, CHUNK] are relative to it; `stats` float32
+    [B, Q, chunks, 4]: the maximum, the sum, and the sums over tokens whose key, whose value is coded
+    around a sink."""
+
+    weights: Tensor
+    stats: Tensor
+
+    @property
+    def chunks(self) -> int:
+        return self.stats.shape[2]
+
+
+class PackedKernels(CodecKernels):
+    """The part of `Kernels` that attends to codes. kv/packed_attention.py has the oracle and says
+    what each table holds; `levels` float32 [256] and `factors` float32 [256] are those of
+    trellis.Code(8, bits) and trellis_scale.scale_values."""
+
+    def packed_scores(
+        self, q: Tensor, keys: Coded, value_flags: Coded, levels: Tensor, factors: Tensor,
+        around: Tensor, matrix: Tensor, near: Tensor, turn: tuple[Tensor, Tensor], spans: Tensor,
+        cap: float,
+    ) -> Weighed:  # fmt: skip
+        """q float32 [B, Q, D] in pairs, scaled: a product is a power of two, or where `cap` is not
+        0 the argument of tanh, and the cap one. around float32 [B, G, 2, D], matrix int32
+        [G, D / 16, D / 16, 32, 4], near int32 [TILE, D / 4, 2]; turn: cos and sin float32
+        [positions, D / 2]; spans int32 [B, 2]: position of the first coded token, how many."""
+        batch, heads, dim = q.shape
+        groups, tokens = keys.codes.shape[1:3]
+        chunks, octets = -(-tokens // CHUNK), -(-(heads // groups) // _OCTET)
+        for one in (q, levels, factors, keys.sizes, around, *turn):
+            same(one, torch.float32)
+        for one in (matrix, near, spans):
+            same(one, torch.int32)
+        assert around.shape == (batch, groups, 2, dim) and near.shape == (TILE, dim // 4, 2)
+        assert matrix.numel() == groups * dim * dim // 2 and spans.shape == (batch, 2)
+        assert turn[0].shape == turn[1].shape and turn[0].shape[1] == dim // 2
+        shape = batch, heads, chunks
+        weights = torch.empty(*shape, CHUNK, dtype=torch.float16, device=q.device)
+        stats = torch.empty(*shape, 4, device=q.device)
+        args: list[Argument] = [
+            keys.codes, keys.scales, keys.flags, value_flags.flags, levels, factors, keys.sizes,
+            around, matrix, near, *turn, q, spans, weights, stats,
+            *keys.strides(), keys.flag_stride, value_flags.flag_stride,
+            groups, heads // groups, chunks, cap,
+        ]  # fmt: skip
+        rows = groups * octets
+        shared = _table_bytes(keys.bits) + TILE * (2 * dim + 32) + _OCTET * 4 * (CHUNK + 4)
+        grid = (_at_once(chunks, rows * batch, 2 * _RESIDENT), rows, batch)
+        name = f"packed_scores_{keys.bits}"
+        self._module("packed", dim).launch(name, grid, _THREADS, args, shared)
+        return Weighed(weights, stats)
+
+    def packed_sums(
+        self, coded: Coded, levels: Tensor, factors: Tensor, spans: Tensor, weighed: Weighed,
+        every_head: bool,
+    ) -> Tensor:  # fmt: skip
+        """float32 [B, G, parts, query heads, D]: sums of levels times scales times weights, relative
+        to the greatest maximum, over the parts; for the query heads of a key head, or every one."""
+        batch, heads = weighed.weights.shape[:2]
+        groups = coded.codes.shape[1]
+        dim = coded.codes.shape[3] * 8 // coded.bits
+        each = 0 if every_head else heads // groups
+        seen = each or heads
+        tiles = min(2, -(-seen // _TILE_HEADS))
+        rows = -(-seen // (_TILE_HEADS * tiles))
+        parts = _at_once(weighed.chunks, groups * rows * batch, _RESIDENT)
+        out = torch.empty(batch, groups, parts, seen, dim, device=spans.device)
+        args: list[Argument] = [
+            coded.codes, coded.scales, levels, factors, spans, weighed.weights, weighed.stats, out,
+            *coded.strides(), heads, each, weighed.chunks, rows,
+        ]  # fmt: skip
+        shared = _table_bytes(coded.bits) + 4 * _TILE_HEADS * tiles
+        name, grid = f"packed_sums_{coded.bits}_{tiles}", (parts, groups * rows, batch)
+        self._module("packed", dim).launch(name, grid, _THREADS, args, shared)
+        return out
+
+    def packed_join(
+        self, q: Tensor, exact: tuple[Tensor, Tensor], counts: Tensor, sinks: Tensor | None,
+        weighed: Weighed, parts: tuple[Tensor, Tensor | None], sizes: tuple[Tensor, Tensor],
+        offsets: Tensor, cap: float,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """With the exact columns, keys in pairs and values T [B, G, E, D], of which each sequence
+        has `counts` int32 [B]: what is complete, float32 [G, B Q / G, D], and what a product is
+        still to be taken of, [G, B Q / G, (1 + G) D] or [..., D]: sums of the values' levels, then
+        of each key head's. sinks float32 [Q], powers of two; parts and sizes: of values, of keys;
+        offsets float32 [B, G, 4, D]."""
+        (keys, values), (value_parts, key_parts) = exact, parts
+        batch, heads, dim = q.shape
+        groups, columns = keys.shape[1:3]
+        for one in (keys, values):
+            same(one, self.dtype)
+        for own in (q, weighed.stats, offsets, *sizes, *(() if sinks is None else (sinks,))):
+            same(own, torch.float32)
+        same(counts, torch.int32)
+        assert keys.shape == values.shape == (batch, groups, columns, dim) and columns <= MOST_EXACT
+        assert offsets.shape == (batch, groups, 4, dim) and counts.shape == (batch,)
+        rows, told = batch * heads // groups, 0 if key_parts is None else groups
+        base = torch.empty(groups, rows, dim, device=q.device)
+        sums = torch.empty(groups, rows, (1 + told) * dim, device=q.device)
+        args: list[Argument] = [
+            q, keys, values, sinks, weighed.stats, value_parts, key_parts, *sizes, offsets, counts,
+            base, sums, groups, heads // groups, weighed.chunks, columns, value_parts.shape[2],
+            0 if key_parts is None else key_parts.shape[2], cap,
+        ]  # fmt: skip
+        module = self._module("packed", dim)
+        module.launch("packed_join", (heads, batch, 1), _THREADS, args, 4 * columns)
+        return base, sums
+
+
+def _table_bytes(bits: int) -> int:
+    """Of the levels of each window of whole symbols, a word for each lane."""
+    return 32 * 4 << -(-8 // bits) * bits
+
+
+def _at_once(chunks: int, others: int, blocks: int) -> int:
+    """Blocks along the chunks, each of which takes about equally many, so that there are no more
+    than `blocks` with `others` beside each, if chunks are few enough."""
+    each = max(1, -(-chunks * others // blocks))
+    return -(-chunks // each)
