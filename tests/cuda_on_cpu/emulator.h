@@ -21,6 +21,12 @@ struct Extent {
 struct alignas(16) uint4 {
     unsigned x, y, z, w;
 };
+struct alignas(8) uint2 {
+    unsigned x, y;
+};
+struct alignas(8) float2 {
+    float x, y;
+};
 struct alignas(16) float4 {
     float x, y, z, w;
 };
@@ -121,6 +127,11 @@ V __shfl_xor_sync(unsigned, V value, int mask) {
     std::memcpy(&value, &emulator::slots[warp][lane ^ mask], sizeof(V));
     __syncwarp();
     return value;
+}
+inline bool __any_sync(unsigned, bool value) {
+    unsigned any = value;
+    for (int step = 16; step; step /= 2) any |= __shfl_xor_sync(0, any, step);
+    return any;
 }
 inline int atomicMin(int* at, int value) {
     const int old = *at;

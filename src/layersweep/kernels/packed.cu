@@ -22,43 +22,53 @@ __device__ __forceinline__ bool flag_at(const u8* flags, int token) {
     return flags && (flags[token / 8] >> token % 8 & 1);
 }
 
-// Eight query heads, turned back by the position of a tile's first key: what a product over pairs wants.
-__device__ __forceinline__ void turn_queries(
-    const float* q, const float* cosines, const float* sines, int head, int count, u32 (&query)[STEPS][2]
-) {
-    const int c = threadIdx.x % 4;
-#pragma unroll
-    for (int s = 0; s < STEPS; ++s) {
-        float low[2] = {}, high[2] = {};
-#pragma unroll
-        for (int j = 0; j < 2 && head < count; ++j) {
-            const int pair = 8 * s + 2 * c + j;
-            const float cosine = cosines[pair], sine = sines[pair];
-            const float a = q[head * DIM + pair], b = q[head * DIM + DIM / 2 + pair];
-            low[j] = fmaf(a, cosine, b * sine);
-            high[j] = fmaf(b, cosine, -a * sine);
-        }
-        query[s][0] = half_pair(low[0], low[1]);
-        query[s][1] = half_pair(high[0], high[1]);
-    }
-}
-
-// What a warp knows of its 32 keys: of those in rows r + 8 i, r = lane / 4.
+// What a warp knows of its 32 keys: of those in rows r + 8 i, r = lane / 4. Lane c of the four that share
+// a key has the c-th quarter of its numbers: the matrix has them in the same order.
 struct Keys {
     u32 levels[2][STEPS][4];
     float scale[4];
-    bool near[4];  // coded around a sink, not around the mean
+    bool near[4], any;  // coded around a sink, not around the mean; whether one of the 32 is
 };
 
-// 32 keys in their own coordinates, pair by pair, turned by their places in the tile, and their products
-// with 8 heads. `around` holds the mean and the sink.
+template <int K>
+__device__ __forceinline__ void read_key(const u8* codes, const u32* table, Keys& keys, int row) {
+    u32 found[DIM / 4];
+    read_levels<K>(codes, threadIdx.x % 4 * (DIM / 4), table, found);
+#pragma unroll
+    for (int s = 0; s < STEPS; ++s) {
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+            keys.levels[row / 2][s][row % 2 + 2 * j] = two(found[4 * s + 2 * j], found[4 * s + 2 * j + 1]);
+        }
+    }
+}
+
+// What a product with keys is taken of: of 8 heads, pairs 8 s + 2 c and + 1, turned back to the first
+// key. `q` holds both numbers of a pair for each lane.
+__device__ __forceinline__ void turn_query(const float2* q, const float* cosines, const float* sines, int s, u32 (&query)[2]) {
+    const int lane = threadIdx.x % 32, at = 8 * s + lane % 4 * 2;
+    const float2 low = q[2 * s * 32 + lane], high = q[(2 * s + 1) * 32 + lane];
+    const float2 cosine = *(const float2*)(cosines + at), sine = *(const float2*)(sines + at);
+    query[0] = half_pair(fmaf(low.x, cosine.x, high.x * sine.x), fmaf(low.y, cosine.y, high.y * sine.y));
+    query[1] = half_pair(fmaf(high.x, cosine.x, -low.x * sine.x), fmaf(high.y, cosine.y, -low.y * sine.y));
+}
+
+// Two numbers of a key in its own coordinates. `around` holds the mean, and DIM further on the sink.
+__device__ __forceinline__ u32 key_pair(const Keys& keys, int row, float one, float other, const float* around) {
+    float2 base = *(const float2*)around;
+    if (keys.any && keys.near[row]) base = *(const float2*)(around + DIM);
+    return half_pair(fmaf(one, keys.scale[row], base.x), fmaf(other, keys.scale[row], base.y));
+}
+
+// Products of 32 keys with 8 heads. Pair by pair, keys go from levels to their own coordinates and turn
+// by their places in the tile.
 __device__ __forceinline__ void score_keys(
-    const Keys& keys, const uint4* matrix, const float* around, const u32* turns,
-    const u32 (&query)[STEPS][2], float (&score)[2][4]
+    const Keys& keys, const uint4* matrix, const float* around, const u32* turns, const float2* q,
+    const float* cosines, const float* sines, float (&score)[2][4]
 ) {
     const int lane = threadIdx.x % 32, c = lane % 4, r = lane / 4;
 #pragma unroll
-    for (int s = 0; s < STEPS; ++s) {  // pairs 8 s .. 8 s + 8
+    for (int s = 0; s < STEPS; ++s) {
         float low[2][4] = {}, high[2][4] = {};
 #pragma unroll
         for (int k = 0; k < STEPS; ++k) {
@@ -69,6 +79,8 @@ __device__ __forceinline__ void score_keys(
                 add_product(high[i], keys.levels[i][k], part.z, part.w);
             }
         }
+        u32 query[2];
+        turn_query(q, cosines, sines, s, query);
         const float* base = around + 8 * s + 2 * c;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
@@ -76,17 +88,13 @@ __device__ __forceinline__ void score_keys(
 #pragma unroll
             for (int j = 0; j < 2; ++j) {
                 const int row = 2 * i + j;
-                const float* own = base + (keys.near[row] ? DIM : 0);
-                const float scale = keys.scale[row];
-                const u32 a = half_pair(fmaf(low[i][2 * j], scale, own[0]), fmaf(low[i][2 * j + 1], scale, own[1]));
-                own += DIM / 2;
-                const u32 b = half_pair(fmaf(high[i][2 * j], scale, own[0]), fmaf(high[i][2 * j + 1], scale, own[1]));
-                const u32* turn = turns + (r + 8 * row) * TURN_ROW + 8 * s + 2 * c;
-                const u32 cosine = turn[0], sine = turn[1];
-                turned[j] = fma_two(b, sine ^ 0x80008000u, fma_two(a, cosine, 0));
-                turned[2 + j] = fma_two(a, sine, fma_two(b, cosine, 0));
+                const u32 a = key_pair(keys, row, low[i][2 * j], low[i][2 * j + 1], base);
+                const u32 b = key_pair(keys, row, high[i][2 * j], high[i][2 * j + 1], base + DIM / 2);
+                const uint2 turn = *(const uint2*)(turns + (r + 8 * row) * TURN_ROW + 8 * s + 2 * c);
+                turned[j] = fma_two(b, turn.y ^ 0x80008000u, fma_two(a, turn.x, 0));
+                turned[2 + j] = fma_two(a, turn.y, fma_two(b, turn.x, 0));
             }
-            add_product(score[i], turned, query[s][0], query[s][1]);
+            add_product(score[i], turned, query[0], query[1]);
         }
     }
 }
@@ -123,7 +131,8 @@ __device__ __forceinline__ void scores(
 ) {
     SHARED_POOL;
     u32* turns = fill_levels<K>((u32*)pool, levels);
-    float* score_of = (float*)(turns + TILE * TURN_ROW);
+    float2* query = (float2*)(turns + TILE * TURN_ROW);  // [STEPS][low, high][32]
+    float* score_of = (float*)(query + 2 * STEPS * 32);
     for (int i = threadIdx.x; i < TILE * DIM / 2; i += blockDim.x) turns[i / (DIM / 2) * TURN_ROW + i % (DIM / 2)] = near[i];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, r = lane / 4, c = lane % 4, batch = blockIdx.z;
     const int octets = (group + BLOCK - 1) / BLOCK, g = blockIdx.y / octets, octet = blockIdx.y % octets * BLOCK;
@@ -136,6 +145,10 @@ __device__ __forceinline__ void scores(
     if (value_flags) value_flags += batch * value_flag;
     matrix += g * STEPS * STEPS * 32;
     around += pair * 2 * DIM;
+    for (int i = threadIdx.x; i < BLOCK * DIM; i += blockDim.x) {  // zeros for heads that are not there
+        const int head_at = i / 8 % 8, at = i / 128 * 8 + i / 64 % 2 * (DIM / 2) + i % 8;
+        ((float*)query)[i] = head_at < count ? q[(head + head_at) * DIM + at] : 0.0f;
+    }
     const float size = sizes[pair];
     __syncthreads();
 
@@ -147,19 +160,14 @@ __device__ __forceinline__ void scores(
             for (int i = 0; i < 4; ++i) {
                 int token = first + at + r + 8 * i;
                 token = token < tokens ? token : tokens - 1;
-                u32 pairs[STEPS][2];
-                read_key<K>(codes + (i64)token * (DEEP * K), (const u32*)pool, pairs);
-#pragma unroll
-                for (int s = 0; s < STEPS; ++s)
-                    for (int j = 0; j < 2; ++j) keys.levels[i / 2][s][i % 2 + 2 * j] = pairs[s][j];
+                read_key<K>(codes + (i64)token * (DEEP * K), (const u32*)pool, keys, i);
                 keys.scale[i] = factors[scales[token]] * size;
                 keys.near[i] = flag_at(key_flags, token);
             }
-            u32 query[STEPS][2];
+            keys.any = __any_sync(ALL, keys.near[0] || keys.near[1] || keys.near[2] || keys.near[3]);
             const i64 turn = (i64)(position + first + at) * (DIM / 2);
-            turn_queries(q + head * DIM, cosines + turn, sines + turn, r, count, query);
             float score[2][4] = {};
-            score_keys(keys, matrix, around, turns, query, score);
+            score_keys(keys, matrix, around, turns, query, cosines + turn, sines + turn, score);
 #pragma unroll
             for (int i = 0; i < 8; ++i) {
                 const float found = score[i / 4][i % 4];
@@ -196,7 +204,9 @@ __device__ __forceinline__ void sums(
     SHARED_POOL;
     constexpr int ROWS = 16 * TILES;
     const u32* table = (const u32*)pool;
-    float* highest = (float*)fill_levels<K>((u32*)pool, levels);
+    u32* factor = fill_levels<K>((u32*)pool, levels);  // of each byte
+    float* highest = (float*)(factor + 256);
+    for (int i = threadIdx.x; i < 256; i += blockDim.x) factor[i] = twice(factors[i]);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
     const int slice = warp % SLICES, part = warp / SLICES, batch = blockIdx.z;
     const int g = blockIdx.y / tiles, begin = blockIdx.y % tiles * ROWS, seen = each ? each : heads;
@@ -227,8 +237,8 @@ __device__ __forceinline__ void sums(
                 for (int j = 0; j < 2; ++j) {
                     int token = at + 2 * c + 8 * half + j;
                     token = token < tokens ? token : tokens - 1;  // of weight 0
-                    read_slice<K>(codes + (i64)token * (DEEP * K), slice, table, one[j]);
-                    its_scale[j] = twice(factors[scales[token]]);
+                    read_levels<K>(codes + token * (DEEP * K), slice * WIDE + 8 * r, table, one[j]);
+                    its_scale[j] = factor[scales[token]];
                 }
 #pragma unroll
                 for (int n = 0; n < WIDE / 8; ++n) level[n][half] = two(one[0][n], one[1][n]);
@@ -255,7 +265,7 @@ __device__ __forceinline__ void sums(
 #pragma unroll
         for (int i = 0; i < TILES * WIDE / 8 * 4; ++i) {
             const int tile = i / (WIDE / 2), n = i / 4 % (WIDE / 8), j = i % 4;
-            float& at = total[(16 * tile + r + 8 * (j / 2)) * DIM + slice * WIDE + 8 * n + 2 * c + j % 2];
+            float& at = total[(16 * tile + r + 8 * (j / 2)) * DIM + slice * WIDE + 8 * (2 * c + j % 2) + n];
             at = sum[tile][n][j] + (turn ? at : 0.0f);
         }
     }

@@ -107,7 +107,7 @@ class PackedKernels(CodecKernels):
             groups, heads // groups, chunks, cap,
         ]  # fmt: skip
         rows = groups * octets
-        shared = _table_bytes(keys.bits) + TILE * (2 * dim + 32) + _OCTET * 4 * (CHUNK + 4)
+        shared = _table_bytes(keys.bits) + TILE * (2 * dim + 32) + _OCTET * 4 * (dim + CHUNK + 4)
         grid = (_at_once(chunks, rows * batch, 2 * _RESIDENT), rows, batch)
         name = f"packed_scores_{keys.bits}"
         self._module("packed", dim).launch(name, grid, _THREADS, args, shared)
@@ -132,7 +132,7 @@ class PackedKernels(CodecKernels):
             coded.codes, coded.scales, levels, factors, spans, weighed.weights, weighed.stats, out,
             *coded.strides(), heads, each, weighed.chunks, rows,
         ]  # fmt: skip
-        shared = _table_bytes(coded.bits) + 4 * _TILE_HEADS * tiles
+        shared = _table_bytes(coded.bits) + 1024 + 4 * _TILE_HEADS * tiles
         name, grid = f"packed_sums_{coded.bits}_{tiles}", (parts, groups * rows, batch)
         self._module("packed", dim).launch(name, grid, _THREADS, args, shared)
         return out

@@ -11,7 +11,9 @@ constexpr int WIDE = 64;         // numbers of a head that a warp of packed_sums
 __device__ __forceinline__ u32 twice(float value) { return float_to_half(value) * 0x10001u; }
 // The first half of a, the second of b.
 __device__ __forceinline__ u32 two(u32 a, u32 b) { return choose(0xffffu, a, b); }
-__device__ __forceinline__ u32 half_pair(float a, float b) { return float_to_half(a) | (u32)float_to_half(b) << 16; }
+__device__ __forceinline__ u32 half_pair(float low, float high) {
+    return float_to_half(low) | (u32)float_to_half(high) << 16;
+}
 
 // The level of every window, in both halves of a word, once for each lane: a row is 128 bytes, so 32
 // look-ups at random places touch 32 banks.
@@ -36,47 +38,25 @@ __device__ __forceinline__ u32 level_at(const u32* words, int start, const u32* 
     return *(const u32*)((const u8*)table + place);
 }
 
-template <int COUNT>
-__device__ __forceinline__ void shift_words(u32 (&words)[COUNT], int bits) {
-#pragma unroll
-    for (int i = 0; i < COUNT; ++i) words[i] = from_bit(words[i], i + 1 < COUNT ? words[i + 1] : 0, bits);
-}
-
-// One key for a product over the head: of step s, numbers 16 s + 2 c, + 1 in pairs[s][0] and + 8, + 9 in
-// pairs[s][1], where c counts the four lanes that share the key.
-template <int K>
-__device__ __forceinline__ void read_key(const u8* codes, const u32* table, u32 (&pairs)[STEPS][2]) {
+// COUNT levels of one token, from number `first` on, a multiple of 8: those of `first` + 2 i and + 1 in
+// found[2 i] and found[2 i + 1], in both halves. The stream is a ring: before its first word is the last.
+template <int K, int COUNT>
+__device__ __forceinline__ void read_levels(const u8* codes, int first, const u32* table, u32 (&found)[COUNT]) {
     using W = Windows<L, K>;
-    u32 words[W::WORDS + 3];
-    W::load_codes(codes, words);
-    shift_words(words, threadIdx.x % 4 * 2 * K);
+    constexpr int ALL_WORDS = DIM * K / 32, MORE = W::BITS - K;  // bits of a window before its own
+    constexpr int WORDS = (31 + COUNT * K + MORE) / 32 + 1;
+    const u32* row = (const u32*)codes;
+    const int start = first * K - MORE, word = start >> 5;
+    u32 words[WORDS];
 #pragma unroll
-    for (int s = 0; s < STEPS; ++s) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const int start = 32 + (16 * s + 8 * half - W::SYMBOLS + 1) * K;
-            const u32 one = level_at<W::BITS>(words, start, table);
-            pairs[s][half] = two(one, level_at<W::BITS>(words, start + K, table));
-        }
+    for (int i = 0; i < WORDS; ++i) {
+        const int at = word + i < ALL_WORDS ? word + i : ALL_WORDS - 1;  // beyond: of no window
+        words[i] = row[at < 0 ? ALL_WORDS - 1 : at];
     }
-}
-
-// WIDE numbers of one token, from `slice` x WIDE on: the lane's 8 n + r-th in found[n], r = lane / 4.
-template <int K>
-__device__ __forceinline__ void read_slice(const u8* codes, int slice, const u32* table, u32 (&found)[WIDE / 8]) {
-    using W = Windows<L, K>;
-    constexpr int COUNT = WIDE * K / 32, ALL_WORDS = DIM * K / 32;
-    const u32* from = (const u32*)codes + slice * COUNT;
-    u32 words[COUNT + 2];
-    words[0] = slice ? from[-1] : from[ALL_WORDS - 1];
 #pragma unroll
-    for (int i = 0; i < COUNT; ++i) words[i + 1] = from[i];
-    words[COUNT + 1] = 0;
-    shift_words(words, threadIdx.x % 32 / 4 * K);
+    for (int i = 0; i < WORDS; ++i) words[i] = from_bit(words[i], i + 1 < WORDS ? words[i + 1] : 0, start & 31);
 #pragma unroll
-    for (int n = 0; n < WIDE / 8; ++n) {
-        found[n] = level_at<W::BITS>(words, 32 + (8 * n - W::SYMBOLS + 1) * K, table);
-    }
+    for (int i = 0; i < COUNT; ++i) found[i] = level_at<W::BITS>(words, i * K, table);
 }
 
 }  // namespace

@@ -137,9 +137,9 @@ class Frame:
             weight = prediction.weight.float().view(groups, dim, groups, dim)
             told = torch.einsum("hcd,hdge->ghce", unturned, weight).flatten(1, 2)
             result = torch.cat((result, told), dim=1)
-        halves = turn.pairs(unturned).half().view(groups, dim // 16, 2, 4, 2, 2, dim // 16, 8)
-        # [g, step, j, lane, one of two, low or high, columns, r] -> as packed.cu takes it
-        lanes = halves.permute(0, 6, 1, 7, 3, 5, 2, 4).contiguous().view(torch.int32)
+        halves = turn.pairs(unturned).half().view(groups, 4, dim // 16, 2, 2, 2, dim // 16, 8)
+        # a lane's quarter, step, word, one of two; low or high, columns, r -> as packed.cu takes it
+        lanes = halves.permute(0, 6, 2, 7, 1, 5, 3, 4).contiguous().view(torch.int32)
         return cls(turn, unturned, lanes.view(groups, dim // 16, dim // 16, 32, 4), result.contiguous())
 
 
