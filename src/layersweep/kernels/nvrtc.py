@@ -15,6 +15,7 @@ import torch
 FOLDER = Path(__file__).parent
 HEADERS = (
     "common.cuh", "rotation.cuh", "trellis_search.cuh", "trellis_windows.cuh", "packed_levels.cuh",
+    "packed_scores.cuh", "packed_sums.cuh",
 )  # fmt: skip
 
 

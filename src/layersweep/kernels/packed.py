@@ -21,7 +21,7 @@ PACKED_LAYOUTS = {
     "packed": {
         **{f"packed_scores_{bits}": "16P6q3if" for bits in PACKED_BITS},
         **{f"packed_sums_{bits}_{tiles}": "8P4q4i" for bits in PACKED_BITS for tiles in (1, 2)},
-        "packed_join": "13P6if",
+        "packed_join": "13P7if",
     },
 }
 _THREADS, _OCTET, _TILE_HEADS = 256, 8, 16
@@ -61,7 +61,8 @@ class Coded:
 @dataclass(frozen=True, eq=False)
 class Weighed:
     """What `packed_scores` found. Chunks of CHUNK tokens have a maximum each, scores being powers of
-    two: `weights` float16 [B, Q, chunks, CHUNK] are relative to it; `stats` float32
+    two: `weights` float16 [B, Q / 8, chunks, CHUNK / 16, 32, 4] are relative to it, in the order in
+    which `packed_sums` reads them; `stats` float32
     [B, Q, chunks, 4]: the maximum, the sum, and the sums over tokens whose key, whose value is coded
     around a sink."""
 
@@ -97,9 +98,9 @@ class PackedKernels(CodecKernels):
         assert around.shape == (batch, groups, 2, dim) and near.shape == (TILE, dim // 4, 2)
         assert matrix.numel() == groups * dim * dim // 2 and spans.shape == (batch, 2)
         assert turn[0].shape == turn[1].shape and turn[0].shape[1] == dim // 2
-        shape = batch, heads, chunks
-        weights = torch.empty(*shape, CHUNK, dtype=torch.float16, device=q.device)
-        stats = torch.empty(*shape, 4, device=q.device)
+        shape = batch, -(-heads // _OCTET), chunks, CHUNK // 16, 32, 4
+        weights = torch.empty(shape, dtype=torch.float16, device=q.device)
+        stats = torch.empty(batch, heads, chunks, 4, device=q.device)
         args: list[Argument] = [
             keys.codes, keys.scales, keys.flags, value_flags.flags, levels, factors, keys.sizes,
             around, matrix, near, *turn, q, spans, weights, stats,
@@ -107,7 +108,7 @@ class PackedKernels(CodecKernels):
             groups, heads // groups, chunks, cap,
         ]  # fmt: skip
         rows = groups * octets
-        shared = _table_bytes(keys.bits) + TILE * (2 * dim + 32) + _OCTET * 4 * (dim + CHUNK + 4)
+        shared = _table_bytes(keys.bits) + TILE * (2 * dim + 32) + _OCTET * 4 * (dim + CHUNK + 5)
         grid = (_at_once(chunks, rows * batch, 2 * _RESIDENT), rows, batch)
         name = f"packed_scores_{keys.bits}"
         self._module("packed", dim).launch(name, grid, _THREADS, args, shared)
@@ -119,13 +120,16 @@ class PackedKernels(CodecKernels):
     ) -> Tensor:  # fmt: skip
         """float32 [B, G, parts, query heads, D]: sums of levels times scales times weights, relative
         to the greatest maximum, over the parts; for the query heads of a key head, or every one."""
-        batch, heads = weighed.weights.shape[:2]
+        batch, heads = weighed.stats.shape[:2]
         groups = coded.codes.shape[1]
         dim = coded.codes.shape[3] * 8 // coded.bits
         each = 0 if every_head else heads // groups
         seen = each or heads
-        tiles = min(2, -(-seen // _TILE_HEADS))
-        rows = -(-seen // (_TILE_HEADS * tiles))
+        # of 16 heads, from a multiple of 8 on; key heads whose query heads lie otherwise see some
+        # of their neighbours', in vain
+        most = seen + (0 if seen % _OCTET == 0 else max(g * each % _OCTET for g in range(groups)))
+        tiles = min(2, -(-most // _TILE_HEADS))
+        rows = -(-most // (_TILE_HEADS * tiles))
         parts = _at_once(weighed.chunks, groups * rows * batch, _RESIDENT)
         out = torch.empty(batch, groups, parts, seen, dim, device=spans.device)
         args: list[Argument] = [
@@ -162,7 +166,7 @@ class PackedKernels(CodecKernels):
         sums = torch.empty(groups, rows, (1 + told) * dim, device=q.device)
         args: list[Argument] = [
             q, keys, values, sinks, weighed.stats, value_parts, key_parts, *sizes, offsets, counts,
-            base, sums, groups, heads // groups, weighed.chunks, columns, value_parts.shape[2],
+            base, sums, groups, heads // groups, heads, weighed.chunks, columns, value_parts.shape[2],
             0 if key_parts is None else key_parts.shape[2], cap,
         ]  # fmt: skip
         module = self._module("packed", dim)

@@ -2,6 +2,8 @@
 #pragma once
 #include "trellis_windows.cuh"
 
+SHARED_POOL;
+
 namespace {
 
 constexpr int L = 8;             // bits of a state
@@ -38,8 +40,8 @@ __device__ __forceinline__ u32 level_at(const u32* words, int start, const u32* 
     return *(const u32*)((const u8*)table + place);
 }
 
-// COUNT levels of one token, from number `first` on, a multiple of 8: those of `first` + 2 i and + 1 in
-// found[2 i] and found[2 i + 1], in both halves. The stream is a ring: before its first word is the last.
+// COUNT levels of one token, from number `first` on, in both halves of a word each. The stream is a
+// ring: before its first word comes the last.
 template <int K, int COUNT>
 __device__ __forceinline__ void read_levels(const u8* codes, int first, const u32* table, u32 (&found)[COUNT]) {
     using W = Windows<L, K>;
