@@ -49,6 +49,12 @@ __device__ __forceinline__ u32 high_twice(u32 word) {
     asm("{.reg .b16 low, high; mov.b32 {low, high}, %1; mov.b32 %0, {high, high};}" : "=r"(two) : "r"(word));
     return two;
 }
+// The compiler knows nothing of it, so an address that holds it is not taken apart.
+__device__ __forceinline__ u32 lane_id() {
+    u32 lane;
+    asm("mov.u32 %0, %%laneid;" : "=r"(lane));
+    return lane;
+}
 // The 32 bits of high:low from bit `shift` on.
 __device__ __forceinline__ u32 from_bit(u32 low, u32 high, int shift) {
     return __funnelshift_r(low, high, shift);

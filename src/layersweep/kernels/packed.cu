@@ -27,7 +27,7 @@ namespace {
 __device__ __forceinline__ float exact_scores(const float* q, const T* k, float* scores, int count, float others, float cap) {
     const int lane = threadIdx.x % 32;
     float highest = others;
-    for (int i = threadIdx.x / 32; i < count; i += WARPS_OF) {
+    for (int i = threadIdx.x / 32; i < count; i += blockDim.x / 32) {
         float sum = 0.0f;
         for (int d = lane; d < DIM; d += 32) sum = fmaf(q[d], to_float(k[(i64)i * DIM + d]), sum);
         sum = reduce_warp(sum, Add());
@@ -94,7 +94,7 @@ __device__ __forceinline__ void join(const JoinIn& in) {
         sums<K, TILES>(in);                                                                        \
     }
 #define PACKED(K)                                                                                  \
-    extern "C" __global__ void __launch_bounds__(256, 2) packed_scores_##K(ScoresIn in) {          \
+    extern "C" __global__ void __launch_bounds__(32 * SCORING) packed_scores_##K(ScoresIn in) {    \
         scores<K>(in);                                                                             \
     }                                                                                              \
     SUMS(K, 1)                                                                                     \

@@ -25,7 +25,7 @@ PACKED_LAYOUTS = {
     },
 }
 _THREADS, _OCTET, _TILE_HEADS = 256, 8, 16
-_RESIDENT = 264  # blocks of an H100 at two for each of 132 multiprocessors
+_RESIDENT = 132  # multiprocessors of an H100: one block of packed_scores each, two of packed_sums
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,10 +108,12 @@ class PackedKernels(CodecKernels):
             groups, heads // groups, chunks, cap,
         ]  # fmt: skip
         rows = groups * octets
-        shared = _table_bytes(keys.bits) + TILE * (2 * dim + 32) + _OCTET * 4 * (dim + CHUNK + 5)
-        grid = (_at_once(chunks, rows * batch, 2 * _RESIDENT), rows, batch)
+        # the matrix stays in global memory, and a block has half the warps, where heads are wide
+        held, threads = (0, 256) if dim > 128 else (2 * dim * dim, 512)
+        shared = held + _table_bytes(keys.bits) + TILE * (2 * dim + 32) + _OCTET * 4 * (dim + CHUNK + 5)
+        grid = (_at_once(chunks, rows * batch, _RESIDENT), rows, batch)
         name = f"packed_scores_{keys.bits}"
-        self._module("packed", dim).launch(name, grid, _THREADS, args, shared)
+        self._module("packed", dim).launch(name, grid, threads, args, shared)
         return Weighed(weights, stats)
 
     def packed_sums(
@@ -130,7 +132,7 @@ class PackedKernels(CodecKernels):
         most = seen + (0 if seen % _OCTET == 0 else max(g * each % _OCTET for g in range(groups)))
         tiles = min(2, -(-most // _TILE_HEADS))
         rows = -(-most // (_TILE_HEADS * tiles))
-        parts = _at_once(weighed.chunks, groups * rows * batch, _RESIDENT)
+        parts = _at_once(weighed.chunks, groups * rows * batch, 2 * _RESIDENT)
         out = torch.empty(batch, groups, parts, seen, dim, device=spans.device)
         args: list[Argument] = [
             coded.codes, coded.scales, levels, factors, spans, weighed.weights, weighed.stats, out,

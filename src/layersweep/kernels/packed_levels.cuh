@@ -36,7 +36,7 @@ __device__ __forceinline__ u32 level_at(const u32* words, int start, const u32* 
     u32 place;
     if (bit + BITS > 32) place = from_bit(words[word], words[word + 1], shift);
     else place = shift < 0 ? words[word] << -shift : words[word] >> shift;
-    place = (place & ((1u << BITS) - 1) << 7) | threadIdx.x % 32 * 4;
+    place = (place & ((1u << BITS) - 1) << 7) | lane_id() * 4;
     return *(const u32*)((const u8*)table + place);
 }
 

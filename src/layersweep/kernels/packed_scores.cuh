@@ -21,7 +21,8 @@ struct ScoresIn {
 namespace {
 
 constexpr int CHUNK = 512, TILE = 32;  // keys that share a maximum; keys of a warp at once
-constexpr int WARPS_OF = 8;            // of a block, and query heads that it takes together
+constexpr int SCORING = DIM > 128 ? 8 : 16;  // warps of a block
+constexpr int MATRIX = STEPS * STEPS * 32;  // uint4 of a key head
 constexpr int TURN_ROW = DIM / 2 + 8;  // words; rows lie so that 8 lanes of a column read other banks
 constexpr int SCORE_ROW = CHUNK + 4;   // likewise
 
@@ -140,7 +141,7 @@ __device__ __forceinline__ void store_weights(
     const i64 row = ((i64)blockIdx.z * octets + at / 8) * in.chunks + chunk;
     uint2* to = in.weights + row * (2 * CHUNK) + at % 8 * 4 + c;
     scores += r * SCORE_ROW;
-    for (int step = warp; step < CHUNK / 16; step += WARPS_OF) {
+    for (int step = warp; step < CHUNK / 16; step += SCORING) {
         float weight[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -169,10 +170,12 @@ __device__ __forceinline__ void load_keys(
 // Block (part of the chunks, key head and 8 of its query heads, sequence).
 template <int K>
 __device__ __forceinline__ void scores(const ScoresIn& in) {
-    u32* turns = fill_levels<K>((u32*)pool, in.levels);
+    constexpr bool HELD = DIM <= 128;  // shared memory has room for the matrix
+    uint4* held = (uint4*)fill_levels<K>((u32*)pool, in.levels);
+    u32* turns = (u32*)(held + (HELD ? MATRIX : 0));        // [TILE][TURN_ROW]
     float2* query = (float2*)(turns + TILE * TURN_ROW);     // [STEPS][low, high][32]
     float* score_of = (float*)(query + 2 * STEPS * 32);     // [8][SCORE_ROW]
-    float* highest = score_of + WARPS_OF * SCORE_ROW;       // [8]
+    float* highest = score_of + 8 * SCORE_ROW;              // [8]
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, r = lane / 4, c = lane % 4, batch = blockIdx.z;
     const int octets = (in.group + 7) / 8, g = blockIdx.y / octets, octet = blockIdx.y % octets * 8;
     const int pair = batch * in.groups + g, head = g * in.group + octet;
@@ -185,6 +188,9 @@ __device__ __forceinline__ void scores(const ScoresIn& in) {
     for (int i = threadIdx.x; i < TILE * DIM / 2; i += blockDim.x) {
         turns[i / (DIM / 2) * TURN_ROW + i % (DIM / 2)] = in.near[i];
     }
+    const uint4* matrix = in.matrix + g * MATRIX;
+    for (int i = threadIdx.x; HELD && i < MATRIX; i += blockDim.x) held[i] = matrix[i];
+    if (HELD) matrix = held;
     const int position = in.spans[2 * batch], tokens = in.spans[2 * batch + 1];
     const u8* codes = in.codes + batch * in.code_batch + g * in.code_head;
     const u8* scales = in.scales + batch * in.scale_batch + g * in.scale_head;
@@ -194,13 +200,13 @@ __device__ __forceinline__ void scores(const ScoresIn& in) {
 
     for (int chunk = blockIdx.x; chunk < in.chunks; chunk += gridDim.x) {
         const int first = chunk * CHUNK, here = tokens - first < CHUNK ? tokens - first : CHUNK;
-        for (int at = warp * TILE; at < here; at += WARPS_OF * TILE) {
+        for (int at = warp * TILE; at < here; at += SCORING * TILE) {
             Keys keys;
             load_keys<K>(keys, codes, scales, key_flags, in, in.sizes[pair], first + at, tokens);
             const i64 turn = (i64)(position + first + at) * (DIM / 2);
             float score[2][4] = {};
             score_keys(
-                keys, in.matrix + g * STEPS * STEPS * 32, in.around + pair * 2 * DIM, turns, query,
+                keys, matrix, in.around + pair * 2 * DIM, turns, query,
                 in.cosines + turn, in.sines + turn, score
             );
 #pragma unroll

@@ -16,7 +16,8 @@ struct SumsIn {
 
 namespace {
 
-constexpr int SLICES = DIM / WIDE, PARTS = WARPS_OF / SLICES;  // warps side by side, one after another
+constexpr int SUMMING = 8;                                     // warps of a block
+constexpr int SLICES = DIM / WIDE, PARTS = SUMMING / SLICES;  // side by side, one after another
 
 // The greatest of the chunks' maxima. By a warp; every lane gets it.
 __device__ __forceinline__ float highest_of(const float* stats, int chunks) {
@@ -87,7 +88,7 @@ __device__ __forceinline__ void sums(const SumsIn& in) {
     const u8* codes = in.codes + batch * in.code_batch + g * in.code_head;
     const u8* scales = in.scales + batch * in.scale_batch + g * in.scale_head;
     const float* stats = in.stats + (i64)batch * in.heads * in.chunks * 4;
-    for (int i = warp; i < ROWS && begin + i < in.heads; i += WARPS_OF) {
+    for (int i = warp; i < ROWS && begin + i < in.heads; i += SUMMING) {
         highest[i] = highest_of(stats + (begin + i) * in.chunks * 4, in.chunks);
     }
     __syncthreads();
