@@ -7,6 +7,7 @@ Legend: B sequences, Q query heads, G key heads, T coded tokens, D numbers of a 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,15 +31,20 @@ _RESIDENT = 132  # multiprocessors of an H100: one block of packed_scores each, 
 
 @dataclass(frozen=True, eq=False)
 class Coded:
-    """What is stored of T tokens: codes uint8 [B, G, T, D bits / 8] and scales uint8 [B, G, T] of any
-    strides but along T; `sizes` float32 [B, G], what a scale is relative to; `flags`, uint8
-    [B, T / 8 or more], name the tokens that are coded around a sink. kv.trellis, kv.sinks."""
+    """What is stored of T tokens, see kv.trellis and kv.sinks. Sequences and heads have any stride.
+
+    codes   uint8 [B, G, T, D bits / 8]
+    scales  uint8 [B, G, T], relative to `sizes` float32 [B, G]
+    flags   uint8 [B, T / 8 or more]: which tokens are coded around a sink; None: no one is
+    levels  float32 [256] of the code
+    """
 
     bits: int
     codes: Tensor
     scales: Tensor
     sizes: Tensor
     flags: Tensor | None
+    levels: Tensor
 
     def strides(self) -> list[int]:
         """Of sequences and heads: codes, then scales."""
@@ -60,11 +66,13 @@ class Coded:
 
 @dataclass(frozen=True, eq=False)
 class Weighed:
-    """What `packed_scores` found. Chunks of CHUNK tokens have a maximum each, scores being powers of
-    two: `weights` float16 [B, Q / 8, chunks, CHUNK / 16, 32, 4] are relative to it, in the order in
-    which `packed_sums` reads them; `stats` float32
-    [B, Q, chunks, 4]: the maximum, the sum, and the sums over tokens whose key, whose value is coded
-    around a sink."""
+    """What `packed_scores` found. A chunk is CHUNK tokens; scores are exponents of two.
+
+    weights  float16 [B, Q / 8, chunks, CHUNK / 16, 32, 4], relative to the greatest of their chunk,
+             in the order in which `packed_sums` reads them
+    stats    float32 [B, Q, chunks, 4]: that greatest score, the sum of weights, and their sums over
+             the tokens whose key, whose value is coded around a sink
+    """
 
     weights: Tensor
     stats: Tensor
@@ -76,13 +84,11 @@ class Weighed:
 
 class PackedKernels(CodecKernels):
     """The part of `Kernels` that attends to codes. kv/packed_attention.py has the oracle and says
-    what each table holds; `levels` float32 [256] and `factors` float32 [256] are those of
-    trellis.Code(8, bits) and trellis_scale.scale_values."""
+    what each table holds; `factors` float32 [256] are trellis_scale.scale_values."""
 
     def packed_scores(
-        self, q: Tensor, keys: Coded, value_flags: Coded, levels: Tensor, factors: Tensor,
-        around: Tensor, matrix: Tensor, near: Tensor, turn: tuple[Tensor, Tensor], spans: Tensor,
-        cap: float,
+        self, q: Tensor, keys: Coded, values: Coded, factors: Tensor, around: Tensor,
+        matrix: Tensor, near: Tensor, turn: tuple[Tensor, Tensor], spans: Tensor, cap: float,
     ) -> Weighed:  # fmt: skip
         """q float32 [B, Q, D] in pairs, scaled: a product is a power of two, or where `cap` is not
         0 the argument of tanh, and the cap one. around float32 [B, G, 2, D], matrix int32
@@ -91,7 +97,7 @@ class PackedKernels(CodecKernels):
         batch, heads, dim = q.shape
         groups, tokens = keys.codes.shape[1:3]
         chunks, octets = -(-tokens // CHUNK), -(-(heads // groups) // _OCTET)
-        for one in (q, levels, factors, keys.sizes, around, *turn):
+        for one in (q, keys.levels, factors, keys.sizes, around, *turn):
             same(one, torch.float32)
         for one in (matrix, near, spans):
             same(one, torch.int32)
@@ -102,26 +108,23 @@ class PackedKernels(CodecKernels):
         weights = torch.empty(shape, dtype=torch.float16, device=q.device)
         stats = torch.empty(batch, heads, chunks, 4, device=q.device)
         args: list[Argument] = [
-            keys.codes, keys.scales, keys.flags, value_flags.flags, levels, factors, keys.sizes,
+            keys.codes, keys.scales, keys.flags, values.flags, keys.levels, factors, keys.sizes,
             around, matrix, near, *turn, q, spans, weights, stats,
-            *keys.strides(), keys.flag_stride, value_flags.flag_stride,
+            *keys.strides(), keys.flag_stride, values.flag_stride,
             groups, heads // groups, chunks, cap,
         ]  # fmt: skip
         rows = groups * octets
-        # the matrix stays in global memory, and a block has half the warps, where heads are wide
-        held, threads = (0, 256) if dim > 128 else (2 * dim * dim, 512)
-        shared = held + _table_bytes(keys.bits) + TILE * (2 * dim + 32) + _OCTET * 4 * (dim + CHUNK + 5)
+        threads, shared = 256 if dim > 128 else 512, _scores_bytes(dim, keys.bits)
         grid = (_at_once(chunks, rows * batch, _RESIDENT), rows, batch)
         name = f"packed_scores_{keys.bits}"
         self._module("packed", dim).launch(name, grid, threads, args, shared)
         return Weighed(weights, stats)
 
     def packed_sums(
-        self, coded: Coded, levels: Tensor, factors: Tensor, spans: Tensor, weighed: Weighed,
-        every_head: bool,
-    ) -> Tensor:  # fmt: skip
-        """float32 [B, G, parts, query heads, D]: sums of levels times scales times weights, relative
-        to the greatest maximum, over the parts; for the query heads of a key head, or every one."""
+        self, coded: Coded, factors: Tensor, spans: Tensor, weighed: Weighed, every_head: bool
+    ) -> Tensor:
+        """float32 [B, G, parts, query heads, D]: sums of levels times scales times weights, these
+        relative to the greatest score. Of the query heads of a key head, or of every one."""
         batch, heads = weighed.stats.shape[:2]
         groups = coded.codes.shape[1]
         dim = coded.codes.shape[3] * 8 // coded.bits
@@ -135,7 +138,8 @@ class PackedKernels(CodecKernels):
         parts = _at_once(weighed.chunks, groups * rows * batch, 2 * _RESIDENT)
         out = torch.empty(batch, groups, parts, seen, dim, device=spans.device)
         args: list[Argument] = [
-            coded.codes, coded.scales, levels, factors, spans, weighed.weights, weighed.stats, out,
+            coded.codes, coded.scales, coded.levels, factors, spans, weighed.weights,
+            weighed.stats, out,
             *coded.strides(), heads, each, weighed.chunks, rows,
         ]  # fmt: skip
         shared = _table_bytes(coded.bits) + 1024 + 4 * _TILE_HEADS * tiles
@@ -168,12 +172,33 @@ class PackedKernels(CodecKernels):
         sums = torch.empty(groups, rows, (1 + told) * dim, device=q.device)
         args: list[Argument] = [
             q, keys, values, sinks, weighed.stats, value_parts, key_parts, *sizes, offsets, counts,
-            base, sums, groups, heads // groups, heads, weighed.chunks, columns, value_parts.shape[2],
-            0 if key_parts is None else key_parts.shape[2], cap,
+            base, sums, groups, heads // groups, heads, weighed.chunks, columns,
+            value_parts.shape[2], 0 if key_parts is None else key_parts.shape[2], cap,
         ]  # fmt: skip
         module = self._module("packed", dim)
         module.launch("packed_join", (heads, batch, 1), _THREADS, args, 4 * columns)
         return base, sums
+
+
+def packed_refusal(device: torch.device, dim: int, bits: int) -> str | None:
+    """Why `device` cannot attend to codes of `dim` numbers, keys of `bits`, or None if it can."""
+    if device.type != "cuda":
+        return f"kernels need a CUDA device, not {device}"
+    properties: Any = torch.cuda.get_device_properties(device)
+    needed, found = _scores_bytes(dim, bits), properties.shared_memory_per_block_optin
+    if properties.major < 8 or found < needed:
+        return (
+            f"found sm_{properties.major}{properties.minor} with {found} bytes of shared memory, "
+            f"needed sm_80 and {needed}"
+        )
+    return None
+
+
+def _scores_bytes(dim: int, bits: int) -> int:
+    """Shared memory of packed_scores: levels, matrix, turns, queries, scores and maxima. The matrix
+    of wide heads stays in global memory, and a block has half the warps."""
+    matrix = 0 if dim > 128 else 2 * dim * dim
+    return matrix + _table_bytes(bits) + TILE * (2 * dim + 32) + _OCTET * 4 * (dim + CHUNK + 5)
 
 
 def _table_bytes(bits: int) -> int:

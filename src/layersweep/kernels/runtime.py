@@ -68,8 +68,8 @@ class Module:
         args: Sequence[Argument],
         shared: int = 0,
     ) -> None:
-        """Queue kernel `name` on the current stream of the device; returns at once. `shared`: bytes of
-        shared memory that it asks for. Raises KernelError, also where the device has less."""
+        """Queue kernel `name` on the current stream of the device; returns at once. `shared`: bytes
+        of shared memory that it asks for. Raises KernelError, also where the device has less."""
         values = [
             one.data_ptr() if isinstance(one, Tensor) else 0 if one is None else one for one in args
         ]
@@ -92,7 +92,6 @@ class Module:
             _check(self._driver.cuModuleGetFunction(byref(handle), self._module, name.encode()))
         self._functions[name] = _Function(handle, self._layouts[name])
         return self._functions[name]
-
 
     def _allow(self, function: _Function, shared: int) -> None:
         """More shared memory than every kernel may have."""

@@ -2,39 +2,49 @@
 
 Legend: B sequences, Q query heads, G key heads, T tokens, D numbers of a head.
 
-A row x of the codec is  x = a + s c H,  c its levels, s its scale times its level, H the inverse
-rotation and a the mean, or the sink that it is coded around. In the model's coordinates, with the
-basis A^-1 of a key head,
-    key    k = a A^-1 + s c M,    M = H A^-1
-    value  v = a' + s' c' H + sum over key heads g of k_g P_g,    P the prediction (kv/fit.py)
-Keys turn behind that: a score is <q, R(t) k>. RoPE adds angles, so for a tile of keys that begins at
-t0, <q, R(t0 + j) k> = <R(-t0) q, R(j) k>: the query turns back once for 32 keys, and R(j), j < 32, is
-one small table. M cannot move to the query, for R stands between them and differs for each key; the
-other way round it would be a product for each key and each query head. So keys become k by tensor
-cores, 32 at a time, and every query head of the group reads them.
+To the codec a vector is  x = a + s c H : c its levels, s its scale times its level, H the inverse
+rotation, a the mean, or the sink that it is coded around. With the basis A of a key head, M = H A^-1
+and the prediction P of values (kv/fit.py), whose rows of key head g are P_g,
+    k = a A^-1 + s c M                            before RoPE
+    v = a' + s' c' H + sum over g of k_g P_g
 
-Values need no decoding. With the weights p of the softmax, everything else is linear:
-    sum p v = a' P0 + b' P1 + (sum p s' c') H + sum over g of [ a_g P2 + b_g P3 + (sum p s_g c_g) M_g ] P_g
-P0 ... P3 are sums of weights over tokens coded around the mean a or around a sink b. The sums over
-levels are taken for every query head and every key head; H, M_g and P_g are one matrix for each key
-head, which meets them once. Keys are told by what is coarse, as values were predicted. What is exact,
-or coded finely, is decoded and joins the softmax as columns of its own: some hundred tokens.
+Scores. A score is <q, R(t) k>, R the turn to position t. Turns add up, so for keys from t on,
+    <q, R(t + j) k> = <R(-t) q, R(j) k>
+The query turns back once for 32 keys, and R(j), j < 32, is one small table. M cannot move to the
+query's side: R stands between them, and differs from key to key; there it would be a product for
+each key and query head. So tensor cores make keys, 32 at a time, and all query heads of the group
+read them. Without RoPE, R is 1.
 
-Scores and weights of codes are kept apart by chunks of 512 tokens, each relative to its own maximum
-(flash decoding: Dao et al., 2023). Levels, M, turned keys and weights times scales are half numbers,
-as attention's operands always are; sums are float32. `attend_decoded` is the oracle.
+Values. With the softmax's weights p all the rest is linear, and nothing more is decoded:
+    sum p v = P0 a' + P1 b' + (sum p s' c') H
+              + sum over g of [P2 a_g A_g^-1 + P3 b_g A_g^-1 + (sum p s_g c_g) M_g] P_g
+P0 ... P3 sum the weights of tokens whose value, whose key is coded around the mean a or a sink b.
+Every query head sums the levels of every key head, for each predicts its values. One matrix for
+each key head, H above M_g P_g, meets these sums once. What is coarse of keys predicted the values.
+
+What is exact, or coded finely, is decoded and joins the softmax as columns: some hundred tokens.
+
+Codes are read in chunks of 512 tokens, whose weights are relative to the chunk's own maximum
+(flash decoding: Dao et al., 2023). Levels, M, turned keys, and weights times scales are half
+numbers, as attention's operands are anyway; sums are float32. `attend_decoded` is the oracle.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from layersweep.kernels.packed import MOST_EXACT, PACKED_BITS, PACKED_DIMS, TILE, Coded, PackedKernels
+from layersweep.kernels.packed import (
+    PACKED_BITS,
+    PACKED_DIMS,
+    TILE,
+    Coded,
+    PackedKernels,
+)
 from layersweep.kv.codec import basis_for
 from layersweep.kv.encoded import Encoded
 from layersweep.kv.rotate import rotate_back
@@ -55,12 +65,15 @@ def refusal(keys: StoredStream, values: StoredStream) -> str | None:
             return f"stream '{name}' is not coded by trellis with 256 states"
         if stored.stream.dim not in PACKED_DIMS or stored.stream.rotation is not None:
             return f"stream '{name}' has head size {stored.stream.dim}, or turns by itself"
+        if stored.stream.window is not None:
+            return f"stream '{name}' has a window"
         if middle is None or stored.hidden or middle.packed.mean is None:
             return f"stream '{name}' has no coded tokens, or some that nobody sees"
         if middle.packed.bits not in PACKED_BITS:
             return f"stream '{name}' has {middle.packed.bits} bits"
     assert keys.middle is not None and values.middle is not None
-    if (keys.stream.dim, keys.middle.packed.tokens) != (values.stream.dim, values.middle.packed.tokens):
+    sizes = {(one.stream.dim, one.middle and one.middle.packed.tokens) for one in (keys, values)}
+    if len(sizes) > 1:
         return "keys and values differ in head size, or in the tokens that are coded"
     if not _coarse(keys.middle, values.middle):
         return "all that is coded is coded finely"
@@ -69,10 +82,13 @@ def refusal(keys: StoredStream, values: StoredStream) -> str | None:
 
 @dataclass(frozen=True, eq=False)
 class Turn:
-    """RoPE of a head of D numbers, D / 2 pairs, those that do not turn included. `cos`, `sin` float32
-    [positions, D / 2]; `order` int64 [D]: the first number of each pair, then the second; `near`
-    int32 [TILE, D / 4, 2]: half numbers of the first positions, two cosines and two sines to turn by,
-    without what a stretched context multiplies them by."""
+    """RoPE of a head of D numbers: D / 2 pairs, some of which may not turn.
+
+    cos, sin  float32 [positions, D / 2]
+    order     int64 [D]: the first number of each pair, then the second
+    near      int32 [TILE, D / 4, 2]: two cosines, and two sines, of positions from 0 on as half
+              numbers, without the factor of a stretched context
+    """
 
     cos: Tensor
     sin: Tensor
@@ -140,13 +156,15 @@ class Frame:
         halves = turn.pairs(unturned).half().view(groups, 4, dim // 16, 2, 2, 2, dim // 16, 8)
         # a lane's quarter, step, word, one of two; low or high, columns, r -> as packed.cu takes it
         lanes = halves.permute(0, 6, 2, 7, 1, 5, 3, 4).contiguous().view(torch.int32)
-        return cls(turn, unturned, lanes.view(groups, dim // 16, dim // 16, 32, 4), result.contiguous())
+        return cls(
+            turn, unturned, lanes.view(groups, dim // 16, dim // 16, 32, 4), result.contiguous()
+        )
 
 
 @dataclass(frozen=True, eq=False)
 class PackedPast:
-    """A layer's cache under one arm, ready for one new token per sequence at a time: the host's work
-    that only has to be done again when a token has been coded.
+    """A layer's cache under one arm, ready for one new token per sequence at a time. It has to be
+    made again only when tokens have been coded.
 
     keys, values  coded tokens; spans int32 [B, 2]: position of the first, how many there are
     around        float32 [B, G, 2, D]: mean and sink of keys, in pairs
@@ -166,7 +184,7 @@ class PackedPast:
     def of(
         cls, keys: StoredStream, values: StoredStream, frame: Frame, tokens_B: Tensor | None = None
     ) -> PackedPast:
-        """`tokens_B`: how many are coded of each sequence, where StoredStream.joined padded them."""
+        """`tokens_B`: how many are coded of each, where StoredStream.joined padded them."""
         assert refusal(keys, values) is None and keys.middle and values.middle
         turn, prediction = frame.turn, values.stream.prediction
         coarse = _coarse(keys.middle, values.middle)
@@ -190,38 +208,41 @@ class PackedPast:
     ) -> Tensor:  # fmt: skip
         """[B, Q, D] in the dtype of q, which sits at its position, turned. `own`: further exact
         tokens [B, G, E, D], the query's among them, keys turned; of each sequence the first
-        `own_tokens_B`, by default all. Rules as in model.attention.Rule; a window holds them all."""
-        frame, dtype = self.frame, q_BQD.dtype
+        `own_tokens_B`, by default all. Nothing is behind a window. Rules: model.attention.Rule."""
+        frame, turn, dtype = self.frame, self.frame.turn, q_BQD.dtype
         batch, heads, dim = q_BQD.shape
-        groups = frame.back.shape[0]
-        q = frame.turn.pairs(q_BQD).float() * (scale / softcap if softcap else scale * LOG2_E)
-        cap = softcap * LOG2_E if softcap else 0.0
-        tables = {bits: Code(8, bits).levels(q.device) for bits in (self.keys.bits, self.values.bits)}
-        factors = scale_values(q.device)
+        q = turn.pairs(q_BQD).float() * (scale / softcap if softcap else scale * LOG2_E)
+        cap, factors = softcap * LOG2_E if softcap else 0.0, scale_values(q.device)
         weighed = kernels.packed_scores(
-            q, self.keys, self.values, tables[self.keys.bits], factors, self.around, frame.matrix,
-            frame.turn.near, (frame.turn.cos, frame.turn.sin), self.spans, cap,
+            q, self.keys, self.values, factors, self.around, frame.matrix, turn.near,
+            (turn.cos, turn.sin), self.spans, cap,
         )  # fmt: skip
-        predicted = frame.result.shape[1] > dim
 
         def sums(coded: Coded, every_head: bool) -> Tensor:
-            levels = tables[coded.bits]
-            return kernels.packed_sums(coded, levels, factors, self.spans, weighed, every_head)
+            return kernels.packed_sums(coded, factors, self.spans, weighed, every_head)
 
+        predicted = frame.result.shape[1] > dim
         parts = sums(self.values, False), sums(self.keys, True) if predicted else None
-        exact = frame.turn.pairs(own[0]), own[1]
-        columns = [torch.cat(both, dim=2).to(dtype) for both in zip(self.exact, exact, strict=True)]
+        columns = (
+            torch.cat((self.exact[0], turn.pairs(own[0])), dim=2).to(dtype),
+            torch.cat((self.exact[1], own[1]), dim=2).to(dtype),
+        )
         before, new = self.exact[0].shape[2], own[0].shape[2]
         counts = torch.full((batch,), before + new, dtype=torch.int32, device=q.device)
         if own_tokens_B is not None:
             counts = (own_tokens_B + before).int()
         sinks = None if sinks_Q is None else sinks_Q.float() * LOG2_E
         base, levels = kernels.packed_join(
-            q, (columns[0], columns[1]), counts, sinks, weighed, parts,
+            q, columns, counts, sinks, weighed, parts,
             (self.values.sizes, self.keys.sizes), self.offsets, cap,
         )  # fmt: skip
         found = torch.baddbmm(base, levels, frame.result)
-        return found.view(groups, batch, -1, dim).transpose(0, 1).reshape(batch, heads, dim).to(dtype)
+        return (
+            found.view(len(found), batch, -1, dim)
+            .transpose(0, 1)
+            .reshape(batch, heads, dim)
+            .to(dtype)
+        )
 
 
 def attend_decoded(
@@ -233,7 +254,8 @@ def attend_decoded(
     assert keys.middle is not None
     key_pieces = keys.pieces()
     k, v = (
-        joined_pieces(pieces).float() for pieces in (key_pieces, values.pieces(keys=(keys, key_pieces)))
+        joined_pieces(pieces).float()
+        for pieces in (key_pieces, values.pieces(keys=(keys, key_pieces)))
     )
     head = 0 if keys.head is None else keys.head.shape[2]
     coded, tokens, device = keys.middle.packed.tokens, k.shape[2], k.device
@@ -245,7 +267,7 @@ def attend_decoded(
         seen &= (column < head + tokens_B[:, None]) | (column >= head + coded)
     if own_tokens_B is not None:
         seen &= column < tokens + own_tokens_B[:, None]
-    q = turn.pairs(q_BQD).float().unflatten(1, (k.shape[1], -1))
+    q = turn.pairs(q_BQD).float().view(len(k), k.shape[1], -1, k.shape[3])
     scores = q @ k.mT * scale
     scores = softcap * torch.tanh(scores / softcap) if softcap else scores
     scores = scores.masked_fill(~seen[:, None, None], -torch.inf)
@@ -256,7 +278,7 @@ def attend_decoded(
 
 
 def _positions(keys: StoredStream, tokens: int) -> Tensor:
-    """Of all tokens [B, tokens]: exact ones before the coded, which begin where each sequence says."""
+    """Of all tokens, [B, tokens]; each sequence's coded ones begin where it says."""
     assert keys.middle is not None
     head = 0 if keys.head is None else keys.head.shape[2]
     starts = keys.middle.positions[:, :1]
@@ -275,7 +297,9 @@ def _coded(middle: Encoded, tokens: int) -> Coded:
     packed = middle.packed.slice_tokens(0, tokens)
     assert packed.scale is not None and packed.mean is not None
     sizes = packed.mean[..., packed.dim].float().contiguous()
-    return Coded(packed.bits, packed.codes, packed.scale, sizes, middle.found and middle.found.flags)
+    levels = Code(8, packed.bits).levels(sizes.device)
+    flags = middle.found.flags if middle.found else None
+    return Coded(packed.bits, packed.codes, packed.scale, sizes, flags, levels)
 
 
 def _around(middle: Encoded) -> Tensor:
