@@ -2,8 +2,8 @@
 
 Legend: B sequences, Q query heads, G key heads, T tokens, D numbers of a head.
 
-To the codec a vector is  x = a + s c H : c its levels, s its scale times its level, H the inverse
-rotation, a the mean, or the sink that it is coded around. With the basis A of a key head, M = H A^-1
+To the codec a vector is  x = a + s c H : c its levels, s its scale times its level, H the rotation
+back, a the mean, or the sink that it is coded around. With the basis A of a key head, M = H A^-1,
 and the prediction P of values (kv/fit.py), whose rows of key head g are P_g,
     k = a A^-1 + s c M                            before RoPE
     v = a' + s' c' H + sum over g of k_g P_g
