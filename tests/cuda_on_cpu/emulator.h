@@ -128,6 +128,15 @@ V __shfl_xor_sync(unsigned, V value, int mask) {
     __syncwarp();
     return value;
 }
+template <class V>
+V __shfl_sync(unsigned, V value, int from) {
+    const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    std::memcpy(&emulator::slots[warp][lane], &value, sizeof(V));
+    __syncwarp();
+    std::memcpy(&value, &emulator::slots[warp][from], sizeof(V));
+    __syncwarp();
+    return value;
+}
 inline bool __any_sync(unsigned, bool value) {
     unsigned any = value;
     for (int step = 16; step; step /= 2) any |= __shfl_xor_sync(0, any, step);

@@ -10,6 +10,9 @@ constexpr int L = 8;             // bits of a state
 constexpr int STEPS = DIM / 16;  // depth of a product over a head, in steps of the tensor cores
 constexpr int WIDE = 64;         // numbers of a head that a warp of packed_sums takes
 
+// Alike in all lanes, and the compiler sees that.
+__device__ __forceinline__ int warp_id() { return __shfl_sync(ALL, (int)threadIdx.x / 32, 0); }
+
 __device__ __forceinline__ u32 twice(float value) { return float_to_half(value) * 0x10001u; }
 // The first half of a, the second of b.
 __device__ __forceinline__ u32 two(u32 a, u32 b) { return choose(0xffffu, a, b); }
@@ -40,25 +43,36 @@ __device__ __forceinline__ u32 level_at(const u32* words, int start, const u32* 
     return *(const u32*)((const u8*)table + place);
 }
 
-// COUNT levels of one token, from number `first` on, in both halves of a word each. The stream is a
-// ring: before its first word comes the last.
+// COUNT numbers of a token from `first` on, a multiple of COUNT: where their bits lie in its codes. The
+// stream is a ring: before its first word comes the last.
 template <int K, int COUNT>
-__device__ __forceinline__ void read_levels(const u8* codes, int first, const u32* table, u32 (&found)[COUNT]) {
+struct Run {
     using W = Windows<L, K>;
-    constexpr int ALL_WORDS = DIM * K / 32, MORE = W::BITS - K;  // bits of a window before its own
-    constexpr int WORDS = (31 + COUNT * K + MORE) / 32 + 1;
-    const u32* row = (const u32*)codes;
-    const int start = first * K - MORE, word = start >> 5;
-    u32 words[WORDS];
+    static constexpr int ROW = DEEP * K, MORE = W::BITS - K;  // bits of a window before its own
+    static constexpr int SKIP = COUNT * K % 32 ? 31 : 32 - MORE;  // bits before them in a word, at most
+    static constexpr int WORDS = (SKIP + MORE + COUNT * K + 31) / 32;
+    int offset[WORDS], shift;
+
+    __device__ __forceinline__ explicit Run(int first) {
+        const int start = first * K - MORE;
+        shift = start & 31;
 #pragma unroll
-    for (int i = 0; i < WORDS; ++i) {
-        const int at = word + i < ALL_WORDS ? word + i : ALL_WORDS - 1;  // beyond: of no window
-        words[i] = row[at < 0 ? ALL_WORDS - 1 : at];
+        for (int i = 0; i < WORDS; ++i) {
+            const int word = (start >> 5) + i, last = ROW / 4 - 1;
+            offset[i] = 4 * (word < 0 || word > last ? last : word);  // beyond: of no window
+        }
     }
+
+    // Their levels, in both halves of a word each.
+    __device__ __forceinline__ void read(const u8* row, const u32* table, u32 (&found)[COUNT]) const {
+        u32 words[WORDS];
 #pragma unroll
-    for (int i = 0; i < WORDS; ++i) words[i] = from_bit(words[i], i + 1 < WORDS ? words[i + 1] : 0, start & 31);
+        for (int i = 0; i < WORDS; ++i) words[i] = *(const u32*)(row + offset[i]);
 #pragma unroll
-    for (int i = 0; i < COUNT; ++i) found[i] = level_at<W::BITS>(words, i * K, table);
-}
+        for (int i = 0; i < WORDS; ++i) words[i] = from_bit(words[i], i + 1 < WORDS ? words[i + 1] : 0, shift);
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) found[i] = level_at<W::BITS>(words, i * K, table);
+    }
+};
 
 }  // namespace

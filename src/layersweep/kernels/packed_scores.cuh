@@ -40,10 +40,10 @@ struct Keys {
     bool near[4], any;  // coded around a sink, not around the mean; whether one of the 32 is
 };
 
-template <int K>
-__device__ __forceinline__ void read_key(const u8* codes, const u32* table, Keys& keys, int row) {
+template <class R>
+__device__ __forceinline__ void read_key(const R& run, const u8* codes, Keys& keys, int row) {
     u32 found[DIM / 4];
-    read_levels<K>(codes, threadIdx.x % 4 * (DIM / 4), table, found);
+    run.read(codes, (const u32*)pool, found);
 #pragma unroll
     for (int s = 0; s < STEPS; ++s) {
 #pragma unroll
@@ -135,7 +135,7 @@ __device__ __forceinline__ float sum_weights(
 __device__ __forceinline__ void store_weights(
     const ScoresIn& in, const float* scores, const float* highest, int count, int here, int head, int chunk
 ) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
+    const int warp = warp_id(), lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
     if (r >= count) return;
     const int octets = (in.groups * in.group + 7) / 8, at = head + r;
     const i64 row = ((i64)blockIdx.z * octets + at / 8) * in.chunks + chunk;
@@ -152,15 +152,15 @@ __device__ __forceinline__ void store_weights(
     }
 }
 
-template <int K>
+template <class R>
 __device__ __forceinline__ void load_keys(
-    Keys& keys, const u8* codes, const u8* scales, const u8* flags, const ScoresIn& in, float size, int first, int tokens
+    Keys& keys, const R& run, const u8* codes, const u8* scales, const u8* flags, const ScoresIn& in, float size, int first, int tokens
 ) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
         int token = first + threadIdx.x % 32 / 4 + 8 * i;
         token = token < tokens ? token : tokens - 1;
-        read_key<K>(codes + (i64)token * (DEEP * K), (const u32*)pool, keys, i);
+        read_key(run, codes + (i64)token * R::ROW, keys, i);
         keys.scale[i] = in.factors[scales[token]] * size;
         keys.near[i] = flag_at(flags, token);
     }
@@ -176,7 +176,7 @@ __device__ __forceinline__ void scores(const ScoresIn& in) {
     float2* query = (float2*)(turns + TILE * TURN_ROW);     // [STEPS][low, high][32]
     float* score_of = (float*)(query + 2 * STEPS * 32);     // [8][SCORE_ROW]
     float* highest = score_of + 8 * SCORE_ROW;              // [8]
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, r = lane / 4, c = lane % 4, batch = blockIdx.z;
+    const int warp = warp_id(), lane = threadIdx.x % 32, r = lane / 4, c = lane % 4, batch = blockIdx.z;
     const int octets = (in.group + 7) / 8, g = blockIdx.y / octets, octet = blockIdx.y % octets * 8;
     const int pair = batch * in.groups + g, head = g * in.group + octet;
     const int count = in.group - octet < 8 ? in.group - octet : 8;
@@ -196,13 +196,14 @@ __device__ __forceinline__ void scores(const ScoresIn& in) {
     const u8* scales = in.scales + batch * in.scale_batch + g * in.scale_head;
     const u8* key_flags = in.key_flags ? in.key_flags + batch * in.key_flag : nullptr;
     const u8* value_flags = in.value_flags ? in.value_flags + batch * in.value_flag : nullptr;
+    const Run<K, DIM / 4> run(c * (DIM / 4));
     __syncthreads();
 
     for (int chunk = blockIdx.x; chunk < in.chunks; chunk += gridDim.x) {
         const int first = chunk * CHUNK, here = tokens - first < CHUNK ? tokens - first : CHUNK;
         for (int at = warp * TILE; at < here; at += SCORING * TILE) {
             Keys keys;
-            load_keys<K>(keys, codes, scales, key_flags, in, in.sizes[pair], first + at, tokens);
+            load_keys(keys, run, codes, scales, key_flags, in, in.sizes[pair], first + at, tokens);
             const i64 turn = (i64)(position + first + at) * (DIM / 2);
             float score[2][4] = {};
             score_keys(

@@ -27,23 +27,23 @@ __device__ __forceinline__ float highest_of(const float* stats, int chunks) {
 }
 
 // 16 tokens as the lanes of a product have them: of tokens 2 c, + 1 and + 8, + 9, numbers 8 r + n of a
-// slice in level[n], and their scales. The tokens after `last` are copies of it, of weight 0.
+// slice in level[n], and their scales. Tokens after `last` are copies of it, of weight 0.
 struct Tokens {
     u32 level[WIDE / 8][2], scale[2];
 };
 
-template <int K, bool WHOLE>
+template <bool WHOLE, class R>
 __device__ __forceinline__ void load_tokens(
-    Tokens& tokens, const u8* codes, const u8* scales, const u32* factor, int number, int first, int last
+    Tokens& tokens, const R& run, const u8* codes, const u8* scales, const u32* factor, int last
 ) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         u32 one[2][WIDE / 8], scale[2];
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
-            int token = first + 8 * half + j;
+            int token = 8 * half + j;
             if (!WHOLE && token > last) token = last;
-            read_levels<K>(codes + token * (DEEP * K), number, (const u32*)pool, one[j]);
+            run.read(codes + token * R::ROW, (const u32*)pool, one[j]);
             scale[j] = factor[scales[token]];
         }
 #pragma unroll
@@ -80,7 +80,7 @@ __device__ __forceinline__ void sums(const SumsIn& in) {
     u32* factor = fill_levels<K>((u32*)pool, in.levels);  // of each byte
     float* highest = (float*)(factor + 256);              // [ROWS]
     for (int i = threadIdx.x; i < 256; i += blockDim.x) factor[i] = twice(in.factors[i]);
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
+    const int warp = warp_id(), lane = threadIdx.x % 32, r = lane / 4, c = lane % 4;
     const int slice = warp % SLICES, part = warp / SLICES, batch = blockIdx.z, g = blockIdx.y / in.rows;
     const int first = g * in.each, seen = in.each ? in.each : in.heads;         // heads that see the codes
     const int begin = first / 8 * 8 + blockIdx.y % in.rows * ROWS;              // the block's first
@@ -93,6 +93,7 @@ __device__ __forceinline__ void sums(const SumsIn& in) {
     }
     __syncthreads();
 
+    const Run<K, 8> run(slice * WIDE + 8 * r);
     float sum[TILES][WIDE / 8][4] = {};
     for (int chunk = blockIdx.x; chunk * CHUNK < tokens; chunk += gridDim.x) {
         u32 lower[2 * TILES];
@@ -104,11 +105,13 @@ __device__ __forceinline__ void sums(const SumsIn& in) {
             lower[i] = real ? twice(exp2f(stats[(head * in.chunks + chunk) * 4] - highest[r + 8 * i])) : 0;
             weights[i] = in.weights + (((i64)batch * octets + octet) * in.chunks + chunk) * (2 * CHUNK) + lane;
         }
-        const int number = slice * WIDE + 8 * r, left = tokens - chunk * CHUNK, place = chunk * CHUNK + 2 * c;
+        const int left = tokens - chunk * CHUNK, place = chunk * CHUNK + 2 * c;
         for (int step = part; 16 * step < left && step < CHUNK / 16; step += PARTS) {
             Tokens some;
-            if (16 * step + 16 <= left) load_tokens<K, true>(some, codes, scales, factor, number, place + 16 * step, 0);
-            else load_tokens<K, false>(some, codes, scales, factor, number, place + 16 * step, tokens - 1);
+            const int first = place + 16 * step;
+            const u8 *row = codes + (i64)first * run.ROW, *scale = scales + first;
+            if (16 * step + 16 <= left) load_tokens<true>(some, run, row, scale, factor, 0);
+            else load_tokens<false>(some, run, row, scale, factor, tokens - 1 - first);
             add_tokens<TILES>(sum, some, weights, lower, step);
         }
     }
