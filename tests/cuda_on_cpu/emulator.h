@@ -203,6 +203,7 @@ inline unsigned less_two(unsigned a, unsigned b) {
 }
 inline unsigned low_twice(unsigned word) { return (word & 0xffff) * 0x10001u; }
 inline unsigned high_twice(unsigned word) { return (word >> 16) * 0x10001u; }
+inline void expect(const void*) {}
 inline unsigned lane_id() { return threadIdx.x % 32; }
 inline unsigned from_bit(unsigned low, unsigned high, int shift) {
     return (unsigned)(((unsigned long long)high << 32 | low) >> shift);

@@ -55,6 +55,8 @@ __device__ __forceinline__ u32 lane_id() {
     asm("mov.u32 %0, %%laneid;" : "=r"(lane));
     return lane;
 }
+// What lies there will be read soon.
+__device__ __forceinline__ void expect(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
 // The 32 bits of high:low from bit `shift` on.
 __device__ __forceinline__ u32 from_bit(u32 low, u32 high, int shift) {
     return __funnelshift_r(low, high, shift);

@@ -24,7 +24,9 @@ struct JoinIn {
 namespace {
 
 // Scores of the exact columns, and the maximum over them and over `others`. By a block.
-__device__ __forceinline__ float exact_scores(const float* q, const T* k, float* scores, int count, float others, float cap) {
+__device__ __forceinline__ float exact_scores(
+    const float* q, const T* k, float* scores, int count, float others, float cap
+) {
     const int lane = threadIdx.x % 32;
     float highest = others;
     for (int i = threadIdx.x / 32; i < count; i += blockDim.x / 32) {
@@ -39,7 +41,9 @@ __device__ __forceinline__ float exact_scores(const float* q, const T* k, float*
 }
 
 // The sum of number `d` of a line of packed_sums over its parts.
-__device__ __forceinline__ float add_parts(const float* parts, i64 of, int count, int lines, int line, int d) {
+__device__ __forceinline__ float add_parts(
+    const float* parts, i64 of, int count, int lines, int line, int d
+) {
     float sum = 0.0f;
     for (int i = 0; i < count; ++i) sum += parts[((of * count + i) * lines + line) * DIM + d];
     return sum;

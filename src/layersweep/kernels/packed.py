@@ -16,7 +16,7 @@ from layersweep.kernels.codecs import CodecKernels, same
 from layersweep.kernels.runtime import Argument
 
 PACKED_DIMS, PACKED_BITS = (64, 128, 256), (2, 3, 4)
-CHUNK, TILE = 512, 32  # tokens that share a maximum; that a warp takes together
+CHUNK, TILE = 1024, 32  # tokens that share a maximum; that a warp takes together
 MOST_EXACT = 8192  # columns, whose scores lie in shared memory
 PACKED_LAYOUTS = {
     "packed": {

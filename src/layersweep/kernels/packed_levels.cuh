@@ -69,7 +69,9 @@ struct Run {
 #pragma unroll
         for (int i = 0; i < WORDS; ++i) words[i] = *(const u32*)(row + offset[i]);
 #pragma unroll
-        for (int i = 0; i < WORDS; ++i) words[i] = from_bit(words[i], i + 1 < WORDS ? words[i + 1] : 0, shift);
+        for (int i = 0; i < WORDS; ++i) {
+            words[i] = from_bit(words[i], i + 1 < WORDS ? words[i + 1] : 0, shift);
+        }
 #pragma unroll
         for (int i = 0; i < COUNT; ++i) found[i] = level_at<W::BITS>(words, i * K, table);
     }

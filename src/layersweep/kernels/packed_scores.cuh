@@ -20,7 +20,7 @@ struct ScoresIn {
 
 namespace {
 
-constexpr int CHUNK = 512, TILE = 32;  // keys that share a maximum; keys of a warp at once
+constexpr int CHUNK = 1024, TILE = 32;  // keys that share a maximum; keys of a warp at once
 constexpr int SCORING = DIM > 128 ? 8 : 16;  // warps of a block
 constexpr int MATRIX = STEPS * STEPS * 32;  // uint4 of a key head
 constexpr int TURN_ROW = DIM / 2 + 8;  // words; rows lie so that 8 lanes of a column read other banks
@@ -55,7 +55,9 @@ __device__ __forceinline__ void read_key(const R& run, const u8* codes, Keys& ke
 
 // What a product with keys is taken of: of 8 heads, pairs 8 s + 2 c and + 1, turned back to the first
 // key. `q` holds both numbers of a pair for each lane.
-__device__ __forceinline__ void turn_query(const float2* q, const float* cosines, const float* sines, int s, u32 (&query)[2]) {
+__device__ __forceinline__ void turn_query(
+    const float2* q, const float* cosines, const float* sines, int s, u32 (&query)[2]
+) {
     const int lane = threadIdx.x % 32, at = 8 * s + lane % 4 * 2;
     const float2 low = q[2 * s * 32 + lane], high = q[(2 * s + 1) * 32 + lane];
     const float2 cosine = *(const float2*)(cosines + at), sine = *(const float2*)(sines + at);
@@ -64,7 +66,9 @@ __device__ __forceinline__ void turn_query(const float2* q, const float* cosines
 }
 
 // Two numbers of a key in its own coordinates, coded around `mean`, or what lies DIM after it.
-__device__ __forceinline__ u32 key_pair(const Keys& keys, int row, float one, float other, float2 mean, const float* around) {
+__device__ __forceinline__ u32 key_pair(
+    const Keys& keys, int row, float one, float other, float2 mean, const float* around
+) {
     if (keys.any && keys.near[row]) mean = *(const float2*)(around + DIM);
     return half_pair(fmaf(one, keys.scale[row], mean.x), fmaf(other, keys.scale[row], mean.y));
 }
@@ -109,24 +113,44 @@ __device__ __forceinline__ void score_keys(
     }
 }
 
-// What the weights of one head come to over a chunk: the maximum, their sum, and their sums over the tokens
-// whose key, whose value is coded around a sink. By a warp.
+// Four of the flags, from a multiple of 4 on.
+__device__ __forceinline__ u32 four_flags(const u8* flags, int token) {
+    return flags ? flags[token / 8] >> token % 8 & 15 : 0;
+}
+
+// What the weights of one head come to over a chunk: the maximum, which is returned, their sum, and their
+// sums over the tokens whose key, whose value is coded around a sink. By a warp, while the others wait.
 __device__ __forceinline__ float sum_weights(
     const float* scores, int count, const u8* key_flags, const u8* value_flags, int first, float* stats
 ) {
+    constexpr int EACH = CHUNK / 128;
     const int lane = threadIdx.x % 32;
-    float highest = NEVER, sums[3] = {};
-    for (int i = lane; i < count; i += 32) highest = Max()(highest, scores[i]);
+    float score[EACH][4], highest = NEVER, sums[3] = {};
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) {
+        const float4 four = *(const float4*)(scores + 128 * i + 4 * lane);
+        const float values[4] = {four.x, four.y, four.z, four.w};
+        for (int j = 0; j < 4; ++j) {
+            score[i][j] = 128 * i + 4 * lane + j < count ? values[j] : NEVER;
+            highest = Max()(highest, score[i][j]);
+        }
+    }
     highest = reduce_warp(highest, Max());
-    for (int i = lane; i < count; i += 32) {
-        const float weight = exp2f(scores[i] - highest);
-        sums[0] += weight;
-        if (flag_at(key_flags, first + i)) sums[1] += weight;
-        if (flag_at(value_flags, first + i)) sums[2] += weight;
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) {
+        const int token = 128 * i + 4 * lane;
+        if (token >= count) continue;
+        const u32 of_key = four_flags(key_flags, first + token);
+        const u32 of_value = four_flags(value_flags, first + token);
+        for (int j = 0; j < 4; ++j) {
+            const float weight = exp2f(score[i][j] - highest);
+            sums[0] += weight;
+            if (of_key >> j & 1) sums[1] += weight;
+            if (of_value >> j & 1) sums[2] += weight;
+        }
     }
     for (int i = 0; i < 3; ++i) sums[i] = reduce_warp(sums[i], Add());
-    if (lane == 0) stats[0] = highest;
-    if (lane == 0) for (int i = 0; i < 3; ++i) stats[1 + i] = sums[i];
+    if (lane == 0) *(float4*)stats = {highest, sums[0], sums[1], sums[2]};
     return highest;
 }
 
@@ -154,8 +178,11 @@ __device__ __forceinline__ void store_weights(
 
 template <class R>
 __device__ __forceinline__ void load_keys(
-    Keys& keys, const R& run, const u8* codes, const u8* scales, const u8* flags, const ScoresIn& in, float size, int first, int tokens
+    Keys& keys, const R& run, const u8* codes, const u8* scales, const u8* flags, const ScoresIn& in,
+    float size, int first, int tokens
 ) {
+    const int ahead = first + CHUNK * (int)gridDim.x + threadIdx.x % 32;
+    if (ahead < tokens) expect(codes + (i64)ahead * R::ROW);  // then, all warps read at once
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
         int token = first + threadIdx.x % 32 / 4 + 8 * i;

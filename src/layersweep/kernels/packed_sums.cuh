@@ -68,7 +68,9 @@ __device__ __forceinline__ void add_tokens(
             weight[2 + j] = fma_two(fma_two(both.y, lower[2 * i + j], 0), tokens.scale[1], 0);
         }
 #pragma unroll
-        for (int n = 0; n < WIDE / 8; ++n) add_product(sum[i][n], weight, tokens.level[n][0], tokens.level[n][1]);
+        for (int n = 0; n < WIDE / 8; ++n) {
+            add_product(sum[i][n], weight, tokens.level[n][0], tokens.level[n][1]);
+        }
     }
 }
 
@@ -103,7 +105,8 @@ __device__ __forceinline__ void sums(const SumsIn& in) {
             const int head = begin + r + 8 * i, octet = head / 8 < octets ? head / 8 : 0;
             const bool real = head >= first && head < first + seen;
             lower[i] = real ? twice(exp2f(stats[(head * in.chunks + chunk) * 4] - highest[r + 8 * i])) : 0;
-            weights[i] = in.weights + (((i64)batch * octets + octet) * in.chunks + chunk) * (2 * CHUNK) + lane;
+            const i64 of = ((i64)batch * octets + octet) * in.chunks + chunk;
+            weights[i] = in.weights + of * (2 * CHUNK) + lane;
         }
         const int left = tokens - chunk * CHUNK, place = chunk * CHUNK + 2 * c;
         for (int step = part; 16 * step < left && step < CHUNK / 16; step += PARTS) {

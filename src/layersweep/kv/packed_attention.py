@@ -24,7 +24,7 @@ each key head, H above M_g P_g, meets these sums once. What is coarse of keys pr
 
 What is exact, or coded finely, is decoded and joins the softmax as columns: some hundred tokens.
 
-Codes are read in chunks of 512 tokens, whose weights are relative to the chunk's own maximum
+Codes are read in chunks of 1024 tokens, whose weights are relative to the chunk's own maximum
 (flash decoding: Dao et al., 2023). Levels, M, turned keys, and weights times scales are half
 numbers, as attention's operands are anyway; sums are float32. `attend_decoded` is the oracle.
 """
