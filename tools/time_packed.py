@@ -22,11 +22,11 @@ from torch import Tensor
 
 from layersweep.families.spec import Rope
 from layersweep.kernels import Kernels, load_kernels
-from layersweep.kernels.packed import packed_refusal
+from layersweep.kernels.packed import Weighed, packed_refusal
 from layersweep.kv.arms import parse
 from layersweep.kv.basis import Basis
 from layersweep.kv.fit import Prediction
-from layersweep.kv.packed_attention import Frame, PackedPast, Turn, attend_decoded
+from layersweep.kv.packed_attention import LOG2_E, Frame, PackedPast, Turn, attend_decoded
 from layersweep.kv.store import KvStore
 from layersweep.kv.stream import keys_and_values
 from layersweep.kv.trellis_scale import scale_values
@@ -126,20 +126,17 @@ def packed(
 
 
 def parts(kernels: Kernels, past: PackedPast, q: Tensor, scale: float) -> dict[str, Work]:
-    """The three kernels' launches on their own."""
+    """The launches that take time, on their own; queries are already in pairs."""
     frame, factors = past.frame, scale_values(DEVICE)
-    turn, asked = frame.turn, frame.turn.pairs(q).float() * scale * 1.4427
+    turn, asked = frame.turn, frame.turn.pairs(q).float() * scale * LOG2_E
 
-    def scores() -> object:
+    def scores() -> Weighed:
         return kernels.packed_scores(
             asked, past.keys, past.values, factors, past.around, frame.matrix, turn.near,
             (turn.cos, turn.sin), past.spans, 0.0,
         )  # fmt: skip
 
-    weighed = kernels.packed_scores(
-        asked, past.keys, past.values, factors, past.around, frame.matrix, turn.near,
-        (turn.cos, turn.sin), past.spans, 0.0,
-    )  # fmt: skip
+    weighed = scores()
 
     def sums(of_keys: bool) -> Tensor:
         coded = past.keys if of_keys else past.values
