@@ -48,6 +48,11 @@ class Rope:
     short_factor: tuple[float, ...] = ()
     long_factor: tuple[float, ...] = ()
 
+    @property
+    def depends_on_length(self) -> bool:
+        """Of the whole sequence, see model/rope.py."""
+        return self.kind in ("dynamic", "longrope")
+
 
 @dataclass(frozen=True)
 class Norm:
