@@ -15,7 +15,7 @@ from typing import Any
 
 from layersweep.generate.request import Steps
 from layersweep.serve.app import Offer, Service
-from layersweep.serve.server import listen, run
+from layersweep.serve.server import bind, run
 
 
 @dataclass
@@ -70,12 +70,17 @@ class Served:
 
 
 @contextmanager
-def served(offer: Offer, steps: Steps, *, grace: float = 30) -> Iterator[Served]:
+def served(
+    offer: Offer, steps: Steps, *, grace: float = 30,
+    weight_bytes: Callable[[], int] = lambda: 0,
+) -> Iterator[Served]:  # fmt: skip
     lines: list[str] = []
-    listener = listen("127.0.0.1", 0)
+    listener = bind("127.0.0.1", 0)
     # so that a client which does not read is noticed after a few KB; connections inherit it
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-    one = Served(Service(offer, steps, lines.append), listener.getsockname()[1], lines)
+    one = Served(
+        Service(offer, steps, lines.append, weight_bytes), listener.getsockname()[1], lines
+    )
     listener.listen()  # who connects from now on is served
 
     def live() -> None:

@@ -28,7 +28,8 @@ ORDER = (
     *("errors", "problems", "units", "notebook", "progress", "environment", "demo", "kernels"),
     *("families", "checkpoint", "stream", "probes", "model", "kv", "sweep", "text"),
     *("statistics", "tasks", "runs"),
-    *("generate", "study", "report", "api", "integrations", "bench", "kaggle", "cli", "__main__"),
+    *("generate", "study", "report", "api", "integrations", "bench", "kaggle", "serve"),
+    *("cli", "__main__"),
 )
 
 

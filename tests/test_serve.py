@@ -16,6 +16,7 @@ pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
 openai = pytest.importorskip("openai")
 
+from builders_tokenizer import load_kind  # noqa: E402
 from served import Served, served  # noqa: E402
 from toy_steps import BROKEN, NAN, ToySteps  # noqa: E402
 
@@ -24,6 +25,7 @@ from layersweep.kv.arms import EXACT, parse  # noqa: E402
 from layersweep.serve import engine  # noqa: E402
 from layersweep.serve.app import Offer  # noqa: E402
 from layersweep.serve.guard import Limits  # noqa: E402
+from layersweep.text.chat import Message  # noqa: E402
 from layersweep.text.tokenizer import TextTokenizer  # noqa: E402
 
 MODEL = Path(__file__).parents[1] / "src/layersweep/demo/model"
@@ -45,7 +47,7 @@ def steps(tokenizer: TextTokenizer) -> ToySteps:
 
 @pytest.fixture(scope="module")
 def server(tokenizer: TextTokenizer, steps: ToySteps) -> Iterator[Served]:
-    with served(Offer("demo", tokenizer, ARMS, 4096, LIMITS), steps) as one:
+    with served(Offer("demo", tokenizer, ARMS, 4096, limits=LIMITS), steps) as one:
         yield one
 
 
@@ -54,10 +56,11 @@ def client(server: Served) -> Any:
     return openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0)
 
 
-def alone(tokenizer: TextTokenizer, prompt: str, sampling: Sampling) -> str:
+def alone(tokenizer: TextTokenizer, prompt: str | list[int], sampling: Sampling) -> str:
     """What the scheduler says to a prompt when nothing else runs."""
     steps, text = ToySteps(tokenizer), ""
-    steps.submit(Request("one", tuple(tokenizer.encode(prompt)), sampling))
+    ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+    steps.submit(Request("one", tuple(ids), sampling))
     while not steps.idle:
         text += "".join(output.text for output in steps.step())
     return text
@@ -152,6 +155,88 @@ def test_an_arm_by_request(server: Served, monkeypatch: pytest.MonkeyPatch) -> N
     for extra in ({}, {"kv": "INT4"}, {"kv": "exact"}):
         assert server.ask("/v1/completions", {**ASK, **extra})[0] == 200
     assert asked == ["exact", "int4", "exact"]
+
+
+# --- chats ---------------------------------------------------------------------------------------
+
+CHAT: dict[str, Any] = {"model": "marked", "max_tokens": 6, "temperature": 0}
+PARTS = [{"type": "text", "text": "Say </s>"}, {"type": "text", "text": "!"}]
+TALK = [
+    {"role": "system", "content": "Be brief."},
+    {
+        "role": "user",
+        "content": [{"type": "text", "text": "Say </s>"}, {"type": "text", "text": "!"}],
+    },
+]
+
+
+@pytest.fixture(scope="module")
+def chats() -> Iterator[Served]:
+    """A model with a chat template."""
+    marked = load_kind("marked")
+    with served(Offer("marked", marked, ARMS, 4096, limits=LIMITS), ToySteps(marked)) as one:
+        yield one
+
+
+def test_a_chat_goes_through_the_template(chats: Served) -> None:
+    marked = load_kind("marked")
+    ids = marked.encode_messages([Message("system", "Be brief."), Message("user", "Say </s>!")])
+    assert ids.count(marked.tokenizer.token_to_id("</s>")) == 2  # the template's own
+    expected = alone(marked, ids, Sampling(max_new_tokens=6))
+    client = openai.OpenAI(base_url=f"{chats.url}/v1", api_key="any", max_retries=0)
+    answer = client.chat.completions.create(**CHAT, messages=TALK, logprobs=True, top_logprobs=1)
+    (choice,) = answer.choices
+    assert (choice.message.role, choice.message.content) == ("assistant", expected)
+    assert (answer.object, choice.finish_reason) == ("chat.completion", "length")
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(ids), 6)
+    shown = choice.logprobs.content
+    assert "".join(token.token for token in shown) == expected
+    assert bytes(byte for token in shown for byte in token.bytes) == expected.encode()
+    assert [len(token.top_logprobs) for token in shown] == [1] * 6
+
+    parts = list(client.chat.completions.create(**CHAT, messages=TALK, stream=True))
+    assert parts[0].choices[0].delta.role == "assistant"
+    assert "".join(part.choices[0].delta.content or "" for part in parts) == expected
+    assert parts[-1].choices[0].finish_reason == "length"
+
+
+def test_a_chat_without_a_limit_ends_with_the_model(
+    chats: Served, tokenizer: TextTokenizer
+) -> None:
+    body = {"model": "marked", "messages": TALK, "max_completion_tokens": 2}
+    status, content, _ = chats.ask("/v1/chat/completions", body)
+    assert (status, content["usage"]["completion_tokens"]) == (200, 2)
+    short = replace(chats.service.offer, longest=60)
+    with served(short, ToySteps(short.tokenizer)) as server:
+        del body["max_completion_tokens"]
+        _, content, _ = server.ask("/v1/chat/completions", body)
+    assert content["usage"]["total_tokens"] == 60
+
+
+REFUSED_CHATS: list[tuple[dict[str, Any], int, str]] = [
+    ({"messages": []}, 400, "messages: found none, needed one or more"),
+    ({"messages": [{"role": "oracle", "content": "a"}]}, 400, "messages.0.role: found 'oracle'"),
+    ({"messages": [{"role": "user"}]}, 422, "messages.0.content"),
+    ({"messages": [{"role": "user", "content": "a", "tool_calls": [1]}]}, 400, "tool_calls"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 422, "'text'"),
+    ({"tools": [{"type": "function"}]}, 400, "tools: found [{'type': 'function'}]"),
+    ({"response_format": {"type": "json_object"}}, 400, "response_format"),
+    ({"top_logprobs": 3}, 422, "needed logprobs true"),
+    ({"max_completion_tokens": 5}, 422, "needed one of them"),
+    ({"prompt": "a"}, 422, "prompt: unknown parameter"),
+]
+
+
+def test_what_a_chat_cannot_be_is_refused(chats: Served, server: Served) -> None:
+    for extra, status, words in REFUSED_CHATS:
+        body = {**CHAT, "messages": TALK, **extra}
+        found, content, _ = chats.ask("/v1/chat/completions", body)
+        assert (found, words in content["error"]["message"]) == (status, True), content
+    neutral = {"tools": [], "tool_choice": "auto", "response_format": {"type": "text"}}
+    assert chats.ask("/v1/chat/completions", {**CHAT, "messages": TALK, **neutral})[0] == 200
+    body = {**CHAT, "messages": TALK, "model": "demo"}
+    status, content, _ = server.ask("/v1/chat/completions", body)
+    assert (status, "found no chat template" in content["error"]["message"]) == (400, True)
 
 
 # --- what is refused -----------------------------------------------------------------------------
@@ -303,8 +388,7 @@ def test_what_is_unread_is_bounded(
 ) -> None:
     monkeypatch.setattr(engine, "MOST_UNREAD", 50)
     steps = ToySteps(tokenizer)
-    patient = replace(LIMITS, unread_s=30.0)
-    with served(Offer("demo", tokenizer, ARMS, 4096, patient), steps) as server:
+    with served(Offer("demo", tokenizer, ARMS, 4096), steps) as server:
         plain = server.send({**ASK, "stream": True, "max_tokens": 4000, "logprobs": 20})
         server.until(lambda: steps.cancelled)
         text = b""
@@ -353,6 +437,13 @@ def test_metrics_are_what_prometheus_reads(tokenizer: TextTokenizer) -> None:
 # --- many clients --------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def patient(tokenizer: TextTokenizer) -> Iterator[Served]:
+    """With the limits that users have: clients keep connections for later."""
+    with served(Offer("demo", tokenizer, ARMS, 4096), ToySteps(tokenizer)) as one:
+        yield one
+
+
 async def crowd(server: Served, prompts: list[str]) -> dict[str, str]:
     """A client for each prompt at once: every third hangs up in its stream, one sends garbage."""
     client = openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0)
@@ -388,10 +479,10 @@ async def crowd(server: Served, prompts: list[str]) -> dict[str, str]:
 
 
 def test_sixty_four_clients_get_what_they_get_alone(
-    server: Served, tokenizer: TextTokenizer, steps: ToySteps
+    patient: Served, tokenizer: TextTokenizer
 ) -> None:
     prompts = [f"client {number}" for number in range(63)]
-    texts = asyncio.run(crowd(server, prompts))
+    texts = asyncio.run(crowd(patient, prompts))
     expected = {
         prompt: alone(tokenizer, prompt, Sampling(max_new_tokens=20))
         for at, prompt in enumerate(prompts)
@@ -399,7 +490,45 @@ def test_sixty_four_clients_get_what_they_get_alone(
     }
     assert len(expected) == 42
     assert texts == expected
-    server.until(lambda: server.service.engine.idle and steps.idle)
+    patient.until(lambda: patient.service.engine.idle)
+
+
+async def soak(server: Served, count: int, at_once: int) -> None:
+    """Requests of every kind: whole, streamed, refused, left alone in the middle."""
+    client = openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0)
+    places = asyncio.Semaphore(at_once)
+
+    async def one(number: int) -> None:
+        asked = {"model": server.service.offer.name, "prompt": f"request {number}"}
+        async with places:
+            match number % 4:
+                case 0:
+                    await client.completions.create(**asked, max_tokens=8)
+                case 1:
+                    async for _ in await client.completions.create(
+                        **asked, max_tokens=8, stream=True
+                    ):
+                        pass
+                case 2:
+                    with pytest.raises(openai.UnprocessableEntityError):
+                        await client.completions.create(**asked, max_tokens=0)
+                case 3:
+                    async with await client.completions.create(
+                        **asked, max_tokens=200, stream=True
+                    ) as stream:
+                        async for _ in stream:
+                            break
+
+    await asyncio.gather(*map(one, range(count)))
+    await client.close()
+
+
+def test_a_short_soak_leaves_nothing(patient: Served) -> None:
+    before = patient.service.metrics.requests["/v1/completions", 422]
+    asyncio.run(soak(patient, 200, at_once=16))
+    behind = patient.service.engine
+    patient.until(lambda: behind.idle and behind.running + behind.waiting == 0)
+    assert patient.service.metrics.requests["/v1/completions", 422] - before == 50
 
 
 # --- how it ends ---------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from layersweep.text.tokenizer import TextTokenizer
 
 LONGEST = 4096
 AT_ONCE = 8
+WORDS = 300  # ids from here on are words, below them special tokens and bytes
 NAN = 7  # a prompt that starts with this id has logits that are none
 BROKEN = 8  # and with this one ends the engine
 
@@ -30,7 +31,7 @@ class _Running:
         sampling = self.request.sampling
         seed = (self.request.ids, sampling.seed, sampling.do_sample, len(self.ids))
         draw = int.from_bytes(hashlib.sha256(repr(seed).encode()).digest()[:4])
-        self.ids.append(300 + draw % 3000)
+        self.ids.append(WORDS + draw % (tokenizer.tokenizer.get_vocab_size() - WORDS))
         self.text = tokenizer.decode(self.ids).rstrip("\ufffd")
         finish = "length" if len(self.ids) == sampling.max_new_tokens else None
         stops = [at for stop in sampling.stop if (at := self.text.find(stop)) >= 0]
@@ -51,7 +52,6 @@ class ToySteps:
         self.turn = threading.Event()
         self.turn.set()
         self.cancelled: list[str] = []
-        self.closed = False
         self._waiting: deque[Request] = deque()
         self._running: dict[str, _Running] = {}
         self._ended: list[Output] = []
@@ -62,8 +62,9 @@ class ToySteps:
         if len(request.ids) >= LONGEST:
             found = f"{len(request.ids)} tokens"
             raise InputError(f"prompt: found {found}, needed fewer than {LONGEST}")
-        if max(request.ids) >= 4096:
-            raise InputError(f"prompt: found id {max(request.ids)}, needed ids below 4096")
+        vocab = self.tokenizer.tokenizer.get_vocab_size()
+        if max(request.ids) >= vocab:
+            raise InputError(f"prompt: found id {max(request.ids)}, needed ids below {vocab}")
 
     def submit(self, request: Request) -> None:
         self._waiting.append(request)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -56,8 +57,13 @@ class Words:
         return [Token(self.text(output.token), _finite(output.logprob), top, start)]
 
 
+def one_line(content: dict[str, Any]) -> str:
+    """JSON on one line."""
+    return json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
 def _finite(logprob: float | None) -> float:
-    return LOWEST if logprob is None else max(logprob, LOWEST)
+    return logprob if logprob is not None and logprob > LOWEST else LOWEST
 
 
 class Style(Protocol):

@@ -13,8 +13,8 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
 
-from layersweep.errors import InputError
-from layersweep.generate.request import Request, Steps
+from layersweep.errors import InputError, LayersweepError
+from layersweep.generate.request import Request, Sampling, Steps
 from layersweep.kv.arms import Arm
 from layersweep.serve.answer import ChatStyle, CompletionStyle, Speller, Style, Words
 from layersweep.serve.engine import Engine
@@ -24,20 +24,25 @@ from layersweep.serve.refusal import Refusal, refusal_of, refusal_of_body
 from layersweep.serve.reply import Reply
 from layersweep.serve.schema import Body, ChatBody, ChatMessage, CompletionBody
 from layersweep.text.bos import resolve_bos
+from layersweep.text.chat import Message
 from layersweep.text.tokenizer import TextTokenizer
 
 Ids = tuple[int, ...]
+OPENAI = Sampling(do_sample=True, top_k=0)  # its defaults: all tokens, at temperature 1
+ROLES = ("system", "user", "assistant")
 
 
 @dataclass(frozen=True)
 class Offer:
     """What is served. `arms`: those a request may name, the first is the default; `longest`: tokens
-    of a text, by the model; `key`: of the API, None for none."""
+    of prompt and answer together; `sampling`: where a request does not say; `key`: of the API, None
+    for none."""
 
     name: str
     tokenizer: TextTokenizer
     arms: tuple[Arm, ...]
     longest: int
+    sampling: Sampling = OPENAI
     limits: Limits = field(default_factory=Limits)
     key: str | None = None
 
@@ -76,7 +81,12 @@ class Service:
         arm = self.offer.arm(body.kv)
         name = f"{style.prefix}-{secrets.token_hex(8)}"
         requests = [
-            Request(f"{name}.{at}.{choice}", ids, body.sampling(most[at], choice), arm)
+            Request(
+                f"{name}.{at}.{choice}",
+                ids,
+                body.sampling(self.offer.sampling, most[at], choice),
+                arm,
+            )
             for at, ids in enumerate(prompts)
             for choice in range(body.n)
         ]
@@ -159,14 +169,22 @@ def prompt_ids(tokenizer: TextTokenizer, prompt: str | list[int]) -> Ids:
 
 
 def chat_ids(tokenizer: TextTokenizer, messages: Sequence[ChatMessage]) -> Ids:
-    raise NotImplementedError
+    """Through the template, to where the answer starts. Special tokens in a message stay text."""
+    if not messages:
+        raise InputError("messages: found none, needed one or more", hint="say something as user")
+    for place, message in enumerate(messages):
+        if message.role not in ROLES:
+            raise InputError(
+                f"messages.{place}.role: found {message.role!r}, needed {', '.join(ROLES)}"
+            )
+    return tuple(tokenizer.encode_messages([Message(one.role, one.text) for one in messages]))
 
 
 async def _in_thread(call: Callable[..., Ids], *arguments: object) -> Ids:
     """Templates and long texts take a while. What they refuse becomes a status."""
     try:
         return await asyncio.to_thread(call, *arguments)
-    except InputError as error:
+    except LayersweepError as error:
         raise refusal_of(error) from error
 
 

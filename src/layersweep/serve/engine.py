@@ -218,12 +218,12 @@ class Engine:
                 order()
             if not self._steps.idle:
                 outputs = self._steps.step()
+                self._running = self._steps.running
+                with self._lock:
+                    self._held = self._steps.waiting
                 self._tell(partial(self._deliver, outputs, time.monotonic()))
             elif self._stopping:
                 return
-            self._running = self._steps.running
-            with self._lock:
-                self._held = self._steps.waiting
 
     def _take(self) -> list[Callable[[], None]]:
         """The orders since the last step; waits for one where the scheduler has nothing to do."""

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from layersweep.errors import InputError
+from layersweep.errors import InputError, LayersweepError
 from layersweep.problems import printable, show
 
 UNSUPPORTED = "unsupported"  # a parameter that is known, at a value that is not served
@@ -47,10 +47,11 @@ class HungUp(Exception):
     """The client is gone, and nobody reads an answer."""
 
 
-def refusal_of(error: InputError) -> Refusal:
-    """An input that the scheduler, the tokenizer or the template refused."""
+def refusal_of(error: LayersweepError) -> Refusal:
+    """What the scheduler, the tokenizer or the template refused; 500 where the machine failed."""
     hint = f" hint: {error.hint}" if error.hint else ""
-    return Refusal(400, printable(f"{error}{hint}"))
+    status = 400 if isinstance(error, InputError) else 500
+    return Refusal(status, printable(f"{error}{hint}"))
 
 
 def refusal_of_body(errors: Sequence[Mapping[str, Any]]) -> Refusal:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
@@ -13,7 +12,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from layersweep.generate.request import Finish, Output
-from layersweep.serve.answer import Choice, Speller, Usage
+from layersweep.serve.answer import Choice, Speller, Usage, one_line
 from layersweep.serve.engine import STOPPING, Engine, Ticket
 from layersweep.serve.refusal import HungUp, Refusal
 from layersweep.units import format_seconds
@@ -95,11 +94,11 @@ class Reply(Response):
         await self.ticket.accepted()
         while not self._ended:
             self._add_all(await self.ticket.read())
-        body = json.dumps(self.speller.whole(self.choices, self._usage()), allow_nan=False)
+        body = one_line(self.speller.whole(self.choices, self._usage())).encode()
         headers = [(b"content-type", b"application/json")]
         headers.append((b"content-length", str(len(body)).encode()))
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await send({"type": "http.response.body", "body": body.encode()})
+        await send({"type": "http.response.body", "body": body})
 
     async def _stream(self, send: Send) -> None:
         await self.ticket.accepted()
@@ -124,7 +123,7 @@ class Reply(Response):
     async def _event(self, send: Send, content: dict[str, Any] | None) -> None:
         """A `data:` line; send waits while the connection is full."""
         if content is not None:
-            body = f"data: {json.dumps(content, allow_nan=False)}\n\n".encode()
+            body = f"data: {one_line(content)}\n\n".encode()
             await send({"type": "http.response.body", "body": body, "more_body": True})
 
     @property

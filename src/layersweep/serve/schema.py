@@ -123,11 +123,11 @@ class Body(Part):
     labels = LABELS
     model: str
     n: int = Field(1, ge=1, le=MOST_CHOICES)
-    temperature: float = Field(1.0, ge=0, le=100)
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0)
-    min_p: float = Field(0.0, ge=0, le=1)
-    repetition_penalty: float = Field(1.0, gt=0)
+    temperature: float | None = Field(None, ge=0, le=100)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=0)
+    min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float | None = Field(None, gt=0, le=100)
     seed: int | None = Field(None, ge=0, le=LARGEST_SEED)
     stop: Annotated[
         list[Annotated[str, Field(min_length=1, max_length=MOST_STOP_CHARACTERS)]],
@@ -144,16 +144,22 @@ class Body(Part):
         """How many likeliest tokens are shown beside each; None where logprobs are not."""
         raise NotImplementedError
 
-    def sampling(self, max_new_tokens: int, choice: int) -> Sampling:
-        """How choice 0 <= `choice` < n is sampled. Choices of one seed differ."""
+    def sampling(self, own: Sampling, max_new_tokens: int, choice: int) -> Sampling:
+        """How choice 0 <= `choice` < n is sampled, as `own` says where the body does not. Choices
+        of one seed differ."""
+
+        def given(value: float | None, default: float) -> float:
+            return default if value is None else value
+
+        temperature = given(self.temperature, own.temperature if own.do_sample else 0)
         return Sampling(
             max_new_tokens=max_new_tokens,
-            do_sample=self.temperature > 0,
-            temperature=self.temperature or 1.0,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            min_p=self.min_p,
-            repetition_penalty=self.repetition_penalty,
+            do_sample=temperature > 0,
+            temperature=temperature or 1.0,
+            top_k=own.top_k if self.top_k is None else self.top_k,
+            top_p=given(self.top_p, own.top_p),
+            min_p=given(self.min_p, own.min_p),
+            repetition_penalty=given(self.repetition_penalty, own.repetition_penalty),
             seed=None if self.seed is None else self.seed + choice,
             stop=tuple(self.stop),
             ignore_eos=self.ignore_eos,
@@ -179,15 +185,17 @@ class TextPart(Part):
     text: str
 
 
+def _parts(value: object) -> object:
+    return [{"type": "text", "text": value}] if isinstance(value, str) else value
+
+
 class ChatMessage(Part):
     unserved = UNSERVED_MESSAGE
     role: str
-    content: str | list[TextPart]
+    content: Annotated[list[TextPart], BeforeValidator(_parts)]
 
     @property
     def text(self) -> str:
-        if isinstance(self.content, str):
-            return self.content
         return "".join(part.text for part in self.content)
 
 

@@ -29,8 +29,8 @@ class _Web(uvicorn.Server):
         yield
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that accepts connections. Raises InputError for an address that cannot be had."""
+def bind(host: str, port: int) -> socket.socket:
+    """A socket that can listen. Raises InputError for an address that cannot be had."""
     try:
         family, kind, proto, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
