@@ -32,7 +32,7 @@ from layersweep.text.tokenizer import TextTokenizer  # noqa: E402
 
 TESTS = Path(__file__).parent
 INT4 = parse("int4", growing=True)
-PROMPTS = {f"def step_{number}(self) -> None:" * (1 + number % 3): number for number in range(6)}
+PROMPTS = {f"def step_{number}(self) -> None:" * (1 + number % 3): number for number in range(4)}
 
 
 def scheduler() -> Scheduler:
@@ -53,7 +53,7 @@ def server() -> Iterator[Served]:
 def alone(steps: Scheduler, prompt: str, arm: Arm) -> str:
     assert steps.tokenizer is not None
     ids = tuple(steps.tokenizer.encode(prompt))
-    steps.submit(Request("one", ids, Sampling(max_new_tokens=8), arm))
+    steps.submit(Request("one", ids, Sampling(max_new_tokens=6), arm))
     text = ""
     while not steps.idle:
         text += "".join(output.text for output in steps.step())
@@ -66,7 +66,7 @@ def test_clients_at_once_get_what_each_gets_alone(server: Served) -> None:
     async def ask(prompt: str, number: int) -> str:
         kv = {"kv": "int4"} if number % 2 else {}
         answer = await client.completions.create(
-            model="demo", prompt=prompt, max_tokens=8, temperature=0, extra_body=kv
+            model="demo", prompt=prompt, max_tokens=6, temperature=0, extra_body=kv
         )
         return str(answer.choices[0].text)
 
@@ -194,4 +194,5 @@ def test_two_thousand_requests_leave_memory_flat(server: Served) -> None:
     asyncio.run(soak(server, 2000, at_once=16))
     server.until(lambda: server.service.engine.idle)
     grown = process.memory_info().rss - before
+    print(f"RSS {before / 2**20:.1f} MiB, then {grown / 2**20:+.1f} MiB", file=sys.stderr)
     assert grown < 32 * 2**20, f"{before >> 20} MiB before, {grown / 2**20:.1f} MiB more after"

@@ -16,6 +16,7 @@ from starlette.requests import Request as HttpRequest
 from layersweep.errors import InputError, LayersweepError
 from layersweep.generate.request import Request, Sampling, Steps
 from layersweep.kv.arms import Arm
+from layersweep.problems import show
 from layersweep.serve.answer import ChatStyle, CompletionStyle, Speller, Style, Words
 from layersweep.serve.engine import Engine
 from layersweep.serve.guard import Guard, Limits
@@ -54,7 +55,7 @@ class Offer:
             if name.lower() in (arm.name.lower(), arm.requested.lower()):
                 return arm
         offered = ", ".join(arm.name for arm in self.arms)
-        raise Refusal(400, f"kv: found {name!r}, needed one of {offered}", param="kv")
+        raise Refusal(400, f"kv: found {show(name)}, needed one of {offered}", param="kv")
 
 
 class Service:
@@ -78,15 +79,10 @@ class Service:
 
     def reply(self, body: Body, prompts: Sequence[Ids], most: Sequence[int], style: Style) -> Reply:
         """Queue the sequences of a request. `most`: new tokens, a number for each prompt."""
-        arm = self.offer.arm(body.kv)
+        arm, own = self.offer.arm(body.kv), self.offer.sampling
         name = f"{style.prefix}-{secrets.token_hex(8)}"
         requests = [
-            Request(
-                f"{name}.{at}.{choice}",
-                ids,
-                body.sampling(self.offer.sampling, most[at], choice),
-                arm,
-            )
+            Request(f"{name}.{at}.{choice}", ids, body.sampling(own, most[at], choice), arm)
             for at, ids in enumerate(prompts)
             for choice in range(body.n)
         ]
@@ -100,7 +96,7 @@ class Service:
     def check_model(self, name: str) -> None:
         if name != self.offer.name:
             raise Refusal(
-                404, f"model: found {name!r}, needed {self.offer.name!r}, which is served here",
+                404, f"model: found {show(name)}, needed {self.offer.name!r}, which is served here",
                 param="model", code="model_not_found",
             )  # fmt: skip
 
@@ -112,12 +108,14 @@ def _endpoints(service: Service) -> FastAPI:
     @app.post("/v1/completions")
     async def completions(body: CompletionBody) -> Response:
         service.check_model(body.model)
+        service.engine.check_room(len(body.prompt) * body.n)  # before the work of tokenizing
         prompts = [await _in_thread(prompt_ids, offer.tokenizer, one) for one in body.prompt]
         return service.reply(body, prompts, [body.max_tokens] * len(prompts), CompletionStyle())
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatBody) -> Response:
         service.check_model(body.model)
+        service.engine.check_room(body.n)
         ids = await _in_thread(chat_ids, offer.tokenizer, body.messages)
         most = body.max_completion_tokens or body.max_tokens or max(1, offer.longest - len(ids))
         return service.reply(body, [ids], [most], ChatStyle())
@@ -175,7 +173,7 @@ def chat_ids(tokenizer: TextTokenizer, messages: Sequence[ChatMessage]) -> Ids:
     for place, message in enumerate(messages):
         if message.role not in ROLES:
             raise InputError(
-                f"messages.{place}.role: found {message.role!r}, needed {', '.join(ROLES)}"
+                f"messages.{place}.role: found {show(message.role)}, needed {', '.join(ROLES)}"
             )
     return tuple(tokenizer.encode_messages([Message(one.role, one.text) for one in messages]))
 

@@ -131,25 +131,28 @@ class Engine:
         """No HTTP request waits for anything."""
         return not self._open
 
-    def submit(self, requests: Sequence[Request]) -> Ticket:
-        """Queue the sequences of one HTTP request. Raises Refusal where there is no room."""
+    def check_room(self, count: int) -> None:
+        """Raises Refusal where there is no room for so many more sequences."""
         if self._stopping:
             raise Refusal(503, STOPPING, retry_after=LONGEST_RETRY_S)
-        count, room = len(requests), self.max_waiting - self.waiting
         if count > self.max_waiting:
             raise Refusal(
                 400, f"found {count} sequences (prompts x n), needed at most {self.max_waiting}"
             )
-        if count > room:
+        waiting = self.waiting
+        if waiting + count > self.max_waiting:
             raise Refusal(
-                429, f"the queue is full: {self.max_waiting - room} sequences wait",
-                code="queue_full",
+                429, f"the queue is full: {waiting} sequences wait", code="queue_full",
                 retry_after=min(LONGEST_RETRY_S, max(1, math.ceil(self._first_s))),
             )  # fmt: skip
+
+    def submit(self, requests: Sequence[Request]) -> Ticket:
+        """Queue the sequences of one HTTP request, if `check_room` lets them in."""
+        self.check_room(len(requests))
         ticket = Ticket(requests)
         for index, request in enumerate(requests):
             self._open[request.id] = _Sequence(ticket, index)
-        self._order(partial(self._admit, ticket), sequences=count)
+        self._order(partial(self._admit, ticket), sequences=len(requests))
         return ticket
 
     def cancel(self, ticket: Ticket) -> None:
