@@ -98,9 +98,18 @@ def test_scores_and_kept_tokens_are_transformers(ties: bool) -> None:
 
 
 def test_a_small_top_p_is_greedy_also_among_equal_logits() -> None:
-    logits = torch.tensor([[1.0, 4.0, 4.0, -2.0, 4.0]])
-    sampler = sampler_of(Sampling(do_sample=True, top_p=1e-6), vocab=5, ids=())
-    assert {int(sampler.choose(logits, [0]).ids) for _ in range(20)} == {1}
+    """Also one that 1 - top_p rounds away."""
+    logits = torch.tensor([[-200.0, 4.0, 4.0, -300.0, -200.0]]).expand(2, -1)
+    small, tiny = (Sampling(do_sample=True, top_p=top_p) for top_p in (1e-6, 1e-9))
+    sampler = sampler_of(small, tiny, vocab=5, ids=())
+    for _ in range(20):
+        assert sampler.choose(logits, [0, 1]).ids.tolist() == [1, 1]
+
+
+def test_the_least_and_the_largest_random_number_choose_tokens_that_are_kept() -> None:
+    scores = torch.tensor([[-torch.inf, 1.0, -torch.inf, 0.3, -torch.inf]]).expand(2, -1)
+    ids, lost = ours._draw(scores, torch.tensor([0.0, 1 - 2.0**-52], dtype=torch.float64))
+    assert ids.tolist() == [1, 3] and not lost.any()
 
 
 values = st.builds(
@@ -207,8 +216,8 @@ def test_greedy_rows_take_the_lowest_of_the_likeliest_and_report_the_logits_as_t
 
 
 def test_the_penalty_counts_prompt_and_answer_and_a_slot_forgets_who_had_it() -> None:
-    sampling, logits = Sampling(repetition_penalty=2.0), torch.tensor([[9.0, 8.0, 7.0, 6.0]])
-    sampler = sampler_of(sampling, vocab=4, ids=(0, 7))  # 7: an id that the head has no row for
+    sampling, logits = Sampling(repetition_penalty=2.0), torch.tensor([[9.0, 8.0, 7.0, 6.0, 5.0]])
+    sampler = sampler_of(sampling, vocab=5, ids=(0, 7))  # 7: an id that the head has no row for
     assert [int(sampler.choose(logits, [0]).ids) for _ in range(3)] == [1, 2, 3]
     sampler.remove(0)
     sampler.add(0, sampling, (1,))

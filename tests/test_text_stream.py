@@ -104,6 +104,12 @@ def test_a_stop_string_across_tokens_is_held_back_and_never_seen() -> None:
     assert (stream.push(tokenizer.encode("a")[0]), stream.finish()) == ("", "")
 
 
+def test_of_two_stops_in_one_token_the_one_that_is_complete_first_counts() -> None:
+    tokenizer = tokenizer_of("bytes")
+    [token] = tokenizer.encode(" and")
+    assert pieces(tokenizer, [token], ["d", "n"]) == [" a", ""]
+
+
 def test_what_began_like_a_stop_comes_out_at_the_end() -> None:
     tokenizer = tokenizer_of("bytes")
     assert "".join(pieces(tokenizer, tokenizer.encode("x<EN"), ["<END>"])) == "x<EN"
@@ -121,6 +127,8 @@ def test_a_first_word_keeps_its_blank_only_where_it_continues_a_text() -> None:
     prompt, ids = tokenizer.encode("in"), tokenizer.encode("the end")
     assert "".join(pieces(tokenizer, ids)) == "the end"
     assert "".join(pieces(tokenizer, ids, after=prompt)) == " the end"
+    bytes_alone = tokenizer.encode("🙃")[1:]
+    assert "".join(pieces(tokenizer, bytes_alone, after=tokenizer.encode("a🙂"))) == "🙃"
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import ipaddress
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from layersweep.cli.job import MachineOptions
+from layersweep.cli.steps import SamplingOptions, prepare, scheduled
 from layersweep.errors import InputError
 from layersweep.problems import printable
-from layersweep.units import format_bytes, parse_duration, parse_size
-
-if TYPE_CHECKING:
-    from layersweep.generate.scheduler import Scheduler
-    from layersweep.kv.arms import Arm
+from layersweep.units import parse_duration, parse_size
 
 KEY = "LAYERSWEEP_API_KEY"
+LEVELS = ("info", "warning")
 
 
 def serve(
@@ -30,76 +30,78 @@ def serve(
         str | None, typer.Option(envvar=KEY, help="What clients must send as their key.")
     ] = None,
     name: Annotated[str | None, typer.Option(help="What requests call the model.")] = None,
+    max_running: Annotated[int, typer.Option(help="Texts at once, at most.", min=1)] = 256,
+    max_waiting: Annotated[int, typer.Option(help="Texts that wait, then 429.", min=1)] = 128,
     max_length: Annotated[
-        int | None, typer.Option(help="Tokens of prompt and answer; the model's by default.")
+        int | None, typer.Option(help="Tokens of a text; the model's limit by default.")
     ] = None,
-    max_running: Annotated[int, typer.Option(help="Sequences that run at once.")] = 256,
-    max_waiting: Annotated[int, typer.Option(help="Sequences that may wait; then 429.")] = 128,
     max_body: Annotated[str, typer.Option(help="Largest body of a request.")] = "4MiB",
-    grace: Annotated[str, typer.Option(help="Time that a stop leaves running requests.")] = "30s",
+    grace: Annotated[str, typer.Option(help="What a stop leaves running requests.")] = "30s",
     log_level: Annotated[str, typer.Option(help="info: a line per request; or warning.")] = "info",
     vram: Annotated[str, typer.Option(help="Device budget, for example 14GiB.")] = "auto",
     ram: Annotated[str, typer.Option(help="Host budget.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float16, bfloat16 or float32.")] = "auto",
     weights: Annotated[str, typer.Option(help="auto or native (as stored), or nf4.")] = "auto",
+    router_dtype: Annotated[str, typer.Option(help="float32 or hidden.")] = "float32",
     revision: Annotated[str | None, typer.Option(help="Commit of a hub model.")] = None,
 ) -> None:
-    """Serve completions and chats over HTTP, as OpenAI's clients ask for them."""
-    _check_installed()
+    """Answer completions and chats over HTTP, as OpenAI's clients ask for them. Ctrl-C lets running
+    requests finish; again, it ends at once."""
     from layersweep.kv.arms import parse
 
     # the cheapest refusals first: no torch yet
     arms = tuple(parse(item, growing=True) for item in kv.split(","))
-    seconds = parse_duration(grace, option="--grace")
-    _check(api_key, max_waiting, max_running, log_level)
+    seconds, largest = parse_duration(grace, option="--grace"), parse_size(max_body, option="--max-body")
+    _check(api_key, log_level)
+    _check_installed()
+
     from layersweep.serve.guard import Limits
     from layersweep.serve.server import bind
-
-    limits = Limits(max_waiting=max_waiting, max_body=parse_size(max_body, option="--max-body"))
-    listener = bind(host, port)
-
-    from layersweep.generate.scheduler import Scheduler
-    from layersweep.serve.app import OPENAI, Offer, Service
     from layersweep.serve.server import serve as serve_until_signal
-    from layersweep.study.study import with_reference
-    from layersweep.sweep.model import load
-    from layersweep.text.bos import resolve_bos
-    from layersweep.text.tokenizer import TextTokenizer
 
+    listener = bind(host, port)
+    machine = MachineOptions(revision, vram, ram, device, dtype, weights, router_dtype, None)
     console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
-    loaded = load(
-        model, revision=revision, vram=vram, ram=ram, device=device, dtype=dtype, weights=weights
-    )
-    tokenizer = TextTokenizer.load(loaded.checkpoint.folder)
-    for note in (*loaded.checkpoint.notes, *tokenizer.notes):
-        console.print(f"note: {note}")
-    for fallback in loaded.compute.fallbacks:
-        console.print(f"fallback: {fallback}")
-    loaded = with_reference(loaded, arms, tokenizer, resolve_bos(tokenizer, "auto"))
-    with Scheduler(
-        loaded, tokenizer, most=max_running, longest=max_length,
-        say=lambda fallback: console.print(f"fallback: {fallback}"),
-    ) as steps:  # fmt: skip
-        own = steps.config.sampling
+
+    from layersweep.serve.app import OPENAI, Offer, Service
+
+    ready = prepare(model, machine, SamplingOptions())
+    with scheduled(ready, arms, console, most=max_running, longest=max_length) as scheduler:
         offer = Offer(
-            name or _name(model), tokenizer, arms, steps.room.longest,
-            own if own.do_sample else OPENAI, limits, api_key,
+            name or _name(model), ready.tokenizer, arms, scheduler.room.longest,
+            ready.sampling if ready.sampling.do_sample else OPENAI,
+            Limits(max_waiting=max_waiting, max_body=largest), api_key,
         )  # fmt: skip
         service = Service(
-            offer, steps,
-            (lambda line: console.print(line)) if log_level == "info" else (lambda line: None),
-            lambda: steps.counts.weight_bytes_read,
+            offer, scheduler,
+            say=console.print if log_level == "info" else _say_nothing,
+            weight_bytes=lambda: scheduler.counts.weight_bytes_read,
         )  # fmt: skip
         place, taken = listener.getsockname()[:2]
-        for line in _opening(steps, offer.name, arms):
-            console.print(line)
         if api_key is None and not ipaddress.ip_address(place).is_loopback:
             console.print(f"note: {place} can be reached from elsewhere, and there is no --api-key")
-        address = f"[{place}]" if ":" in place else place
         listener.listen()  # who connects from now on is answered
-        console.print(f"listening on http://{address}:{taken}/v1  (Ctrl-C stops)")
+        address = f"[{place}]" if ":" in place else place
+        console.print(
+            f"serving {offer.name} at http://{address}:{taken}/v1, cache "
+            + " or ".join(arm.name for arm in arms)
+        )
         serve_until_signal(service, listener, grace=seconds)
+
+
+def _say_nothing(line: str) -> None:
+    pass
+
+
+def _check(api_key: str | None, log_level: str) -> None:
+    if api_key is not None and not api_key.strip():
+        raise InputError(
+            f"--api-key: found an empty key, perhaps in {KEY}, needed one that clients can send",
+            hint=f"leave it out, or unset {KEY}, to ask for none",
+        )
+    if log_level not in LEVELS:
+        raise InputError(f"--log-level: found '{log_level}', needed {' or '.join(LEVELS)}")
 
 
 def _check_installed() -> None:
@@ -113,37 +115,7 @@ def _check_installed() -> None:
         ) from missing
 
 
-def _check(api_key: str | None, max_waiting: int, max_running: int, log_level: str) -> None:
-    if api_key is not None and not api_key.strip():
-        raise InputError(
-            f"--api-key: found an empty key, perhaps in {KEY}, needed one that clients can send",
-            hint=f"leave it out, or unset {KEY}, to ask for none",
-        )
-    for option, count in (("--max-waiting", max_waiting), ("--max-running", max_running)):
-        if count < 1:
-            raise InputError(f"{option}: found {count}, needed 1 or more")
-    if log_level not in ("info", "warning"):
-        raise InputError(f"--log-level: found '{log_level}', needed info or warning")
-
-
 def _name(model: str) -> str:
     """What requests call it: a folder's last part, or the hub id."""
-    from pathlib import Path
-
     folder = Path(model)
     return printable(folder.resolve().name if folder.exists() else model)
-
-
-def _opening(steps: Scheduler, name: str, arms: tuple[Arm, ...]) -> list[str]:
-    model, room = steps.model, steps.room
-    paths, compute = model.paths, model.compute
-    return [
-        f"[model] {name}: {model.checkpoint.source}, weights {model.checkpoint.storage}, "
-        f"{format_bytes(model.checkpoint.nbytes)}; cache {', '.join(arm.name for arm in arms)}",
-        f"[paths] device {compute.device}, {str(compute.dtype).removeprefix('torch.')}; kernels: "
-        f"{paths.kernels}; experts: {paths.experts}; attention: {paths.attention}",
-        f"[budget] vram {format_bytes(model.vram.bytes)} ({model.vram.source}), ram "
-        f"{format_bytes(model.ram.bytes)} ({model.ram.source}); "
-        f"{format_bytes(room.kept_bytes)} for keys and values, {room.most} sequences at once, "
-        f"{room.longest} tokens each at most",
-    ]

@@ -199,6 +199,14 @@ class Layer:
     feed_out_norm: Norm | None = None
     residual: float = 1.0
 
+    @property
+    def projects_keys(self) -> bool:
+        """Keys, before RoPE, are a projection of normed rows and no more: what weights say of
+        their directions is all that there is."""
+        one, norm = self.attention, self.attention_norm
+        more = one.latent or one.qk_norm or one.bias or one.clip
+        return not more and norm is not None and not norm.offset
+
 
 @dataclass(frozen=True)
 class Decoder:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from layersweep.errors import BudgetError, InputError
 from layersweep.kv.arms import EXACT
 from layersweep.stream.plan import Plan, make_plan
+from layersweep.stream.shapes import dense_total
 from layersweep.sweep.generic_limits import KEEPS_NOTHING
 from layersweep.sweep.model import Model
 from layersweep.sweep.running import capacity_for, row_bytes
@@ -22,11 +23,13 @@ ENOUGH = 8  # full-length texts that make room for others beside weights that co
 
 @dataclass(frozen=True)
 class Room:
-    """`kept_bytes`: for keys and values on the device; `host_bytes`: in host memory, of requests
+    """`keeps_dense`: weights are decoded once and stay so. `kept_bytes`: for keys and values on the
+    device; `host_bytes`: in host memory, of requests
     that are set back. `most` requests run at once, `rows` of their tokens are read in one walk,
     and none is longer than `longest` tokens."""
 
     plan: Plan
+    keeps_dense: bool
     kept_bytes: int
     host_bytes: int
     most: int
@@ -56,7 +59,7 @@ def make_room(model: Model, *, most: int = MOST, longest: int | None = None) -> 
             "in config.json)"
         )
     row = row_bytes(decoder, capacity_for(longest, longest), model.machine.element)
-    rows = min(ROWS, longest)
+    rows = ROWS
     while True:
         try:
             base = _plan(model, 0, most, rows, longest)
@@ -76,21 +79,28 @@ def make_room(model: Model, *, most: int = MOST, longest: int | None = None) -> 
             hint="a larger --vram, or a smaller --max-length",
         )
     wanted = min(most, ENOUGH) * row
-    spare = free - base.weight_bytes
+    packed = 0 if model.cpu else base.weight_bytes  # on the CPU they are used where they wait
+    dense = dense_total(decoder, model.machine.element)
+    keeps_dense = base.host == "resident" and free >= packed + dense + wanted
+    spare = free - packed - (dense if keeps_dense else 0)
     kept = min(most * row, max(row, spare, min(wanted, free // 2)))
-    plan = _plan(model, kept, most, rows, longest)
-    plan = replace(plan, peaks={**plan.peaks, "keys and values": kept}, vram=model.machine.vram)
+    plan = _plan(model, kept + dense if keeps_dense else kept, most, rows, longest)
+    peaks = {**plan.peaks, "keys and values": kept}
+    if keeps_dense:
+        peaks["weights decoded"] = dense
+    plan = replace(plan, peaks=peaks, vram=model.machine.vram)
     beside = plan.host_bytes + (model.machine.vram if model.cpu else 0)
-    return Room(plan, kept, max(0, model.machine.ram - beside), most, rows, longest)
+    return Room(plan, keeps_dense, kept, max(0, model.machine.ram - beside), most, rows, longest)
 
 
 def _plan(model: Model, kept: int, most: int, rows: int, longest: int) -> Plan:
     """Of a walk that reads `rows` tokens and gives `most` texts a token each, and of more walks."""
     machine = replace(model.machine, vram=model.machine.vram - kept)
-    read = Branch(EXACT, (0,) * rows, (rows - 1, rows))
+    each = min(rows, longest)
+    read = Branch(EXACT, (0,) * each, (each - 1, each))
     step = Branch(EXACT, (0,), (0, 1))
     tiles = [
-        Tile("prompts", (BranchedSequence((), (read,), longest - rows),)),
+        Tile("prompts", (BranchedSequence((), (read,), longest - each),) * -(-rows // each)),
         Tile("steps", (BranchedSequence((), (step,), longest - 1),) * most),
     ]
     plan = make_plan(

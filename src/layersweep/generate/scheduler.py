@@ -22,11 +22,17 @@ from layersweep.generate.config import GenerationConfig
 from layersweep.generate.request import Finish, Output, Request
 from layersweep.generate.room import MOST, make_room
 from layersweep.generate.sampling import Sampler, check_sampling
+from layersweep.kv.arms import Arm
+from layersweep.kv.codec import check_stream
 from layersweep.sweep.loop import run_sweep
 from layersweep.sweep.model import Model
 from layersweep.sweep.record import Pieces, Progress
 from layersweep.sweep.running import RunningCaches, Text, capacity_for, row_bytes
 from layersweep.sweep.sequences import Branch, BranchedSequence, Tile
+from layersweep.sweep.shapes import can_fit
+from layersweep.sweep.streams import every_stream
+from layersweep.text.bos import resolve_bos
+from layersweep.text.reference import with_reference
 from layersweep.text.streaming import TextStream
 from layersweep.text.tokenizer import TextTokenizer
 
@@ -73,21 +79,26 @@ class Scheduler:
     """See the module's text; generate/request.py has the contract (Steps).
 
     It holds the model's weights and the memory of its plan until it is closed. `tokenizer`: None
-    for requests that want ids alone. `most`: requests that run at once; `longest`: tokens of the
-    longest text, the model's limit by default.
+    for requests that want ids alone. `arms`: those that requests will have; only among these can
+    be some that take coordinates from the reference text. `most`: requests that run at once;
+    `longest`: tokens of the longest text, the model's limit by default.
     """
 
     def __init__(
-        self, model: Model, tokenizer: TextTokenizer | None = None, *, most: int = MOST,
-        longest: int | None = None, say: Callable[[Fallback], None] = lambda fallback: None,
+        self, model: Model, tokenizer: TextTokenizer | None = None, *, arms: Sequence[Arm] = (),
+        most: int = MOST, longest: int | None = None,
+        say: Callable[[Fallback], None] = lambda fallback: None,
         progress: Progress = lambda phase, done, total: None,
     ) -> None:  # fmt: skip
+        if tokenizer is not None:
+            model = with_reference(model, arms, tokenizer, resolve_bos(tokenizer, "auto"))
         self.model, self.tokenizer = model, tokenizer
         self.config = GenerationConfig.read(model.checkpoint.folder)
         self.room = make_room(model, most=most, longest=longest)
         self.counts = Counts()
+        self._known: set[Arm] = set()
         self._say, self._progress = say, progress
-        self._engine = model.open(self.room.plan, say)
+        self._engine = model.open(self.room.plan, say, keeps_dense=self.room.keeps_dense)
         self._caches = RunningCaches(model.compute.device)
         self._sampler = Sampler(model.decoder.vocab_size, most, model.compute.device)
         self._slots = list(range(most - 1, -1, -1))
@@ -123,7 +134,7 @@ class Scheduler:
         """Raises InputError for what can never run."""
         decoder, longest = self.model.decoder, self.room.longest
         check_sampling(request.sampling, decoder.vocab_size)
-        request.arm.check_model(decoder.num_hidden_layers, self.model.checkpoint.fingerprint)
+        self._check_arm(request.arm)
         largest, smallest = max(request.ids, default=0), min(request.ids, default=0)
         if not request.ids:
             raise InputError("prompt: found no tokens, needed at least one")
@@ -139,6 +150,23 @@ class Scheduler:
                 f"0 to {decoder.vocab_size - 1}",
                 hint="tokenize with this model's own tokenizer",
             )
+
+    def _check_arm(self, arm: Arm) -> None:
+        if arm in self._known:
+            return
+        decoder, compute = self.model.decoder, self.model.compute
+        arm.check_model(decoder.num_hidden_layers, self.model.checkpoint.fingerprint)
+        for codec in arm.codecs:
+            for stream in every_stream(decoder):
+                check_stream(codec, stream, compute.device, compute.dtype)
+        if arm.fits and can_fit(decoder) and not self.model.reference:
+            self._say(
+                Fallback(
+                    f"arm {arm.name}", "coordinates that are fitted to the reference text",
+                    "those that follow from the weights", "the arm was not known at the start",
+                )
+            )  # fmt: skip
+        self._known.add(arm)
 
     def submit(self, request: Request) -> None:
         """Queue what `check` lets through."""
@@ -244,6 +272,7 @@ class Scheduler:
             progress=self._progress,
         )  # fmt: skip
         self.counts.walks += 1
+        self.counts.weight_bytes_read = self._engine.store.bytes_read
         bad = {(tile, row): layer for (tile, row, _), layer in record.nonfinite.items()}
         broken = {tiles[at][1][row]: layer for (at, row), layer in bad.items()}
         for run in self._running:

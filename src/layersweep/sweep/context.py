@@ -110,13 +110,10 @@ class LayerContext:
     @cached_property
     def basis(self) -> Basis | None:
         """None where keys are more than a projection of normed rows."""
-        one, norm = self.attention, self.layer.attention_norm
-        if one.latent or one.qk_norm or one.bias or one.clip or norm is None or norm.offset:
+        if not self.layer.projects_keys:
             return None
-        weights = self.weights
-        return key_basis(
-            weights["q_proj"], weights["k_proj"], weights["attention_norm"], one.head_dim
-        )
+        weights, dim = self.weights, self.attention.head_dim
+        return key_basis(weights["q_proj"], weights["k_proj"], weights["attention_norm"], dim)
 
     def table(self, length: int) -> Table | None:
         """cos and sin for a sequence of `length` tokens; None where the layer turns nothing."""

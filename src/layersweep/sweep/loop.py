@@ -43,7 +43,7 @@ from layersweep.sweep.record import (
 )
 from layersweep.sweep.running import RunningCaches
 from layersweep.sweep.sequences import Tile, reference_tile, want_reference
-from layersweep.sweep.state import TileState, read_rows
+from layersweep.sweep.state import COLUMN_ALIGNMENT, TileState, read_rows
 from layersweep.sweep.turn import HostTurn
 from layersweep.sweep.watch import Watch
 
@@ -65,7 +65,8 @@ class Engine:
     `layers`: those that this engine holds, all by default; the first one's has the embedding, too,
     and the last one's the head. `reference`: tokens of the text that arms with @fit=1 take
     their coordinates from; without it, these follow from the weights. `keeps_normed`: tiles keep
-    the rows that a layer's experts see, from which their products gather.
+    the rows that a layer's experts see, from which their products gather. `keeps_dense`: weights
+    are decoded in the first walk, and stay so.
     """
 
     def __init__(
@@ -77,12 +78,13 @@ class Engine:
         layers: range | None = None,
         reference: tuple[int, ...] = (),
         keeps_normed: bool = False,
+        keeps_dense: bool = False,
     ) -> None:
         self.decoder, self.store, self.compute = decoder, store, compute
         self.reference, self.keeps_normed = reference, keeps_normed
         self.layers = layers or range(decoder.num_hidden_layers)
         self._visiting = threading.Lock()
-        self.weights = DenseWeights(decoder, compute)
+        self.weights = DenseWeights(decoder, compute, keeps=keeps_dense)
         self.scratch = Scratch(scratch_bytes, compute.device)
 
     @contextmanager
@@ -214,6 +216,8 @@ class _Sweep:
         self._left: _Left | None = None
         sequences = [sequence for state in states for sequence in state.tile.sequences]
         longest = max((sequence.longest for sequence in sequences), default=0)
+        # steps look at columns that are aligned
+        longest += -longest % COLUMN_ALIGNMENT if isinstance(caches, RunningCaches) else 0
         self.tables = RopeTables(longest, self.compute)
 
     def embed(self, states: list[TileState]) -> None:

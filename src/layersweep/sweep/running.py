@@ -24,6 +24,7 @@ from layersweep.kv.arms import Arm
 from layersweep.kv.fit import Fit
 from layersweep.kv.store import KvStore
 from layersweep.sweep.sequences import Tile
+from layersweep.sweep.state import COLUMN_ALIGNMENT
 from layersweep.sweep.streams import streams_of
 
 SMALLEST = 64  # tokens of the smallest shelf; each is twice as long as the one before
@@ -141,7 +142,8 @@ class Rows:
     @property
     def columns(self) -> int:
         """Of the longest, its new token included, aligned as kernels want it."""
-        return min(-(-(max(self.ends) + 1) // 8) * 8, self.shelf.capacity)
+        columns = max(self.ends) + 1
+        return columns + -columns % COLUMN_ALIGNMENT
 
     @cached_property
     def every(self) -> bool:
@@ -248,7 +250,7 @@ def capacity_for(tokens: int, reach: int) -> int:
     capacity = SMALLEST
     while capacity < tokens:
         capacity *= 2
-    return min(capacity, max(-(-reach // 8) * 8, SMALLEST))
+    return min(capacity, max(reach + -reach % COLUMN_ALIGNMENT, SMALLEST))
 
 
 def row_bytes(decoder: Decoder, capacity: int, element: int) -> int:

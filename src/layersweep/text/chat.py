@@ -63,8 +63,9 @@ def render_chat(template: str, messages: Sequence[Message], tokens: Mapping[str,
     command = [sys.executable, "-P", "-c", _START]
     try:
         done = subprocess.run(
-            command, input=json.dumps(given).encode(), capture_output=True, timeout=PATIENCE
-        )
+            command, input=json.dumps(given).encode(), capture_output=True, timeout=PATIENCE,
+            process_group=0,  # Ctrl-C in the terminal is for this process
+        )  # fmt: skip
     except subprocess.TimeoutExpired as late:
         raise _no_process(f"it unfinished after {PATIENCE:.0f} s") from late
     if done.returncode in (TOO_MUCH, -signal.SIGXCPU):
