@@ -37,7 +37,8 @@ PROMPTS = {f"def step_{number}(self) -> None:" * (1 + number % 3): number for nu
 
 def scheduler() -> Scheduler:
     model = load("demo", device="cpu", vram="512MiB", ram="1GiB")
-    return Scheduler(model, TextTokenizer.load(model.checkpoint.folder), most=32, longest=256)
+    tokenizer = TextTokenizer.load(model.checkpoint.folder)
+    return Scheduler(model, tokenizer, arms=(EXACT, INT4), most=32, longest=256)
 
 
 @pytest.fixture(scope="module")

@@ -52,7 +52,10 @@ def serve(
 
     # the cheapest refusals first: no torch yet
     arms = tuple(parse(item, growing=True) for item in kv.split(","))
-    seconds, largest = parse_duration(grace, option="--grace"), parse_size(max_body, option="--max-body")
+    seconds, largest = (
+        parse_duration(grace, option="--grace"),
+        parse_size(max_body, option="--max-body"),
+    )
     _check(api_key, log_level)
     _check_installed()
 
