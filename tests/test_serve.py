@@ -280,6 +280,8 @@ def test_what_cannot_be_answered_is_refused_by_name(server: Served) -> None:
         assert content["error"]["type"] == "invalid_request_error"
     for garbage, status in ((b"{", 400), (b"[1]", 422), (b"\xff", 400), (b"[" * 50_000, 400)):
         assert server.ask("/v1/completions", garbage)[0] == status, garbage[:3]
+    for body, words in (({}, "model: found nothing"), ([], "content-type: application/json")):
+        assert words in server.ask("/v1/completions", body)[1]["error"]["message"]
 
 
 def test_what_asks_for_nothing_is_taken(server: Served) -> None:
@@ -299,9 +301,13 @@ def test_errors_are_the_clients_own(client: Any) -> None:
         client.completions.create(model="demo", prompt="")
 
 
-def test_nan_is_the_error_of_its_request_alone(client: Any, tokenizer: TextTokenizer) -> None:
+def test_nan_is_the_error_of_its_request_alone(
+    server: Served, client: Any, tokenizer: TextTokenizer
+) -> None:
+    said = len(server.lines)
     with pytest.raises(openai.InternalServerError, match="found NaN in layer 0"):
-        client.completions.create(model="demo", prompt=[NAN])
+        client.with_options(max_retries=2).completions.create(model="demo", prompt=[NAN])
+    assert len(server.lines) == said + 1  # asked once: the client is told not to try again
     with pytest.raises(openai.APIError, match="found NaN in layer 0"):
         list(client.completions.create(model="demo", prompt=[NAN], stream=True))
     answer = client.completions.create(**ASK, max_tokens=3, temperature=0)
@@ -344,6 +350,10 @@ def test_heads_and_bodies_have_a_time(server: Served) -> None:
     with socket.create_connection(("127.0.0.1", server.port), timeout=30) as plain:
         plain.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n{")
         assert plain.recv(12) == b"HTTP/1.1 408"
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as plain:
+        plain.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\n\r\nGET")
+        assert plain.recv(12) == b"HTTP/1.1 200"
+        assert plain.makefile("rb").read().endswith(b'{"status":"ok"}')  # and closed
 
 
 def test_garbage_is_answered(server: Served) -> None:

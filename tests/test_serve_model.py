@@ -193,5 +193,4 @@ def test_two_thousand_requests_leave_memory_flat(server: Served) -> None:
     asyncio.run(soak(server, 2000, at_once=16))
     server.until(lambda: server.service.engine.idle)
     grown = process.memory_info().rss - before
-    print(f"RSS {before / 2**20:.1f} MiB, then {grown / 2**20:+.1f} MiB", file=sys.stderr)
     assert grown < 32 * 2**20, f"{before >> 20} MiB before, {grown / 2**20:.1f} MiB more after"

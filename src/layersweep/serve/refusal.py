@@ -40,7 +40,9 @@ class Refusal(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
-        return {} if self.retry_after is None else {"retry-after": str(self.retry_after)}
+        """OpenAI's clients ask again after a 500, unless they are told that it would not help."""
+        after = {} if self.retry_after is None else {"retry-after": str(self.retry_after)}
+        return after | ({"x-should-retry": "false"} if self.status == 500 else {})
 
 
 class HungUp(Exception):
@@ -66,6 +68,10 @@ def refusal_of_body(errors: Sequence[Mapping[str, Any]]) -> Refusal:
             return Refusal(422, f"{param}: unknown parameter", param=param, code="unknown")
         case "unsupported":
             return Refusal(400, first["msg"], param=first["ctx"]["param"], code=UNSUPPORTED)
+        case "missing":
+            return Refusal(422, f"{param}: found nothing, needed a value", param=param)
     found = printable(show(first.get("input")))
     message = first["msg"].removeprefix("Value error, ")
+    if param is None and not isinstance(first.get("input"), dict):
+        message = "needed a JSON object, sent with `content-type: application/json`"
     return Refusal(422, f"{param or 'the body'}: found {found}: {message}", param=param)
