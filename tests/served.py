@@ -1,4 +1,4 @@
-"""A server in a thread of this process, on a free port, and plain HTTP to it."""
+"""A server in a thread of this process, on a free port, plain HTTP to it, and what it answers."""
 
 from __future__ import annotations
 
@@ -11,11 +11,25 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from layersweep.generate.request import Steps
+import openai
+import pytest
+from toy_steps import ToySteps
+
+from layersweep.generate.request import Request, Sampling, Steps
+from layersweep.kv.arms import EXACT, parse
 from layersweep.serve.app import Offer, Service
+from layersweep.serve.guard import Limits
 from layersweep.serve.server import bind, run
+from layersweep.text.tokenizer import TextTokenizer
+
+MODEL = Path(__file__).parents[1] / "src/layersweep/demo/model"
+ARMS = (EXACT, parse("int4", growing=True))
+LIMITS = Limits(max_waiting=64, max_body=100_000, header_s=0.3, body_s=0.3, unread_s=0.3)
+PROMPT = "The sweep visits"
+ASK: dict[str, Any] = {"model": "demo", "prompt": PROMPT}
 
 
 @dataclass
@@ -99,3 +113,43 @@ def served(
         if thread.is_alive():
             one.ask_to_stop()
         thread.join()
+
+
+def alone(tokenizer: TextTokenizer, prompt: str | list[int], sampling: Sampling) -> str:
+    """What the scheduler says to a prompt when nothing else runs."""
+    steps, text = ToySteps(tokenizer), ""
+    ids = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+    steps.submit(Request("one", tuple(ids), sampling))
+    while not steps.idle:
+        text += "".join(output.text for output in steps.step())
+    return text
+
+
+async def soak(server: Served, count: int, at_once: int) -> None:
+    """Requests of every kind: whole, streamed, refused, left alone in the middle."""
+    client = openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="any", max_retries=0)
+    places = asyncio.Semaphore(at_once)
+
+    async def one(number: int) -> None:
+        asked = {"model": server.service.offer.name, "prompt": f"request {number}"}
+        async with places:
+            match number % 4:
+                case 0:
+                    await client.completions.create(**asked, max_tokens=8)
+                case 1:
+                    async for _ in await client.completions.create(
+                        **asked, max_tokens=8, stream=True
+                    ):
+                        pass
+                case 2:
+                    with pytest.raises(openai.UnprocessableEntityError):
+                        await client.completions.create(**asked, max_tokens=0)
+                case 3:
+                    async with await client.completions.create(
+                        **asked, max_tokens=200, stream=True
+                    ) as stream:
+                        async for _ in stream:
+                            break
+
+    await asyncio.gather(*map(one, range(count)))
+    await client.close()

@@ -19,8 +19,7 @@ pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
 openai = pytest.importorskip("openai")
 
-from served import Served, served  # noqa: E402
-from test_serve import soak  # noqa: E402
+from served import Served, served, soak  # noqa: E402
 
 from layersweep.cli.app import run  # noqa: E402
 from layersweep.generate.request import Request, Sampling  # noqa: E402
@@ -129,7 +128,7 @@ def test_a_term_signal_lets_the_answer_finish() -> None:
 HELD = """
 import sys
 sys.path.insert(0, {tests!r})
-from test_serve import ARMS, MODEL, Offer, TextTokenizer, ToySteps
+from served import ARMS, MODEL, Offer, TextTokenizer, ToySteps
 from layersweep.serve.app import Service
 from layersweep.serve.server import bind, serve
 tokenizer = TextTokenizer.load(MODEL)

@@ -67,10 +67,13 @@ def serve(
     machine = MachineOptions(revision, vram, ram, device, dtype, weights, router_dtype, None)
     console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
+    from layersweep.generate.request import Request, Sampling
     from layersweep.serve.app import OPENAI, Offer, Service
 
     ready = prepare(model, machine, SamplingOptions())
     with scheduled(ready, arms, console, most=max_running, longest=max_length) as scheduler:
+        for arm in arms:
+            scheduler.check(Request("arm", (0,), Sampling(), arm))
         offer = Offer(
             name or _name(model), ready.tokenizer, arms, scheduler.room.longest,
             ready.sampling if ready.sampling.do_sample else OPENAI,

@@ -51,7 +51,7 @@ class HungUp(Exception):
 
 def refusal_of(error: LayersweepError) -> Refusal:
     """What the scheduler, the tokenizer or the template refused; 500 where the machine failed."""
-    hint = f" hint: {error.hint}" if error.hint else ""
+    hint = f"; hint: {error.hint}" if error.hint else ""
     status = 400 if isinstance(error, InputError) else 500
     return Refusal(status, printable(f"{error}{hint}"))
 

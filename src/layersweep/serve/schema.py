@@ -7,9 +7,17 @@ means absent, as clients send it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from layersweep.generate.request import Sampling
@@ -84,8 +92,8 @@ class Part(BaseModel):
 
 
 class StreamOptions(Part):
+    labels = {"include_obfuscation"}
     include_usage: bool = False
-    include_obfuscation: bool = False  # a stream has none
 
 
 def _listed(value: object) -> object:
@@ -94,17 +102,12 @@ def _listed(value: object) -> object:
 
 def _prompts(value: object) -> list[str | list[int]]:
     """Text, token ids, or a list of either."""
-    prompts = value if _is_list(value) and not _is_ids(value) else [value]
-    assert isinstance(prompts, list)
-    if not prompts or not all(_is_text(one) or _is_ids(one) for one in prompts):
+    prompts: list[Any] = value if isinstance(value, list) and not _is_ids(value) else [value]
+    if not prompts or not all(_is_ids(one) or _is_text(one) for one in prompts):
         raise ValueError("needed text, token ids, or a list of texts or of lists of token ids")
     if len(prompts) > MOST_PROMPTS:
         raise ValueError(f"found {len(prompts)} prompts, needed at most {MOST_PROMPTS}")
     return prompts
-
-
-def _is_list(value: object) -> bool:
-    return isinstance(value, list)
 
 
 def _is_ids(value: object) -> bool:
@@ -113,8 +116,11 @@ def _is_ids(value: object) -> bool:
 
 
 def _is_text(value: object) -> bool:
-    """Half a surrogate pair is none: it has no UTF-8."""
-    return isinstance(value, str) and not any("\ud800" <= char <= "\udfff" for char in value)
+    """JSON can spell half a surrogate pair, which no tokenizer takes."""
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:
+        return False
 
 
 class Body(Part):
@@ -180,9 +186,15 @@ class CompletionBody(Body):
         return self.logprobs
 
 
+def _whole(value: str) -> str:
+    if not _is_text(value):
+        raise ValueError("needed text without half a surrogate pair")
+    return value
+
+
 class TextPart(Part):
     type: Literal["text"]
-    text: str
+    text: Annotated[str, AfterValidator(_whole)]
 
 
 def _parts(value: object) -> object:
