@@ -27,7 +27,8 @@ from layersweep.text.tokenizer import TextTokenizer
 
 MODEL = Path(__file__).parents[1] / "src/layersweep/demo/model"
 ARMS = (EXACT, parse("int4", growing=True))
-LIMITS = Limits(max_waiting=64, max_body=100_000, header_s=0.3, body_s=0.3, unread_s=0.3)
+LIMITS = Limits(max_waiting=64, max_body=100_000)
+HASTY = Limits(header_s=0.3, body_s=0.3, unread_s=0.3)
 PROMPT = "The sweep visits"
 ASK: dict[str, Any] = {"model": "demo", "prompt": PROMPT}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import signal
 import socket
 import time
@@ -89,7 +88,6 @@ async def run(
 
 def _config(service: Service) -> uvicorn.Config:
     limits = service.offer.limits
-    logging.getLogger("uvicorn").setLevel(logging.ERROR)
     return uvicorn.Config(
         service.app(),
         http=patient(limits),
