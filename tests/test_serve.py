@@ -291,3 +291,10 @@ def test_nan_is_the_error_of_its_request_alone(
         list(client.completions.create(model="demo", prompt=[NAN], stream=True))
     answer = client.completions.create(**ASK, max_tokens=3, temperature=0)
     assert answer.choices[0].text == alone(tokenizer, PROMPT, Sampling(max_new_tokens=3))
+
+
+def test_an_error_ends_all_sequences_of_its_request(server: Served, steps: ToySteps) -> None:
+    body = {**ASK, "prompt": [[NAN], [5]], "max_tokens": 4000}
+    assert server.ask("/v1/completions", body)[0] == 500
+    server.until(lambda: steps.cancelled)
+    assert [name.split(".", 1)[1] for name in steps.cancelled] == ["1.0"]

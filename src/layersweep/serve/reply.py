@@ -59,6 +59,7 @@ class Reply(Response):
         self.background = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        end = "failed"
         try:
             await unless_hung_up(receive, self._stream(send) if self.stream else self._whole(send))
             end = ",".join(sorted({choice.finish for choice in self.choices if choice.finish}))
@@ -66,6 +67,7 @@ class Reply(Response):
             end = "hung up"
         except Refusal as refusal:
             end = f"{refusal.status} {refusal}"
+            self.engine.cancel(self.ticket)  # now: the client may take its time to read of it
             if not self._began:
                 raise
             with suppress(HungUp):

@@ -74,7 +74,8 @@ async def run(
     asked = asyncio.ensure_future(stop.wait())
     await asyncio.wait((answering, computing, asked), return_when=asyncio.FIRST_COMPLETED)
     service.stopping = True
-    service.say(f"stopping: waits up to {format_seconds(grace)} for running requests")
+    if stop.is_set():
+        service.say(f"stopping: waits up to {format_seconds(grace)} for running requests")
     asked.cancel()
     ends = time.monotonic() + grace
     while not service.engine.idle and not computing.done() and time.monotonic() < ends:
