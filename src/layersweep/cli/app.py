@@ -26,6 +26,7 @@ from layersweep.cli.plan import plan
 from layersweep.cli.quantize import quantize
 from layersweep.cli.report import compare, report
 from layersweep.cli.sensitivity import calibrate
+from layersweep.cli.serve import serve
 from layersweep.cli.synth import synth
 from layersweep.notebook import in_notebook_shell
 
@@ -45,6 +46,7 @@ app = typer.Typer(
 app.command("eval")(evaluate)
 app.command("chat")(chat)
 app.command("generate")(generate)
+app.command("serve")(serve)
 app.command("inspect")(inspect)
 app.command("plan")(plan)
 app.command("doctor")(doctor)
