@@ -177,7 +177,8 @@ class Scheduler:
         text = Text(request.arm, reach, self.model.decoder.num_hidden_layers)
         stream = None
         if self.tokenizer is not None:
-            stream = TextStream(self.tokenizer, request.sampling.stop, request.ids)
+            before = request.ids if request.continues else ()
+            stream = TextStream(self.tokenizer, request.sampling.stop, before)
         self._waiting.append(_Run(request, text, stream, list(request.ids)))
 
     def cancel(self, request: str) -> None:
