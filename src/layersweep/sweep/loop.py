@@ -19,20 +19,20 @@ from torch import Tensor
 
 from layersweep.errors import InputError
 from layersweep.families.spec import Decoder
-from layersweep.families.weights import layer_blocks
 from layersweep.kv.fit import Fit
 from layersweep.model.compute import Compute, Scratch
 from layersweep.model.routing import Routing
 from layersweep.stream.blocks import Block
-from layersweep.stream.shapes import experts_at_once, positions_at_once
+from layersweep.stream.shapes import positions_at_once
 from layersweep.stream.store import BlockStore
 from layersweep.sweep.attention import visit_attention
 from layersweep.sweep.caches import KeptCaches
 from layersweep.sweep.clock import PhaseClock
 from layersweep.sweep.context import LayerContext, RopeTables
 from layersweep.sweep.dense import DenseWeights
-from layersweep.sweep.feed import FeedVisit, groups_of, leave_feed
+from layersweep.sweep.feed import FeedVisit, leave_feed
 from layersweep.sweep.head import Head
+from layersweep.sweep.layer_blocks import FeedGroup, LayerBlocks, WalkedBlocks
 from layersweep.sweep.record import (
     LayerCheck,
     LayerHealth,
@@ -43,11 +43,12 @@ from layersweep.sweep.record import (
 )
 from layersweep.sweep.running import RunningCaches
 from layersweep.sweep.sequences import Tile, reference_tile, want_reference
-from layersweep.sweep.state import COLUMN_ALIGNMENT, TileState, read_rows
+from layersweep.sweep.state import TileState, read_rows
 from layersweep.sweep.turn import HostTurn
 from layersweep.sweep.watch import Watch
 
 Caches = KeptCaches | RunningCaches | None
+TABLE_STEP = 1024  # tokens; steps look at columns that are aligned
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,9 @@ class Engine:
         self.decoder, self.store, self.compute = decoder, store, compute
         self.reference, self.keeps_normed = reference, keeps_normed
         self.layers = layers or range(decoder.num_hidden_layers)
+        self.blocks = WalkedBlocks(decoder, store.specs, compute)
         self._visiting = threading.Lock()
+        self._tables: RopeTables | None = None
         self.weights = DenseWeights(decoder, compute, keeps=keeps_dense)
         self.scratch = Scratch(scratch_bytes, compute.device)
 
@@ -95,6 +98,14 @@ class Engine:
                 torch.cuda.set_device(self.compute.device)
             with self.store.sweep():
                 yield
+
+    def tables(self, longest: int) -> RopeTables:
+        """For texts that grow to `longest` tokens: made anew every TABLE_STEP tokens, not in every
+        walk."""
+        if self._tables is None or self._tables.longest < longest:
+            self._tables = RopeTables(-(-longest // TABLE_STEP) * TABLE_STEP, self.compute)
+        self._tables.forget_lengths()
+        return self._tables
 
     def close(self) -> None:
         self.store.close()
@@ -148,7 +159,7 @@ def run_sweep(
         reference = TileState(reference_tile(engine.reference), decoder.query_width)
         groups[0].append(reference)
     every = [*groups[0], *groups[1]]
-    visits = _Visits(progress, decoder, len(tiles))
+    visits = _Visits(progress, (engine, *then), len(tiles))
     with torch.inference_mode(), engine.compute.numerics(), ExitStack() as leave:
         before = ExitStack()
         for stage in (engine, *then):
@@ -183,12 +194,9 @@ def run_sweep(
 class _Visits:
     """Progress: a visit is a tile's attention, or an expert or MLP with all tiles."""
 
-    def __init__(self, progress: Progress, decoder: Decoder, tiles: int) -> None:
+    def __init__(self, progress: Progress, engines: Sequence[Engine], tiles: int) -> None:
         self.progress, self.done = progress, 0
-        self.total = decoder.num_hidden_layers * tiles + sum(
-            len(list(layer_blocks(decoder, index))) - 1
-            for index in range(decoder.num_hidden_layers)
-        )
+        self.total = sum(len(one.layers) * tiles + one.blocks.feeds for one in engines)
 
     def __call__(self, count: int = 1) -> None:
         self.done += count
@@ -208,17 +216,13 @@ class _Sweep:
         self.weights, self.scratch = engine.weights, engine.scratch
         self.keeps_normed = engine.keeps_normed
         self.record, self.caches = record, caches
-        # the first of them is attention's
-        self.of_layer: dict[int | None, list[int]] = {}
-        for number, spec in enumerate(self.store.specs):
-            self.of_layer.setdefault(spec.layer, []).append(number)
+        self.blocks = engine.blocks
         self.clock = PhaseClock(self.compute.device)
         self._left: _Left | None = None
         sequences = [sequence for state in states for sequence in state.tile.sequences]
         longest = max((sequence.longest for sequence in sequences), default=0)
-        # steps look at columns that are aligned
-        longest += -longest % COLUMN_ALIGNMENT if isinstance(caches, RunningCaches) else 0
-        self.tables = RopeTables(longest, self.compute)
+        growing = isinstance(caches, RunningCaches)
+        self.tables = engine.tables(longest) if growing else RopeTables(longest, self.compute)
 
     def embed(self, states: list[TileState]) -> None:
         device, dtype = self.compute.device, self.compute.dtype
@@ -226,7 +230,7 @@ class _Sweep:
         scale = torch.tensor(self.decoder.embedding_scale, dtype=dtype).item()
         ids = [torch.from_numpy(state.tile.ids()) for state in states]  # while the table is read
         with self.clock.phase("embedding"):
-            number = self.of_layer[None][0]
+            number = self.blocks.embedding
             table = self.weights.embedding(self._block(number))
             for state, rows in zip(states, ids, strict=True):
                 hidden = table[rows.to(device)].to(dtype)
@@ -237,11 +241,8 @@ class _Sweep:
     def visit_layer(
         self, layer: int, lead: list[TileState], rest: list[TileState], check: LayerCheck | None
     ) -> None:
-        attention, *feeds = self.of_layer[layer]
-        specs = [self.store.specs[number].shape for number in feeds]
-        described, compute = self.decoder.layers[layer], self.compute
-        at_once = experts_at_once(self.decoder, described, compute.dtype.itemsize, cpu=compute.cpu)
-        self.weights.fill_attention(self._block(attention), specs, at_once)
+        blocks = self.blocks.layers[layer]
+        self._fill_attention(blocks)
         fit = None
         if lead:
             with self.clock.phase("gate"):
@@ -250,18 +251,23 @@ class _Sweep:
             fit = self.caches.fits.setdefault(layer, fit) if fit else self.caches.fits.get(layer)
         with self.clock.phase("attention"):
             self._attend(layer, rest, self.caches, fit, self.visited, self.watch)
-            self.store.release(attention)
-        first, *later = groups_of(feeds, specs, at_once)
+        first, *later = blocks.groups
+        early = blocks.reached_by(sum(state.tile.rows for state in (*lead, *rest)))
         with self.clock.phase("experts"):
-            self._fill(first)  # decoded while the host waits, in the one place of a layer
+            if early:  # decoded while the host waits, in the one place of a layer
+                self._fill(first)
             with self.turn.away():
                 Routing.settle([state.routing for state in (*lead, *rest) if state.routing])
         self.report(check)
         with self.clock.phase("experts"):
-            self._feed(first, layer, lead, rest)
-            for group in later:
-                self._fill(group)
-                self._feed(group, layer, lead, rest)
+            if early:
+                self._feed(first, layer, lead, rest)
+            for group in later if early else blocks.groups:
+                if group.has_rows([state.routing for state in (*lead, *rest)]):
+                    self._fill(group)
+                    self._feed(group, layer, lead, rest)
+                else:
+                    self._pass(group)
             if lead:
                 with self.clock.phase("gate"):
                     self._leave(layer, lead)
@@ -271,27 +277,48 @@ class _Sweep:
         for state in (*lead, *rest):  # their memory is the next layer's
             state.routing = state.router_logits = None
 
-    def _fill(self, numbers: list[int]) -> None:
+    def _fill_attention(self, blocks: LayerBlocks) -> None:
+        number = blocks.attention
+        if self.weights.reuse(self.store.specs[number]):
+            return
+        shapes = [shape for group in blocks.groups for shape in group.shapes]
+        block = self._block(number)
+        with self.clock.phase("dequantization"):
+            self.weights.fill_attention(block, shapes, blocks.at_once)
+        self.store.release(number)
+
+    def _fill(self, group: FeedGroup) -> None:
         """Make one MLP, or a group of experts, dense."""
-        self.weights.fill_feeds([self._block(number) for number in numbers])
-        for number in numbers:
+        if self.weights.reuse(self.store.specs[group.numbers[0]]):
+            return
+        blocks = [self._block(number) for number in group.numbers]
+        with self.clock.phase("dequantization"):
+            self.weights.fill_feeds(blocks)
+        for number in group.numbers:
             self.store.release(number)
 
+    def _pass(self, group: FeedGroup) -> None:
+        """Experts that no row goes to: what streams has to be taken all the same."""
+        if not self.weights.keeps:
+            for number in group.numbers:
+                self._block(number)
+                self.store.release(number)
+        self.visited(len(group.numbers))
+
     def _feed(
-        self, numbers: list[int], layer: int, lead: list[TileState], rest: list[TileState]
+        self, group: FeedGroup, layer: int, lead: list[TileState], rest: list[TileState]
     ) -> None:
         """What is dense, with all tiles."""
         visit = FeedVisit(
-            [self.store.specs[number].shape for number in numbers], self.decoder.layers[layer],
-            self.weights, self.compute, self.scratch,
-        )  # fmt: skip
+            group.shapes, self.decoder.layers[layer], self.weights, self.compute, self.scratch
+        )
         if lead:
             with self.clock.phase("gate"):
                 for state in lead:
                     visit(state)
         for state in rest:
             visit(state)
-        self.visited(len(numbers))
+        self.visited(len(group.numbers))
 
     def _block(self, index: int) -> Block:
         if not self.store.waits_for(index):  # the turn is not handed over for nothing
@@ -352,13 +379,16 @@ class _Sweep:
         return head.pieces(state.hidden, [(stop - 1, stop) for stop in starts], 1)
 
     def read_head(self, states: list[TileState], read_logits: LogitsReader) -> None:
-        (*_, index) = self.of_layer[None]
+        index = self.blocks.head
         total = sum(len(state.tile.sequences) for state in states)
         done = 0
         with self.clock.phase("logits"):
-            self.weights.fill_head(self._block(index))
+            if not self.weights.reuse(self.store.specs[index]):
+                block = self._block(index)
+                with self.clock.phase("dequantization"):
+                    self.weights.fill_head(block)
+                self.store.release(index)
             head = Head(self.decoder, self.weights.head, self.compute, self.scratch)
-            self.store.release(index)
             if isinstance(self.caches, RunningCaches):
                 for state in states:
                     read_logits(state.tile, 0, state.tile.sequences[0], self._last(state, head))
