@@ -309,13 +309,13 @@ class Scheduler:
 
     def _count(self, record: SweepRecord) -> None:
         """A walk, before its texts have grown."""
-        counts, store = self.counts, self._engine.store
+        counts, engine = self.counts, self._engine
         self.rode = tuple(Rider(r.request.arm, r.text.end, r.rides) for r in self._running)
         counts.walks += 1
         for run in self._running:
             counts.prompt_tokens += max(0, min(run.rides, len(run.request.ids) - run.text.end))
-        counts.weight_bytes_read, counts.weight_bytes_copied = store.bytes_read, store.h2d_bytes
-        counts.copy_s, counts.stall_s = store.copy_s, store.stall_s
+        counts.weight_bytes_read, counts.weight_bytes_copied = engine.bytes_read, engine.h2d_bytes
+        counts.copy_s, counts.stall_s = engine.store.copy_s, engine.stall_s
         counts.launch_s = self._turn.held_s
         for phase, seconds in record.seconds.items():
             counts.phases[phase] = counts.phases.get(phase, 0.0) + seconds

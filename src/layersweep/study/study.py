@@ -28,8 +28,8 @@ from layersweep.study.gate import COPY, Card, Gate
 from layersweep.study.gate_tokens import choose_tokens
 from layersweep.study.meter import Meter
 from layersweep.study.sizing import gemm_rate, sized_plan
+from layersweep.sweep.engine import Engine
 from layersweep.sweep.generic_limits import check_modules
-from layersweep.sweep.loop import Engine
 from layersweep.sweep.model import Model
 from layersweep.sweep.sequences import Tile
 from layersweep.sweep.shapes import can_fit, check_length, length_limit

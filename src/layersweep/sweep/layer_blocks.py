@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from layersweep.families.spec import Decoder
 from layersweep.families.weights import BlockShape
 from layersweep.model.compute import Compute
-from layersweep.model.routing import Routing
 from layersweep.stream.blocks import BlockSpec
 from layersweep.stream.shapes import experts_at_once
 from layersweep.sweep.feed import groups_of
@@ -17,68 +17,63 @@ from layersweep.sweep.feed import groups_of
 @dataclass(frozen=True)
 class FeedGroup:
     """An MLP, a shared expert, or routed experts that are dense together: their numbers in the
-    store, and their shapes. `experts`: the first, and the first beyond; None where all rows go."""
+    store, and their shapes."""
 
     numbers: tuple[int, ...]
     shapes: tuple[BlockShape, ...]
-    experts: tuple[int, int] | None
 
-    @classmethod
-    def of(cls, numbers: Sequence[int], shapes: Sequence[BlockShape]) -> FeedGroup:
-        first, last = shapes[0].expert, shapes[-1].expert
-        routed = None if first is None or last is None else (first, last + 1)
-        return cls(tuple(numbers), tuple(shapes), routed)
+    @property
+    def routed(self) -> bool:
+        """Whether only some rows go here."""
+        return self.shapes[0].role == "expert"
 
-    def has_rows(self, routings: Sequence[Routing | None]) -> bool:
-        """Whether any tile sends rows here, once the host knows."""
-        if self.experts is None:
-            return True
-        first, last = self.experts
-        return any(one.start[last] > one.start[first] for one in routings if one)
+    def used_by(self, experts: Collection[int], *, whole: bool) -> FeedGroup | None:
+        """Its experts that have rows, None if none has; where it is `whole`, all if one has."""
+        if not self.routed:
+            return self
+        some = [at for at, shape in enumerate(self.shapes) if shape.expert in experts]
+        if not some or whole or len(some) == len(self.shapes):
+            return self if some else None
+        return FeedGroup(
+            tuple(self.numbers[at] for at in some), tuple(self.shapes[at] for at in some)
+        )
 
 
 @dataclass(frozen=True)
 class LayerBlocks:
     """Of one layer: the number of attention's block, and its feed in the order of visits, up to
-    `at_once` experts in a group. `top_k` of `experts` for each row; 0 where nothing is routed."""
+    `at_once` experts in a group. `fetched`: experts that another store brings by id."""
 
     attention: int
     groups: tuple[FeedGroup, ...]
     at_once: int
-    top_k: int
-    experts: int
+    fetched: tuple[BlockShape, ...]
 
-    def reached_by(self, rows: int) -> bool:
-        """Whether the first group is likely to be among those that so many rows go to."""
-        return self.groups[0].experts is None or rows * self.top_k >= self.experts
+    @cached_property
+    def feeds(self) -> tuple[BlockShape, ...]:
+        """An MLP, or all experts."""
+        return *(shape for group in self.groups for shape in group.shapes), *self.fetched
 
 
-class WalkedBlocks:
-    """Of an engine. `embedding` and `head` are numbers in the store, where it has these blocks
-    (its first and its last one)."""
-
-    def __init__(self, decoder: Decoder, specs: Sequence[BlockSpec], compute: Compute) -> None:
-        of_layer: dict[int, list[int]] = {}
-        for number, spec in enumerate(specs):
-            if spec.layer is not None:
-                of_layer.setdefault(spec.layer, []).append(number)
-        self.embedding, self.head = 0, len(specs) - 1
-        self.layers: dict[int, LayerBlocks] = {}
-        for layer, (attention, *feeds) in of_layer.items():
-            described, element = decoder.layers[layer], compute.dtype.itemsize
-            at_once = experts_at_once(decoder, described, element, cpu=compute.cpu)
-            groups = groups_of(feeds, [specs[number].shape for number in feeds], at_once)
-            router = described.feed.router
-            self.layers[layer] = LayerBlocks(
-                attention,
-                tuple(FeedGroup.of(some, [specs[n].shape for n in some]) for some in groups),
-                at_once,
-                router.top_k if router else 0,
-                described.feed.experts,
-            )
-
-    @property
-    def feeds(self) -> int:
-        """Blocks that are an MLP or an expert."""
-        every = (group for layer in self.layers.values() for group in layer.groups)
-        return sum(len(group.numbers) for group in every)
+def layer_blocks_of(
+    decoder: Decoder, specs: Sequence[BlockSpec], fetched: Sequence[BlockSpec], compute: Compute
+) -> dict[int, LayerBlocks]:
+    """By layer, of the blocks in a store and of experts beside it."""
+    numbers: dict[int, list[int]] = {}
+    for number, spec in enumerate(specs):
+        if spec.layer is not None:
+            numbers.setdefault(spec.layer, []).append(number)
+    beside: dict[int | None, list[BlockShape]] = {}
+    for spec in fetched:
+        beside.setdefault(spec.layer, []).append(spec.shape)
+    found = {}
+    for layer, (attention, *feeds) in numbers.items():
+        described, element = decoder.layers[layer], compute.dtype.itemsize
+        at_once = experts_at_once(decoder, described, element, cpu=compute.cpu)
+        groups = tuple(
+            FeedGroup(tuple(some), tuple(specs[number].shape for number in some))
+            for some in groups_of(feeds, [specs[number].shape for number in feeds], at_once)
+        )
+        own = tuple(beside.get(layer, ()))
+        found[layer] = LayerBlocks(attention, groups, at_once, own)
+    return found

@@ -9,30 +9,28 @@ device anyway: a broken model stops there.
 from __future__ import annotations
 
 import itertools
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from layersweep.errors import InputError
-from layersweep.families.spec import Decoder
+from layersweep.families.weights import BlockShape
 from layersweep.kv.fit import Fit
-from layersweep.model.compute import Compute, Scratch
 from layersweep.model.routing import Routing
 from layersweep.stream.blocks import Block
 from layersweep.stream.shapes import positions_at_once
-from layersweep.stream.store import BlockStore
 from layersweep.sweep.attention import visit_attention
 from layersweep.sweep.caches import KeptCaches
 from layersweep.sweep.clock import PhaseClock
 from layersweep.sweep.context import LayerContext, RopeTables
-from layersweep.sweep.dense import DenseWeights
-from layersweep.sweep.feed import FeedVisit, leave_feed
+from layersweep.sweep.engine import Engine
+from layersweep.sweep.feed import FeedVisit, experts_used, leave_feed
 from layersweep.sweep.head import Head
-from layersweep.sweep.layer_blocks import FeedGroup, LayerBlocks, WalkedBlocks
+from layersweep.sweep.layer_blocks import FeedGroup, LayerBlocks
 from layersweep.sweep.record import (
     LayerCheck,
     LayerHealth,
@@ -48,7 +46,6 @@ from layersweep.sweep.turn import HostTurn
 from layersweep.sweep.watch import Watch
 
 Caches = KeptCaches | RunningCaches | None
-TABLE_STEP = 1024  # tokens; steps look at columns that are aligned
 
 
 @dataclass(frozen=True)
@@ -58,57 +55,6 @@ class _Left:
     layer: int
     experts_used: int | None
     largest_and_spread: Tensor
-
-
-class Engine:
-    """What sweeps of one model share: where blocks come from, and memory to compute in.
-
-    `layers`: those that this engine holds, all by default; the first one's has the embedding, too,
-    and the last one's the head. `reference`: tokens of the text that arms with @fit=1 take
-    their coordinates from; without it, these follow from the weights. `keeps_normed`: tiles keep
-    the rows that a layer's experts see, from which their products gather. `keeps_dense`: weights
-    are decoded in the first walk, and stay so.
-    """
-
-    def __init__(
-        self,
-        decoder: Decoder,
-        store: BlockStore,
-        compute: Compute,
-        scratch_bytes: int,
-        layers: range | None = None,
-        reference: tuple[int, ...] = (),
-        keeps_normed: bool = False,
-        keeps_dense: bool = False,
-    ) -> None:
-        self.decoder, self.store, self.compute = decoder, store, compute
-        self.reference, self.keeps_normed = reference, keeps_normed
-        self.layers = layers or range(decoder.num_hidden_layers)
-        self.blocks = WalkedBlocks(decoder, store.specs, compute)
-        self._visiting = threading.Lock()
-        self._tables: RopeTables | None = None
-        self.weights = DenseWeights(decoder, compute, keeps=keeps_dense)
-        self.scratch = Scratch(scratch_bytes, compute.device)
-
-    @contextmanager
-    def visited(self) -> Iterator[None]:
-        """One walk over this engine's blocks; other sweeps wait until it is left."""
-        with self._visiting:
-            if not self.compute.cpu:
-                torch.cuda.set_device(self.compute.device)
-            with self.store.sweep():
-                yield
-
-    def tables(self, longest: int) -> RopeTables:
-        """For texts that grow to `longest` tokens: made anew every TABLE_STEP tokens, not in every
-        walk."""
-        if self._tables is None or self._tables.longest < longest:
-            self._tables = RopeTables(-(-longest // TABLE_STEP) * TABLE_STEP, self.compute)
-        self._tables.forget_lengths()
-        return self._tables
-
-    def close(self) -> None:
-        self.store.close()
 
 
 def run_sweep(
@@ -196,7 +142,8 @@ class _Visits:
 
     def __init__(self, progress: Progress, engines: Sequence[Engine], tiles: int) -> None:
         self.progress, self.done = progress, 0
-        self.total = sum(len(one.layers) * tiles + one.blocks.feeds for one in engines)
+        layers = [blocks for engine in engines for blocks in engine.blocks.values()]
+        self.total = len(layers) * tiles + sum(len(blocks.feeds) for blocks in layers)
 
     def __call__(self, count: int = 1) -> None:
         self.done += count
@@ -213,7 +160,7 @@ class _Sweep:
         self.visited, self.turn = visited, turn
         self.reference, self.watch = reference, watch
         self.decoder, self.store, self.compute = engine.decoder, engine.store, engine.compute
-        self.weights, self.scratch = engine.weights, engine.scratch
+        self.weights, self.scratch, self.experts = engine.weights, engine.scratch, engine.experts
         self.keeps_normed = engine.keeps_normed
         self.record, self.caches = record, caches
         self.blocks = engine.blocks
@@ -230,18 +177,17 @@ class _Sweep:
         scale = torch.tensor(self.decoder.embedding_scale, dtype=dtype).item()
         ids = [torch.from_numpy(state.tile.ids()) for state in states]  # while the table is read
         with self.clock.phase("embedding"):
-            number = self.blocks.embedding
-            table = self.weights.embedding(self._block(number))
+            table = self.weights.embedding(self._block(0))
             for state, rows in zip(states, ids, strict=True):
                 hidden = table[rows.to(device)].to(dtype)
                 hidden = hidden if scale == 1.0 else hidden.mul_(scale)
                 state.start(hidden, self.keeps_normed)
-            self.store.release(number)
+            self.store.release(0)
 
     def visit_layer(
         self, layer: int, lead: list[TileState], rest: list[TileState], check: LayerCheck | None
     ) -> None:
-        blocks = self.blocks.layers[layer]
+        blocks = self.blocks[layer]
         self._fill_attention(blocks)
         fit = None
         if lead:
@@ -251,23 +197,27 @@ class _Sweep:
             fit = self.caches.fits.setdefault(layer, fit) if fit else self.caches.fits.get(layer)
         with self.clock.phase("attention"):
             self._attend(layer, rest, self.caches, fit, self.visited, self.watch)
-        first, *later = blocks.groups
-        early = blocks.reached_by(sum(state.tile.rows for state in (*lead, *rest)))
+        groups = deque(blocks.groups)
+        few = isinstance(self.caches, RunningCaches)  # rows, so that not every expert has some
+        first = groups.popleft() if groups and not (few and groups[0].routed) else None
         with self.clock.phase("experts"):
-            if early:  # decoded while the host waits, in the one place of a layer
-                self._fill(first)
+            if first:  # decoded while the host waits, in the one place of a layer
+                self._fill(first, first)
             with self.turn.away():
                 Routing.settle([state.routing for state in (*lead, *rest) if state.routing])
         self.report(check)
         with self.clock.phase("experts"):
-            if early:
-                self._feed(first, layer, lead, rest)
-            for group in later if early else blocks.groups:
-                if group.has_rows([state.routing for state in (*lead, *rest)]):
-                    self._fill(group)
-                    self._feed(group, layer, lead, rest)
-                else:
-                    self._pass(group)
+            if first:
+                self._feed(first.shapes, layer, lead, rest)
+            used = experts_used([*lead, *rest]) if few else set()
+            for group in groups:
+                some = group.used_by(used, whole=self.weights.keeps) if few else group
+                self._fill(some, group)
+                if some:
+                    self._feed(some.shapes, layer, lead, rest)
+            if blocks.fetched:
+                self._visit_experts(layer, blocks.at_once, lead, rest)
+            self.visited(len(blocks.feeds))
             if lead:
                 with self.clock.phase("gate"):
                     self._leave(layer, lead)
@@ -281,36 +231,42 @@ class _Sweep:
         number = blocks.attention
         if self.weights.reuse(self.store.specs[number]):
             return
-        shapes = [shape for group in blocks.groups for shape in group.shapes]
         block = self._block(number)
         with self.clock.phase("dequantization"):
-            self.weights.fill_attention(block, shapes, blocks.at_once)
+            self.weights.fill_attention(block, blocks.feeds, blocks.at_once)
         self.store.release(number)
 
-    def _fill(self, group: FeedGroup) -> None:
-        """Make one MLP, or a group of experts, dense."""
-        if self.weights.reuse(self.store.specs[group.numbers[0]]):
+    def _fill(self, some: FeedGroup | None, every: FeedGroup) -> None:
+        """Make one MLP, or a group of experts, dense; of `every`, those that are needed. The store
+        brings all the same, in order, but where what is dense stays so and nothing streams."""
+        weights = self.weights
+        if weights.keeps and (some is None or weights.reuse(self.store.specs[some.numbers[0]])):
             return
-        blocks = [self._block(number) for number in group.numbers]
-        with self.clock.phase("dequantization"):
-            self.weights.fill_feeds(blocks)
-        for number in group.numbers:
+        blocks = {number: self._block(number) for number in every.numbers}
+        if some:
+            with self.clock.phase("dequantization"):
+                self.weights.fill_feeds([blocks[number] for number in some.numbers])
+        for number in every.numbers:
             self.store.release(number)
 
-    def _pass(self, group: FeedGroup) -> None:
-        """Experts that no row goes to: what streams has to be taken all the same."""
-        if not self.weights.keeps:
-            for number in group.numbers:
-                self._block(number)
-                self.store.release(number)
-        self.visited(len(group.numbers))
+    def _visit_experts(
+        self, layer: int, at_once: int, lead: list[TileState], rest: list[TileState]
+    ) -> None:
+        """Those that are fetched by id, now that routing is known."""
+        experts = self.experts
+        assert experts is not None
+        keys = experts.chosen(layer, experts_used([*lead, *rest]))
+        for blocks in experts.visit(keys, at_once):
+            with self.clock.phase("dequantization"):
+                self.weights.fill_feeds(blocks)
+            self._feed([block.spec.shape for block in blocks], layer, lead, rest)
 
     def _feed(
-        self, group: FeedGroup, layer: int, lead: list[TileState], rest: list[TileState]
+        self, blocks: Sequence[BlockShape], layer: int, lead: list[TileState], rest: list[TileState]
     ) -> None:
         """What is dense, with all tiles."""
         visit = FeedVisit(
-            group.shapes, self.decoder.layers[layer], self.weights, self.compute, self.scratch
+            blocks, self.decoder.layers[layer], self.weights, self.compute, self.scratch
         )
         if lead:
             with self.clock.phase("gate"):
@@ -318,7 +274,6 @@ class _Sweep:
                     visit(state)
         for state in rest:
             visit(state)
-        self.visited(len(group.numbers))
 
     def _block(self, index: int) -> Block:
         if not self.store.waits_for(index):  # the turn is not handed over for nothing
@@ -379,7 +334,7 @@ class _Sweep:
         return head.pieces(state.hidden, [(stop - 1, stop) for stop in starts], 1)
 
     def read_head(self, states: list[TileState], read_logits: LogitsReader) -> None:
-        index = self.blocks.head
+        index = len(self.store.specs) - 1
         total = sum(len(state.tile.sequences) for state in states)
         done = 0
         with self.clock.phase("logits"):
