@@ -15,7 +15,7 @@ from layersweep.stream.experts import ExpertStore
 from layersweep.stream.store import BlockStore
 from layersweep.sweep.context import RopeTables
 from layersweep.sweep.dense import DenseWeights
-from layersweep.sweep.layer_blocks import LayerBlocks, layer_blocks_of
+from layersweep.sweep.visits import LayerBlocks, visits_of
 
 TABLE_STEP = 1024  # tokens; steps look at columns that are aligned
 
@@ -72,7 +72,7 @@ class Engine:
     def blocks(self) -> dict[int, LayerBlocks]:
         """What is visited, by layer."""
         fetched = self.experts.specs if self.experts else []
-        return layer_blocks_of(self.decoder, self.store.specs, fetched, self.compute)
+        return visits_of(self.decoder, self.store.specs, fetched, self.compute)
 
     def tables(self, longest: int) -> RopeTables:
         """For texts that grow to `longest` tokens: made anew every TABLE_STEP tokens, not in every

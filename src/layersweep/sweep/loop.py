@@ -30,7 +30,6 @@ from layersweep.sweep.context import LayerContext, RopeTables
 from layersweep.sweep.engine import Engine
 from layersweep.sweep.feed import FeedVisit, experts_used, leave_feed
 from layersweep.sweep.head import Head
-from layersweep.sweep.layer_blocks import FeedGroup, LayerBlocks
 from layersweep.sweep.record import (
     LayerCheck,
     LayerHealth,
@@ -43,6 +42,7 @@ from layersweep.sweep.running import RunningCaches
 from layersweep.sweep.sequences import Tile, reference_tile, want_reference
 from layersweep.sweep.state import TileState, read_rows
 from layersweep.sweep.turn import HostTurn
+from layersweep.sweep.visits import FeedGroup, LayerBlocks
 from layersweep.sweep.watch import Watch
 
 Caches = KeptCaches | RunningCaches | None

@@ -55,7 +55,7 @@ class LayerBlocks:
         return *(shape for group in self.groups for shape in group.shapes), *self.fetched
 
 
-def layer_blocks_of(
+def visits_of(
     decoder: Decoder, specs: Sequence[BlockSpec], fetched: Sequence[BlockSpec], compute: Compute
 ) -> dict[int, LayerBlocks]:
     """By layer, of the blocks in a store and of experts beside it."""
