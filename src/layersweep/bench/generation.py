@@ -41,7 +41,9 @@ class Load:
         """Random ids; the first text is the same for any number of streams."""
         generator = torch.Generator().manual_seed(0)
         shape = self.streams, self.prompt_tokens
-        return [tuple(ids) for ids in torch.randint(vocab_size, shape, generator=generator).tolist()]
+        return [
+            tuple(ids) for ids in torch.randint(vocab_size, shape, generator=generator).tolist()
+        ]
 
 
 def bench_generation(model: Model, arms: Sequence[Arm], load: Load, say: Say) -> list[Json]:

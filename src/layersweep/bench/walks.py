@@ -59,9 +59,7 @@ class Costs:
     def weight_bytes(self, rows: int) -> float:
         """Of all weights that `rows` rows go through, once. Of routed experts, those that are used
         if every row chooses evenly: top_k of them for one row, all for many."""
-        always = sum(
-            size for role, size in self._bytes.items() if role not in ("embed", "expert")
-        )
+        always = sum(size for role, size in self._bytes.items() if role not in ("embed", "expert"))
         embedded = rows * self.decoder.hidden_size * self.element
         return always + embedded + self._bytes.get("expert", 0) * share_used(self.decoder, rows)
 

@@ -90,7 +90,7 @@ def scheduled(
         say(layout_line(model.checkpoint))
         for note in (*model.checkpoint.notes, *ready.tokenizer.notes):
             say(f"note: {note}")
-        say(paths_line(model, room.plan.host))
+        say(paths_line(model, room.host))
         say(
             f"[budget] vram {format_bytes(model.vram.bytes)} ({model.vram.source}), ram "
             f"{format_bytes(model.ram.bytes)} ({model.ram.source}); planned working set "

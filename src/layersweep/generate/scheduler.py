@@ -118,7 +118,10 @@ class Scheduler:
         self._known: set[Arm] = set()
         self._say, self._progress = say, progress
         self._turn = HostTurn()
-        self._engine = model.open(self.room.plan, say, keeps_dense=self.room.keeps_dense)
+        self._engine = model.open(
+            self.room.plan, say, keeps_dense=self.room.keeps_dense, slots=self.room.slots,
+            home_bytes=self.room.home_bytes,
+        )  # fmt: skip
         self._caches = RunningCaches(model.compute.device)
         self._sampler = Sampler(model.decoder.vocab_size, most, model.compute.device)
         self._slots = list(range(most - 1, -1, -1))

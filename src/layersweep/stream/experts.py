@@ -30,7 +30,7 @@ from layersweep.stream.reader import RunReader
 from layersweep.stream.runs import Run
 from layersweep.units import format_bytes
 
-DECAY = 0.98  # of an expert's worth with every walk
+DECAY = 0.998  # of an expert's worth with every walk: half of it is of the last 350
 READERS = 8
 Key = int  # an expert's number among the blocks that are given
 
@@ -84,7 +84,8 @@ class ExpertStore:
         self._reading: dict[Key, list[Future[int]]] = {}
         self._worth = [0.0] * len(self.specs)
         self._used_at = [0] * len(self.specs)
-        self._clock, self._needed = 0, set[Key]()
+        self._clock = 0
+        self._needed: dict[Key, None] = {}  # in the order of their use
         self._queue: deque[Key] = deque()
         self._reader = RunReader(self.specs)
         self._pool = ThreadPoolExecutor(READERS, "expert-reader")
@@ -115,7 +116,7 @@ class ExpertStore:
         as slots can be had."""
         for key in keys:
             if key not in self._needed:
-                self._needed.add(key)
+                self._needed[key] = None
                 if key not in self._slots:
                     self._queue.append(key)
         self._fetch()
@@ -139,7 +140,7 @@ class ExpertStore:
         self.want(keys)
         for first in range(0, len(keys), at_once):
             some = keys[first : first + at_once]
-            yield [self._get(key) for key in some]
+            yield [self._get(key, some) for key in some]
             for key in some:
                 self._release(key)
             self._fetch()
@@ -171,15 +172,28 @@ class ExpertStore:
         others = [key for key in self._slots if key not in self._needed]
         if not others:
             return None
-        worst = min(others, key=lambda key: (self._worth[key], -self._used_at[key]))
-        self._blocks.pop(worst, None)
-        slot = self._slots.pop(worst)
+        return self._taken_from(
+            min(others, key=lambda key: (self._worth[key], -self._used_at[key]))
+        )
+
+    def _taken_from(self, key: Key) -> _Slot:
+        self._blocks.pop(key, None)
+        if key in self._reading:  # it was wanted, and is not
+            self._finish(key, self._reading.pop(key), self._memory(key))
+            self._home.keep(key)
+        slot = self._slots.pop(key)
         slot.filled, slot.arriving = False, None
         return slot
 
-    def _get(self, key: Key) -> Block:
-        if key not in self._slots:  # all slots were needed by those before it
+    def _get(self, key: Key, group: Sequence[Key]) -> Block:
+        """A block of a group that is used together."""
+        if key not in self._slots:
             self._fetch()
+        if key not in self._slots:  # what is needed last makes room
+            last = next(k for k in reversed(self._needed) if k in self._slots and k not in group)
+            self._queue.remove(key)
+            self._begin(key, self._taken_from(last))
+            self._queue.append(last)
         slot = self._slots[key]
         self._arrive(key, slot)
         if slot.arriving is not None:
@@ -196,7 +210,7 @@ class ExpertStore:
         self._clock += 1
         self._worth[key] += 1.0
         self._used_at[key] = self._clock
-        self._needed.discard(key)
+        self._needed.pop(key, None)
         if self._on_gpu:
             self._slots[key].done = mark(self.device, timed=False)
 
@@ -219,8 +233,7 @@ class ExpertStore:
     def _arrive(self, key: Key, slot: _Slot) -> None:
         """Wait for the reading of a file; on a GPU, its copy follows."""
         if key in self._reading:
-            memory = self._home.of(key) if self._on_gpu else slot.memory[: self.specs[key].nbytes]
-            assert memory is not None
+            memory = self._memory(key)
             self._finish(key, self._reading.pop(key), memory)
             if self._on_gpu:
                 self._home.keep(key)
@@ -232,6 +245,12 @@ class ExpertStore:
             self._copy(key, staged, slot)
             assert slot.arriving is not None
             slot.arriving.synchronize()  # the staging memory is the next one's
+
+    def _memory(self, key: Key) -> Tensor:
+        """Where its file is read to."""
+        memory = self._home.of(key) if self._on_gpu else self._slots[key].memory
+        assert memory is not None
+        return memory[: self.specs[key].nbytes]
 
     def _read(self, key: Key, target: Tensor) -> list[Future[int]]:
         tasks = self._reader.tasks(self._run(key), target)

@@ -251,6 +251,7 @@ class Model:
                 some = [tiles[index] for index in sweep]
                 done = run_sweep(engine, some, read, progress=progress, watch=watch)
                 record.add(done, ahead=sweep[0])
+            record.sweeps, record.bytes_read = len(plan.sweeps), engine.store.bytes_read
         finally:
             engine.close()
         return record
