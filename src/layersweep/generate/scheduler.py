@@ -11,8 +11,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import TracebackType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,11 +27,12 @@ from layersweep.kv.arms import Arm
 from layersweep.kv.codec import check_stream
 from layersweep.sweep.loop import run_sweep
 from layersweep.sweep.model import Model
-from layersweep.sweep.record import Pieces, Progress
+from layersweep.sweep.record import Pieces, Progress, SweepRecord
 from layersweep.sweep.running import RunningCaches, Text, capacity_for, row_bytes
 from layersweep.sweep.sequences import Branch, BranchedSequence, Tile
 from layersweep.sweep.shapes import can_fit
 from layersweep.sweep.streams import every_stream
+from layersweep.sweep.turn import HostTurn
 from layersweep.text.bos import resolve_bos
 from layersweep.text.reference import with_reference
 from layersweep.text.streaming import TextStream
@@ -66,13 +68,28 @@ class _Run:
 
 @dataclass
 class Counts:
-    """Since the start."""
+    """Since the start. `launch_s`: of the host; `stall_s`: that computation waited for weights;
+    `phases`: seconds by the device's own clock. On the CPU, where nothing is launched, the first is
+    the time of computing."""
 
     walks: int = 0
     prompt_tokens: int = 0
     tokens: int = 0
     set_back: int = 0
     weight_bytes_read: int = 0
+    weight_bytes_copied: int = 0
+    copy_s: float = 0.0
+    stall_s: float = 0.0
+    launch_s: float = 0.0
+    phases: dict[str, float] = field(default_factory=dict)
+
+
+class Rider(NamedTuple):
+    """A text in a walk: `tokens` of it were read after the `past` ones that it had."""
+
+    arm: Arm
+    past: int
+    tokens: int
 
 
 class Scheduler:
@@ -96,8 +113,11 @@ class Scheduler:
         self.config = GenerationConfig.read(model.checkpoint.folder)
         self.room = make_room(model, most=most, longest=longest)
         self.counts = Counts()
+        self.rode: tuple[Rider, ...] = ()  # in the last walk
+        self._token_bytes = row_bytes(model.decoder, 1, model.machine.element)
         self._known: set[Arm] = set()
         self._say, self._progress = say, progress
+        self._turn = HostTurn()
         self._engine = model.open(
             self.room.plan, say, keeps_dense=self.room.keeps_dense, slots=self.room.slots,
             home_bytes=self.room.home_bytes,
@@ -120,6 +140,12 @@ class Scheduler:
     def close(self) -> None:
         """Let go of weights and memory. Requests that are not done are forgotten."""
         self._engine.close()
+
+    def measure_h2d(self) -> float | None:
+        """Bytes per second of a copy of weights to the device; None on the CPU. Before the first
+        step."""
+        assert self.counts.walks == 0, "memory that keeps weights would be overwritten"
+        return self._engine.store.measure_h2d()
 
     @property
     def running(self) -> int:
@@ -205,8 +231,7 @@ class Scheduler:
 
     def _cost(self, run: _Run, tokens: int) -> float:
         """Bytes that a text of so many tokens takes on the device."""
-        element = self.model.machine.element
-        row = row_bytes(self.model.decoder, capacity_for(tokens, run.text.reach), element)
+        row = self._token_bytes * capacity_for(tokens, run.text.reach)
         return SPARE * row + run.text.packed_bytes
 
     def _set_back(self) -> None:
@@ -273,10 +298,9 @@ class Scheduler:
 
         record = run_sweep(
             self._engine, [tile for tile, _ in tiles], keep, caches=self._caches,
-            progress=self._progress,
+            progress=self._progress, turn=self._turn,
         )  # fmt: skip
-        self.counts.walks += 1
-        self.counts.weight_bytes_read = self._engine.bytes_read
+        self._count(record)
         bad = {(tile, row): layer for (tile, row, _), layer in record.nonfinite.items()}
         broken = {tiles[at][1][row]: layer for (at, row), layer in bad.items()}
         for run in self._running:
@@ -286,6 +310,19 @@ class Scheduler:
             for run, layer in broken.items()
         ]
         return outputs + self._choose(read, broken)
+
+    def _count(self, record: SweepRecord) -> None:
+        """A walk, before its texts have grown."""
+        counts, engine = self.counts, self._engine
+        self.rode = tuple(Rider(r.request.arm, r.text.end, r.rides) for r in self._running)
+        counts.walks += 1
+        for run in self._running:
+            counts.prompt_tokens += max(0, min(run.rides, len(run.request.ids) - run.text.end))
+        counts.weight_bytes_read, counts.weight_bytes_copied = engine.bytes_read, engine.h2d_bytes
+        counts.copy_s, counts.stall_s = engine.store.copy_s, engine.stall_s
+        counts.launch_s = self._turn.held_s
+        for phase, seconds in record.seconds.items():
+            counts.phases[phase] = counts.phases.get(phase, 0.0) + seconds
 
     def _choose(
         self, read: Sequence[tuple[list[_Run], Tensor]], broken: Collection[_Run]
