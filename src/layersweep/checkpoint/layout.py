@@ -8,15 +8,13 @@ from pathlib import Path
 from layersweep.checkpoint.files import LocalFolder
 from layersweep.checkpoint.header import StoredTensor
 from layersweep.checkpoint.reading import scan_folder
-from layersweep.checkpoint.weights import Checkpoint, Nested, Quant, Weight
+from layersweep.checkpoint.weights import Checkpoint, Weight
 from layersweep.errors import InputError
 from layersweep.problems import Problem, printable, problems_error
 
 __all__ = [
     "Checkpoint",
-    "Nested",
     "Problem",
-    "Quant",
     "StoredTensor",
     "Weight",
     "open_checkpoint",

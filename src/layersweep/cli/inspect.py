@@ -158,12 +158,7 @@ def _storage(weight: Weight) -> tuple[object, ...]:
 
 
 def _scales(weight: Weight) -> str:
-    quant = weight.quant
-    if quant is None:
-        return ""
-    kind = "nested" if quant.nested else "plain"
-    stored = "" if quant.stored_dtype == "U8" else f", packed in {quant.stored_dtype}"
-    return f"{kind}, blocks of {quant.blocksize}{stored}"
+    return weight.storage.words
 
 
 def _ranges(numbers: list[int]) -> str:
