@@ -32,12 +32,14 @@ BY_DIM = [
     ("capped", 2, (9, 0), 80),
     ("router", 0, (7, 5), 512),
     ("router", 1, (9, 0), 60),
+    ("ggml", 0, (7, 5), 0),  # 13 kernels: 2 s
+    pytest.param("ggml", 2, (9, 0), 0, marks=pytest.mark.slow),
 ]
 
 
 @pytest.mark.parametrize(("scalar", "capability"), PAIRS, ids=str)
 @pytest.mark.parametrize(
-    "name", [name for name in LAYOUTS if name not in ("trellis", "capped", "router")]
+    "name", [name for name in LAYOUTS if name not in ("trellis", "capped", "router", "ggml")]
 )
 def test_source_compiles(name: str, scalar: int, capability: tuple[int, int]) -> None:
     holds_kernels(name, compile_cubin(read_source(name), capability, {"SCALAR": scalar}))

@@ -14,8 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from layersweep.checkpoint.storage.four_bit import PLAUSIBLE
-from layersweep.checkpoint.storage.storage import Look
+from layersweep.checkpoint.storage.storage import PLAUSIBLE, Look
 from layersweep.stream.blocks import BlockSpec
 from layersweep.stream.runs import Run
 

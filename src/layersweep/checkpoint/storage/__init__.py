@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from layersweep.checkpoint.header import StoredTensor
-from layersweep.checkpoint.storage import bitsandbytes
+from layersweep.checkpoint.storage import bitsandbytes, ggml
 from layersweep.checkpoint.storage.storage import Format, Headers, Packed, Storage
 
 __all__ = ["FORMATS", "Format", "Headers", "Packed", "Storage", "formats_of"]
 
 # A tensor is of the first format that takes it. The last one takes every tensor: it reads floats
 # too, and says what is wrong with those that are neither.
-FORMATS: tuple[Format, ...] = (bitsandbytes,)
+FORMATS: tuple[Format, ...] = (ggml, bitsandbytes)
 
 
 def formats_of(tensors: Mapping[str, StoredTensor]) -> dict[str, Format]:

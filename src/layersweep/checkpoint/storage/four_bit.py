@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, Literal
 
 from layersweep.checkpoint.header import StoredTensor
 from layersweep.checkpoint.storage.floats import Floats
-from layersweep.checkpoint.storage.storage import Look, Piece, ReadTensor, Storage, cut_tensor
+from layersweep.checkpoint.storage.storage import (
+    PLAUSIBLE,
+    Look,
+    Piece,
+    ReadTensor,
+    Storage,
+    cut_tensor,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,9 +28,6 @@ if TYPE_CHECKING:
     from layersweep.checkpoint.nf4 import QuantizedTensor
 
 MADE_BLOCK = 64  # elements, where floats become NF4 while they are read
-# Scales of scales, entries of their table and offsets are all far below this in a whole file, and
-# no product of them overflows.
-PLAUSIBLE = 1e18
 
 
 @dataclass(frozen=True)

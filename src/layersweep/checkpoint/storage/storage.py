@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from layersweep.kernels.kernels import Kernels
     from layersweep.kernels.weights import Alike
 
+# Scales, those of scales, entries of their table and offsets are all far below this in a whole
+# file, and no product of them overflows.
+PLAUSIBLE = 1e18
+
 ReadValues = Callable[[StoredTensor], bytes]
 ReadTensor = Callable[[StoredTensor], "Tensor"]  # all its bytes, uint8
 
@@ -82,7 +86,7 @@ class Piece:
 @dataclass(frozen=True)
 class Look:
     """Numbers of a piece that a glance at a whole run judges: `count` of them, `step` bytes apart,
-    from byte `first` on. None may be below `least`, NaN or close to infinity; else `check` looks.
+    from byte `first` on. None may be below `least`, NaN, or PLAUSIBLE and more; else `check` looks.
     """
 
     piece: int
