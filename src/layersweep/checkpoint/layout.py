@@ -22,6 +22,7 @@ __all__ = [
 ]
 
 DEMO = "demo"
+SUFFIX = ".gguf"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -66,6 +67,16 @@ def scan_checkpoint(
             hint="a local folder and demo have one revision: leave --revision out",
         )
     folder = demo_folder() if source == DEMO else Path(source).expanduser()
+    if folder.suffix == SUFFIX and folder.is_file():
+        if generic:
+            raise InputError(
+                f"{printable(source)}: found a GGUF file, needed a folder with config.json for "
+                "transformers' own layers",
+                hint="leave out --program generic",
+            )
+        from layersweep.checkpoint.gguf.opening import scan_gguf_checkpoint
+
+        return scan_gguf_checkpoint(source, folder)
     opened = LocalFolder.at(folder)
     snapshot = opened.root.name
     in_cache = opened.root.parent.name == "snapshots" and _COMMIT.fullmatch(snapshot)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,7 +45,9 @@ def scan_folder(
     shards = open_shards(folder, problems, notes)
     if decoder is None or names is None or problems:
         return None, problems
-    layout = _Layout(folder, shards, decoder, names, problems, notes)
+    place = Place(folder.label, f"{folder.label}/config.json", DISAGREE, str)
+    values = folder.has_values
+    layout = Layout(place, shards, decoder, names, problems, notes, has_values=values)
     weights = layout.weights()
     if problems:
         return None, problems
@@ -60,7 +63,7 @@ def scan_folder(
         decoder=decoder,
         weights=weights,
         files=tuple(source.path for source in shards.sources.values()),
-        fingerprint=_fingerprint(shards, raw_config),
+        fingerprint=fingerprint(shards, raw_config),
         nbytes=sum(shards.tensors[name].nbytes for name in layout.used & shards.tensors.keys()),
         notes=tuple(notes),
         unused_fields=described.unused,
@@ -90,24 +93,37 @@ def _open_config(
     return described, raw
 
 
-class _Layout:
+@dataclass(frozen=True)
+class Place:
+    """How messages name where a model is, what describes it, what to do where that is not true,
+    and a tensor that is missing."""
+
+    label: str
+    config: str
+    disagree: str
+    spell: Callable[[str], str]
+
+
+class Layout:
     """Finds the tensors of every weight; owns which tensors were used."""
 
     def __init__(
         self,
-        folder: Folder,
+        place: Place,
         shards: Shards,
         decoder: Decoder,
         names: AnyNames,
         problems: list[Problem],
         notes: list[str],
+        *,
+        has_values: bool,
     ) -> None:
-        self.folder, self.shards = folder, shards
+        self.place, self.shards = place, shards
         self.decoder, self.names = decoder, names
         self.tensors, self.problems, self.notes = shards.tensors, problems, notes
         self.used: set[str] = set()
         self.seen: dict[str, list[str]] = {}
-        read = self._read if folder.has_values else None
+        read = self._read if has_values else None
         self.headers = Headers(shards.tensors, read, problems, self.seen)
         self.formats = formats_of(shards.tensors)
 
@@ -150,8 +166,8 @@ class _Layout:
         return True
 
     def _too_many(self, found: str, there: str) -> None:
-        file, needed = f"{self.folder.label}/config.json", f"the {there} in the shards"
-        self.problems.append(Problem(file, None, found, needed, DISAGREE))
+        needed = f"the {there} in the shards"
+        self.problems.append(Problem(self.place.config, None, found, needed, self.place.disagree))
 
     def _read(self, tensor: StoredTensor) -> bytes:
         return self.shards.sources[tensor.file.name].read(tensor.offset, tensor.nbytes)
@@ -171,10 +187,10 @@ class _Layout:
             also, needed = f"also {found[1]}", f"one {what}"
             self.problems.append(Problem(self._file_of(found[0]), found[0], also, needed, hint))
         else:
-            needed = " or ".join(bases[:2]) if len(bases) < 3 else f"{bases[0]} (or its newer name)"
-            self.problems.append(
-                Problem(self.folder.label, bases[0], "no such tensor", needed, DISAGREE)
-            )
+            names = list(dict.fromkeys(map(self.place.spell, bases)))
+            needed = " or ".join(names[:2]) if len(names) < 3 else f"{names[0]} (or its newer name)"
+            label, hint = self.place.label, self.place.disagree
+            self.problems.append(Problem(label, names[0], "no such tensor", needed, hint))
         return None
 
     def _file_of(self, base: str) -> str:
@@ -223,9 +239,10 @@ class _Layout:
                 continue
             if name == "lm_head.weight" and self.decoder.tie_word_embeddings:
                 continue
-            needed = "only tensors of the architecture in config.json"
+            found = f"unexpected {tensor.describe()}"
+            needed = f"only tensors of the architecture in {Path(self.place.config).name}"
             self.problems.append(
-                Problem(str(tensor.file), name, f"unexpected {tensor.describe()}", needed, DISAGREE)
+                Problem(str(tensor.file), tensor.name, found, needed, self.place.disagree)
             )
 
     def _draft_layers(self) -> tuple[str, ...]:
@@ -274,7 +291,7 @@ def _tokenizer_note(folder: Folder, decoder: Decoder) -> Iterable[str]:
         )
 
 
-def _fingerprint(shards: Shards, raw_config: bytes) -> str:
+def fingerprint(shards: Shards, raw_config: bytes) -> str:
     """sha256 over shard names, sizes and headers, and config.json; never the data."""
     digest = hashlib.sha256()
     for name, source in sorted(shards.sources.items()):

@@ -43,7 +43,7 @@ class Weight:
 
     def describe(self) -> str:
         """ "nf4 1x16384" (packed bytes) or "float16 8x4096"."""
-        shape = self.shape if self.storage.plain else (1, self.data.nbytes)
+        shape = (1, self.data.nbytes) if self.storage.block > 1 else self.shape
         return f"{self.kind} {'x'.join(map(str, shape))}"
 
 

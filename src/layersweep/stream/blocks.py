@@ -163,7 +163,7 @@ class Block:
     def stored(self, key: str) -> Tensor:
         """A float weight as it lies in the file (a view: dtype of the file)."""
         packed = self.packed(key)
-        assert isinstance(packed, Values)
+        assert isinstance(packed, Values) and not self.spec.weights[key].packed
         return packed.values
 
     def dense(self, key: str, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from layersweep.checkpoint.header import StoredTensor
 from layersweep.checkpoint.storage import bitsandbytes, ggml
@@ -16,11 +17,13 @@ FORMATS: tuple[Format, ...] = (ggml, bitsandbytes)
 
 
 def formats_of(tensors: Mapping[str, StoredTensor]) -> dict[str, Format]:
-    """The format of every weight, by the name of the weight."""
+    """The format of every weight, by the name of the weight. `tensors`: by names that may differ
+    from those in the file."""
     found: dict[str, Format] = {}
-    for tensor in tensors.values():
+    for name, tensor in tensors.items():
+        named = tensor if tensor.name == name else replace(tensor, name=name)
         for one in FORMATS:
-            base = one.base(tensor)
+            base = one.base(named)
             if base is not None:
                 found.setdefault(base, one)
                 break

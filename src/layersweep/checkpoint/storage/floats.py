@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from layersweep.checkpoint.header import FLOAT_NAMES, StoredTensor
@@ -20,10 +20,15 @@ FLOATS = ("F16", "BF16", "F32")
 
 @dataclass(frozen=True)
 class Floats(Storage):
-    """`transposed`: the file has columns of the matrix where it has rows."""
+    """`transposed`: the file has columns of the matrix where it has rows.
+
+    Two things that GGUF does to some: `turned`, see Ggml, and `less`, what it has added to each.
+    """
 
     data: StoredTensor
     transposed: bool = False
+    turned: int = 0
+    less: float = 0.0
 
     @property
     def kind(self) -> str:
@@ -35,21 +40,23 @@ class Floats(Storage):
 
     @property
     def plain(self) -> bool:
-        return True
+        return not self.turned and not self.less
 
     @property
     def layout(self) -> tuple[object, ...]:
-        return self.kind, self.transposed
+        return self.kind, self.transposed, self.turned, self.less
 
     def packed(self, parts: Sequence[Tensor], shape: tuple[int, ...]) -> Values:
         import torch
 
         values = parts[0].view(getattr(torch, self.kind))
+        if not self.plain:
+            return Changed(values.view(shape), self.turned, self.less)
         return Values(values.view(shape[::-1]).t() if self.transposed else values.view(shape))
 
     def cut(self, start: int, count: int, shape: tuple[int, ...]) -> Floats:
         stored = shape[::-1] if self.transposed else shape
-        return Floats(cut_tensor(self.data, start, count).reshaped(stored), self.transposed)
+        return replace(self, data=cut_tensor(self.data, start, count).reshaped(stored))
 
 
 @dataclass(frozen=True)
@@ -66,3 +73,25 @@ class Values:
 
     def launch_alike(self, kernels: Kernels, out: Tensor, alike: Alike) -> bool:
         return False
+
+
+@dataclass(frozen=True)
+class Changed(Values):
+    """Values that are put in order, or less something, where they are copied."""
+
+    turned: int
+    less: float
+
+    def decode(self, out: Tensor) -> None:
+        values = self.values if not self.less else self.values.float() - self.less
+        if self.turned:
+            copy_turned(values, out, self.turned)
+        else:
+            out.copy_(values)
+
+
+def copy_turned(turned: Tensor, out: Tensor, head: int) -> None:
+    """Rows whose RoPE pairs lie side by side, to rows whose pairs are half a `head` apart."""
+    columns = turned[0].numel()
+    pairs = turned.view(-1, head // 2, 2, columns)
+    out.view(-1, 2, head // 2, columns).copy_(pairs.transpose(1, 2))

@@ -198,7 +198,11 @@ class MadeNf4(Storage):
 
         from layersweep.checkpoint import nf4
 
-        weight = self.floats.packed([read(self.floats.data)], shape).values
+        packed = self.floats.packed([read(self.floats.data)], shape)
+        weight = packed.values
+        if not self.floats.plain:
+            weight = torch.empty_like(packed.values)
+            packed.decode(weight)
         quantized = nf4.quantize(weight, blocksize=MADE_BLOCK, nested=False)
         for part, made in zip(parts, (quantized.packed, quantized.absmax), strict=True):
             part.copy_(made.reshape(-1).view(torch.uint8))

@@ -7,7 +7,6 @@ products are those of ggml's reference in their order, so results equal it bit f
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from layersweep.checkpoint.storage.floats import copy_turned
 from layersweep.checkpoint.storage.ggml import GgmlType
 
 if TYPE_CHECKING:
@@ -56,13 +56,6 @@ class Blocks:
             return False
         kernels.ggml_dequantize(self.data, self.type.name.lower(), out, self.turned, alike)
         return True
-
-
-def copy_turned(turned: Tensor, out: Tensor, head: int) -> None:
-    """Rows whose RoPE pairs lie side by side, to rows whose pairs are half a `head` apart."""
-    columns = math.prod(turned.shape[1:])
-    pairs = turned.view(-1, head // 2, 2, columns)
-    out.view(-1, 2, head // 2, columns).copy_(pairs.transpose(1, 2))
 
 
 def _fields(packed: Tensor, run: int, bits: int) -> Tensor:
