@@ -33,7 +33,7 @@ class Floats:
         """Whether all are in [least, PLAUSIBLE); NaN is not."""
         values = np.ndarray(self.shape, self.look.dtype, memory, self.start, self.strides)
         lowest, highest = np.minimum.reduce(values, axis=None), np.maximum.reduce(values, axis=None)
-        return bool(lowest >= self.look.least and highest < PLAUSIBLE)
+        return float(lowest) >= self.look.least and float(highest) < PLAUSIBLE
 
 
 @dataclass(frozen=True)
