@@ -30,10 +30,10 @@ class Floats:
     look: Look
 
     def plausible(self, memory: NDArray[np.uint8]) -> bool:
-        """Whether all are in [least, PLAUSIBLE); NaN is not."""
+        """Whether all are in [least, limit); NaN is not."""
         values = np.ndarray(self.shape, self.look.dtype, memory, self.start, self.strides)
         lowest, highest = np.minimum.reduce(values, axis=None), np.maximum.reduce(values, axis=None)
-        return float(lowest) >= self.look.least and float(highest) < PLAUSIBLE
+        return float(lowest) >= self.look.least and float(highest) < self.look.limit
 
 
 @dataclass(frozen=True)

@@ -115,8 +115,8 @@ def scan_gguf_checkpoint(source: str, path: Path) -> tuple[Checkpoint | None, li
     meta = Metadata(files.fields, tensors, str(path), _architecture(files.fields))
     config = config_of(meta)
     if FREQUENCIES in tensors and not meta.problems:
-        tensors.pop(FREQUENCIES)
         config |= _frequencies(meta, files, config)
+        tensors.pop(FREQUENCIES)
     if meta.problems:
         return None, meta.problems
     described = describe(config, str(path))

@@ -86,15 +86,16 @@ class Piece:
 @dataclass(frozen=True)
 class Look:
     """Numbers of a piece that a glance at a whole run judges: `count` of them, `step` bytes apart,
-    from byte `first` on. None may be below `least`, NaN, or PLAUSIBLE and more; else `check` looks.
+    from byte `first` on. None may be below `least`, NaN, or `limit` and more; else `check` looks.
     """
 
     piece: int
-    dtype: Literal["f4", "f2"]
+    dtype: Literal["f4", "f2", "u1"]
     count: int
     first: int = 0
     step: int = 4
     least: float = 0.0
+    limit: float = PLAUSIBLE
 
 
 class Packed(Protocol):
