@@ -39,7 +39,7 @@ def read_gguf_tokenizer(path: Path) -> TokenizerFiles:
         raise InputError(f"{path}: found {error}, needed a readable file") from error
     if files.problems:
         raise problems_error(files.problems)
-    words = _Words(str(path), files.fields)
+    words = GgufWords(str(path), files.fields)
     made = words.tokenizer_json()
     settings = words.settings()
     template = settings.get("chat_template")
@@ -57,7 +57,10 @@ def read_gguf_tokenizer(path: Path) -> TokenizerFiles:
 
 
 @dataclass(frozen=True)
-class _Words:
+class GgufWords:
+    """What the metadata of `file` say of its tokenizer. Raises InputError, naming the key, for what
+    is missing or wrong."""
+
     file: str
     fields: Mapping[str, Value]
 
