@@ -4,7 +4,7 @@ rows of q and k of a Llama turned, 1 added to norms of Gemma, experts merged or 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +25,25 @@ ARCHITECTURES = {
 
 
 def convert(
-    folder: Path, path: Path, *, merged: bool = True, extra: Mapping[str, Tensor] | None = None
+    folder: Path,
+    path: Path,
+    *,
+    merged: bool = True,
+    more: Mapping[str, Any] | None = None,
+    change: Callable[[str, Tensor], dict[str, Tensor]] = lambda name, tensor: {name: tensor},
+    extra: Mapping[str, Tensor] | None = None,
 ) -> Path:
-    """The checkpoint in `folder` as float32, with `extra` tensors."""
+    """The checkpoint in `folder` as float32, with `more` metadata and `extra` tensors; `change`:
+    what becomes of each."""
     fields = json.loads((folder / "config.json").read_text())
     weights = {name: one.float() for name, one in load_file(folder / "model.safetensors").items()}
     architecture = ARCHITECTURES[fields["model_type"]]
     writer = gguf.GGUFWriter(path, architecture)
-    for name, value in metadata(fields).items():
+    for name, value in {**metadata(fields), **(more or {})}.items():
         put(writer, f"{architecture}.{name}", value)
     for name, tensor in {**tensors(fields, weights, merged), **(extra or {})}.items():
-        writer.add_tensor(name, tensor.contiguous().numpy())
+        for own, part in change(name, tensor).items():
+            writer.add_tensor(own, part.contiguous().numpy())
     write(writer)
     return path
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -93,3 +94,31 @@ def test_every_type_is_read_as_gguf_dequantizes_it(
     losses = oracle.losses(llama.model)
     assert losses.distance(llama.expected) > 0.01
     assert ours.losses(ours.opened(tmp_path / "model.gguf")).distance(losses) < TOLERANCE
+
+
+def test_keys_and_values_of_a_latent_may_lie_apart(tmp_path: Path) -> None:
+    """As converters since 2025 write it, with one head of keys."""
+    subject = Subject.of(MODELS["deepseek_v2"], tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    heads, nope, value = (
+        fields[name] for name in ("num_attention_heads", "qk_nope_head_dim", "v_head_dim")
+    )
+
+    def split(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+        if not name.endswith("attn_kv_b.weight"):
+            return {name: tensor}
+        keys, values = tensor.view(heads, nope + value, -1).split([nope, value], dim=1)
+        parts = {"attn_k_b": keys.transpose(1, 2), "attn_v_b": values}
+        return {name.replace("attn_kv_b", part): one for part, one in parts.items()}
+
+    lengths = {"key": nope + fields["qk_rope_head_dim"], "value": value}
+    rank = fields["kv_lora_rank"]
+    more = {f"attention.{part}_length_mla": size for part, size in lengths.items()} | {
+        "attention.key_length": rank + fields["qk_rope_head_dim"],
+        "attention.value_length": rank,
+        "attention.head_count_kv": 1,
+    }
+    path = convert(tmp_path, tmp_path / "model.gguf", more=more, change=split)
+    model = ours.opened(path)
+    assert model.checkpoint.weights["layers.0.kv_b_proj"].storage.words == "keys and values apart"
+    assert ours.losses(model).distance(subject.expected) < TOLERANCE

@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from layersweep.checkpoint.header import StoredTensor
-from layersweep.checkpoint.storage import bitsandbytes, ggml
+from layersweep.checkpoint.storage import bitsandbytes, ggml, latent
 from layersweep.checkpoint.storage.storage import Format, Headers, Packed, Storage
 
 __all__ = ["FORMATS", "Format", "Headers", "Packed", "Storage", "formats_of"]
 
 # A tensor is of the first format that takes it. The last one takes every tensor: it reads floats
 # too, and says what is wrong with those that are neither.
-FORMATS: tuple[Format, ...] = (ggml, bitsandbytes)
+FORMATS: tuple[Format, ...] = (latent, ggml, bitsandbytes)
 
 
 def formats_of(tensors: Mapping[str, StoredTensor]) -> dict[str, Format]:
