@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from layersweep.checkpoint import nf4
 from layersweep.study.gate import COPY, Card
 from layersweep.study.gate_tokens import choose_tokens
+from layersweep.text.chat import Message
 from layersweep.text.source import headings
 from layersweep.text.tokenizer import TextTokenizer, hash_ids
 
@@ -157,7 +158,7 @@ def test_digits_stay_alone_and_chats_have_special_tokens(folder: Path) -> None:
     words = [TOKENS[token] for token in tokenizer.encode("the cat the 12")]
     assert words == ["the", "\u0120", "c", "a", "t", "\u0120the", "\u0120", "1", "2"]
     assert (tokenizer.bos_id, tokenizer.bos_by_default) == (1, False)
-    assert tokenizer.render_chat("the cat") == "the cat"
+    assert tokenizer.render_chat([Message("user", "the cat")]) == "the cat"
     assert [TOKENS[token] for token in tokenizer.encode_chat("<|im_start|>a")[0]] == [WORDS[1], "a"]
     theirs = AutoTokenizer.from_pretrained(folder / "smollm2-nf4")
     assert theirs("the cat the 12")["input_ids"] == tokenizer.encode("the cat the 12")

@@ -17,6 +17,7 @@ from builders_tokenizer import CHAT_TEMPLATE, save_tokenizer, train_byte_level, 
 from test_gguf_tokenizer import tokenizer_file
 
 from layersweep.text.bos import resolve_bos
+from layersweep.text.chat import Message
 from layersweep.text.tokenizer import TextTokenizer
 
 Json = dict[str, Any]
@@ -187,11 +188,18 @@ def test_a_chat_is_rendered_as_by_transformers(
 ) -> None:
     settings = {"chat_template": template, "pad_token": "<pad>", "image_token": "<image>"}
     folder = files(tmp_path, settings)
-    messages = [{"role": "user", "content": "<a> & 'é'"}]
-    oracle = theirs(folder).apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=True
-    )
-    assert TextTokenizer.load(folder).render_chat("<a> & 'é'") == oracle
+    said = [("user", "<a> & 'é'"), ("assistant", "to </b>\n"), ("user", " and 'c'?")]
+    messages = [{"role": role, "content": content} for role, content in said]
+    tokenizer, found = theirs(folder), TextTokenizer.load(folder)
+    for count in (1, 3):
+        text, ids = (
+            tokenizer.apply_chat_template(
+                messages[:count], tokenize=tokenize, add_generation_prompt=True, return_dict=False
+            )
+            for tokenize in (False, True)
+        )
+        ours = [Message(role, content) for role, content in said[:count]]
+        assert (found.render_chat(ours), found.encode_messages(ours)) == (text, ids)
 
 
 @pytest.mark.parametrize(

@@ -325,6 +325,12 @@ def dense_bytes(decoder: Decoder, element: int, *, cpu: bool = False) -> int:
     return max(most, *(attention[layer] + feed.get(layer, 0) for layer in attention)) * element
 
 
+def dense_total(decoder: Decoder, element: int) -> int:
+    """Every block but the embedding, decoded, in bytes."""
+    every = (block for block in blocks(decoder) if block.role != "embed")
+    return sum(dense_elements(block, element) for block in every) * element
+
+
 def dense_elements(block: BlockShape, element: int) -> int:
     """Numbers of `element` bytes that a block's dense weights take, each weight at a place where
     kernels load vectors."""
