@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from layersweep.errors import InputError
+from layersweep.generate.config import GenerationConfig
+from layersweep.generate.request import Sampling
 from layersweep.text.bos import resolve_bos
 from layersweep.text.tokenizer import TextTokenizer
 
@@ -51,8 +53,12 @@ def tokenizer_file(path: Path, tokenizer: Tokenizer, model: str, **fields: Any) 
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     for name, value in fields.items():
-        add = {bool: writer.add_bool, str: writer.add_string, int: writer.add_uint32}[type(value)]
-        add(f"tokenizer.{name.replace('__', '.')}", value)
+        add = {
+            bool: writer.add_bool, str: writer.add_string, int: writer.add_uint32,
+            float: writer.add_float32,
+        }[type(value)]  # fmt: skip
+        name = name.replace("__", ".")
+        add(name if name.startswith("general") else f"tokenizer.{name}", value)
     write(writer)
     return path
 
@@ -137,3 +143,18 @@ def test_a_file_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     write(writer)
     with pytest.raises(InputError, match=r"tokenizer\.ggml\.model: found None"):
         TextTokenizer.load(tmp_path / "model.gguf")
+
+
+def test_a_text_ends_and_is_sampled_as_the_metadata_say(tmp_path: Path) -> None:
+    path = tokenizer_file(tmp_path / "plain.gguf", train_byte_level(), "gpt2")
+    assert GenerationConfig.read(path) == GenerationConfig(frozenset({2}))
+    sampling = {"temp": 0.5, "top_k": 7, "top_p": 0.75, "min_p": 0.25, "penalty_repeat": 1.5}
+    fields = {f"general__sampling__{name}": value for name, value in sampling.items()}
+    path = tokenizer_file(
+        tmp_path / "model.gguf", train_byte_level(), "gpt2", ggml__eot_token_id=0, **fields
+    )
+    found = GenerationConfig.read(path)
+    assert found.ends == {2, 0}
+    assert found.sampling == Sampling(
+        do_sample=True, temperature=0.5, top_k=7, top_p=0.75, min_p=0.25, repetition_penalty=1.5
+    )
