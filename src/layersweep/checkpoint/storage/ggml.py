@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from layersweep.checkpoint.header import StoredTensor
 from layersweep.checkpoint.storage.floats import FLOATS
-from layersweep.checkpoint.storage.storage import PLAUSIBLE, Headers, Look, Storage
+from layersweep.checkpoint.storage.storage import Headers, Look, Storage
 from layersweep.errors import CheckpointError
 from layersweep.problems import DOWNLOAD_AGAIN
 
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GgmlType:
-    """`number`: in files. `halves`: offsets of the float16 scales in a block; `powers`: of those
-    that are a byte, a power of two. `decoded`: whether this package decodes it; its size is known
-    in any case."""
+    """`number`: in files. `halves`: offsets of the float16 scales in a block, neighbours; `powers`:
+    of those that are a byte, a power of two. `decoded`: whether this package decodes it; its size
+    is known in any case."""
 
     name: str
     number: int
@@ -119,9 +119,13 @@ class Ggml(Storage):
     @property
     def looks(self) -> tuple[Look, ...]:
         count, step = self.data.nbytes // self.type.nbytes, self.type.nbytes
-        halves = (Look(0, "f2", count, at, step, least=-PLAUSIBLE) for at in self.type.halves)
-        powers = (Look(0, "u1", count, at, step, limit=LARGEST_POWER) for at in self.type.powers)
-        return *halves, *powers
+        if self.type.powers:
+            return (Look(0, "u1", count, self.type.powers[0], step, limit=LARGEST_POWER),)
+        return (
+            Look(
+                0, "2f2" if len(self.type.halves) == 2 else "f2", count, self.type.halves[0], step
+            ),
+        )
 
     def packed(self, parts: Sequence[Tensor], shape: tuple[int, ...]) -> Blocks:
         from layersweep.checkpoint.storage.ggml_blocks import Blocks

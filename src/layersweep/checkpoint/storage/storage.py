@@ -86,11 +86,12 @@ class Piece:
 @dataclass(frozen=True)
 class Look:
     """Numbers of a piece that a glance at a whole run judges: `count` of them, `step` bytes apart,
-    from byte `first` on. None may be below `least`, NaN, or `limit` and more; else `check` looks.
+    from byte `first` on. None may be below `least`, NaN, or `limit` and more, and halves ("2f2":
+    two neighbours) must be finite; else `check` looks.
     """
 
     piece: int
-    dtype: Literal["f4", "f2", "u1"]
+    dtype: Literal["f4", "u1", "f2", "2f2"]
     count: int
     first: int = 0
     step: int = 4
