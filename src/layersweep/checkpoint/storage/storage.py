@@ -86,7 +86,7 @@ class Piece:
 @dataclass(frozen=True)
 class Look:
     """Numbers of a piece that a glance at a whole run judges: `count` of them, `step` bytes apart,
-    from byte `first` on. None may be below `least`, NaN, or `limit` and more, and halves ("2f2":
+    from byte `first` on. None may be below `least`, NaN, or `below` and more, and halves ("2f2":
     two neighbours) must be finite; else `check` looks.
     """
 
@@ -96,7 +96,7 @@ class Look:
     first: int = 0
     step: int = 4
     least: float = 0.0
-    limit: float = PLAUSIBLE
+    below: float = PLAUSIBLE
 
 
 class Packed(Protocol):
