@@ -35,12 +35,15 @@ BY_DIM = [
     # 10 s each; products in tensor cores, which sm_75 does not have
     pytest.param("packed", 0, (8, 0), 128, marks=pytest.mark.slow),
     pytest.param("packed", 1, (9, 0), 256, marks=pytest.mark.slow),
+    ("ggml", 0, (7, 5), 0),  # 13 kernels: 2 s
+    pytest.param("ggml", 2, (9, 0), 0, marks=pytest.mark.slow),
 ]
 
 
 @pytest.mark.parametrize(("scalar", "capability"), PAIRS, ids=str)
 @pytest.mark.parametrize(
-    "name", [name for name in LAYOUTS if name not in ("trellis", "capped", "router", "packed")]
+    "name",
+    [name for name in LAYOUTS if name not in ("trellis", "capped", "router", "packed", "ggml")],
 )
 def test_source_compiles(name: str, scalar: int, capability: tuple[int, int]) -> None:
     holds_kernels(name, compile_cubin(read_source(name), capability, {"SCALAR": scalar}))

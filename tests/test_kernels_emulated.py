@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from layersweep.checkpoint.storage.ggml import DECODED
 from layersweep.kernels import KernelError, Kernels, load_kernels
 from layersweep.kernels.codecs import Launcher
 from layersweep.kernels.runtime import Argument
@@ -130,6 +131,13 @@ def test_a_group_of_experts_is_decoded_by_one_launch_for_each_key(
             assert all(torch.equal(together[key], plain[key]) for key in plain)
     engine.close()
     assert launches == ["nf4_alike"] * 3  # of the group; the store decodes what comes alone
+
+
+@pytest.mark.parametrize("kind", DECODED)
+def test_ggml(workshop: Workshop, kind: str, seed: int) -> None:
+    kernels = workshop.kernels(torch.float16)  # one source of 13 kernels takes 3 s to compile
+    check.check_ggml(kernels, CPU, kind, seed)
+    check.check_ggml(kernels, CPU, kind, seed, head=8)
 
 
 @pytest.mark.parametrize("width", [8, 248, 256, 1032, 2304])

@@ -14,6 +14,7 @@ from capped_checks import check_capped
 from grouped_checks import check_gathered_rows, check_grouped, check_rows_are_their_own
 from half_search import half_search
 
+from layersweep.checkpoint.storage.ggml import DECODED
 from layersweep.families.spec import Router
 from layersweep.kernels import Kernels, load_kernels
 from layersweep.kv import lloyd, trellis
@@ -58,6 +59,12 @@ def test_nf4_of_any_block_size_and_alignment(
 @pytest.mark.parametrize("parts", [16, 5, 40])
 def test_nf4_of_weights_that_lie_alike(kernels: Kernels, parts: int, seed: int) -> None:
     check.check_nf4_alike(kernels, DEVICE, (1536, 2048), parts, seed)
+
+
+@pytest.mark.parametrize("kind", DECODED)
+def test_ggml(kernels: Kernels, kind: str, seed: int) -> None:
+    check.check_ggml(kernels, DEVICE, kind, seed)
+    check.check_ggml(kernels, DEVICE, kind, seed, head=8)
 
 
 @pytest.mark.parametrize("width", [256, 4096, 8])

@@ -43,7 +43,7 @@ def test_it_is_read_as_published_nested_nf4_with_a_packed_router(folder: Path) -
     assert (checkpoint.weights_kind, checkpoint.router_kind) == ("nf4", "nf4")
     assert checkpoint.decoder == SMALL.decoder
     assert checkpoint.decoder.synthetic
-    assert checkpoint.weights["layers.31.experts.7.down_proj"].quant.nested is not None
+    assert checkpoint.weights["layers.31.experts.7.down_proj"].storage.nested is not None
     assert len(checkpoint.files) >= 2
 
 
