@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 FOLDER = Path(__file__).parent
-HEADERS = ("common.cuh", "rotation.cuh", "trellis_search.cuh")
+HEADERS = ("common.cuh", "rotation.cuh", "trellis_search.cuh", "weights.cuh")
 
 
 class KernelError(RuntimeError):

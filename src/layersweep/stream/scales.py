@@ -30,10 +30,11 @@ class Floats:
     look: Look
 
     def plausible(self, memory: NDArray[np.uint8]) -> bool:
-        """Whether all are in [least, PLAUSIBLE); NaN is not."""
+        """Whether all are in [least, below); NaN is not."""
         values = np.ndarray(self.shape, self.look.dtype, memory, self.start, self.strides)
-        lowest, highest = np.minimum.reduce(values, axis=None), np.maximum.reduce(values, axis=None)
-        return bool(lowest >= self.look.least and highest < PLAUSIBLE)
+        lowest = float(np.minimum.reduce(values, axis=None))  # of any dtype, and then comparable
+        highest = float(np.maximum.reduce(values, axis=None))
+        return lowest >= self.look.least and highest < self.look.below
 
 
 @dataclass(frozen=True)

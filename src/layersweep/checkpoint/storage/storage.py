@@ -14,6 +14,7 @@ from math import prod
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from layersweep.checkpoint.header import StoredTensor
+from layersweep.checkpoint.storage.settings import NO_SETTINGS, Settings
 from layersweep.problems import DOWNLOAD_AGAIN, Problem
 
 if TYPE_CHECKING:
@@ -35,12 +36,14 @@ class Headers:
     """What the headers of a checkpoint hold; formats fill `problems` and `notes`.
 
     `read` gives the bytes of a small tensor, or is None where only headers may be read.
+    `settings`: what config.json says of the weights.
     """
 
     tensors: Mapping[str, StoredTensor]
     read: ReadValues | None
     problems: list[Problem]
     notes: dict[str, list[str]]
+    settings: Settings = NO_SETTINGS
 
     def problem(self, tensor: StoredTensor, found: str, needed: str, hint: str = "") -> None:
         file = str(tensor.file)
@@ -62,8 +65,8 @@ class Format(Protocol):
     """A format, which is a module. Which one a tensor belongs to is told by what is stored."""
 
     def base(self, tensor: StoredTensor) -> str | None:
-        """The weight that this tensor is the data of ("....weight"); None where it is of another
-        format, or a companion."""
+        """The weight that this tensor shows to be of this format ("....weight"): its data, or a
+        companion that no other format has. None for any other."""
         ...
 
     def companions(self, base: str) -> Iterable[str]:
@@ -86,15 +89,17 @@ class Piece:
 @dataclass(frozen=True)
 class Look:
     """Numbers of a piece that a glance at a whole run judges: `count` of them, `step` bytes apart,
-    from byte `first` on. None may be below `least`, NaN, or PLAUSIBLE and more; else `check` looks.
+    from byte `first` on. None may be NaN, less than `least`, or `below` and more; else `check`
+    looks. Unsigned integers are bits of floats that numpy does not know.
     """
 
     piece: int
-    dtype: Literal["f4", "f2"]
+    dtype: Literal["f4", "f2", "i4", "u2", "u1"]
     count: int
     first: int = 0
     step: int = 4
     least: float = 0.0
+    below: float = PLAUSIBLE
 
 
 class Packed(Protocol):
