@@ -31,6 +31,7 @@ import torch
 import transformers.models.auto.configuration_auto  # noqa: F401  its import is not what is timed
 from checkpoint_builders import STATE, pack, tiny_config
 from hostile_damages import CONFIG, FIRST, INDEX, SECOND, SINGLE, Shard
+from hostile_gguf import mutated, valid
 from safetensors.torch import save
 
 import layersweep.checkpoint
@@ -49,6 +50,7 @@ SLOW_S, HANGS_S, LARGE_MB = 1.0, 5.0, 200.0
 LONGEST_MESSAGE = 4000
 
 Files = dict[str, bytes]
+GGUF = "model.gguf"
 
 
 # --- inputs --------------------------------------------------------------------------------------
@@ -56,7 +58,8 @@ Files = dict[str, bytes]
 
 def seeds() -> list[Files]:
     """A Mixtral of 23 tensors in one file and in two: bf16, one NF4 weight with nested scales and
-    one with plain ones. A third with its experts fused, in NF4: 12 scales to two nested blocks."""
+    one with plain ones. A third with its experts fused, in NF4: 12 scales to two nested blocks. A
+    Llama as GGUF."""
     hidden, inner, vocab = 16, 16, 8
     config = tiny_config() | {
         "vocab_size": vocab, "hidden_size": hidden, "intermediate_size": inner,
@@ -94,6 +97,7 @@ def seeds() -> list[Files]:
         small | {SINGLE: save(tensors, {"format": "pt"})},
         small | {SINGLE: save(fused, {"format": "pt"})},
         small | {FIRST: save(halves[0]), SECOND: save(halves[1]), INDEX: index},
+        {GGUF: valid().encode()},
     ]
 
 
@@ -209,7 +213,9 @@ def mutate(rng: random.Random, files: Files) -> Files:
     while True:
         name = rng.choice(sorted(files))
         kind = rng.random()
-        if kind < 0.03:
+        if name == GGUF:
+            files[name] = mutated(rng, files[name])
+        elif kind < 0.03:
             other = rng.choice(sorted(files))
             files[name], files[other] = files[other], files[name]
         elif kind < 0.05 and len(files) > 2:
@@ -276,7 +282,8 @@ def _mutate_state(rng: random.Random, raw: bytes) -> bytes:
 def meet(folder: Path) -> bool:
     """Whether the checkpoint is accepted; raises anything but a refusal."""
     try:
-        checkpoint, problems = scan_checkpoint(str(folder))
+        file = folder / GGUF
+        checkpoint, problems = scan_checkpoint(str(file if file.exists() else folder))
         if checkpoint is None:
             raise problems_error(problems)
         read_all(checkpoint)

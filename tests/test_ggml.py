@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import gguf
 import numpy as np
 import pytest
@@ -10,9 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_checks import exactly, ggml_bytes
 
+from layersweep.checkpoint.gguf.config import ARCHITECTURES
 from layersweep.checkpoint.storage.ggml import DECODED, TYPES
 from layersweep.checkpoint.storage.ggml_blocks import DECODERS, Blocks
 from layersweep.kernels.weights import GGML_KINDS
+from layersweep.text.splits import SPLITS
+
+ALIASES = {"llama3", "llama-v3"}  # of llama-bpe
 
 
 def expected(kind: str, data: torch.Tensor) -> torch.Tensor:
@@ -58,3 +64,13 @@ def test_turned_rows_are_put_where_transformers_has_them() -> None:
     out = torch.empty(rows.shape)
     Blocks(torch.from_numpy(data).view(-1), TYPES["Q8_0"], turned=size).decode(out)
     exactly(out, expected("Q8_0", torch.from_numpy(straight)), 0)
+
+
+def test_the_table_of_types_in_the_docs_is_the_one_in_the_code() -> None:
+    page = (Path(__file__).resolve().parents[1] / "docs/formats.md").read_text("utf-8")
+    rows = [
+        f"| `{one.name}` | {one.elements} | {one.nbytes} | {8 * one.nbytes / one.elements:.4g} |"
+        for one in (TYPES[name] for name in ("F32", "F16", "BF16", *DECODED))
+    ]
+    assert "\n".join(rows) in page
+    assert all(f"`{name}`" in page for name in (*ARCHITECTURES, *SPLITS.keys() - ALIASES))

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from layersweep.checkpoint import nf4
 from layersweep.study.gate import COPY, Card
 from layersweep.study.gate_tokens import choose_tokens
+from layersweep.text.chat import Message
 from layersweep.text.source import headings
 from layersweep.text.tokenizer import TextTokenizer, hash_ids
 
@@ -65,7 +66,8 @@ def source(dense: LlamaForCausalLM) -> tool.Source:
         "context_length": 512,
     }  # fmt: skip
     fields = {f"llama.{name}": value for name, value in settings.items()}
-    kinds = [tool.CONTROL] * 3 + [1] * (len(TOKENS) - 3)
+    kinds = [3] * 3 + [1] * (len(TOKENS) - 3)
+    fields |= {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "smollm"}
     fields |= {"tokenizer.ggml.tokens": TOKENS, "tokenizer.ggml.merges": MERGES}
     fields |= {"tokenizer.ggml.token_type": kinds, "tokenizer.ggml.add_bos_token": False}
     for name, token in (("bos", 1), ("eos", 2), ("unknown", 0), ("padding", 2)):
@@ -156,7 +158,7 @@ def test_digits_stay_alone_and_chats_have_special_tokens(folder: Path) -> None:
     words = [TOKENS[token] for token in tokenizer.encode("the cat the 12")]
     assert words == ["the", "\u0120", "c", "a", "t", "\u0120the", "\u0120", "1", "2"]
     assert (tokenizer.bos_id, tokenizer.bos_by_default) == (1, False)
-    assert tokenizer.render_chat("the cat") == "the cat"
+    assert tokenizer.render_chat([Message("user", "the cat")]) == "the cat"
     assert [TOKENS[token] for token in tokenizer.encode_chat("<|im_start|>a")[0]] == [WORDS[1], "a"]
     theirs = AutoTokenizer.from_pretrained(folder / "smollm2-nf4")
     assert theirs("the cat the 12")["input_ids"] == tokenizer.encode("the cat the 12")

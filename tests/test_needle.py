@@ -27,6 +27,7 @@ from layersweep.tasks.needle.trials import (
     make_trials,
 )
 from layersweep.tasks.settings import EvalSettings
+from layersweep.text.chat import Message
 from layersweep.text.encoding import EncodedText
 from layersweep.text.tokenizer import TextTokenizer
 
@@ -104,9 +105,8 @@ def test_chat_puts_the_question_last_and_the_answer_prefix_after_the_template() 
                 " +", " ", f"{tail}{ANSWER_PREFIX.format(key=trial.key)} {trial.answer}"
             )
             whole = list(trial.prefix_ids + trial.branch_ids)
-            rendered = tokenizer.render_chat(
-                tokenizer.decode(whole).split("[INST]" if kind == "inst" else "user\n")[1]
-            )
+            said = tokenizer.decode(whole).split("[INST]" if kind == "inst" else "user\n")[1]
+            rendered = tokenizer.render_chat([Message("user", said)])
             assert rendered.startswith("<s>")
             assert whole[0] == 1
             assert whole[1] != 1

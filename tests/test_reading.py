@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoint_builders import tiny_checkpoint
+from hostile_gguf import valid
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,6 +25,7 @@ from layersweep.checkpoint.weights import Weight
 from layersweep.errors import CheckpointError, MachineError
 from layersweep.families.weights import BlockShape
 from layersweep.stream import preadv as preadv_module
+from layersweep.stream import scales
 from layersweep.stream.blocks import BlockSpec, PlacedWeight, Slot, block_specs
 from layersweep.stream.preadv import MOST_VECTORS
 from layersweep.stream.reader import PIECE_BYTES, RunReader
@@ -247,3 +249,25 @@ def test_equal_weights_of_equal_blocks_are_checked_by_one_look(
     nested = len(specs[run.first].weights["q_proj"].slots) == 4
     experts = [look for look in RunReader(specs)._scales(run).floats if look.shape[0] == 4]
     assert [look.shape[:2] for look in experts] == [(4, 3)] * (2 if nested else 1)
+
+
+def test_a_check_that_takes_long_is_made_by_whoever_ends_the_reading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scales, "MANY", 10)
+    path = tmp_path / "model.gguf"
+    whole = valid()
+    path.write_bytes(whole.encode())
+    specs = block_specs(open_checkpoint(str(path)))
+    run = next(run for run in runs_of(specs) if any(specs[at].role == "mlp" for at in run.blocks))
+    reader, target = RunReader(specs), torch.zeros(run.nbytes, dtype=torch.uint8)
+    assert reader.checks_itself(run)
+    checked: list[Run] = []
+    monkeypatch.setattr(reader, "check", lambda run, target: checked.append(run))
+    tasks = reader.tasks(run, target, 1 << 10)
+    for task in tasks[1:]:
+        task()
+    assert len(tasks) > 2 and checked == []
+    tasks[0]()
+    assert checked == [run]
+    reader.close()

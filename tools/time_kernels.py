@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from layersweep.checkpoint import nf4
+from layersweep.checkpoint.storage.ggml import DECODED, TYPES
 from layersweep.families.spec import Rope
 from layersweep.kernels import Kernels, load_kernels
 from layersweep.kernels.weights import Alike
@@ -105,6 +106,17 @@ def _alike_case(kernels: Kernels, dtype: torch.dtype, code: Tensor) -> Case:
     alike = Alike([at * each for at in places], [0.0 for _ in places], step)
     args = (packed, absmax, None, 64, code, out[0], alike)
     return "nf4_alike_16", partial(kernels.nf4_dequantize_alike, *args), arenas.nbytes + out.nbytes
+
+
+def ggml_cases(kernels: Kernels, dtype: torch.dtype) -> Iterator[Case]:
+    """Each type, and rows of q that are put in order on the way."""
+    for name in DECODED:
+        of, count = TYPES[name], 4096 * 14336
+        data = torch.randint(256, (count // of.elements * of.nbytes,), device=DEVICE).byte()
+        out = torch.empty(4096, 14336, dtype=dtype, device=DEVICE)
+        for what, head in (("", 0), ("_turned", 128)) if name == "Q4_K" else (("", 0),):
+            decode = partial(kernels.ggml_dequantize, data, name.lower(), out, head)
+            yield f"ggml_{name.lower()}{what}", decode, data.nbytes + out.nbytes
 
 
 def row_cases(kernels: Kernels, dtype: torch.dtype) -> Iterator[Case]:
@@ -297,7 +309,7 @@ def main() -> None:
 
     note("copy", lambda: copy.copy_(source), 2 * source.nbytes)
     rows, attention = (row_cases, router_cases), (attention_cases, rule_cases)
-    for cases in (weight_cases, *rows, *attention, score_cases, grouped_cases):
+    for cases in (weight_cases, ggml_cases, *rows, *attention, score_cases, grouped_cases):
         if args.only in cases.__name__:
             for case in cases(kernels, dtype):
                 note(*case)

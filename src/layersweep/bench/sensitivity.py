@@ -23,7 +23,6 @@ from layersweep.families.spec import Decoder
 from layersweep.kv.arms import Arm
 from layersweep.kv.methods import EXACT_BITS, METHODS
 from layersweep.study.fitting import fitting_arms
-from layersweep.study.study import with_reference
 from layersweep.sweep.generic_limits import check_modules
 from layersweep.sweep.model import Model
 from layersweep.sweep.record import Progress
@@ -36,6 +35,7 @@ from layersweep.tasks.perplexity.numbers import PerplexityNumbers
 from layersweep.tasks.perplexity.task import PerplexityTask
 from layersweep.text.bos import resolve_bos
 from layersweep.text.encoding import EncodedText
+from layersweep.text.reference import with_reference
 from layersweep.text.source import SourceText, load_text
 from layersweep.text.tokenizer import TextTokenizer, check_ids
 from layersweep.text.windows import cut_windows

@@ -95,7 +95,7 @@ class LocalFolder:
             )
         if not folder.is_dir():
             raise CheckpointError(
-                f"{folder}: found a file, needed the folder of a checkpoint, or a .gguf file",
+                f"{folder}: found a file, needed the folder that holds the checkpoint",
                 hint=f"give {folder.parent} instead",
             )
         named = os.environ.get(LINKS, "").split(os.pathsep)

@@ -79,6 +79,8 @@ def _open_config(folder: Folder, problems: list[Problem], *, generic: bool) -> t
     if "config.json" not in folder.names():
         needed = "the model's config.json"
         hint = "give the folder that holds config.json and the .safetensors files"
+        if gguf := sorted(name for name in folder.names() if name.endswith(".gguf")):
+            hint = f"give the GGUF file itself: {folder.label}/{gguf[0]}"
         if ADAPTER in folder.names():
             hint = f"{ADAPTER} says that this is an adapter: merge it into its model, and give that"
         problems.append(Problem(where, None, "no such file", needed, hint))

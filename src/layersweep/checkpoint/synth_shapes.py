@@ -175,6 +175,26 @@ DEEPSEEK_V2_LITE = PublishedShape(
         "bos_token_id": 100_000, "eos_token_id": 100_001,
     },
 )  # fmt: skip
+DEEPSEEK_V3 = PublishedShape(
+    {
+        "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3",
+        "vocab_size": 129_280, "hidden_size": 7168, "intermediate_size": 18_432,
+        "moe_intermediate_size": 2048, "num_hidden_layers": 61, "num_attention_heads": 128,
+        "num_key_value_heads": 128, "q_lora_rank": 1536, "kv_lora_rank": 512,
+        "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+        "n_routed_experts": 256, "n_shared_experts": 1, "num_experts_per_tok": 8, "n_group": 8,
+        "topk_group": 4, "topk_method": "noaux_tc", "scoring_func": "sigmoid",
+        "norm_topk_prob": True, "routed_scaling_factor": 2.5, "first_k_dense_replace": 3,
+        "moe_layer_freq": 1, "num_nextn_predict_layers": 0, "hidden_act": "silu",
+        "rms_norm_eps": 1e-6, "rope_theta": 10_000,
+        "rope_scaling": {
+            "type": "yarn", "factor": 40, "beta_fast": 32, "beta_slow": 1, "mscale": 1.0,
+            "mscale_all_dim": 1.0, "original_max_position_embeddings": 4096,
+        },
+        "attention_bias": False, "max_position_embeddings": 163_840, "tie_word_embeddings": False,
+        "bos_token_id": 0, "eos_token_id": 1,
+    },
+)  # fmt: skip
 SHAPES = {
     "mixtral-8x7b": MIXTRAL_8X7B,
     "mixtral-8x22b": MIXTRAL_8X22B,
@@ -184,4 +204,5 @@ SHAPES = {
     "gpt-oss-120b": GPT_OSS_120B,
     "glm-4.5-air": GLM_4_5_AIR,
     "deepseek-v2-lite": DEEPSEEK_V2_LITE,
+    "deepseek-v3": DEEPSEEK_V3,
 }

@@ -82,6 +82,16 @@ class Checkpoint:
         return f"{self.weights_kind}{router}"
 
     @property
+    def kinds(self) -> dict[str, tuple[int, int]]:
+        """{"q4_k": (weights, bytes), ...} of all weights but a tied head, the most bytes first."""
+        found: dict[str, tuple[int, int]] = {}
+        distinct = {weight.storage: weight for weight in self.weights.values()}
+        for weight in distinct.values():
+            count, nbytes = found.get(weight.kind, (0, 0))
+            found[weight.kind] = count + 1, nbytes + weight.nbytes
+        return dict(sorted(found.items(), key=lambda item: -item[1][1]))
+
+    @property
     def weights_kind(self) -> str:
         """How projections are stored: "nf4", "bf16", "float16", "float32", "mixed"."""
         matrices = {name: one for name, one in self.weights.items() if len(one.shape) == 2}

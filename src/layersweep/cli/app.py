@@ -12,10 +12,12 @@ import typer
 from typer.main import get_command
 
 from layersweep.cli.bench import bench
+from layersweep.cli.chat import chat
 from layersweep.cli.codec import codec
 from layersweep.cli.doctor import doctor
 from layersweep.cli.eval import evaluate
 from layersweep.cli.exits import exit_code, fail, print_any_name
+from layersweep.cli.generate import generate
 from layersweep.cli.inspect import inspect
 from layersweep.cli.kaggle import kaggle
 from layersweep.cli.merge import merge
@@ -40,6 +42,8 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command("eval")(evaluate)
+app.command("chat")(chat)
+app.command("generate")(generate)
 app.command("inspect")(inspect)
 app.command("plan")(plan)
 app.command("doctor")(doctor)

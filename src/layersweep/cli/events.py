@@ -18,6 +18,7 @@ from layersweep.runs.files import write_atomically
 from layersweep.runs.shard import WHOLE, Shard
 from layersweep.study.meter import host_bytes
 from layersweep.study.study import Study
+from layersweep.sweep.model import Model
 from layersweep.sweep.streams import state_bytes
 from layersweep.units import format_bytes
 
@@ -85,14 +86,15 @@ def layout_line(checkpoint: Checkpoint) -> str:
     return "[layout] " + "; ".join(_describe(checkpoint.weights[name]) for name in firsts if name)
 
 
-def paths_line(study: Study) -> str:
-    paths, compute = study.model.paths, study.model.compute
+def paths_line(model: Model, host: str) -> str:
+    """`host`: where weights wait, as the plan says."""
+    paths, compute = model.paths, model.compute
     dtype = str(compute.dtype).removeprefix("torch.")
     capability = f" sm_{compute.capability[0]}{compute.capability[1]}" if compute.capability else ""
     return (
         f"[paths] device {compute.device}{capability}, {dtype}; model={paths.model}; kernels: "
         f"{paths.kernels}; dequant: {paths.dequant}; experts: {paths.experts}; attention: "
-        f"{paths.attention}; host: {study.plan.host}"
+        f"{paths.attention}; host: {host}"
     )
 
 

@@ -65,6 +65,12 @@ def _show(console: Console, checkpoint: Checkpoint) -> None:
         f"weights {checkpoint.storage}, {format_bytes(checkpoint.nbytes)} in {files}",
         soft_wrap=True,
     )
+    if "mixed" in checkpoint.storage:
+        each = (
+            f"{count} x {kind} {format_bytes(nbytes)}"
+            for kind, (count, nbytes) in checkpoint.kinds.items()
+        )
+        console.print(f"mixed: {', '.join(each)}", soft_wrap=True)
     console.print(f"fingerprint {checkpoint.fingerprint}", soft_wrap=True)
     for words in layer_lines(decoder):
         console.print(words, soft_wrap=True)

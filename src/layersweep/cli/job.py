@@ -148,7 +148,7 @@ def _prepare(
     study = prepared or prepare_study(loaded, job.settings, kept=kept, shard=shard)
     if kept:
         _start(folder, study, events)
-    events.say_once(paths_line(study))
+    events.say_once(paths_line(study.model, study.plan.host))
     events.say_once(budget_line(study))
     events.say_once(versions_line())
     for fallback in study.fallbacks:

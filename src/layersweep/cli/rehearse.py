@@ -35,7 +35,7 @@ def rehearse_study(job: Job, layers: int) -> None:
     loaded = load(job.source, **asdict(job.machine))
     events.say(layout_line(loaded.checkpoint))
     seen = rehearse(loaded, job.settings, layers)
-    events.say(paths_line(seen.study))
+    events.say(paths_line(seen.study.model, seen.study.plan.host))
     events.say(versions_line())
     for line in _lines(seen):
         typer.echo(line)

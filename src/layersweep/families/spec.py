@@ -48,6 +48,11 @@ class Rope:
     short_factor: tuple[float, ...] = ()
     long_factor: tuple[float, ...] = ()
 
+    @property
+    def depends_on_length(self) -> bool:
+        """Of the whole sequence, see model/rope.py."""
+        return self.kind in ("dynamic", "longrope")
+
 
 @dataclass(frozen=True)
 class Norm:
@@ -193,6 +198,14 @@ class Layer:
     attention_out_norm: Norm | None = None
     feed_out_norm: Norm | None = None
     residual: float = 1.0
+
+    @property
+    def projects_keys(self) -> bool:
+        """Keys, before RoPE, are a projection of normed rows and no more: what weights say of
+        their directions is all that there is."""
+        one, norm = self.attention, self.attention_norm
+        more = one.latent or one.qk_norm or one.bias or one.clip
+        return not more and norm is not None and not norm.offset
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,8 +30,7 @@ ALIGNMENT = 256
 Decode = Callable[[Packed, Tensor], None]  # fills the second with the dense weight
 
 
-@dataclass(frozen=True)
-class Slot:
+class Slot(NamedTuple):  # of which a model has 100,000
     """A byte range of an arena. `source` is None where the bytes are made while reading."""
 
     source: StoredTensor | None

@@ -1,6 +1,7 @@
 """Reads runs from a checkpoint's files, each byte range straight into its place.
 
-tasks(run, target) -> small pieces of work, any order, any thread; then check(run, target)
+tasks(run, target) -> small pieces of work, any order, any thread
+then check(run, target), unless it checks_itself(run)
 """
 
 from __future__ import annotations
@@ -59,11 +60,24 @@ class RunReader:
             self._scales(run)
 
     def tasks(self, run: Run, target: Tensor, piece: int = PIECE_BYTES) -> list[Task]:
-        """The work that fills `target` (uint8, CPU, run.nbytes): up to `piece` bytes each."""
+        """The work that fills `target` (uint8, CPU, run.nbytes): up to `piece` bytes each. A check
+        that takes long is part of it, see `checks_itself`."""
         assert target.numel() == run.nbytes  # addresses are not checked again
         reading = self._reading(run, piece)
         made = [partial(self._make, placed, target[start:]) for placed, start in reading.made]
-        return [*made, *(partial(self._fill_all, calls, target) for calls in reading.calls)]
+        found: list[Task] = [
+            *made,
+            *(partial(self._fill_all, calls, target) for calls in reading.calls),
+        ]
+        if not self.checks_itself(run):
+            return found
+        countdown = _Countdown(len(found), partial(self.check, run, target))
+        return [partial(countdown.run, task) for task in found]
+
+    def checks_itself(self, run: Run) -> bool:
+        """Whether the last task of a run to end looks at its scales: of GGML's types there is one
+        in 18 bytes, and the thread that copies to the device would take longer than the copy."""
+        return self._scales(run).long
 
     def check(self, run: Run, target: Tensor) -> None:
         """Scales of a run whose tasks are done. Raises CheckpointError for NaN or infinity, which
@@ -176,6 +190,23 @@ class RunReader:
                 os.close(handle)
             self._handles.clear()
             self._opened.clear()
+
+
+class _Countdown:
+    """Tasks of which the last one to end goes on with `then`; none does where one fails."""
+
+    def __init__(self, count: int, then: Callable[[], None]) -> None:
+        self._left, self._then = count, then
+        self._lock = threading.Lock()
+
+    def run(self, task: Task) -> int:
+        nbytes = task()
+        with self._lock:
+            self._left -= 1
+            last = not self._left
+        if last:
+            self._then()
+        return nbytes
 
 
 def _state(handle: int) -> tuple[int, int]:

@@ -313,8 +313,11 @@ def dense_bytes(decoder: Decoder, element: int, *, cpu: bool = False) -> int:
     head."""
     attention: dict[int | None, int] = {}
     feed: dict[int | None, int] = {}
-    most = 0
+    most, before = 0, None
     for block in blocks(decoder):
+        if before and block.weights is before.weights:  # one expert of a layer is like the others
+            continue
+        before = block
         if block.layer is None:
             most = max(most, dense_elements(block, element))
         else:
@@ -323,6 +326,12 @@ def dense_bytes(decoder: Decoder, element: int, *, cpu: bool = False) -> int:
             size = dense_elements(block, element) * slots(block, at_once)
             part[block.layer] = max(part.get(block.layer, 0), size)
     return max(most, *(attention[layer] + feed.get(layer, 0) for layer in attention)) * element
+
+
+def dense_total(decoder: Decoder, element: int) -> int:
+    """Every block but the embedding, decoded, in bytes."""
+    every = (block for block in blocks(decoder) if block.role != "embed")
+    return sum(dense_elements(block, element) for block in every) * element
 
 
 def dense_elements(block: BlockShape, element: int) -> int:

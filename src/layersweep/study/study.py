@@ -6,9 +6,9 @@ then reads the weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import cast
 
@@ -39,7 +39,7 @@ from layersweep.tasks.settings import SHORTEN, EvalSettings
 from layersweep.tasks.task import GeneratedTask, Source, Task
 from layersweep.text.bos import resolve_bos
 from layersweep.text.encoding import EncodedText
-from layersweep.text.reference import reference_ids
+from layersweep.text.reference import with_reference
 from layersweep.text.source import SourceText, load_text
 from layersweep.text.tokenizer import TextTokenizer, check_ids
 
@@ -289,18 +289,6 @@ def prepare_study(
     )  # fmt: skip
     study.plan_rest()
     return study
-
-
-def with_reference(
-    model: Model, arms: Sequence[Arm], tokenizer: TextTokenizer, bos_id: int | None
-) -> Model:
-    """With the reference text, where an arm takes its coordinates from it and the sweep does."""
-    if not (can_fit(model.decoder) and any(arm.fits for arm in arms)):
-        return model
-    ids = reference_ids(tokenizer, bos_id, length_limit(model.decoder)[0])
-    check_ids(ids, model.decoder.vocab_size)
-    beside = tuple(replace(one, reference=ids) for one in model.beside)
-    return replace(model, reference=ids, beside=beside)
 
 
 def tile_key(tile: Tile) -> TileKey:

@@ -15,6 +15,7 @@ from layersweep.kv.codec import Grouping, grouping
 from layersweep.kv.methods import FIRST_BLOCK
 from layersweep.kv.store import KvStore
 from layersweep.model.maths import linear
+from layersweep.sweep.caches import KeptCaches
 from layersweep.sweep.context import LayerContext, Table
 from layersweep.sweep.heads import (
     Projected,
@@ -25,6 +26,8 @@ from layersweep.sweep.heads import (
     rotary_part,
 )
 from layersweep.sweep.reference import fitted
+from layersweep.sweep.running import RunningCaches
+from layersweep.sweep.running_attention import attend_running
 from layersweep.sweep.sequences import Branch, BranchedSequence, Group, Tile
 from layersweep.sweep.state import TileState, attention_batch
 from layersweep.sweep.step import attend_step
@@ -65,7 +68,10 @@ def _attend_rows(state: TileState, group: Group, context: LayerContext) -> None:
     if context.fits:
         context.fit = fitted(projected, context.table(group.rows_each), context)
     out = take(len(hidden), layer.attention.out_width, dtype=dtype)
-    attend = attend_step if group.sequences[0].past else attend_group
+    if isinstance(context.caches, RunningCaches):
+        attend = attend_running
+    else:
+        attend = attend_step if group.sequences[0].past else attend_group
     attend(state.tile, group, projected, out, context)
     bias = weights.get("o_bias")
     if layer.attention_out_norm is None and bias is None and layer.residual == 1.0:
@@ -151,13 +157,14 @@ def attend_group(
     if context.watch is not None and store is not None:
         mine = _some(streams, slice(prefix, prefix + len(sequence.branches[0].ids)))
         context.watch(Attended(group, q, out, mine, past, store, first, table, context))
-    if context.caches is not None:
+    if isinstance(context.caches, KeptCaches):
         _keep(tile, group, first, store, streams, apart, table, context)
 
 
 def _reach(tile: Tile, sequence: BranchedSequence, context: LayerContext) -> int:
     """Tokens that RoPE is made for: all that the sequence will have."""
-    return context.caches.tile(tile).longest if context.caches else sequence.longest
+    kept = context.caches
+    return kept.tile(tile).longest if isinstance(kept, KeptCaches) else sequence.longest
 
 
 def _some(streams: Streams, tokens: slice) -> Streams:
@@ -206,7 +213,7 @@ def _keep(
     apart: Streams | None, table: Table | None, context: LayerContext,
 ) -> None:  # fmt: skip
     """Put away what each branch has seen. `apart` as in _attend."""
-    assert context.caches is not None
+    assert isinstance(context.caches, KeptCaches)
     before, branches = len(group.sequences[0].prefix), len(group.sequences[0].branches)
     with context.scratch.frame():
         own = _some(apart or streams, slice(before, None))

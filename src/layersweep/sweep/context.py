@@ -20,6 +20,7 @@ from layersweep.model.compute import Compute, Scratch
 from layersweep.model.rope import rope_table
 from layersweep.sweep.caches import KeptCaches
 from layersweep.sweep.dense import Views
+from layersweep.sweep.running import RunningCaches
 from layersweep.sweep.sequences import BranchedSequence
 from layersweep.sweep.streams import streams_of
 
@@ -40,8 +41,7 @@ class RopeTables:
 
     def of(self, rope: Rope, length: int) -> Table:
         """For a sequence of `length` tokens."""
-        depends = rope.kind in ("dynamic", "longrope")
-        at = (rope, length if depends else self.longest)
+        at = (rope, length if rope.depends_on_length else self.longest)
         if at not in self._made:
             positions = torch.arange(self.longest, device=self.compute.device)
             cos, sin = rope_table(rope, positions, at[1])
@@ -62,7 +62,7 @@ class LayerContext:
     # (tile name, arm) -> [bits stored, elements they stand for]
     cache_bits: dict[tuple[str, str], list[float]]
     # None in evaluations, which drop a layer's keys and values
-    caches: KeptCaches | None = None
+    caches: KeptCaches | RunningCaches | None = None
     watch: Watch | None = None
     # of the reference text, where it rides; `fits`: the visit is that of the text itself
     fit: Fit | None = None
@@ -110,13 +110,10 @@ class LayerContext:
     @cached_property
     def basis(self) -> Basis | None:
         """None where keys are more than a projection of normed rows."""
-        one, norm = self.attention, self.layer.attention_norm
-        if one.latent or one.qk_norm or one.bias or one.clip or norm is None or norm.offset:
+        if not self.layer.projects_keys:
             return None
-        weights = self.weights
-        return key_basis(
-            weights["q_proj"], weights["k_proj"], weights["attention_norm"], one.head_dim
-        )
+        weights, dim = self.weights, self.attention.head_dim
+        return key_basis(weights["q_proj"], weights["k_proj"], weights["attention_norm"], dim)
 
     def table(self, length: int) -> Table | None:
         """cos and sin for a sequence of `length` tokens; None where the layer turns nothing."""

@@ -1,4 +1,5 @@
-"""Dense weights in the compute dtype: one buffer, filled anew for every block that is used."""
+"""Dense weights in the compute dtype: one buffer, filled anew for every block that is used, or
+memory that keeps all of them, where many walks follow and it has room."""
 
 from __future__ import annotations
 
@@ -39,10 +40,12 @@ class DenseWeights:
     `attention`, `feeds` and `head` are views by key, those of JOINED besides those of the block:
     qkv_proj [(Q + 2G) D, H], gate_up_proj [2I, H]. Those of `feeds` have a dimension in front, for
     an MLP (1) or the experts that are dense together. Filling is ordered with the products on the
-    stream, so the buffer is reused at once.
+    stream, so the buffer is reused at once. `keeps`: each block has memory of its own instead, and
+    is decoded once.
     """
 
-    def __init__(self, decoder: Decoder, compute: Compute) -> None:
+    def __init__(self, decoder: Decoder, compute: Compute, *, keeps: bool = False) -> None:
+        self._kept: dict[int, Views] | None = {} if keeps else None  # by the first block's number
         element = compute.dtype.itemsize
         count = dense_bytes(decoder, element, cpu=compute.cpu) // element
         self._memory = torch.empty(count, dtype=compute.dtype, device=compute.device)
@@ -67,6 +70,9 @@ class DenseWeights:
         """An MLP of the layer, or experts, which lie side by side at equal distances."""
         shape = blocks[0].spec.shape
         step = self._size(shape)
+        if self._kept is not None:
+            self.feeds = self._kept_feeds(blocks, step)
+            return
         each = [self._at(block.spec.shape, slot * step) for slot, block in enumerate(blocks)]
         self.feeds = self._stacked(shape, len(blocks))
         together = self._decoded_together(blocks, each[0], step)
@@ -109,25 +115,39 @@ class DenseWeights:
         return block.dense("embed", self._memory.dtype, out=out)
 
     def _filled(self, block: Block, start: int) -> Views:
+        if self._kept is not None:
+            at = id(block.spec)
+            if at not in self._kept:
+                memory = self._memory.new_empty(self._size(block.spec.shape))
+                self._kept[at] = _views(block.spec.shape, memory)
+                self._fill(block, self._kept[at])
+            return self._kept[at]
         views = self._at(block.spec.shape, start)
         self._fill(block, views)
         return views
 
+    def _kept_feeds(self, blocks: Sequence[Block], step: int) -> Views:
+        assert self._kept is not None
+        shape, at = blocks[0].spec.shape, id(blocks[0].spec)
+        if at not in self._kept:
+            memory = self._memory.new_empty(step * len(blocks))
+            for slot, block in enumerate(blocks):
+                self._fill(block, _views(shape, memory[slot * step :]))
+            self._kept[at] = _stacked(_views(shape, memory), len(blocks), step, memory.itemsize)
+        return self._kept[at]
+
     def _at(self, shape: BlockShape, start: int) -> Views:
         at = (start, shape.float32, *shape.weights.items())
         if at not in self._known:
-            self._known[at] = self._views(shape, start)
+            self._known[at] = _views(shape, self._memory, start)
         return self._known[at]
 
     def _stacked(self, shape: BlockShape, count: int) -> Views:
         """The first of `count` equal blocks from the buffer's start on, and its like behind it."""
         at = (count, shape.float32, *shape.weights.items())
         if at not in self._stacks:
-            step = self._size(shape) * self._memory.itemsize
-            self._stacks[at] = {
-                key: view.as_strided((count, *view.shape), (step // view.itemsize, *view.stride()))
-                for key, view in self._at(shape, 0).items()
-            }
+            step, element = self._size(shape), self._memory.itemsize
+            self._stacks[at] = _stacked(self._at(shape, 0), count, step, element)
         return self._stacks[at]
 
     def _fill(self, block: Block, views: Views, done: frozenset[str] = frozenset()) -> None:
@@ -141,20 +161,32 @@ class DenseWeights:
             else:
                 block.dense(key, view.dtype, out=view)
 
-    def _views(self, block: BlockShape, start: int) -> Views:
-        views: dict[str, Tensor] = {}
-        places: dict[str, int] = {}
-        shapes, memory = block.weights, self._memory
-        for key, shape in shapes.items():
-            if not any(key in keys[1:] for keys in JOINED.values()):
-                start = -(-start // VECTOR_ALIGNMENT) * VECTOR_ALIGNMENT
-            places[key], end = start, start + dense_places(block, key, memory.itemsize)
-            dtype = torch.float32 if key in block.float32 else memory.dtype
-            views[key], start = memory[start:end].view(dtype).view(shape), end
-        for joined, keys in JOINED.items():
-            if all(key in views for key in keys):
-                rows, rest = sum(len(views[key]) for key in keys), shapes[keys[0]][1:]
-                first = places[keys[0]]
-                joint = memory[first : first + rows * math.prod(rest)]
-                views[joined] = joint.view(rows, *rest)
-        return views
+
+def _stacked(views: Views, count: int, step: int, element: int) -> Views:
+    """Of the first of `count` equal blocks, and its like at every further `step` elements of
+    `element` bytes."""
+    step *= element
+    return {
+        key: view.as_strided((count, *view.shape), (step // view.itemsize, *view.stride()))
+        for key, view in views.items()
+    }
+
+
+def _views(block: BlockShape, memory: Tensor, start: int = 0) -> Views:
+    """The weights of a block in `memory` from element `start` on."""
+    views: dict[str, Tensor] = {}
+    places: dict[str, int] = {}
+    shapes = block.weights
+    for key, shape in shapes.items():
+        if not any(key in keys[1:] for keys in JOINED.values()):
+            start = -(-start // VECTOR_ALIGNMENT) * VECTOR_ALIGNMENT
+        places[key], end = start, start + dense_places(block, key, memory.itemsize)
+        dtype = torch.float32 if key in block.float32 else memory.dtype
+        views[key], start = memory[start:end].view(dtype).view(shape), end
+    for joined, keys in JOINED.items():
+        if all(key in views for key in keys):
+            rows, rest = sum(len(views[key]) for key in keys), shapes[keys[0]][1:]
+            first = places[keys[0]]
+            joint = memory[first : first + rows * math.prod(rest)]
+            views[joined] = joint.view(rows, *rest)
+    return views

@@ -8,6 +8,7 @@ device anyway: a broken model stops there.
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -36,13 +37,17 @@ from layersweep.sweep.record import (
     LayerCheck,
     LayerHealth,
     LogitsReader,
+    Pieces,
     Progress,
     SweepRecord,
 )
+from layersweep.sweep.running import RunningCaches
 from layersweep.sweep.sequences import Tile, reference_tile, want_reference
-from layersweep.sweep.state import TileState, read_rows
+from layersweep.sweep.state import COLUMN_ALIGNMENT, TileState, read_rows
 from layersweep.sweep.turn import HostTurn
 from layersweep.sweep.watch import Watch
+
+Caches = KeptCaches | RunningCaches | None
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,8 @@ class Engine:
     `layers`: those that this engine holds, all by default; the first one's has the embedding, too,
     and the last one's the head. `reference`: tokens of the text that arms with @fit=1 take
     their coordinates from; without it, these follow from the weights. `keeps_normed`: tiles keep
-    the rows that a layer's experts see, from which their products gather.
+    the rows that a layer's experts see, from which their products gather. `keeps_dense`: weights
+    are decoded in the first walk, and stay so.
     """
 
     def __init__(
@@ -72,12 +78,13 @@ class Engine:
         layers: range | None = None,
         reference: tuple[int, ...] = (),
         keeps_normed: bool = False,
+        keeps_dense: bool = False,
     ) -> None:
         self.decoder, self.store, self.compute = decoder, store, compute
         self.reference, self.keeps_normed = reference, keeps_normed
         self.layers = layers or range(decoder.num_hidden_layers)
         self._visiting = threading.Lock()
-        self.weights = DenseWeights(decoder, compute)
+        self.weights = DenseWeights(decoder, compute, keeps=keeps_dense)
         self.scratch = Scratch(scratch_bytes, compute.device)
 
     @contextmanager
@@ -101,7 +108,7 @@ def run_sweep(
     then: Sequence[Engine] = (),
     lead: Tile | None = None,
     check: LayerCheck | None = None,
-    caches: KeptCaches | None = None,
+    caches: Caches = None,
     turn: HostTurn | None = None,
     progress: Progress = lambda phase, done, total: None,
     watch: Watch | None = None,
@@ -113,8 +120,10 @@ def run_sweep(
     Its logits come in pieces of as many positions as memory is planned for: (positions, a tensor
     [rows, V] float32 per branch), gone when the next piece is asked for. `check` sees the lead
     tile of each layer, once the next one's attention is done, and may raise. With `caches`, keys
-    and values of `tiles` (of one name) are kept between sweeps. Sweeps that run at once, each in a
-    thread, share one `turn`. `watch` sees the attention of each group of `tiles` in each layer;
+    and values of `tiles` (of one name) are kept between sweeps; with RunningCaches,
+    `read_logits` is called once per tile, with the last row of each sequence as a branch. Sweeps
+    that run at once, each in a thread, share one `turn`. `watch` sees the attention of each group
+    of `tiles` in each layer;
     transformers' own layers show nothing.
     """
     if engine.decoder.generic:
@@ -134,7 +143,8 @@ def run_sweep(
     if lead and check:
         groups[0][0].looked_at = True
     reference = None
-    if engine.reference and want_reference(tiles):
+    known = isinstance(caches, RunningCaches) and bool(caches.fits)
+    if engine.reference and not known and want_reference(tiles):
         reference = TileState(reference_tile(engine.reference), decoder.query_width)
         groups[0].append(reference)
     every = [*groups[0], *groups[1]]
@@ -189,7 +199,7 @@ class _Sweep:
     """One walk over an engine's blocks, which the store numbers in sweep order."""
 
     def __init__(
-        self, engine: Engine, record: SweepRecord, caches: KeptCaches | None, visited: _Visits,
+        self, engine: Engine, record: SweepRecord, caches: Caches, visited: _Visits,
         states: list[TileState], turn: HostTurn, reference: TileState | None, watch: Watch | None,
     ) -> None:  # fmt: skip
         self.visited, self.turn = visited, turn
@@ -206,6 +216,8 @@ class _Sweep:
         self._left: _Left | None = None
         sequences = [sequence for state in states for sequence in state.tile.sequences]
         longest = max((sequence.longest for sequence in sequences), default=0)
+        # steps look at columns that are aligned
+        longest += -longest % COLUMN_ALIGNMENT if isinstance(caches, RunningCaches) else 0
         self.tables = RopeTables(longest, self.compute)
 
     def embed(self, states: list[TileState]) -> None:
@@ -234,6 +246,8 @@ class _Sweep:
         if lead:
             with self.clock.phase("gate"):
                 fit = self._attend(layer, lead, None)
+        if isinstance(self.caches, RunningCaches):  # fitted once, for all walks
+            fit = self.caches.fits.setdefault(layer, fit) if fit else self.caches.fits.get(layer)
         with self.clock.phase("attention"):
             self._attend(layer, rest, self.caches, fit, self.visited, self.watch)
             self.store.release(attention)
@@ -289,7 +303,7 @@ class _Sweep:
         self,
         layer: int,
         states: list[TileState],
-        caches: KeptCaches | None,
+        caches: Caches,
         fit: Fit | None = None,
         done: Callable[[], None] = lambda: None,
         watch: Watch | None = None,
@@ -332,6 +346,11 @@ class _Sweep:
             self.record.experts_used.append(left.experts_used)
             check(LayerHealth(left.layer, largest, left.experts_used, *(spread or [None])))
 
+    def _last(self, state: TileState, head: Head) -> Pieces:
+        """Logits of the last row of each sequence, as if they were branches of one."""
+        starts = itertools.accumulate(s.rows for s in state.tile.sequences)
+        return head.pieces(state.hidden, [(stop - 1, stop) for stop in starts], 1)
+
     def read_head(self, states: list[TileState], read_logits: LogitsReader) -> None:
         (*_, index) = self.of_layer[None]
         total = sum(len(state.tile.sequences) for state in states)
@@ -340,6 +359,10 @@ class _Sweep:
             self.weights.fill_head(self._block(index))
             head = Head(self.decoder, self.weights.head, self.compute, self.scratch)
             self.store.release(index)
+            if isinstance(self.caches, RunningCaches):
+                for state in states:
+                    read_logits(state.tile, 0, state.tile.sequences[0], self._last(state, head))
+                return
             for state in states:
                 start, at_once = 0, positions_at_once(state.tile.branches, self.decoder.vocab_size)
                 for number, sequence in enumerate(state.tile.sequences):

@@ -159,6 +159,8 @@ class Model:
         plan: Plan,
         say: Callable[[Fallback], None] = lambda fallback: None,
         layers: range | None = None,
+        *,
+        keeps_dense: bool = False,
     ) -> Engine:
         """Take the memory of a plan; of the plan of some `layers`, where they are given.
 
@@ -185,7 +187,7 @@ class Model:
             else:
                 engine = Engine(
                     decoder, store, self.compute, plan.scratch, layers, self.reference,
-                    plan.keeps_normed,
+                    plan.keeps_normed, keeps_dense,
                 )  # fmt: skip
             undo.pop_all()
         return engine

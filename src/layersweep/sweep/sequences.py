@@ -62,10 +62,15 @@ class BranchedSequence:
         return self.past + len(self.prefix) + max(len(branch.ids) for branch in self.branches)
 
     @property
+    def is_step(self) -> bool:
+        """Each branch goes on by one token."""
+        return not self.prefix and all(len(branch.ids) == 1 for branch in self.branches)
+
+    @property
     def shape(self) -> tuple[object, ...]:
-        """Sequences of equal shape are attended together."""
+        """Sequences of equal shape are attended together; steps whatever came before them."""
         branches = tuple((b.arm.name, len(b.ids), b.streaming) for b in self.branches)
-        return (len(self.prefix), self.past, branches)
+        return (len(self.prefix), None if self.is_step else self.past, branches)
 
 
 @dataclass(frozen=True)
@@ -112,17 +117,15 @@ class Tile:
         return np.fromiter(ids, np.int64, self.rows)
 
     def groups(self, most: int) -> list[Group]:
-        """Runs of at most `most` equal-shaped sequences; all together where caches are kept."""
-        if self.sequences[0].past:
-            return [Group(self.sequences, 0, 0)]
+        """Runs of at most `most` equal-shaped sequences, of any number of steps."""
         groups: list[Group] = []
         first = start = 0
         while first < len(self.sequences):
-            shape, last = self.sequences[first].shape, first
+            one, last = self.sequences[first], first
             while (
                 last < len(self.sequences)
-                and last - first < most
-                and self.sequences[last].shape == shape
+                and (last - first < most or one.is_step)
+                and self.sequences[last].shape == one.shape
             ):
                 last += 1
             groups.append(Group(self.sequences[first:last], first, start))

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from layersweep.model.attention import attend_one
-from layersweep.sweep.caches import KeptLayer, Pair
+from layersweep.sweep.caches import KeptCaches, KeptLayer, Pair
 from layersweep.sweep.context import LayerContext
 from layersweep.sweep.heads import Projected, Streams, read, rotary_part
 from layersweep.sweep.sequences import Group, Tile
@@ -26,7 +26,7 @@ def attend_step(
     A row attends to all that its branch has seen, and to itself; its keys and values are kept.
     `group` is the whole tile.
     """
-    assert context.caches is not None
+    assert isinstance(context.caches, KeptCaches)
     one, kept = context.attention, context.caches.layer(tile, context.index)
     arms, count = kept.shape.arms, len(group.sequences)
     step = kept.shape.step_of(tile)

@@ -3,7 +3,7 @@
 A template is a program from a stranger. Jinja's sandbox keeps it from Python and from files, but
 not from loops without end or strings without bound.
 
-    {"path", "template", "message", "tokens"} --> python -c _START --> [text, error], in JSON
+    {"path", "template", "messages", "tokens"} --> python -c _START --> [text, error], in JSON
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 SECONDS = 1  # of the processor; published templates need a thousandth
 MEMORY = 512 * 2**20  # of addresses: Python with Jinja has 40 MB
 TOO_MUCH = 3  # exit code of a process that ran out of memory
-LONGEST = 2**20  # characters; published templates add a few hundred
+LONGEST = 2**20  # characters beside the messages' own; published templates add a few hundred
 PATIENCE = 30.0  # seconds by the clock, on a machine that does other things
 
 # The process finds modules where this one does, also where only a script's sys.path.insert says so.
@@ -37,19 +38,34 @@ main(**given)
 """
 
 
-def render(template: str, message: str, tokens: Mapping[str, str]) -> str:
-    """One user message through the template, up to where the answer starts.
+@dataclass(frozen=True)
+class Message:
+    """What one side of a chat said. `role`: system, user or assistant, or a template's own."""
+
+    role: str
+    content: str
+
+
+def render_chat(template: str, messages: Sequence[Message], tokens: Mapping[str, str]) -> str:
+    """Messages through the template, up to where the next answer starts.
 
     `tokens`: what the template may call bos_token, eos_token and so on. Raises InputError where
-    the template fails or takes too much, MachineError where the process that renders it fails.
+    the template fails, refuses the messages or takes too much, MachineError where the process that
+    renders it fails.
     """
-    given = {"path": _module_path(), "template": template, "message": message, "tokens": {**tokens}}
+    given = {
+        "path": _module_path(),
+        "template": template,
+        "messages": [asdict(message) for message in messages],
+        "tokens": {**tokens},
+    }
     # -P: nothing of the current folder, perhaps the checkpoint's, is imported
     command = [sys.executable, "-P", "-c", _START]
     try:
         done = subprocess.run(
-            command, input=json.dumps(given).encode(), capture_output=True, timeout=PATIENCE
-        )
+            command, input=json.dumps(given).encode(), capture_output=True, timeout=PATIENCE,
+            process_group=0,  # Ctrl-C in the terminal is for this process
+        )  # fmt: skip
     except subprocess.TimeoutExpired as late:
         raise _no_process(f"it unfinished after {PATIENCE:.0f} s") from late
     if done.returncode in (TOO_MUCH, -signal.SIGXCPU):
@@ -62,8 +78,9 @@ def render(template: str, message: str, tokens: Mapping[str, str]) -> str:
         text, error = json.loads(done.stdout)
     if error:
         raise InputError(
-            f"chat template: found an error ({error}), needed one user message rendered",
-            hint="repair chat_template in tokenizer_config.json, or remove it",
+            f"chat template: found an error ({error}), needed the messages rendered",
+            hint="templates may want user and assistant in turn, or no system message; else repair "
+            "chat_template in tokenizer_config.json, or remove it",
         )
     return text
 
@@ -132,21 +149,24 @@ def _sandbox() -> SandboxedEnvironment:
 
 
 def _render_in(
-    sandbox: SandboxedEnvironment, template: str, message: str, tokens: Mapping[str, str]
+    sandbox: SandboxedEnvironment,
+    template: str,
+    messages: Sequence[Mapping[str, str]],
+    tokens: Mapping[str, str],
 ) -> str:
     from jinja2 import TemplateError
 
-    messages = [{"role": "user", "content": message}]
     # templates ask whether tools are none, which what is not defined is not
     text = sandbox.from_string(template).render(
         messages=messages, tools=None, documents=None, add_generation_prompt=True, **tokens
     )
-    if len(text) > LONGEST:
-        raise TemplateError(f"{len(text)} characters, at most {LONGEST} are rendered")
+    most = LONGEST + sum(len(message["content"]) for message in messages)
+    if len(text) > most:
+        raise TemplateError(f"{len(text)} characters, at most {most} are rendered")
     return text
 
 
-def main(template: str, message: str, tokens: Mapping[str, str]) -> None:
+def main(template: str, messages: Sequence[Mapping[str, str]], tokens: Mapping[str, str]) -> None:
     """The process of its own: modules and limits first, then the template.
 
     What fails before the template is no fault of it, and ends the process with an exit code.
@@ -165,7 +185,7 @@ def main(template: str, message: str, tokens: Mapping[str, str]) -> None:
     limit(resource.RLIMIT_CPU, SECONDS, SECONDS + 1)
     text = error = ""
     try:
-        text = _render_in(sandbox, template, message, tokens)
+        text = _render_in(sandbox, template, messages, tokens)
     except MemoryError:
         sys.exit(TOO_MUCH)
     except Exception as failure:  # whatever a template makes Jinja or Python raise

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 from tokenizers import AddedToken, Encoding, Tokenizer
 from tokenizers.models import Unigram
 
+from layersweep.checkpoint.layout import SUFFIX
 from layersweep.errors import InputError
 from layersweep.text.added_tokens import TokensBeside
-from layersweep.text.chat import render
+from layersweep.text.chat import Message, render_chat
 from layersweep.text.tokenizer_files import TokenizerFiles
 
 MOST_GROWTH = 64  # published ones replace a character by one of three bytes
@@ -42,12 +45,12 @@ class TextTokenizer:
 
     @classmethod
     def load(cls, folder: Path) -> TextTokenizer:
-        """Read the tokenizer of a checkpoint folder.
+        """Read the tokenizer of a checkpoint: of a folder, or in a GGUF file.
 
         Raises InputError, naming the file, where one is missing or damaged.
         """
-        files = TokenizerFiles.read(folder)
-        path = folder / "tokenizer.json"
+        files = read_tokenizer_files(folder)
+        path = files.path
         tokenizer = _build(files.data, path, parse_special=False)
         own = tokenizer.get_added_tokens_decoder()
         beside = TokensBeside.of(files.settings, files.special_map, files.added, own)
@@ -116,22 +119,73 @@ class TextTokenizer:
 
     def holds_special(self, text: str) -> bool:
         """Whether `text` spells a special token, which a rendered chat would turn into one."""
-        added = self.tokenizer.get_added_tokens_decoder().values()
-        return any(token.special and token.content in text for token in added)
+        return any(token in text for token in self._special.values())
+
+    def spelling(self, id: int) -> str | None:
+        """The token as the vocabulary spells it; None if it is special, or there is none."""
+        return None if id in self._special else self.tokenizer.id_to_token(id)
+
+    @cached_property
+    def joins_bytes(self) -> bool:
+        """Whether tokens spell bytes in GPT-2's alphabet, and text is their bytes in a row."""
+        decoder = self.tokenizer.decoder
+        return decoder is not None and json.loads(decoder.__getstate__())["type"] == "ByteLevel"
+
+    @cached_property
+    def _special(self) -> dict[int, str]:
+        added = self.tokenizer.get_added_tokens_decoder()
+        return {id: token.content for id, token in added.items() if token.special}
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`, special tokens spelled out."""
         with _library_errors(self.file):
             return self.tokenizer.decode(list(ids), skip_special_tokens=False)
 
-    def render_chat(self, user_text: str) -> str:
-        """One user message through the chat template, up to where the answer starts.
+    def render_chat(self, messages: Sequence[Message]) -> str:
+        """Messages through the chat template, up to where the next answer starts.
 
-        Raises InputError without a template, or where the template refuses the message.
+        Raises InputError without a template, or where the template refuses the messages.
         """
         if self.chat_template is None:
-            raise InputError("tokenizer: found no chat template, needed one to render a chat")
-        return render(self.chat_template, user_text, self.chat_tokens)
+            raise InputError(
+                "tokenizer: found no chat template, needed one to render a chat",
+                hint="the model continues plain text; chats need an instruction-tuned model with "
+                "chat_template in its tokenizer_config.json, or chat_template.jinja",
+            )
+        return render_chat(self.chat_template, messages, self.chat_tokens)
+
+    def encode_messages(self, messages: Sequence[Message]) -> list[int]:
+        """Ids of a chat up to where the next answer starts, as transformers gives them, but for
+        special tokens that a message spells: those stay text.
+
+        Raises InputError without a template, or where the template refuses the messages.
+        """
+        said = "".join(message.content for message in messages)
+        spelled = sorted({token for token in self._special.values() if token in said}, key=len)
+        if not spelled:
+            return self.encode_chat(self.render_chat(messages))[0]
+        # each is a number between two marks while the template is rendered
+        used = said + (self.chat_template or "")
+        mark = next(char for char in map(chr, range(0xE000, 0xF900)) if char not in used)
+        any_spelled = re.compile("|".join(map(re.escape, reversed(spelled))))  # the longest first
+
+        def hide(content: str) -> str:
+            return any_spelled.sub(lambda m: f"{mark}{spelled.index(m[0])}{mark}", content)
+
+        rendered = self.render_chat([replace(m, content=hide(m.content)) for m in messages])
+        ids: list[int] = []
+        for place, part in enumerate(re.split(f"{mark}([0-9]+){mark}", rendered)):
+            ids += self.encode(spelled[int(part)]) if place % 2 else self.encode_chat(part)[0]
+        return ids
+
+
+def read_tokenizer_files(place: Path) -> TokenizerFiles:
+    """Raises InputError, naming file or key, where one is missing or damaged."""
+    if place.suffix == SUFFIX and place.is_file():
+        from layersweep.text.gguf import read_gguf_tokenizer
+
+        return read_gguf_tokenizer(place)
+    return TokenizerFiles.read(place)
 
 
 def check_ids(ids: Iterable[int], vocab_size: int) -> None:
@@ -206,7 +260,7 @@ def _find_bos(
     if bos_id is None:
         configured = files.config.get("bos_token_id")
         bos_id = configured if isinstance(configured, int) else None
-    with _library_errors(files.folder / "tokenizer.json"):
+    with _library_errors(files.path):
         called = tokenizer.encode("a", add_special_tokens=True)
     puts_first = bool(called.ids) and called.special_tokens_mask[0] == 1
     if bos_id is None and puts_first:

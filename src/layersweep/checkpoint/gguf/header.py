@@ -164,7 +164,8 @@ class _Scan:
 
     def _key(self, index: int) -> None:
         self.where = f"key {index}"
-        self.where = name = self.bytes.string()
+        name = self.bytes.string()
+        self.where = name or self.where
         kind = self.bytes.number("I")
         if name in self.fields:
             raise _Broken("the same key twice", "every key once")
@@ -209,7 +210,8 @@ class _Scan:
     def _entry(self, index: int) -> tuple[str, tuple[int, ...], int, int]:
         """(name, dimensions, type, offset) of a tensor."""
         self.where = f"tensor {index}"
-        self.where = name = self.bytes.string()
+        name = self.bytes.string()
+        self.where = name or self.where
         if len(name.encode()) > LONGEST_NAME:
             raise _Broken(f"a name of {len(name.encode())} bytes", f"at most {LONGEST_NAME}")
         dimensions = self.bytes.number("I")

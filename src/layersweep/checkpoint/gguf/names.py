@@ -8,9 +8,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from layersweep.checkpoint.header import StoredTensor
+from layersweep.checkpoint.storage.latent import KEYS, VALUES
 from layersweep.families.names import LAYERS
 
 OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+# A layer's, without ".weight" or ".bias" on both sides, or with it on both.
 USUAL = {
     "attn_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
@@ -37,7 +39,7 @@ OF_FAMILIES: Mapping[str, Mapping[str, str]] = {
     "gpt_oss": {
         "post_attention_norm": "post_attention_layernorm",
         "ffn_gate_inp": "mlp.router",
-        "attn_sinks": "self_attn.sinks",
+        "attn_sinks.weight": "self_attn.sinks",
     },
     "deepseek_v2": (
         _LATENT := {
@@ -47,6 +49,8 @@ OF_FAMILIES: Mapping[str, Mapping[str, str]] = {
             "attn_kv_a_mqa": "self_attn.kv_a_proj_with_mqa",
             "attn_kv_a_norm": "self_attn.kv_a_layernorm",
             "attn_kv_b": "self_attn.kv_b_proj",
+            "attn_k_b.weight": f"self_attn.kv_b_proj.weight{KEYS}",
+            "attn_v_b.weight": f"self_attn.kv_b_proj.weight{VALUES}",
             "ffn_gate_shexp": "mlp.shared_experts.gate_proj",
             "ffn_up_shexp": "mlp.shared_experts.up_proj",
             "ffn_down_shexp": "mlp.shared_experts.down_proj",
@@ -55,7 +59,6 @@ OF_FAMILIES: Mapping[str, Mapping[str, str]] = {
     ),
     "deepseek_v3": _LATENT,
 }
-NAKED = ("self_attn.sinks", "mlp.gate.e_score_correction_bias")  # without ".weight"
 # An expert's weights under the names of its family: {expert} is its number.
 EXPERTS = {
     "mixtral": "block_sparse_moe.experts.{expert}.",
@@ -88,7 +91,8 @@ def original(name: str, model_type: str) -> str:
     layer, _, rest = name.removeprefix(LAYERS).partition(".")
     for ours, theirs in table.items():
         if rest in (theirs, f"{theirs}.{end}"):
-            return f"blk.{layer}.{ours}" + ("" if ours.endswith("bias") else f".{end}")
+            whole = ours.endswith((".weight", ".bias"))
+            return f"blk.{layer}.{ours}" + ("" if whole else f".{end}")
     if part := re.search(r"\.(gate|up|down)_proj|\.w([123])\.", rest):
         which = part[1] or {"1": "gate", "2": "down", "3": "up"}[part[2]]
         return f"blk.{layer}.ffn_{which}_exps.{end}"
@@ -117,11 +121,13 @@ def _renamed(
             part = replace(part, name=f"{name}[{index}]")
             yield start + _expert_name(model_type, expert[1], index, end), part
     else:
-        known = table.get(own) or table.get(f"{own}.{end}")
-        if known is None:
-            yield name, tensor
+        whole, known = table.get(f"{own}.{end}"), table.get(own)
+        if whole is not None:
+            yield start + whole, tensor
+        elif known is not None:
+            yield f"{start}{known}.{end}", tensor
         else:
-            yield start + (known if known in NAKED else f"{known}.{end}"), tensor
+            yield name, tensor
 
 
 def _expert_name(model_type: str, part: str, expert: int, end: str) -> str:

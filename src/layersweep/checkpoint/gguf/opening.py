@@ -115,8 +115,8 @@ def scan_gguf_checkpoint(source: str, path: Path) -> tuple[Checkpoint | None, li
     meta = Metadata(files.fields, tensors, str(path), _architecture(files.fields))
     config = config_of(meta)
     if FREQUENCIES in tensors and not meta.problems:
-        tensors.pop(FREQUENCIES)
         config |= _frequencies(meta, files, config)
+        tensors.pop(FREQUENCIES)
     if meta.problems:
         return None, meta.problems
     described = describe(config, str(path))
@@ -160,15 +160,16 @@ def _frequencies(meta: Metadata, files: GgufFiles, config: Mapping[str, Any]) ->
     """What each frequency of RoPE is divided by, which transformers calls a longrope whose factors
     are the same at any length (Llama 3 computes them from four numbers)."""
     stored, pairs = meta.tensors[FREQUENCIES], config["head_dim"] // 2
+    needed = f"F32 [{pairs}]"
     if meta.architecture != "llama" or "rope_scaling" in config:
-        meta.problem(FREQUENCIES, stored.describe(), "no such tensor beside another scaling")
-    elif (stored.dtype, stored.shape) != ("F32", (pairs,)):
-        meta.problem(FREQUENCIES, stored.describe(), f"F32 [{pairs}]")
-    else:
+        needed = "no such tensor beside another scaling"
+    elif (stored.dtype, stored.shape) == ("F32", (pairs,)):
         raw = files.sources[stored.file.name].read(stored.offset, stored.nbytes)
         factors = list(struct.unpack(f"<{pairs}f", raw))
         scaling = {"rope_type": "longrope", "short_factor": factors, "long_factor": factors}
         return {"rope_scaling": {**scaling, "factor": 1.0, "attention_factor": 1.0}}
+    file, found = str(stored.file), stored.describe()
+    meta.problems.append(Problem(file, FREQUENCIES, found, needed, _DISAGREE))
     return {}
 
 

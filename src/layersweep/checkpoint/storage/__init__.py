@@ -11,6 +11,7 @@ from layersweep.checkpoint.storage import (
     bitsandbytes,
     fp8,
     ggml,
+    latent,
     mxfp4,
     nvfp4,
     packed,
@@ -32,7 +33,9 @@ __all__ = [
 
 # A weight is of the first format that takes one of its tensors. The last one takes every tensor:
 # it reads floats too, and says what is wrong with those that are neither.
-FORMATS: tuple[Format, ...] = (awq_gptq, packed, nvfp4, mxfp4, fp8, ggml, bitsandbytes)
+FORMATS: tuple[Format, ...] = (
+    awq_gptq, packed, nvfp4, mxfp4, fp8, latent, ggml, bitsandbytes,
+)  # fmt: skip
 
 
 def formats_of(tensors: Mapping[str, StoredTensor]) -> dict[str, Format]:

@@ -44,7 +44,7 @@ class Floats(Storage):
 
     @property
     def layout(self) -> tuple[object, ...]:
-        return self.kind, self.transposed, self.turned, self.less
+        return self.data.dtype, self.transposed, self.turned, self.less
 
     def packed(self, parts: Sequence[Tensor], shape: tuple[int, ...]) -> Values:
         import torch

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from layersweep.checkpoint.header import StoredTensor
 from layersweep.checkpoint.storage.floats import FLOATS
-from layersweep.checkpoint.storage.storage import PLAUSIBLE, Headers, Look, Storage
+from layersweep.checkpoint.storage.storage import Headers, Look, Storage
 from layersweep.errors import CheckpointError
 from layersweep.problems import DOWNLOAD_AGAIN
 
@@ -26,14 +26,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GgmlType:
-    """`number`: in files. `halves`: offsets of the float16 scales in a block. `decoded`: whether
-    this package decodes it; its size is known in any case."""
+    """`number`: in files. `halves`: offsets of the float16 scales in a block, neighbours; `powers`:
+    of those that are a byte, a power of two. `decoded`: whether this package decodes it; its size
+    is known in any case."""
 
     name: str
     number: int
     elements: int
     nbytes: int
     halves: tuple[int, ...] = ()
+    powers: tuple[int, ...] = ()
     decoded: bool = True
 
 
@@ -71,12 +73,13 @@ TYPES = {
         GgmlType("BF16", 30, 1, 2),
         GgmlType("TQ1_0", 34, 256, 54, decoded=False),
         GgmlType("TQ2_0", 35, 256, 66, decoded=False),
-        GgmlType("MXFP4", 39, 32, 17),
+        GgmlType("MXFP4", 39, 32, 17, powers=(0,)),
         GgmlType("NVFP4", 40, 64, 36, decoded=False),
         GgmlType("Q1_0", 41, 128, 18, decoded=False),
     )
 }
 DECODED = tuple(name for name, one in TYPES.items() if one.decoded and name not in FLOATS)
+LARGEST_POWER = 250  # of two, counted from -127: beyond, a product overflows float32
 REQUANTIZE = "take the model in another type, Q4_K for example; llama-quantize makes it"
 
 
@@ -116,8 +119,12 @@ class Ggml(Storage):
     @property
     def looks(self) -> tuple[Look, ...]:
         count, step = self.data.nbytes // self.type.nbytes, self.type.nbytes
-        return tuple(
-            Look(0, "f2", count, first, step, least=-PLAUSIBLE) for first in self.type.halves
+        if self.type.powers:
+            return (Look(0, "u1", count, self.type.powers[0], step, limit=LARGEST_POWER),)
+        return (
+            Look(
+                0, "2f2" if len(self.type.halves) == 2 else "f2", count, self.type.halves[0], step
+            ),
         )
 
     def packed(self, parts: Sequence[Tensor], shape: tuple[int, ...]) -> Blocks:
@@ -131,14 +138,20 @@ class Ggml(Storage):
         blocks = parts[0].view(-1, self.type.nbytes)
         for first in self.type.halves:
             scales = blocks[:, first : first + 2].contiguous().view(torch.float16).view(-1)
-            bad = ~scales.isfinite()
-            if bad.any():
-                index = int(bad.int().argmax())
-                raise CheckpointError(
-                    f"{self.data.file.name}: {self.data.name}: found a scale of {scales[index]} in "
-                    f"block {index}, needed finite scales",
-                    hint=DOWNLOAD_AGAIN,
-                )
+            self._refuse(~scales.isfinite(), scales, "")
+        for first in self.type.powers:
+            powers = blocks[:, first].int()
+            self._refuse(powers >= LARGEST_POWER, powers - 127, "2^")
+
+    def _refuse(self, bad: Tensor, scales: Tensor, prefix: str) -> None:
+        """Raises CheckpointError for the first bad scale, if there is one."""
+        if bad.any():
+            index = int(bad.int().argmax())
+            raise CheckpointError(
+                f"{self.data.file.name}: {self.data.name}: found a scale of {prefix}"
+                f"{scales[index].item()} in block {index}, needed finite scales",
+                hint=DOWNLOAD_AGAIN,
+            )
 
     def cut(self, start: int, count: int, shape: tuple[int, ...]) -> Ggml:
         size = self.type.nbytes

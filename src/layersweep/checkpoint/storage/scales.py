@@ -4,7 +4,7 @@ can be. None may be negative, NaN or infinite."""
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from layersweep.checkpoint.header import StoredTensor
 from layersweep.checkpoint.storage.storage import Look
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 FLOAT_SCALES = ("F32", "BF16", "F16")
 E8M0, E4M3 = "U8", "F8_E4M3"  # a power of two, as its exponent + 127; 8 bits with a sign
-_E4M3_NAN, _E8M0_NAN = 0x7F, 0xFF
-_BFLOAT_PLAUSIBLE = 0x5D5E  # bits of PLAUSIBLE; greater ones are of greater or negative numbers
+# The least bits that are infinite or NaN; those of negative numbers are greater.
+_NO_NUMBER = {"F16": 0x7C00, "BF16": 0x7F80, E4M3: 0x7F, E8M0: 0xFF}
 TORCH_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F8_E4M3": "float8_e4m3fn"}
 
 
@@ -26,12 +26,8 @@ def look_at(piece: int, scale: StoredTensor) -> Look:
     count = math.prod(scale.shape)
     if scale.dtype == "F32":
         return Look(piece, "f4", count)
-    if scale.dtype == "F16":
-        return Look(piece, "f2", count, step=2)
-    if scale.dtype == "BF16":
-        return Look(piece, "u2", count, step=2, below=_BFLOAT_PLAUSIBLE)
-    below = _E4M3_NAN if scale.dtype == E4M3 else _E8M0_NAN
-    return Look(piece, "u1", count, step=1, below=below)
+    dtype: Literal["u1", "u2"] = "u1" if scale.dtype in (E4M3, E8M0) else "u2"
+    return Look(piece, dtype, count, step=int(dtype[1]), limit=_NO_NUMBER[scale.dtype])
 
 
 def floats(part: Tensor, scale: StoredTensor) -> Tensor:

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 from layersweep.checkpoint.header import StoredTensor
 from layersweep.checkpoint.storage.settings import NO_SETTINGS, Settings
@@ -78,8 +78,7 @@ class Format(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """Bytes that a weight takes of an arena: those of `source`, or made while reading."""
 
     source: StoredTensor | None
@@ -89,17 +88,17 @@ class Piece:
 @dataclass(frozen=True)
 class Look:
     """Numbers of a piece that a glance at a whole run judges: `count` of them, `step` bytes apart,
-    from byte `first` on. None may be NaN, less than `least`, or `below` and more; else `check`
-    looks. Unsigned integers are bits of floats that numpy does not know.
+    from byte `first` on. None may be below `least`, NaN, or `limit` and more, and halves ("2f2":
+    two neighbours) must be finite; else `check` looks. "u1" and "u2" may be bits of floats.
     """
 
     piece: int
-    dtype: Literal["f4", "f2", "i4", "u2", "u1"]
+    dtype: Literal["f4", "i4", "u1", "u2", "f2", "2f2"]
     count: int
     first: int = 0
     step: int = 4
     least: float = 0.0
-    below: float = PLAUSIBLE
+    limit: float = PLAUSIBLE
 
 
 class Packed(Protocol):
@@ -180,7 +179,7 @@ class Storage(ABC):
     @property
     def pieces(self) -> tuple[Piece, ...]:
         """What of it lies in an arena, in order."""
-        return tuple(Piece(tensor, tensor.nbytes) for tensor in self.stored)
+        return tuple([Piece(tensor, tensor.nbytes) for tensor in self.stored])
 
     @property
     def looks(self) -> tuple[Look, ...]:

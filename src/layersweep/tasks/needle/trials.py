@@ -29,6 +29,7 @@ from layersweep.tasks.needle.words import (
     QUESTION,
 )
 from layersweep.text.bos import BosMode, resolve_bos
+from layersweep.text.chat import Message
 from layersweep.text.encoding import SMALL_TEXT, EncodedText
 
 FILL_TOLERANCE = 32
@@ -300,7 +301,7 @@ class _Builder:
 
     def _chat_frame(self) -> tuple[str, str]:
         """What the chat template puts before and after the user's text."""
-        rendered = self.tokenizer.render_chat(_USER_TEXT)
+        rendered = self.tokenizer.render_chat([Message("user", _USER_TEXT)])
         if rendered.count(_USER_TEXT) != 1:
             raise InputError(
                 f"chat template: found the user's text {rendered.count(_USER_TEXT)} times in "
