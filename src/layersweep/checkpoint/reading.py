@@ -20,6 +20,7 @@ from layersweep.checkpoint.storage import NO_SETTINGS, Headers, Settings, Storag
 from layersweep.checkpoint.storage.four_bit import FourBit
 from layersweep.checkpoint.strict_json import TOKENIZER_VALUES, UnusableJson, parse_json
 from layersweep.checkpoint.weights import Checkpoint, Weight
+from layersweep.collector import collector_paused
 from layersweep.families.names import LAYERS, Fused, Wanted
 from layersweep.families.spec import Decoder
 from layersweep.families.weights import embed_block, head_block
@@ -32,6 +33,7 @@ DISAGREE = "config.json and the tensors disagree; take both from the same model"
 _PLACE = re.compile(re.escape(LAYERS) + r"(\d+)\.(?:\w+\.experts\.(?:\w+\.)?(\d+)\.)?")
 
 
+@collector_paused()
 def scan_folder(
     folder: Folder, source: str, revision: str | None, path: Path, *, generic: bool = False
 ) -> tuple[Checkpoint | None, list[Problem]]:

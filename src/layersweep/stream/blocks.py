@@ -23,6 +23,7 @@ from layersweep.checkpoint.layout import Checkpoint, Weight
 from layersweep.checkpoint.storage import Packed, Storage
 from layersweep.checkpoint.storage.floats import Floats, Values
 from layersweep.checkpoint.storage.four_bit import MadeNf4
+from layersweep.collector import collector_paused
 from layersweep.families.spec import Decoder
 from layersweep.families.weights import BlockShape, Role, blocks
 
@@ -100,6 +101,7 @@ def block_specs(checkpoint: Checkpoint, *, quantize: bool = False) -> list[Block
     return specs_of(checkpoint.decoder, checkpoint.weights, quantize=quantize)
 
 
+@collector_paused()
 def specs_of(
     decoder: Decoder, weights: Mapping[str, Weight], *, quantize: bool = False
 ) -> list[BlockSpec]:

@@ -13,7 +13,7 @@ from layersweep.stream.blocks import BlockSpec
 
 RUN_BYTES = 64 * 2**20
 RUNS_AHEAD = 2
-LAYER_BYTES = 4 * 2**30  # of a layer in a ring: more than a bus brings while attention is computed
+LAYER_BYTES = 3 * 2**30  # of a layer in a ring: more than a bus brings while attention is computed
 
 
 @dataclass(frozen=True)
