@@ -1,18 +1,55 @@
-"""Kernels of the formats of other quantizers against their decoders in plain torch."""
+"""Weights of other quantizers, found by their tensors; kernels against decoders in plain torch."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 from formats import FORMATS, draw_mxfp4
 from kernel_checks import exactly
-from test_formats import matched
 from torch import Tensor
 
+from layersweep.checkpoint.header import StoredTensor
+from layersweep.checkpoint.storage import Headers, Storage, formats_of, read_settings
 from layersweep.kernels import Kernels
 from layersweep.kernels.weights import Alike
+
+DTYPE_NAMES = {
+    torch.uint8: "U8", torch.float8_e4m3fn: "F8_E4M3", torch.float32: "F32", torch.int32: "I32",
+    torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64",
+}  # fmt: skip
+
+
+def matched(
+    tensors: dict[str, Tensor], shape: tuple[int, ...], config: object = None
+) -> tuple[Storage | None, list[str]]:
+    """How the only weight of some tensors is stored, or what is wrong with it."""
+    stored = {
+        name: StoredTensor(name, Path("f"), DTYPE_NAMES[one.dtype], tuple(one.shape), 0, one.nbytes)
+        for name, one in tensors.items()
+    }
+    stated, refused = read_settings({"quantization_config": config}, "config.json")
+    headers = Headers(stored, None, refused, {}, stated)
+    base = next(name for name in ("x.weight", "x_blocks") if name in formats_of(stored))
+    found = formats_of(stored)[base].match(headers, base, shape)
+    return found, [one.sentence() for one in headers.problems]
+
+
+def parts_of(storage: Storage, tensors: dict[str, Tensor]) -> list[Tensor]:
+    return [tensors[one.name].contiguous().view(-1).view(torch.uint8) for one in storage.stored]
+
+
+def decoded(
+    storage: Storage, parts: list[Tensor], shape: tuple[int, ...], dtype: torch.dtype
+) -> Tensor:
+    out = torch.full(shape, 7.0, dtype=dtype)
+    storage.packed(parts, shape).decode(out)
+    return out
+
+
+# --- kernels -------------------------------------------------------------------------------------
 
 PARTS, GAP = 3, 8
 NAMES = (*FORMATS, "mxfp4")

@@ -16,7 +16,7 @@ import torch
 
 from layersweep.checkpoint import nf4
 from layersweep.checkpoint.header import ITEM_BYTES
-from layersweep.checkpoint.synth_shapes import QUANTIZATION, PublishedShape
+from layersweep.checkpoint.synth_shapes import SETTINGS, PublishedShape
 from layersweep.checkpoint.writer import header_bytes
 from layersweep.families.spec import Decoder
 from layersweep.families.weights import blocks
@@ -25,17 +25,6 @@ SHARD_BYTES = 5_000_000_000
 FLOAT = {"nf4": ("F16", "float16")}  # of what is not quantized; BF16 in all others
 FLOATS = ("BF16", "bfloat16")
 FP8_BLOCK = 128
-SETTINGS: Mapping[str, Mapping[str, object]] = {
-    "nf4": QUANTIZATION,
-    "fp8": {
-        "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic",
-        "weight_block_size": [FP8_BLOCK, FP8_BLOCK],
-    },
-    "mxfp4": {
-        "quant_method": "mxfp4",
-        "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router"],
-    },
-}  # fmt: skip
 NAMES = {torch.uint8: "U8", torch.float32: "F32"}
 
 

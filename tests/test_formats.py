@@ -9,49 +9,16 @@ import pytest
 import torch
 from families import oracle, ours
 from families.small import Tiny
+from format_checks import decoded, matched, parts_of
 from formats import FORMATS, draw_mxfp4, fp8_by_transformers, repack, repack_mxfp4, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_checks import exactly
 from torch import Tensor
 
-from layersweep.checkpoint.header import StoredTensor
-from layersweep.checkpoint.storage import Headers, Storage, formats_of, read_settings
 from layersweep.cli.app import run
-from layersweep.errors import CheckpointError
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-NAMES = {
-    torch.uint8: "U8", torch.float8_e4m3fn: "F8_E4M3", torch.float32: "F32", torch.int32: "I32",
-    torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64",
-}  # fmt: skip
-
-
-def matched(
-    tensors: dict[str, Tensor], shape: tuple[int, ...], config: object = None
-) -> tuple[Storage | None, list[str]]:
-    """How the only weight of some tensors is stored, or what is wrong with it."""
-    stored = {
-        name: StoredTensor(name, Path("f"), NAMES[one.dtype], tuple(one.shape), 0, one.nbytes)
-        for name, one in tensors.items()
-    }
-    stated, refused = read_settings({"quantization_config": config}, "config.json")
-    headers = Headers(stored, None, refused, {}, stated)
-    base = next(name for name in ("x.weight", "x_blocks") if name in formats_of(stored))
-    found = formats_of(stored)[base].match(headers, base, shape)
-    return found, [one.sentence() for one in headers.problems]
-
-
-def parts_of(storage: Storage, tensors: dict[str, Tensor]) -> list[Tensor]:
-    return [tensors[one.name].contiguous().view(-1).view(torch.uint8) for one in storage.stored]
-
-
-def decoded(
-    storage: Storage, parts: list[Tensor], shape: tuple[int, ...], dtype: torch.dtype
-) -> Tensor:
-    out = torch.full(shape, 7.0, dtype=dtype)
-    storage.packed(parts, shape).decode(out)
-    return out
 
 
 @settings(max_examples=80, deadline=None)
@@ -120,63 +87,6 @@ def test_rows_that_are_cut_out_are_the_same(name: str) -> None:
         data = tensors[whole.name].contiguous().view(-1).view(torch.uint8)
         parts.append(data[one.offset : one.offset + one.nbytes])
     exactly(decoded(part, parts, (32, 48), torch.float32), dense[16:48], 2)
-
-
-# --- scales that cannot be -----------------------------------------------------------------------
-
-NAN, BELOW = float("nan"), -1.0
-
-
-@pytest.mark.parametrize(
-    ("name", "end", "value"),
-    [
-        ("fp8-blocks", "weight_scale_inv", NAN),
-        ("fp8-rows", "weight_scale", BELOW),
-        ("fp8-tensor", "weight_scale", float("inf")),
-        ("nvfp4-modelopt", "weight_scale", NAN),
-        ("nvfp4-modelopt", "weight_scale", BELOW),
-        ("nvfp4-packed", "weight_global_scale", 0.0),
-        ("awq", "scales", NAN),
-        ("gptq-sorted", "g_idx", 6),
-        ("int4-sorted", "weight_g_idx", -1),
-    ],
-)
-def test_scales_that_cannot_be_are_seen_at_a_glance_and_refused(
-    name: str, end: str, value: float
-) -> None:
-    form, shape = FORMATS[name], (32, 96)
-    found, _ = form.draw(*shape, np.random.default_rng(3), False)
-    tensors = {f"x.{key}": part.contiguous() for key, part in found.items()}
-    storage, _ = matched(tensors, shape, form.settings)
-    assert storage is not None
-    assert all(glanced(storage, parts_of(storage, tensors)))
-    tensors[f"x.{end}"].view(-1)[0] = value
-    parts = parts_of(storage, tensors)
-    assert not all(glanced(storage, parts))
-    with pytest.raises(CheckpointError, match=rf"f: x\.{end}: found (a scale|group) .*needed"):
-        storage.check(parts)
-
-
-def test_the_power_that_is_no_number_is_refused() -> None:
-    found, _ = draw_mxfp4(2, 4, 64, np.random.default_rng(4), False)
-    tensors = {f"x{end}": part for end, part in found.items()}
-    storage, _ = matched(tensors, (2, 4, 64))
-    assert storage is not None and all(glanced(storage, parts_of(storage, tensors)))
-    tensors["x_scales"][1, 2, 1] = 255
-    parts = parts_of(storage, tensors)
-    assert not all(glanced(storage, parts))
-    with pytest.raises(CheckpointError, match=r"x_scales: found a scale of inf at index 13"):
-        storage.check(parts)
-
-
-def glanced(storage: Storage, parts: list[Tensor]) -> list[bool]:
-    """Of each look, as stream/scales.py looks."""
-    found = []
-    for look in storage.looks:
-        memory = parts[look.piece].numpy()
-        values = np.ndarray((look.count,), look.dtype, memory, look.first, (look.step,))
-        found.append(look.least <= float(values.min()) and float(values.max()) < look.limit)
-    return found
 
 
 # --- models --------------------------------------------------------------------------------------

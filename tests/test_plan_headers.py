@@ -87,8 +87,8 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     [
         # 673.15 GB without the layer for multi-token prediction, as often as it is swept
         ("deepseek-v3", "t4x2", 2, 13.87, 1346.3e9),
-        ("deepseek-v3", "rtx4090", 1, 22.01, 673.15e9),
-        ("deepseek-v3", "a100-80", 1, 28.17, 673.15e9),
+        pytest.param("deepseek-v3", "rtx4090", 1, 22.01, 673.15e9, marks=pytest.mark.slow),
+        pytest.param("deepseek-v3", "a100-80", 1, 28.17, 673.15e9, marks=pytest.mark.slow),
         ("gpt-oss-120b", "t4x2", 1, 6.98, 65.249e9),
         ("gpt-oss-120b", "rtx4090", 1, 11.75, 65.249e9),
         ("gpt-oss-120b", "a100-80", 1, 11.75, 65.249e9),

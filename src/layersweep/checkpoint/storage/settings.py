@@ -130,12 +130,12 @@ def read_settings(fields: Mapping[str, object], file: str) -> tuple[Settings, li
         Problem(file, None, f"{FIELD}.{name} = {spell(value)}", needed, _HINT)
         for name, value, needed in _unknown(stated, {**known, "quant_method": ANY}, "")
     ]
-    sizes = set(_block_sizes(stated))
-    if len(sizes) > 1 and not problems:
-        found = f"{FIELD}.config_groups with block_structure {show(sorted(sizes))}"
-        problems.append(Problem(file, None, found, "one size of blocks for all", _HINT))
     if problems:
         return NO_SETTINGS, problems
+    sizes = set(_block_sizes(stated))
+    if len(sizes) > 1:
+        found = f"{FIELD}.config_groups with block_structure {show(sorted(sizes))}"
+        return NO_SETTINGS, [Problem(file, None, found, "one size of blocks for all", _HINT)]
     block = next(iter(sizes), Settings.block)
     first = method == "gptq" and "gptq_v2" not in (
         stated.get("checkpoint_format"), stated.get("format")
