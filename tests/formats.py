@@ -249,7 +249,7 @@ def repack(source: Path, folder: Path, form: Format, seed: int) -> dict[str, Ten
     rng = np.random.default_rng(seed)
     tensors, dense = dict[str, Tensor](), dict[str, Tensor]()
     for name, tensor in load_file(source / "model.safetensors").items():
-        if name.endswith("_proj.weight") or ".experts." in name:
+        if ("_proj" in name and name.endswith(".weight")) or ".experts." in name:
             found, dense[name] = form.draw(*tensor.shape, rng, False)
             tensors |= {name.removesuffix("weight") + end: part for end, part in found.items()}
         else:

@@ -91,7 +91,10 @@ def test_rows_that_are_cut_out_are_the_same(name: str) -> None:
 
 # --- models --------------------------------------------------------------------------------------
 
-MODELS = {"llama": Tiny("llama"), "mixtral": Tiny("mixtral"), "gpt_oss": Tiny("gpt_oss")}
+MODELS = {
+    **{name: Tiny(name) for name in ("llama", "mixtral", "gpt_oss")},
+    "deepseek_v3": Tiny("deepseek_v3", {"n_group": 4, "topk_group": 2}),
+}
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +117,8 @@ def wanted_losses(source: Path, dense: dict[str, Tensor], folder: Path) -> Tenso
     ("name", "model"),
     [
         *((name, "llama") for name in FORMATS),
-        *((name, "mixtral") for name in ("fp8-blocks", "nvfp4-modelopt", "int4-zeros", "awq")),
+        *((name, "mixtral") for name in ("nvfp4-modelopt", "int4-zeros", "awq")),
+        ("fp8-blocks", "deepseek_v3"),
     ],
 )
 def test_a_model_scores_as_transformers_does_on_its_dense_weights(

@@ -52,6 +52,19 @@ def test_settings_that_are_not_understood_are_refused_by_name(
     assert f"needed {needed}" in sentence
 
 
+def test_what_is_stated_and_not_done_is_noted() -> None:
+    scheme = {"num_bits": 8, "type": "float"}
+    config = compressed({"kv_cache_scheme": scheme})
+    config["config_groups"]["group_0"]["input_activations"] = scheme  # type: ignore[index]
+    found, problems = read_settings({"quantization_config": config}, "config.json")
+    assert problems == [] and [one.split(" ")[0] for one in found.notes] == [
+        *("weights", "kv_cache_scheme")
+    ]
+    assert found.ignores("model.layers.0.self_attn.k_scale")
+    assert not found.ignores("model.layers.0.self_attn.k_proj.weight_scale")
+    assert read_settings({"quantization_config": compressed({})}, "c")[0].notes == ()
+
+
 def test_blocks_of_two_sizes_are_refused() -> None:
     sizes = ([128, 128], [64, 128])
     groups = {str(size): {"weights": {"block_structure": size}} for size in sizes}

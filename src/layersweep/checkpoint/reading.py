@@ -56,6 +56,7 @@ def scan_folder(
     if problems:
         return None, problems
     files = folder.names()
+    notes.extend(described.settings.notes)
     notes.extend(adapter_note(files))
     notes.extend(_tokenizer_note(folder, decoder))
     if not folder.has_values:

@@ -99,11 +99,13 @@ _NOT_OF_WEIGHTS = tuple(
 class Settings:
     """`method`: "" where config.json names none. `block`: rows and columns that share a scale of
     FP8, where scales are a grid. `zeros_less`: by how much GPTQ's zero points are stored too low.
+    `notes`: what is stated and not done, for people.
     """
 
     method: str = ""
     block: tuple[int, int] = (128, 128)
     zeros_less: int = 0
+    notes: tuple[str, ...] = ()
 
     def ignores(self, name: str) -> bool:
         """Whether a tensor belongs to activations or a cache: both are computed as they are."""
@@ -140,7 +142,18 @@ def read_settings(fields: Mapping[str, object], file: str) -> tuple[Settings, li
     first = method == "gptq" and "gptq_v2" not in (
         stated.get("checkpoint_format"), stated.get("format")
     )  # fmt: skip
-    return Settings(method, block, int(first)), []
+    return Settings(method, block, int(first), tuple(_notes(method, stated))), []
+
+
+def _notes(method: str, stated: Mapping[str, Any]) -> Iterator[str]:
+    groups = (stated.get("config_groups") or {}).values()
+    activations = method in ("fp8", "fbgemm_fp8") or any(
+        one and one.get("input_activations") for one in groups
+    )
+    if activations:
+        yield "weights are read as stored; activations, which other programs quantize too, are not"
+    if stated.get("kv_cache_scheme"):
+        yield "kv_cache_scheme is not used: --kv says how keys and values are kept"
 
 
 def _unknown(
