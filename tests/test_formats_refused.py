@@ -178,5 +178,5 @@ def glanced(storage: Storage, parts: list[Tensor]) -> list[bool]:
     for look in storage.looks:
         memory = parts[look.piece].numpy()
         values = np.ndarray((look.count,), look.dtype, memory, look.first, (look.step,))
-        found.append(look.least <= float(values.min()) and float(values.max()) < look.limit)
+        found.append(look.least <= float(values.min()) and float(values.max()) < look.below)
     return found

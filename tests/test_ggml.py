@@ -45,7 +45,7 @@ def test_any_bytes_are_decoded_as_by_gguf(kind: str, blocks: int, seed: int) -> 
     exactly(out, expected(kind, data), seed)
 
 
-@pytest.mark.parametrize("kind", DECODED)
+@pytest.mark.parametrize("kind", ["Q3_K", "Q4_K", "Q8_0"])
 def test_a_weight_of_several_pieces_is_rounded_once(kind: str) -> None:
     blocks = (1 << 20) // TYPES[kind].elements + 3
     data = ggml_bytes(kind, blocks, seed=1)

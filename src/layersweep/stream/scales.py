@@ -38,14 +38,14 @@ class Floats:
     look: Look
 
     def plausible(self, memory: NDArray[np.uint8]) -> bool:
-        """Whether all are in [least, limit), NaN is not; of halves, whether they are finite."""
+        """Whether all are in [least, below), NaN is not; of halves, whether they are finite."""
         if self.look.dtype in HALVES:
             dtype, magnitudes = HALVES[self.look.dtype]
             words = np.ndarray(self.shape, dtype, memory, self.start, self.strides)
             return bool((words & magnitudes).view(np.uint16).max(initial=0) < HALF_INFINITY)
         values = np.ndarray(self.shape, self.look.dtype, memory, self.start, self.strides)
         lowest, highest = np.minimum.reduce(values, axis=None), np.maximum.reduce(values, axis=None)
-        return float(lowest) >= self.look.least and float(highest) < self.look.limit
+        return float(lowest) >= self.look.least and float(highest) < self.look.below
 
 
 @dataclass(frozen=True)

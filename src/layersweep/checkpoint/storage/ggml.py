@@ -120,7 +120,7 @@ class Ggml(Storage):
     def looks(self) -> tuple[Look, ...]:
         count, step = self.data.nbytes // self.type.nbytes, self.type.nbytes
         if self.type.powers:
-            return (Look(0, "u1", count, self.type.powers[0], step, limit=LARGEST_POWER),)
+            return (Look(0, "u1", count, self.type.powers[0], step, below=LARGEST_POWER),)
         return (
             Look(
                 0, "2f2" if len(self.type.halves) == 2 else "f2", count, self.type.halves[0], step

@@ -74,7 +74,7 @@ class Int4(Storage):
         if self.index is None:
             return (found,)
         place = len(self.stored) - 1
-        return found, Look(place, "i4", math.prod(self.index.shape), limit=self.groups)
+        return found, Look(place, "i4", math.prod(self.index.shape), below=self.groups)
 
     def check(self, parts: Sequence[Tensor]) -> None:
         import torch

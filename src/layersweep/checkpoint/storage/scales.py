@@ -27,7 +27,7 @@ def look_at(piece: int, scale: StoredTensor) -> Look:
     if scale.dtype == "F32":
         return Look(piece, "f4", count)
     dtype: Literal["u1", "u2"] = "u1" if scale.dtype in (E4M3, E8M0) else "u2"
-    return Look(piece, dtype, count, step=int(dtype[1]), limit=_NO_NUMBER[scale.dtype])
+    return Look(piece, dtype, count, step=int(dtype[1]), below=_NO_NUMBER[scale.dtype])
 
 
 def floats(part: Tensor, scale: StoredTensor) -> Tensor:

@@ -88,7 +88,7 @@ class Piece(NamedTuple):
 @dataclass(frozen=True)
 class Look:
     """Numbers of a piece that a glance at a whole run judges: `count` of them, `step` bytes apart,
-    from byte `first` on. None may be below `least`, NaN, or `limit` and more, and halves ("2f2":
+    from byte `first` on. None may be below `least`, NaN, or `below` and more, and halves ("2f2":
     two neighbours) must be finite; else `check` looks. "u1" and "u2" may be bits of floats.
     """
 
@@ -98,7 +98,7 @@ class Look:
     first: int = 0
     step: int = 4
     least: float = 0.0
-    limit: float = PLAUSIBLE
+    below: float = PLAUSIBLE
 
 
 class Packed(Protocol):
