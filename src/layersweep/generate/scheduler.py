@@ -98,7 +98,10 @@ class Scheduler:
         self.counts = Counts()
         self._known: set[Arm] = set()
         self._say, self._progress = say, progress
-        self._engine = model.open(self.room.plan, say, keeps_dense=self.room.keeps_dense)
+        self._engine = model.open(
+            self.room.plan, say, keeps_dense=self.room.keeps_dense, slots=self.room.slots,
+            home_bytes=self.room.home_bytes,
+        )  # fmt: skip
         self._caches = RunningCaches(model.compute.device)
         self._sampler = Sampler(model.decoder.vocab_size, most, model.compute.device)
         self._slots = list(range(most - 1, -1, -1))
@@ -174,7 +177,8 @@ class Scheduler:
         text = Text(request.arm, reach, self.model.decoder.num_hidden_layers)
         stream = None
         if self.tokenizer is not None:
-            stream = TextStream(self.tokenizer, request.sampling.stop, request.ids)
+            before = request.ids if request.continues else ()
+            stream = TextStream(self.tokenizer, request.sampling.stop, before)
         self._waiting.append(_Run(request, text, stream, list(request.ids)))
 
     def cancel(self, request: str) -> None:
@@ -272,7 +276,7 @@ class Scheduler:
             progress=self._progress,
         )  # fmt: skip
         self.counts.walks += 1
-        self.counts.weight_bytes_read = self._engine.store.bytes_read
+        self.counts.weight_bytes_read = self._engine.bytes_read
         bad = {(tile, row): layer for (tile, row, _), layer in record.nonfinite.items()}
         broken = {tiles[at][1][row]: layer for (at, row), layer in bad.items()}
         for run in self._running:
