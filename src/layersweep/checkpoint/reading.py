@@ -11,17 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from layersweep.checkpoint.beside import ADAPTER, adapter_note, unused_files
-from layersweep.checkpoint.config import parse_config
+from layersweep.checkpoint.config import Config, parse_config
 from layersweep.checkpoint.files import Folder, read_small
 from layersweep.checkpoint.fused import straddled_elements, weights_of
 from layersweep.checkpoint.header import StoredTensor
 from layersweep.checkpoint.shards import Shards, open_shards
-from layersweep.checkpoint.storage import Headers, Storage, formats_of
+from layersweep.checkpoint.storage import NO_SETTINGS, Headers, Settings, Storage, formats_of
 from layersweep.checkpoint.storage.four_bit import FourBit
 from layersweep.checkpoint.strict_json import TOKENIZER_VALUES, UnusableJson, parse_json
 from layersweep.checkpoint.weights import Checkpoint, Weight
+from layersweep.collector import collector_paused
 from layersweep.families.names import LAYERS, Fused, Wanted
-from layersweep.families.registry import Description
 from layersweep.families.spec import Decoder
 from layersweep.families.weights import embed_block, head_block
 from layersweep.problems import FileProblem, Problem
@@ -33,6 +33,7 @@ DISAGREE = "config.json and the tensors disagree; take both from the same model"
 _PLACE = re.compile(re.escape(LAYERS) + r"(\d+)\.(?:\w+\.experts\.(?:\w+\.)?(\d+)\.)?")
 
 
+@collector_paused()
 def scan_folder(
     folder: Folder, source: str, revision: str | None, path: Path, *, generic: bool = False
 ) -> tuple[Checkpoint | None, list[Problem]]:
@@ -47,11 +48,15 @@ def scan_folder(
         return None, problems
     place = Place(folder.label, f"{folder.label}/config.json", DISAGREE, str)
     values = folder.has_values
-    layout = Layout(place, shards, decoder, names, problems, notes, has_values=values)
+    layout = Layout(
+        place, shards, decoder, names, problems, notes, has_values=values,
+        settings=described.settings,
+    )  # fmt: skip
     weights = layout.weights()
     if problems:
         return None, problems
     files = folder.names()
+    notes.extend(described.settings.notes)
     notes.extend(adapter_note(files))
     notes.extend(_tokenizer_note(folder, decoder))
     if not folder.has_values:
@@ -72,9 +77,7 @@ def scan_folder(
     return checkpoint, []
 
 
-def _open_config(
-    folder: Folder, problems: list[Problem], *, generic: bool
-) -> tuple[Description, bytes]:
+def _open_config(folder: Folder, problems: list[Problem], *, generic: bool) -> tuple[Config, bytes]:
     where = f"{folder.label}/config.json"
     if "config.json" not in folder.names():
         needed = "the model's config.json"
@@ -84,12 +87,12 @@ def _open_config(
         if ADAPTER in folder.names():
             hint = f"{ADAPTER} says that this is an adapter: merge it into its model, and give that"
         problems.append(Problem(where, None, "no such file", needed, hint))
-        return Description(None, None, problems), b""
+        return Config(None, None, problems), b""
     try:
         raw = read_small(folder, "config.json")
     except FileProblem as error:
         problems.append(error.problem)
-        return Description(None, None, problems), b""
+        return Config(None, None, problems), b""
     described = parse_config(raw, where, generic=generic)
     problems.extend(described.problems)
     return described, raw
@@ -119,6 +122,7 @@ class Layout:
         notes: list[str],
         *,
         has_values: bool,
+        settings: Settings = NO_SETTINGS,
     ) -> None:
         self.place, self.shards = place, shards
         self.decoder, self.names = decoder, names
@@ -126,7 +130,7 @@ class Layout:
         self.used: set[str] = set()
         self.seen: dict[str, list[str]] = {}
         read = self._read if has_values else None
-        self.headers = Headers(shards.tensors, read, problems, self.seen)
+        self.headers = Headers(shards.tensors, read, problems, self.seen, settings)
         self.formats = formats_of(shards.tensors)
 
     def weights(self) -> dict[str, Weight]:
@@ -238,6 +242,11 @@ class Layout:
         drafts = self._draft_layers()
         for name, tensor in self.tensors.items():
             if name in self.used or self.names.ignores(name) or name.startswith(drafts):
+                continue
+            if self.headers.settings.ignores(name):
+                self.headers.note(
+                    "scales of activations are not used: only weights are quantized", tensor
+                )
                 continue
             if name == "lm_head.weight" and self.decoder.tie_word_embeddings:
                 continue

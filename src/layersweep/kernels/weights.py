@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from layersweep.kernels.codecs import CodecKernels, same
+from layersweep.kernels.codecs import same
 from layersweep.kernels.runtime import Argument
+from layersweep.kernels.scaled import ALIKE, SCALED_LAYOUTS, Alike, ScaledKernels
 
-ALIKE = 32  # weights that one launch decodes together, as in nf4.cu and ggml.cu
+__all__ = ["GGML_KINDS", "WEIGHT_LAYOUTS", "Alike", "Nested", "WeightKernels"]
+
 GGML_KINDS = (
     *("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k"),
     *("iq4_nl", "iq4_xs", "mxfp4"),
@@ -23,6 +22,7 @@ WEIGHT_LAYOUTS = {
         "nf4_any": "6P3qf",
     },
     "ggml": {f"ggml_{kind}": f"2P2qiq{ALIKE}q" for kind in GGML_KINDS},
+    **SCALED_LAYOUTS,
 }
 _NF4_WIDE = 256 * 8 * 4
 _GGML_EIGHTS = 256 * 8 * 2
@@ -30,17 +30,7 @@ _GGML_EIGHTS = 256 * 8 * 2
 Nested = tuple[Tensor, Tensor, int, float]
 
 
-@dataclass(frozen=True)
-class Alike:
-    """Quantized weights that lie as a first one does, `shifts` bytes after it, with the nested
-    `offsets` of each (0 where there are none); dense they lie `step` elements apart."""
-
-    shifts: Sequence[int]
-    offsets: Sequence[float]
-    step: int
-
-
-class WeightKernels(CodecKernels):
+class WeightKernels(ScaledKernels):
     """The part of `Kernels` that serves stream/. T: the module's compute dtype."""
 
     def nf4_dequantize(

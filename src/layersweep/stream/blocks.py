@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from layersweep.checkpoint.layout import Checkpoint, Weight
 from layersweep.checkpoint.storage import Packed, Storage
 from layersweep.checkpoint.storage.floats import Floats, Values
 from layersweep.checkpoint.storage.four_bit import MadeNf4
+from layersweep.collector import collector_paused
 from layersweep.families.spec import Decoder
 from layersweep.families.weights import BlockShape, Role, blocks
 
@@ -29,8 +31,7 @@ ALIGNMENT = 256
 Decode = Callable[[Packed, Tensor], None]  # fills the second with the dense weight
 
 
-@dataclass(frozen=True)
-class Slot:
+class Slot(NamedTuple):  # of which a model has 100,000
     """A byte range of an arena. `source` is None where the bytes are made while reading."""
 
     source: StoredTensor | None
@@ -100,6 +101,7 @@ def block_specs(checkpoint: Checkpoint, *, quantize: bool = False) -> list[Block
     return specs_of(checkpoint.decoder, checkpoint.weights, quantize=quantize)
 
 
+@collector_paused()
 def specs_of(
     decoder: Decoder, weights: Mapping[str, Weight], *, quantize: bool = False
 ) -> list[BlockSpec]:

@@ -11,9 +11,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 from layersweep.checkpoint.header import StoredTensor
+from layersweep.checkpoint.storage.settings import NO_SETTINGS, Settings
 from layersweep.problems import DOWNLOAD_AGAIN, Problem
 
 if TYPE_CHECKING:
@@ -35,12 +36,14 @@ class Headers:
     """What the headers of a checkpoint hold; formats fill `problems` and `notes`.
 
     `read` gives the bytes of a small tensor, or is None where only headers may be read.
+    `settings`: what config.json says of the weights.
     """
 
     tensors: Mapping[str, StoredTensor]
     read: ReadValues | None
     problems: list[Problem]
     notes: dict[str, list[str]]
+    settings: Settings = NO_SETTINGS
 
     def problem(self, tensor: StoredTensor, found: str, needed: str, hint: str = "") -> None:
         file = str(tensor.file)
@@ -62,8 +65,8 @@ class Format(Protocol):
     """A format, which is a module. Which one a tensor belongs to is told by what is stored."""
 
     def base(self, tensor: StoredTensor) -> str | None:
-        """The weight that this tensor is the data of ("....weight"); None where it is of another
-        format, or a companion."""
+        """The weight that this tensor shows to be of this format ("....weight"): its data, or a
+        companion that no other format has. None for any other."""
         ...
 
     def companions(self, base: str) -> Iterable[str]:
@@ -75,8 +78,7 @@ class Format(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """Bytes that a weight takes of an arena: those of `source`, or made while reading."""
 
     source: StoredTensor | None
@@ -87,11 +89,11 @@ class Piece:
 class Look:
     """Numbers of a piece that a glance at a whole run judges: `count` of them, `step` bytes apart,
     from byte `first` on. None may be below `least`, NaN, or `below` and more, and halves ("2f2":
-    two neighbours) must be finite; else `check` looks.
+    two neighbours) must be finite; else `check` looks. "u1" and "u2" may be bits of floats.
     """
 
     piece: int
-    dtype: Literal["f4", "u1", "f2", "2f2"]
+    dtype: Literal["f4", "i4", "u1", "u2", "f2", "2f2"]
     count: int
     first: int = 0
     step: int = 4
@@ -177,7 +179,7 @@ class Storage(ABC):
     @property
     def pieces(self) -> tuple[Piece, ...]:
         """What of it lies in an arena, in order."""
-        return tuple(Piece(tensor, tensor.nbytes) for tensor in self.stored)
+        return tuple([Piece(tensor, tensor.nbytes) for tensor in self.stored])
 
     @property
     def looks(self) -> tuple[Look, ...]:
