@@ -52,7 +52,7 @@ def first_weight(block) -> torch.Tensor:  # type: ignore[no-untyped-def]
     return block.dense(key, torch.float32)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(
     slots=st.integers(3, 9),
     at_once=st.integers(1, 3),
