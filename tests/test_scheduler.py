@@ -164,7 +164,9 @@ def test_a_streamed_model_gives_the_tokens_of_a_resident_one(tmp_path: Path) -> 
     with Scheduler(streamed, most=8, longest=128) as scheduler:
         assert scheduler.room.plan.host == "disk"
         assert tokens(drive(scheduler, asked)) == resident
-        assert scheduler.counts.weight_bytes_read > (NEW - 1) * sum(s.stored_bytes for s in model.specs)
+        assert scheduler.counts.weight_bytes_read > (NEW - 1) * sum(
+            s.stored_bytes for s in model.specs
+        )
 
 
 def test_requests_come_and_go(model: Model) -> None:
