@@ -78,6 +78,7 @@ def _measured(scheduler: Scheduler, arm: Arm, load: Load, rates: Rates, say: Say
     reading, decoding = drive(scheduler, arm, load, costs, rates)
     row: Json = {
         "job": arm.name,
+        "requested": arm.requested,
         **asdict(load),
         "tokens_per_s": decoding.tokens_per_s,
         "share_of_floor": decoding.share_of_floor,

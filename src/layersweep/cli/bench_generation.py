@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from layersweep.bench.generation import Load
 
 Json = dict[str, Any]
+LEAST_SHOWN_MS = 0.01
 
 Source = Annotated[str, typer.Argument(metavar="MODEL", help="Folder or file; see `synth`.")]
 Arms = Annotated[str, typer.Option(help="The caches, measured one after the other.")]
@@ -89,11 +90,11 @@ def _bench(
 def _table(rows: list[Json]) -> Table:
     """Ours, with the parts of a walk below, and peers."""
     table = Table(box=None, pad_edge=False)
-    for name in ("", "tokens/s", "of floor", "walk", "hits", "prefill/s", "of floor", "peak"):
-        table.add_column(name, justify="right" if name else "left", overflow="fold")
+    for name in ("", "tokens/s", "of floor", "a walk", "hits", "read/s", "of floor"):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
     for row in rows:
         if "left_out" in row:
-            table.add_row(row["job"], f"left out: {row['left_out']}")
+            table.add_row(row["job"], "left out")
         elif "decode" not in row:
             table.add_row(row["job"], f"{row['tokens_per_s']:.2f}")
         else:
@@ -103,17 +104,20 @@ def _table(rows: list[Json]) -> Table:
 
 def _add(table: Table, row: Json) -> None:
     made, read, peak = row["decode"], row["prefill"], row["peak_device_bytes"]
-    table.add_row(
-        row["job"], *_rate(made), f"{1e3 * made['wall_s'] / made['walks']:.2f} ms",
-        f"{made['hit_rate']:.1%}", *_rate(read),
-        f"{format_bytes(peak) if peak else '?'} of {format_bytes(row['planned_device_bytes'])}",
-    )  # fmt: skip
-    if "one_stream" in row:
-        table.add_row(
-            "  one stream", *_rate(row["one_stream"]), f"{row['over_one_stream']:.1f} x slower"
-        )
+    walk = f"{1e3 * made['wall_s'] / made['walks']:.2f} ms"
+    table.add_row(row["requested"], *_rate(made), walk, f"{made['hit_rate']:.1%}", *_rate(read))
     for part, spent in sorted(made["ms_per_walk"].items(), key=lambda of: -of[1]):
-        table.add_row(f"  {part}", "", "", f"{spent:.2f} ms")
+        if spent >= LEAST_SHOWN_MS:
+            table.add_row(f"  {part}", "", "", f"{spent:.2f} ms")
+    if "one_stream" in row:
+        faster = f"{row['over_one_stream']:.1f} x"
+        table.add_row("  one stream", *_rate(row["one_stream"]), "all over it", faster)
+    planned = format_bytes(row["planned_device_bytes"])
+    table.add_row(
+        "  planned" if peak is None else "  peak, planned",
+        *([] if peak is None else [format_bytes(peak)]),
+        planned,
+    )
 
 
 def _rate(walks: Json) -> tuple[str, str]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from layersweep.errors import Fallback, InputError
 from layersweep.generate.config import GenerationConfig
 from layersweep.generate.request import Finish, Output, Request
-from layersweep.generate.room import MOST, make_room
+from layersweep.generate.room import MOST, SPARE, make_room
 from layersweep.generate.sampling import Sampler, check_sampling
 from layersweep.kv.arms import Arm
 from layersweep.kv.codec import check_stream
@@ -40,7 +40,6 @@ from layersweep.text.tokenizer import TextTokenizer
 
 TILE = 20  # prompts of a tile at most
 TILE_ROWS = 4096  # and tokens of all of them
-SPARE = 1.15  # shelves have rows that nobody uses
 
 
 @dataclass(eq=False)
