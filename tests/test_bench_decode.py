@@ -17,8 +17,8 @@ from layersweep.bench.generate_peers import Peers
 from layersweep.bench.generation import Load, bench_generation
 from layersweep.bench.walks import Costs, Rates, WalkCost, Walks, share_used
 from layersweep.cli.app import run
+from layersweep.generate.counts import Rider
 from layersweep.generate.room import make_room
-from layersweep.generate.scheduler import Rider
 from layersweep.kv.arms import EXACT, parse
 from layersweep.stream.shapes import dense_total
 from layersweep.sweep.model import Model, load

@@ -67,6 +67,7 @@ def test_any_visits_see_the_bytes_of_the_file(
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @settings(max_examples=15, deadline=None)
 @given(
     slots=st.integers(3, 9),

@@ -25,6 +25,7 @@ from layersweep.integrations.transformers import cache_for
 from layersweep.kv.arms import EXACT, Arm, parse
 from layersweep.sweep import engine, running, running_attention
 from layersweep.sweep.context import RopeTables
+from layersweep.sweep.loop import run_sweep
 from layersweep.sweep.model import Model, load
 from layersweep.sweep.running import RunningCaches, Text, capacity_for
 
@@ -153,16 +154,19 @@ def test_prompts_beyond_a_walk_are_read_in_pieces(tiny: Path, model: Model) -> N
     assert found == {request.id: greedy(oracle, request.ids, NEW) for request in asked}
 
 
-def test_a_streamed_model_gives_the_tokens_of_a_resident_one(model: Model) -> None:
+def test_a_streamed_model_gives_the_tokens_of_a_resident_one(tmp_path: Path) -> None:
+    make(TINY["llama"], tmp_path)
+    model = load(str(tmp_path), device="cpu")
     asked = requests(model.decoder.vocab_size)
     with Scheduler(model, most=8, longest=128) as scheduler:
         resident = tokens(drive(scheduler, asked))
-        assert scheduler.room.plan.host == "resident"
+        assert (scheduler.room.plan.host, scheduler.room.keeps_dense) == ("resident", True)
         least = scheduler.room.plan.placement.host_ring
     streamed = replace(model, ram=Budget(least + 2**10, "test"))
     with Scheduler(streamed, most=8, longest=128) as scheduler:
-        assert scheduler.room.plan.host != "resident"
+        assert scheduler.room.plan.host == "disk"
         assert tokens(drive(scheduler, asked)) == resident
+        assert scheduler.counts.weight_bytes_read > 11 * sum(s.stored_bytes for s in model.specs)
 
 
 @pytest.mark.parametrize("together", [2, 3, 4])
@@ -244,6 +248,33 @@ def test_broken_numbers_of_one_request_end_that_request_alone(
             assert [output.token for output in found[name]] == expected[name]
         again = drive(scheduler, [Request("3", asked[0].ids, asked[0].sampling)])
         assert tokens(again)["3"] == expected["0"]  # its row was the broken one's
+
+
+@pytest.mark.parametrize("kv", ["exact", "lloyd:K3V2@window=4"])
+def test_memory_that_ends_in_a_walk_costs_no_token(
+    kv: str, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = requests(model.decoder.vocab_size, parse(kv), lengths=(5, 9, 12))
+    with Scheduler(model, most=4, longest=128) as scheduler:
+        expected, told = tokens(drive(scheduler, asked)), []
+        before = scheduler.room.kept_bytes
+        sweep, walks = run_sweep, 0
+
+        def fail_in_the_third(*args: object, **more: object) -> object:
+            nonlocal walks
+            walks += 1
+            if walks == 3:
+                sweep(*args, **more)  # type: ignore[arg-type]  # as far as it came
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+            return sweep(*args, **more)  # type: ignore[arg-type]
+
+        monkeypatch.setattr("layersweep.generate.scheduler.run_sweep", fail_in_the_third)
+        monkeypatch.setattr(scheduler, "_say", told.append)
+        found = tokens(drive(scheduler, asked))
+        assert found == expected or kv != "exact"
+        assert {len(made) for made in found.values()} == {NEW}
+        assert scheduler.room.kept_bytes < before
+        assert [fallback.why for fallback in told] == ["CUDA out of memory"]
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from layersweep.checkpoint.header import StoredTensor
+from layersweep.checkpoint.storage.floats import Floats
 from layersweep.checkpoint.weights import Weight
 from layersweep.errors import CheckpointError, Fallback
 from layersweep.families.weights import BlockShape
@@ -93,8 +94,8 @@ def a_file(folder: Path, sizes: list[int]) -> tuple[list[BlockSpec], list[bytes]
             stream.write(data)
             contents.append(data)
             source = StoredTensor(f"t{index}", file, "F16", (size // 2,), offset, size)
-            weight = Weight(f"t{index}", (size // 2,), source, None)
-            placed = PlacedWeight(weight, Slot(source, 0, size))
+            weight = Weight(f"t{index}", (size // 2,), Floats(source))
+            placed = PlacedWeight(weight, weight.storage, (Slot(source, 0, size),))
             shape = BlockShape("mlp", index // 3, {"w": (size // 2,)})
             specs.append(BlockSpec(shape, {"w": placed}, size, size))
             offset += size

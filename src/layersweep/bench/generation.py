@@ -15,8 +15,9 @@ import torch
 
 from layersweep.bench.ceilings import gemm_ceiling, memory_rate
 from layersweep.bench.walks import Costs, Rates, Walks
+from layersweep.generate.counts import Counts
 from layersweep.generate.request import Request, Sampling
-from layersweep.generate.scheduler import Counts, Scheduler
+from layersweep.generate.scheduler import Scheduler
 from layersweep.kv.arms import Arm
 from layersweep.sweep.model import Model
 

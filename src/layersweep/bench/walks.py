@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from layersweep.families.spec import Decoder
+from layersweep.generate.counts import Rider
 from layersweep.generate.room import Room
-from layersweep.generate.scheduler import Rider
 from layersweep.kv.arms import Arm
 from layersweep.kv.methods import EXACT_BITS
 from layersweep.kv.size import kv_size

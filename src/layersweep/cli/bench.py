@@ -130,7 +130,10 @@ def peers(
         return measure_sync_nf4(model, place, layers, tokens, cap)
 
     def cpu_offload() -> PeerResult:
-        config = json.loads((checkpoint.folder / "config.json").read_text("utf-8"))
+        path = checkpoint.folder / "config.json"
+        if not path.is_file():
+            raise InputError(f"{checkpoint.folder}: found a GGUF file, needed a config.json")
+        config = json.loads(path.read_text("utf-8"))
         return measure_cpu_offload(config, checkpoint.decoder, place, layers, tokens, cap)
 
     peers = {"per-layer synchronous NF4": sync_nf4, "transformers with CPU offload": cpu_offload}

@@ -67,9 +67,10 @@ def _finite(logprob: float | None) -> float:
 
 
 class Style(Protocol):
-    """How an endpoint spells an answer."""
+    """How an endpoint spells an answer. `continues`: as in generate.request.Request."""
 
     prefix: str
+    continues: bool
     whole_object: str
     part_object: str
 
@@ -86,7 +87,8 @@ class Style(Protocol):
 
 
 class CompletionStyle:
-    prefix, whole_object, part_object = "cmpl", "text_completion", "text_completion"
+    prefix, continues = "cmpl", True
+    whole_object = part_object = "text_completion"
 
     def whole(self, choice: Choice) -> dict[str, Any]:
         return {"text": choice.text}
@@ -106,7 +108,8 @@ class CompletionStyle:
 
 
 class ChatStyle:
-    prefix, whole_object, part_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
+    prefix, continues = "chatcmpl", False
+    whole_object, part_object = "chat.completion", "chat.completion.chunk"
 
     def whole(self, choice: Choice) -> dict[str, Any]:
         return {"message": {"role": "assistant", "content": choice.text, "refusal": None}}

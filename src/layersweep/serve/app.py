@@ -82,7 +82,13 @@ class Service:
         arm, own = self.offer.arm(body.kv), self.offer.sampling
         name = f"{style.prefix}-{secrets.token_hex(8)}"
         requests = [
-            Request(f"{name}.{at}.{choice}", ids, body.sampling(own, most[at], choice), arm)
+            Request(
+                f"{name}.{at}.{choice}",
+                ids,
+                body.sampling(own, most[at], choice),
+                arm,
+                style.continues,
+            )
             for at, ids in enumerate(prompts)
             for choice in range(body.n)
         ]

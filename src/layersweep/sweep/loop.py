@@ -12,10 +12,8 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from layersweep.errors import InputError
 from layersweep.families.weights import BlockShape
@@ -31,6 +29,7 @@ from layersweep.sweep.engine import Engine
 from layersweep.sweep.feed import FeedVisit, experts_used, leave_feed
 from layersweep.sweep.head import Head
 from layersweep.sweep.record import (
+    HealthThere,
     LayerCheck,
     LayerHealth,
     LogitsReader,
@@ -42,19 +41,11 @@ from layersweep.sweep.running import RunningCaches
 from layersweep.sweep.sequences import Tile, reference_tile, want_reference
 from layersweep.sweep.state import TileState, read_rows
 from layersweep.sweep.turn import HostTurn
-from layersweep.sweep.visits import FeedGroup, LayerBlocks
+from layersweep.sweep.visits import FeedGroup, LayerBlocks, Visits
 from layersweep.sweep.watch import Watch
 
+MANY = 4  # rows of each expert, on average, from which on all of them have some
 Caches = KeptCaches | RunningCaches | None
-
-
-@dataclass(frozen=True)
-class _Left:
-    """LayerHealth that is still on the device: float32 [2], or [1] without a router."""
-
-    layer: int
-    experts_used: int | None
-    largest_and_spread: Tensor
 
 
 def run_sweep(
@@ -105,7 +96,8 @@ def run_sweep(
         reference = TileState(reference_tile(engine.reference), decoder.query_width)
         groups[0].append(reference)
     every = [*groups[0], *groups[1]]
-    visits = _Visits(progress, (engine, *then), len(tiles))
+    layers = [blocks for stage in (engine, *then) for blocks in stage.blocks.values()]
+    visits = Visits(progress, layers, len(tiles))
     with torch.inference_mode(), engine.compute.numerics(), ExitStack() as leave:
         before = ExitStack()
         for stage in (engine, *then):
@@ -137,24 +129,11 @@ def run_sweep(
     return record
 
 
-class _Visits:
-    """Progress: a visit is a tile's attention, or an expert or MLP with all tiles."""
-
-    def __init__(self, progress: Progress, engines: Sequence[Engine], tiles: int) -> None:
-        self.progress, self.done = progress, 0
-        layers = [blocks for engine in engines for blocks in engine.blocks.values()]
-        self.total = len(layers) * tiles + sum(len(blocks.feeds) for blocks in layers)
-
-    def __call__(self, count: int = 1) -> None:
-        self.done += count
-        self.progress("sweep", self.done, self.total)
-
-
 class _Sweep:
     """One walk over an engine's blocks, which the store numbers in sweep order."""
 
     def __init__(
-        self, engine: Engine, record: SweepRecord, caches: Caches, visited: _Visits,
+        self, engine: Engine, record: SweepRecord, caches: Caches, visited: Visits,
         states: list[TileState], turn: HostTurn, reference: TileState | None, watch: Watch | None,
     ) -> None:  # fmt: skip
         self.visited, self.turn = visited, turn
@@ -165,7 +144,7 @@ class _Sweep:
         self.record, self.caches = record, caches
         self.blocks = engine.blocks
         self.clock = PhaseClock(self.compute.device)
-        self._left: _Left | None = None
+        self._left: HealthThere | None = None
         sequences = [sequence for state in states for sequence in state.tile.sequences]
         longest = max((sequence.longest for sequence in sequences), default=0)
         growing = isinstance(caches, RunningCaches)
@@ -253,10 +232,14 @@ class _Sweep:
         self, layer: int, at_once: int, lead: list[TileState], rest: list[TileState]
     ) -> None:
         """Those that are fetched by id, now that routing is known."""
-        experts = self.experts
-        assert experts is not None
+        experts, feed = self.experts, self.decoder.layers[layer].feed
+        assert experts is not None and feed.router is not None
         keys = experts.chosen(layer, experts_used([*lead, *rest]))
-        for blocks in experts.visit(keys, at_once):
+        rows = sum(state.tile.rows for state in (*lead, *rest))
+        many = rows * feed.router.top_k >= MANY * feed.experts
+        for number, blocks in enumerate(experts.visit(keys, at_once)):
+            if many and number == 0:  # the next layer will want all of its own
+                experts.want(experts.of_layer.get(layer + 1, []))
             with self.clock.phase("dequantization"):
                 self.weights.fill_feeds(blocks)
             self._feed([block.spec.shape for block in blocks], layer, lead, rest)
@@ -310,15 +293,15 @@ class _Sweep:
                 state.hidden, state.update, state.unit_of_row, state.first_bad_layer, layer
             )
 
-    def _look(self, layer: int, state: TileState) -> _Left:
+    def _look(self, layer: int, state: TileState) -> HealthThere:
         """What `report` will say; no wait."""
         largest = state.hidden.abs().max().float()
         if state.routing is None or state.router_logits is None:
-            return _Left(layer, None, largest[None])
+            return HealthThere(layer, None, largest[None])
         start = state.routing.start
         used = sum(start[e + 1] > start[e] for e in range(len(start) - 1))
         spread = state.router_logits.float().std(0).max()
-        return _Left(layer, used, torch.stack((largest, spread)))
+        return HealthThere(layer, used, torch.stack((largest, spread)))
 
     def report(self, check: LayerCheck | None) -> None:
         """Show the lead tile, as it left the layer before, to `check`. Waits for the device."""

@@ -12,6 +12,7 @@ from layersweep.model.compute import Compute
 from layersweep.stream.blocks import BlockSpec
 from layersweep.stream.shapes import experts_at_once
 from layersweep.sweep.feed import groups_of
+from layersweep.sweep.record import Progress
 
 
 @dataclass(frozen=True)
@@ -77,3 +78,15 @@ def visits_of(
         own = tuple(beside.get(layer, ()))
         found[layer] = LayerBlocks(attention, groups, at_once, own)
     return found
+
+
+class Visits:
+    """Progress: a visit is a tile's attention, or an expert or MLP with all tiles."""
+
+    def __init__(self, progress: Progress, layers: Sequence[LayerBlocks], tiles: int) -> None:
+        self.progress, self.done = progress, 0
+        self.total = len(layers) * tiles + sum(len(blocks.feeds) for blocks in layers)
+
+    def __call__(self, count: int = 1) -> None:
+        self.done += count
+        self.progress("sweep", self.done, self.total)
