@@ -129,7 +129,8 @@ def drive(
             if cpu
             else after.weight_bytes_copied - before.weight_bytes_copied
         )
-        walks.add(costs.of(scheduler.rode), missed, rates)
+        if after.walks > before.walks:  # else memory ended, and it is walked again
+            walks.add(costs.of(scheduler.rode), missed, rates)
         walks.launch_s += after.launch_s - before.launch_s
         walks.copy_s += after.copy_s - before.copy_s
         walks.stall_s += after.stall_s - before.stall_s
