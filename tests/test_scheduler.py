@@ -23,6 +23,7 @@ from layersweep.generate.request import Output, Request, Sampling
 from layersweep.generate.scheduler import Scheduler
 from layersweep.integrations.transformers import cache_for
 from layersweep.kv.arms import EXACT, Arm, parse
+from layersweep.model.compute import Compute
 from layersweep.sweep import engine, running, running_attention
 from layersweep.sweep.context import RopeTables
 from layersweep.sweep.loop import run_sweep
@@ -191,12 +192,12 @@ def test_tables_of_rope_that_are_made_anew_change_no_token(
     with Scheduler(model, most=8, longest=128) as scheduler:
         expected = tokens(drive(scheduler, asked))
 
-    class Counted(RopeTables):
-        def __post_init__(self) -> None:
-            made.append(self.longest)
+    def counted(longest: int, compute: Compute) -> RopeTables:
+        made.append(longest)
+        return RopeTables(longest, compute)
 
     monkeypatch.setattr(engine, "TABLE_STEP", 16)
-    monkeypatch.setattr(engine, "RopeTables", Counted)
+    monkeypatch.setattr(engine, "RopeTables", counted)
     with Scheduler(model, most=8, longest=128) as scheduler:
         assert tokens(drive(scheduler, asked)) == expected
     assert made == [16, 32, 48]
