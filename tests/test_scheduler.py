@@ -23,7 +23,9 @@ from layersweep.generate.request import Output, Request, Sampling
 from layersweep.generate.scheduler import Scheduler
 from layersweep.integrations.transformers import cache_for
 from layersweep.kv.arms import EXACT, Arm, parse
-from layersweep.sweep import running, running_attention
+from layersweep.model.compute import Compute
+from layersweep.sweep import engine, running, running_attention
+from layersweep.sweep.context import RopeTables
 from layersweep.sweep.loop import run_sweep
 from layersweep.sweep.model import Model, load
 from layersweep.sweep.running import RunningCaches, Text, capacity_for
@@ -98,7 +100,8 @@ def test_every_kind_of_attention_gives_the_tokens_of_transformers(
     asked = requests(loaded.decoder.vocab_size)
     with Scheduler(loaded, most=8, longest=128) as scheduler:
         found = tokens(drive(scheduler, asked))
-    assert scheduler.counts.walks == NEW
+    counts = scheduler.counts
+    assert (counts.walks, counts.prompt_tokens, counts.tokens) == (NEW, sum(LENGTHS), 5 * NEW)
     assert found == {request.id: greedy(oracle, request.ids, NEW) for request in asked}
 
 
@@ -167,6 +170,39 @@ def test_a_streamed_model_gives_the_tokens_of_a_resident_one(tmp_path: Path) -> 
         assert scheduler.counts.weight_bytes_read > (NEW - 1) * sum(
             s.stored_bytes for s in model.specs
         )
+
+
+@pytest.mark.parametrize("together", [2, 3, 4])
+def test_experts_that_are_decoded_together_stay_who_they_are(
+    together: int, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A group whose first expert has rows again, but others beside it than before."""
+    asked = requests(model.decoder.vocab_size, lengths=(1, 3), new=24)
+    with Scheduler(model, most=8, longest=128) as scheduler:
+        expected = tokens(drive(scheduler, asked))
+    for module in ("layersweep.sweep.visits", "layersweep.stream.shapes"):
+        monkeypatch.setattr(f"{module}.experts_at_once", lambda *layer, cpu: together)
+    with Scheduler(model, most=8, longest=128) as scheduler:
+        assert scheduler.room.keeps_dense
+        assert tokens(drive(scheduler, asked)) == expected
+
+
+def test_tables_of_rope_that_are_made_anew_change_no_token(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, made = requests(model.decoder.vocab_size, lengths=(5, 9), new=30), list[int]()
+    with Scheduler(model, most=8, longest=128) as scheduler:
+        expected = tokens(drive(scheduler, asked))
+
+    def counted(longest: int, compute: Compute) -> RopeTables:
+        made.append(longest)
+        return RopeTables(longest, compute)
+
+    monkeypatch.setattr(engine, "TABLE_STEP", 16)
+    monkeypatch.setattr(engine, "RopeTables", counted)
+    with Scheduler(model, most=8, longest=128) as scheduler:
+        assert tokens(drive(scheduler, asked)) == expected
+    assert made == [16, 32, 48]
 
 
 def test_requests_come_and_go(model: Model) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import ceil
 
 from layersweep.errors import BudgetError, InputError
 from layersweep.kv.arms import EXACT
@@ -21,6 +22,7 @@ from layersweep.units import format_bytes
 MOST = 256  # requests that run at once
 ROWS = 4096  # tokens that are read in one walk, if there is memory for them
 FEWEST_ROWS = 64
+SPARE = 1.15  # shelves have rows that nobody uses
 ENOUGH = 8  # full-length texts that make room for others beside weights that could stay
 
 
@@ -86,7 +88,7 @@ def make_room(model: Model, *, most: int = MOST, longest: int | None = None) -> 
     all_fit = walk.plan(wanted).host == "resident" and here + wanted <= free
     keeps_dense = all_fit and here + dense + wanted <= free
     if all_fit:
-        kept = min(most * row, free - here - (dense if keeps_dense else 0))
+        kept = min(ceil(SPARE * most * row), free - here - (dense if keeps_dense else 0))
         plan = walk.plan(kept + (dense if keeps_dense else 0))
         slots = home = 0
     else:

@@ -22,7 +22,7 @@ from layersweep.generate.config import GenerationConfig
 from layersweep.generate.counts import Counts, Rider
 from layersweep.generate.request import Finish, Output, Request
 from layersweep.generate.ride import Run, tile_of, together
-from layersweep.generate.room import MOST, make_room
+from layersweep.generate.room import MOST, SPARE, make_room
 from layersweep.generate.sampling import Sampler, check_sampling
 from layersweep.kv.arms import Arm
 from layersweep.kv.codec import check_stream
@@ -40,7 +40,6 @@ from layersweep.text.streaming import TextStream
 from layersweep.text.tokenizer import TextTokenizer
 from layersweep.units import format_bytes
 
-SPARE = 1.15  # shelves have rows that nobody uses
 LESS = 0.8  # of what was in use when memory ended
 
 
