@@ -81,6 +81,7 @@ def generate(
     console = Console(stderr=True)
 
     from layersweep.generate.prompts import one_prompt, read_prompts
+    from layersweep.sweep.shapes import length_limit
 
     ready = prepare(model, machine, options)
     if prompts is not None:
@@ -88,9 +89,12 @@ def generate(
     else:
         assert prompt is not None
         asked = [one_prompt(prompt, ready.tokenizer, ready.sampling, bos=bos, chat=chat)]
+    most = min(max_running, len(asked) * len(arms))
+    limit, _ = length_limit(ready.model.decoder)
+    longest = max_length or min(limit, max(one.longest for one in asked))
     with (
         _answers_file(out, resume) as (file, done),
-        scheduled(ready, arms, console, most=max_running, longest=max_length) as scheduler,
+        scheduled(ready, arms, console, most=most, longest=longest) as scheduler,
     ):
         if prompt is not None and out is None and len(arms) == 1:
             _stream(scheduler, asked[0], arms[0], console)

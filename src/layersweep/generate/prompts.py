@@ -42,6 +42,11 @@ class Prompt:
     sampling: Sampling
     continues: bool = True
 
+    @property
+    def longest(self) -> int:
+        """Tokens that it and an answer can have."""
+        return len(self.ids) + self.sampling.max_new_tokens
+
     def requests(self, arms: Sequence[Arm]) -> list[Request]:
         """One for each arm."""
         return [

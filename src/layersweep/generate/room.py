@@ -23,7 +23,6 @@ MOST = 256  # requests that run at once
 ROWS = 4096  # tokens that are read in one walk, if there is memory for them
 FEWEST_ROWS = 64
 SPARE = 1.15  # shelves have rows that nobody uses
-ENOUGH = 8  # full-length texts that make room for others beside weights that could stay
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class Room:
 def make_room(model: Model, *, most: int = MOST, longest: int | None = None) -> Room:
     """Where a model's weights and the texts that run go.
 
-    Weights stay on the device as far as they fit beside ENOUGH texts of `longest` tokens (the
+    Weights stay on the device as far as they fit beside `most` texts of `longest` tokens (the
     model's limit by default), or half of what is free; what is left then is for more texts. Where
     they do not all fit, routed experts are fetched by id. Raises InputError for a decoder that
     transformers' own layers compute, BudgetError for what cannot fit.
@@ -82,7 +81,7 @@ def make_room(model: Model, *, most: int = MOST, longest: int | None = None) -> 
             f"{format_bytes(row)} for one text of {longest} tokens",
             hint="a larger --vram, or a smaller --max-length",
         )
-    wanted = max(row, min(min(most, ENOUGH) * row, free // 2))
+    wanted = max(row, min(most * row, free // 2))
     packed, dense = sum(spec.nbytes for spec in model.specs), dense_total(decoder, walk.element)
     here = 0 if model.cpu else packed  # on the CPU they are used where they wait
     all_fit = walk.plan(wanted).host == "resident" and here + wanted <= free
