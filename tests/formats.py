@@ -131,9 +131,10 @@ def words_of(numbers: Ints, order: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 7)) -
     return torch.from_numpy(np.asarray(words, np.uint64).astype(np.uint32).view(np.int32))
 
 
-def _integers(rows: int, columns: int, rng: Rng) -> tuple[Ints, Ints]:
-    """Numbers [rows, columns] and zero points [rows, groups]."""
-    return rng.integers(0, 16, (rows, columns)), rng.integers(4, 12, (rows, columns // GROUP))
+def _integers(rows: int, columns: int, rng: Rng, edges: bool, least: int = 0) -> tuple[Ints, Ints]:
+    """Numbers [rows, columns] and zero points [rows, groups]; with `edges`, from `least` on."""
+    low, high = (least, least + 16) if edges else (4, 12)
+    return rng.integers(0, 16, (rows, columns)), rng.integers(low, high, (rows, columns // GROUP))
 
 
 def _dense(numbers: Ints, zeros: Ints, scale: Tensor, group: Ints) -> Tensor:
@@ -144,7 +145,7 @@ def _dense(numbers: Ints, zeros: Ints, scale: Tensor, group: Ints) -> Tensor:
 
 def _packed(zero_points: bool, sorted_columns: bool) -> Any:
     def draw(rows: int, columns: int, rng: Rng, edges: bool) -> Drawn:
-        numbers, zeros = _integers(rows, columns, rng)
+        numbers, zeros = _integers(rows, columns, rng, edges)
         group = np.arange(columns) // GROUP
         scale = scales_of(zeros.shape, columns, rng, edges).bfloat16()
         found = {"weight_packed": words_of(numbers), "weight_scale": scale}
@@ -160,7 +161,7 @@ def _packed(zero_points: bool, sorted_columns: bool) -> Any:
 
 
 def _awq(rows: int, columns: int, rng: Rng, edges: bool) -> Drawn:
-    numbers, zeros = _integers(rows, columns, rng)
+    numbers, zeros = _integers(rows, columns, rng, edges)
     scale = scales_of(zeros.shape, columns, rng, edges).half()
     order = (0, 2, 4, 6, 1, 3, 5, 7)
     found = {
@@ -172,7 +173,7 @@ def _awq(rows: int, columns: int, rng: Rng, edges: bool) -> Drawn:
 
 def _gptq(less: int, sorted_columns: bool) -> Any:
     def draw(rows: int, columns: int, rng: Rng, edges: bool) -> Drawn:
-        numbers, zeros = _integers(rows, columns, rng)
+        numbers, zeros = _integers(rows, columns, rng, edges, less)
         scale = scales_of(zeros.shape, columns, rng, edges).half()
         group = np.arange(columns) // GROUP
         group = rng.permutation(group) if sorted_columns else group
