@@ -8,6 +8,7 @@ from pathlib import Path
 from layersweep.checkpoint.files import LocalFolder
 from layersweep.checkpoint.header import StoredTensor
 from layersweep.checkpoint.reading import scan_folder
+from layersweep.checkpoint.storage.ggml import SUFFIX
 from layersweep.checkpoint.weights import Checkpoint, Weight
 from layersweep.errors import InputError
 from layersweep.problems import Problem, printable, problems_error
@@ -22,7 +23,6 @@ __all__ = [
 ]
 
 DEMO = "demo"
-SUFFIX = ".gguf"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 

@@ -15,7 +15,7 @@ import numpy as np
 from tokenizers import AddedToken, Encoding, Tokenizer
 from tokenizers.models import Unigram
 
-from layersweep.checkpoint.layout import SUFFIX
+from layersweep.checkpoint.storage.ggml import SUFFIX
 from layersweep.errors import InputError
 from layersweep.text.added_tokens import TokensBeside
 from layersweep.text.chat import Message, render_chat

@@ -141,22 +141,27 @@ def _gemma(meta: Metadata, model_type: str, largest: int) -> Config:
         "intermediate_size": meta.count("feed_forward_length"),
         "hidden_activation": "gelu_pytorch_tanh",
         "query_pre_attn_scalar": own,
-        "sliding_window": meta.count("attention.sliding_window"),
-        "attn_logit_softcapping": meta.optional_number("attn_logit_softcapping"),
-        "final_logit_softcapping": meta.optional_number("final_logit_softcapping"),
     }
 
 
 def _gemma2(meta: Metadata) -> Config:
+    """What early files leave out is as Gemma 2 was published."""
     meta.only("attention.sliding_window_pattern", 2)
-    return _gemma(meta, "gemma2", GEMMA2_27B) | _rope(meta)
+    return {
+        **_gemma(meta, "gemma2", GEMMA2_27B),
+        **_rope(meta),
+        "sliding_window": meta.count("attention.sliding_window", 4096),
+        "attn_logit_softcapping": meta.number("attn_logit_softcapping", 50.0),
+        "final_logit_softcapping": meta.number("final_logit_softcapping", 30.0),
+    }
 
 
 def _gemma3(meta: Metadata) -> Config:
-    found = _gemma(meta, "gemma3_text", GEMMA3_27B) | _rope(meta, 1e6)
-    del found["attn_logit_softcapping"]
-    meta.only("attn_logit_softcapping")
-    return found | {
+    return {
+        **_gemma(meta, "gemma3_text", GEMMA3_27B),
+        **_rope(meta, 1e6),
+        "sliding_window": meta.count("attention.sliding_window"),
+        "final_logit_softcapping": meta.optional_number("final_logit_softcapping"),
         "rope_local_base_freq": meta.number("rope.freq_base_swa", WINDOW_THETA),
         "sliding_window_pattern": meta.count("attention.sliding_window_pattern", 6),
     }

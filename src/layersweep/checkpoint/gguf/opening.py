@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from layersweep.checkpoint.storage.floats import Floats
 from layersweep.checkpoint.storage.ggml import Ggml
 from layersweep.checkpoint.weights import Checkpoint, Weight
 from layersweep.families.names import Names
-from layersweep.families.registry import describe
+from layersweep.families.registry import Description, describe
 from layersweep.families.spec import Decoder
 from layersweep.problems import DOWNLOAD_AGAIN, FileProblem, Problem, show
 
@@ -105,36 +105,27 @@ def scan_gguf_checkpoint(source: str, path: Path) -> tuple[Checkpoint | None, li
         files = read_files(path)
     except OSError as error:
         return None, [Problem(str(path), None, str(error), "a readable file", DOWNLOAD_AGAIN)]
-    problems, notes = files.problems, list[str]()
     headers = {
         name: Header(header.tensors, header.raw, []) for name, header in files.headers.items()
     }
-    tensors = together(headers, problems)
-    if problems:
-        return None, problems
+    tensors = together(headers, files.problems)
+    if files.problems:
+        return None, files.problems
     meta = Metadata(files.fields, tensors, str(path), _architecture(files.fields))
-    config = config_of(meta)
-    if FREQUENCIES in tensors and not meta.problems:
-        config |= _frequencies(meta, files, config)
-        tensors.pop(FREQUENCIES)
-    if meta.problems:
-        return None, meta.problems
-    described = describe(config, str(path))
-    if described.decoder is None or not isinstance(described.names, Names):
+    described = _describe(meta, files)
+    decoder, names = described.decoder, described.names
+    if decoder is None or not isinstance(names, Names):
         return None, described.problems
-    decoder, names = _as_stored(described.decoder, described.names)
-    shards = Shards(files.sources, headers, renamed(tensors, decoder.model_type))
-    place = Place(str(path), str(path), _DISAGREE, lambda name: original(name, decoder.model_type))
-    layout = Layout(place, shards, decoder, names, problems, notes, has_values=True)
+    decoder, names = _as_stored(decoder, names)
+    kind = decoder.model_type
+    own = {name: tensor for name, tensor in tensors.items() if name != FREQUENCIES}
+    shards = Shards(files.sources, headers, renamed(own, kind))
+    place = Place(str(path), str(path), _DISAGREE, lambda name: original(name, kind))
+    problems: list[Problem] = []
+    layout = Layout(place, shards, decoder, names, problems, [], has_values=True)
     weights = {name: _undone(one, meta, decoder) for name, one in layout.weights().items()}
     if problems:
         return None, problems
-    tokens = files.fields.get(TOKENS)
-    if isinstance(tokens, list) and len(tokens) > decoder.vocab_size:
-        notes.append(
-            f"the tokenizer has {len(tokens)} tokens, the vocabulary {decoder.vocab_size}: text "
-            "that uses more is refused"
-        )
     checkpoint = Checkpoint(
         source=source,
         revision=None,
@@ -143,12 +134,31 @@ def scan_gguf_checkpoint(source: str, path: Path) -> tuple[Checkpoint | None, li
         weights=weights,
         files=tuple(one.path for one in files.sources.values()),
         fingerprint=fingerprint(shards, b""),
-        nbytes=sum(tensor.nbytes for tensor in tensors.values()),
-        notes=tuple(notes),
+        nbytes=sum(tensor.nbytes for tensor in own.values()),
+        notes=(*layout.notes, *_tokenizer_note(files.fields, decoder)),
         unused_fields=(),
         unused_files=(),
     )
     return checkpoint, []
+
+
+def _describe(meta: Metadata, files: GgufFiles) -> Description:
+    """The decoder of the metadata, or everything that is wrong with them."""
+    config = config_of(meta)
+    if FREQUENCIES in meta.tensors and not meta.problems:
+        config |= _frequencies(meta, files, config)
+    if meta.problems:
+        return Description(None, None, meta.problems)
+    return describe(config, meta.file)
+
+
+def _tokenizer_note(fields: Mapping[str, Value], decoder: Decoder) -> Iterator[str]:
+    tokens = fields.get(TOKENS)
+    if isinstance(tokens, list) and len(tokens) > decoder.vocab_size:
+        yield (
+            f"the tokenizer has {len(tokens)} tokens, the vocabulary {decoder.vocab_size}: text "
+            "that uses more is refused"
+        )
 
 
 def _architecture(fields: Mapping[str, Value]) -> str:

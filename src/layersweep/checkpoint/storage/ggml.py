@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from layersweep.checkpoint.header import StoredTensor
-from layersweep.checkpoint.storage.floats import FLOATS
+from layersweep.checkpoint.storage.floats import FLOATS, Floats
 from layersweep.checkpoint.storage.storage import Headers, Look, Storage
 from layersweep.errors import CheckpointError
 from layersweep.problems import DOWNLOAD_AGAIN
@@ -80,6 +80,7 @@ TYPES = {
 }
 DECODED = tuple(name for name, one in TYPES.items() if one.decoded and name not in FLOATS)
 LARGEST_POWER = 250  # of two, counted from -127: beyond, a product overflows float32
+SUFFIX = ".gguf"  # of a file; safetensors calls some of its types as ggml does
 REQUANTIZE = "take the model in another type, Q4_K for example; llama-quantize makes it"
 
 
@@ -166,7 +167,7 @@ class Ggml(Storage):
 
 
 def base(tensor: StoredTensor) -> str | None:
-    return tensor.name if tensor.dtype in TYPES and tensor.dtype not in FLOATS else None
+    return tensor.name if tensor.file.suffix == SUFFIX else None
 
 
 def companions(base: str) -> tuple[str, ...]:
@@ -178,10 +179,10 @@ def match(headers: Headers, base: str, shape: tuple[int, ...]) -> Storage | None
     if not TYPES[data.dtype].decoded:
         needed = f"a type that is decoded here: {', '.join((*FLOATS, *DECODED))}"
         headers.problem(data, f"type {data.dtype}", needed, REQUANTIZE)
-    elif data.shape != shape or not shape or shape[-1] % TYPES[data.dtype].elements:
+    elif data.shape != shape:
         headers.problem(data, data.describe(), f"{list(shape)}, by the metadata")
     else:
-        return Ggml(data)
+        return Floats(data) if data.dtype in FLOATS else Ggml(data)
     return None
 
 

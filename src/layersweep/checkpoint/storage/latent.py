@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from layersweep.checkpoint.header import StoredTensor
-from layersweep.checkpoint.storage import bitsandbytes, ggml
+from layersweep.checkpoint.storage import ggml
 from layersweep.checkpoint.storage.storage import Headers, Look, Packed, Storage
 
 if TYPE_CHECKING:
@@ -118,10 +118,7 @@ def match(headers: Headers, base: str, shape: Shape) -> Storage | None:
         found = f"{keys.describe()} and {values.describe()}"
         headers.problem(keys, found, f"the keys and values of {list(shape)}")
         return None
-    halves = []
-    for name, tensor in zip(companions(base), (keys, values), strict=True):
-        one = ggml if ggml.base(tensor) else bitsandbytes
-        halves.append(one.match(headers, name, tensor.shape))
-    if halves[0] is None or halves[1] is None:
-        return None
-    return LatentParts(halves[0], halves[1], sizes)
+    first, second = (
+        ggml.match(headers, name, size) for name, size in zip(companions(base), sizes, strict=True)
+    )
+    return None if first is None or second is None else LatentParts(first, second, sizes)
