@@ -92,7 +92,7 @@ def make_room(model: Model, *, most: int = MOST, longest: int | None = None) -> 
     else:
         kept = wanted
         plan, slots, home = _by_id(walk, kept)
-    peaks = {**plan.peaks, "keys and values": kept}
+    peaks = {**plan.peaks, "keys and values": kept, "tokens seen": walk.seen_bytes}
     if keeps_dense:
         peaks["weights decoded"] = dense
     if slots and not model.cpu:
@@ -118,6 +118,11 @@ class _Walk:
         return self.model.machine.element
 
     @property
+    def seen_bytes(self) -> int:
+        """What the sampler holds where a repetition penalty is asked for."""
+        return self.most * self.model.decoder.vocab_size
+
+    @property
     def slot_bytes(self) -> int:
         return slot_bytes(split_experts(self.model.specs)[1])
 
@@ -125,7 +130,7 @@ class _Walk:
         """Beside `kept` bytes of the device, of this walk and of more walks; of all weights, or of
         some blocks."""
         model, each = self.model, min(self.rows, self.longest)
-        machine = replace(model.machine, vram=model.machine.vram - kept)
+        machine = replace(model.machine, vram=model.machine.vram - kept - self.seen_bytes)
         read = Branch(EXACT, (0,) * each, (each - 1, each))
         step = Branch(EXACT, (0,), (0, 1))
         prompts = (BranchedSequence((), (read,), self.longest - each),) * -(-self.rows // each)

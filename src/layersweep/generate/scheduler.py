@@ -10,8 +10,8 @@ is no room for that either, its text is read anew, which changes nothing for the
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from types import TracebackType
 
 import torch
@@ -19,60 +19,29 @@ from torch import Tensor
 
 from layersweep.errors import Fallback, InputError
 from layersweep.generate.config import GenerationConfig
+from layersweep.generate.counts import Counts, Rider
 from layersweep.generate.request import Finish, Output, Request
+from layersweep.generate.ride import Run, tile_of, together
 from layersweep.generate.room import MOST, make_room
 from layersweep.generate.sampling import Sampler, check_sampling
 from layersweep.kv.arms import Arm
 from layersweep.kv.codec import check_stream
 from layersweep.sweep.loop import run_sweep
 from layersweep.sweep.model import Model
-from layersweep.sweep.record import Pieces, Progress
+from layersweep.sweep.record import Pieces, Progress, SweepRecord
 from layersweep.sweep.running import RunningCaches, Text, capacity_for, row_bytes
-from layersweep.sweep.sequences import Branch, BranchedSequence, Tile
+from layersweep.sweep.sequences import BranchedSequence, Tile
 from layersweep.sweep.shapes import can_fit
 from layersweep.sweep.streams import every_stream
+from layersweep.sweep.turn import HostTurn
 from layersweep.text.bos import resolve_bos
 from layersweep.text.reference import with_reference
 from layersweep.text.streaming import TextStream
 from layersweep.text.tokenizer import TextTokenizer
+from layersweep.units import format_bytes
 
-TILE = 20  # prompts of a tile at most
-TILE_ROWS = 4096  # and tokens of all of them
 SPARE = 1.15  # shelves have rows that nobody uses
-
-
-@dataclass(eq=False)
-class _Run:
-    """A request on its way. `ids`: its prompt and what has been chosen; `rides`: how many of them
-    the walk reads that is next."""
-
-    request: Request
-    text: Text
-    stream: TextStream | None
-    ids: list[int]
-    slot: int = -1
-    rides: int = 0
-    cancelled: bool = False
-
-    @property
-    def unread(self) -> int:
-        """Tokens whose keys are not kept yet."""
-        return len(self.ids) - self.text.end
-
-    @property
-    def made(self) -> int:
-        return len(self.ids) - len(self.request.ids)
-
-
-@dataclass
-class Counts:
-    """Since the start."""
-
-    walks: int = 0
-    prompt_tokens: int = 0
-    tokens: int = 0
-    set_back: int = 0
-    weight_bytes_read: int = 0
+LESS = 0.8  # of what was in use when memory ended
 
 
 class Scheduler:
@@ -96,8 +65,11 @@ class Scheduler:
         self.config = GenerationConfig.read(model.checkpoint.folder)
         self.room = make_room(model, most=most, longest=longest)
         self.counts = Counts()
+        self.rode: tuple[Rider, ...] = ()  # in the last walk
+        self._token_bytes = row_bytes(model.decoder, 1, model.machine.element)
         self._known: set[Arm] = set()
         self._say, self._progress = say, progress
+        self._turn = HostTurn()
         self._engine = model.open(
             self.room.plan, say, keeps_dense=self.room.keeps_dense, slots=self.room.slots,
             home_bytes=self.room.home_bytes,
@@ -105,8 +77,8 @@ class Scheduler:
         self._caches = RunningCaches(model.compute.device)
         self._sampler = Sampler(model.decoder.vocab_size, most, model.compute.device)
         self._slots = list(range(most - 1, -1, -1))
-        self._waiting: deque[_Run] = deque()
-        self._running: list[_Run] = []
+        self._waiting: deque[Run] = deque()
+        self._running: list[Run] = []
 
     def __enter__(self) -> Scheduler:
         return self
@@ -120,6 +92,12 @@ class Scheduler:
     def close(self) -> None:
         """Let go of weights and memory. Requests that are not done are forgotten."""
         self._engine.close()
+
+    def measure_h2d(self) -> float | None:
+        """Bytes per second of a copy of weights to the device; None on the CPU. Before the first
+        step."""
+        assert self.counts.walks == 0, "memory that keeps weights would be overwritten"
+        return self._engine.store.measure_h2d()
 
     @property
     def running(self) -> int:
@@ -179,7 +157,7 @@ class Scheduler:
         if self.tokenizer is not None:
             before = request.ids if request.continues else ()
             stream = TextStream(self.tokenizer, request.sampling.stop, before)
-        self._waiting.append(_Run(request, text, stream, list(request.ids)))
+        self._waiting.append(Run(request, text, stream, list(request.ids)))
 
     def cancel(self, request: str) -> None:
         """The next step ends it as "cancelled"; nothing happens to an unknown one."""
@@ -197,16 +175,13 @@ class Scheduler:
             outputs += self._walk()
         return outputs
 
-    # -- who runs ------------------------------------------------------------------------------
-
     def _end_cancelled(self) -> list[Output]:
         gone = [run for run in (*self._running, *self._waiting) if run.cancelled]
         return [self._end(run, "cancelled") for run in gone]
 
-    def _cost(self, run: _Run, tokens: int) -> float:
+    def _cost(self, run: Run, tokens: int) -> float:
         """Bytes that a text of so many tokens takes on the device."""
-        element = self.model.machine.element
-        row = row_bytes(self.model.decoder, capacity_for(tokens, run.text.reach), element)
+        row = self._token_bytes * capacity_for(tokens, run.text.reach)
         return SPARE * row + run.text.packed_bytes
 
     def _set_back(self) -> None:
@@ -221,7 +196,7 @@ class Scheduler:
             self._waiting.appendleft(run)
             self.counts.set_back += 1
 
-    def _put_aside(self, run: _Run) -> None:
+    def _put_aside(self, run: Run) -> None:
         held = sum(one.text.aside_bytes for one in self._waiting)
         room = held + self._cost(run, max(run.text.end, 1)) <= self.room.host_bytes
         self._caches.leave(run.text, aside=room)
@@ -255,28 +230,28 @@ class Scheduler:
             self._running.append(run)
             rows, used = rows + rides, used + cost
 
-    # -- a walk --------------------------------------------------------------------------------
-
     def _walk(self) -> list[Output]:
         for run in self._running:
             self._caches.make_room(run.text, run.text.end + run.rides)
         of = {run.text: run for run in self._running}
         order = [of[text] for text in self._caches.in_order(list(of))]
-        tiles = [_tile(runs, first) for first, runs in enumerate(_together(order))]
+        tiles = [tile_of(runs, first) for first, runs in enumerate(together(order))]
         riders = {tile.first: runs for tile, runs in tiles}
         self._caches.ride([(tile, [run.text for run in runs]) for tile, runs in tiles])
-        read: list[tuple[list[_Run], Tensor]] = []
+        read: list[tuple[list[Run], Tensor]] = []
 
         def keep(tile: Tile, number: int, sequence: BranchedSequence, pieces: Pieces) -> None:
             for _, logits in pieces:
                 read.append((riders[tile.first], torch.cat(logits)))
 
-        record = run_sweep(
-            self._engine, [tile for tile, _ in tiles], keep, caches=self._caches,
-            progress=self._progress,
-        )  # fmt: skip
-        self.counts.walks += 1
-        self.counts.weight_bytes_read = self._engine.bytes_read
+        try:
+            record = run_sweep(
+                self._engine, [tile for tile, _ in tiles], keep, caches=self._caches,
+                progress=self._progress, turn=self._turn,
+            )  # fmt: skip
+        except torch.OutOfMemoryError as error:
+            return self._make_do(error)
+        self._count(record)
         bad = {(tile, row): layer for (tile, row, _), layer in record.nonfinite.items()}
         broken = {tiles[at][1][row]: layer for (at, row), layer in bad.items()}
         for run in self._running:
@@ -287,8 +262,38 @@ class Scheduler:
         ]
         return outputs + self._choose(read, broken)
 
+    def _make_do(self, error: torch.OutOfMemoryError) -> list[Output]:
+        """Memory has ended in the middle of a walk: from here on less of it is for keys and values.
+        Rows are as they were; coded texts may have taken some tokens, and are read anew."""
+        torch.cuda.empty_cache()
+        if len(self._running) == 1:
+            return [self._end(self._running[0], "error", error="out of device memory")]
+        used = sum(self._cost(run, run.text.end + run.rides) for run in self._running)
+        less = int(LESS * min(used, self.room.kept_bytes))
+        wanted, found = format_bytes(self.room.kept_bytes), format_bytes(less)
+        self._say(Fallback("keys and values", wanted, found, str(error).split(". ")[0]))
+        self.room = replace(self.room, kept_bytes=less)
+        for run in self._running:
+            if run.request.arm.codec is not None:
+                self._caches.leave(run.text)
+                run.text.forget()
+        return []
+
+    def _count(self, record: SweepRecord) -> None:
+        """A walk, before its texts have grown."""
+        counts, engine = self.counts, self._engine
+        self.rode = tuple(Rider(r.request.arm, r.text.end, r.rides) for r in self._running)
+        counts.walks += 1
+        for run in self._running:
+            counts.prompt_tokens += max(0, min(run.rides, len(run.request.ids) - run.text.end))
+        counts.weight_bytes_read, counts.weight_bytes_copied = engine.bytes_read, engine.h2d_bytes
+        counts.copy_s, counts.stall_s = engine.store.copy_s, engine.stall_s
+        counts.launch_s = self._turn.held_s
+        for phase, seconds in record.seconds.items():
+            counts.phases[phase] = counts.phases.get(phase, 0.0) + seconds
+
     def _choose(
-        self, read: Sequence[tuple[list[_Run], Tensor]], broken: Collection[_Run]
+        self, read: Sequence[tuple[list[Run], Tensor]], broken: Collection[Run]
     ) -> list[Output]:
         ready = [
             (run, row)
@@ -311,7 +316,7 @@ class Scheduler:
             for (run, _), broken, token, logprob, ids, logprobs in every
         ]
 
-    def _take(self, run: _Run, token: int, logprob: float, top: list[tuple[int, float]]) -> Output:
+    def _take(self, run: Run, token: int, logprob: float, top: list[tuple[int, float]]) -> Output:
         """One more token of a request."""
         sampling, text = run.request.sampling, ""
         finish: Finish | None = None
@@ -328,7 +333,7 @@ class Scheduler:
         return output if finish is None else self._end(run, finish, output)
 
     def _end(
-        self, run: _Run, finish: Finish, last: Output | None = None, error: str | None = None
+        self, run: Run, finish: Finish, last: Output | None = None, error: str | None = None
     ) -> Output:
         """Its last output: `last`, with what the text still holds back, or one without a token."""
         if run in self._running:
@@ -341,31 +346,3 @@ class Scheduler:
         last = last or Output(run.request.id)
         rest = "" if run.stream is None or error else run.stream.finish()
         return replace(last, text=last.text + rest, finish=finish, error=error)
-
-
-def _together(order: Sequence[_Run]) -> Iterator[list[_Run]]:
-    """Requests of a tile each: all that get their next token, then those that are read, a few
-    together."""
-    steps = [run for run in order if run.rides == 1]
-    if steps:
-        yield steps
-    some: list[_Run] = []
-    for run in sorted((r for r in order if r.rides > 1), key=lambda r: (r.text.arm.name, r.rides)):
-        if some and (len(some) == TILE or sum(r.rides for r in some) + run.rides > TILE_ROWS):
-            yield some
-            some = []
-        some.append(run)
-    if some:
-        yield some
-
-
-def _tile(runs: list[_Run], first: int) -> tuple[Tile, list[_Run]]:
-    return Tile("running", tuple(map(_sequence, runs)), first), runs
-
-
-def _sequence(run: _Run) -> BranchedSequence:
-    """The tokens of a request that ride, of which the last one's logits are read."""
-    ids = tuple(run.ids[run.text.end : run.text.end + run.rides])
-    return BranchedSequence(
-        (), (Branch(run.text.arm, ids, (len(ids) - 1, len(ids))),), run.text.end
-    )
