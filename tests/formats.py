@@ -67,7 +67,10 @@ def _fp8(shape_of: Callable[[int, int], tuple[int, int]], suffix: str, dtype: to
         scale = scales_of(grid, columns, rng, edges).to(dtype)
         spread = scale.float().numpy().repeat(height, 0).repeat(width, 1)[:rows, :columns]
         dense = data.float() * torch.from_numpy(spread)
-        return {"weight": data, f"weight{suffix}": scale}, dense
+        found = {"weight": data, f"weight{suffix}": scale}
+        if suffix == "_scale":
+            found["input_scale"] = torch.ones(1)  # of activations
+        return found, dense
 
     return draw
 

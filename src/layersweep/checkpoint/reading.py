@@ -18,6 +18,7 @@ from layersweep.checkpoint.header import StoredTensor
 from layersweep.checkpoint.shards import Shards, open_shards
 from layersweep.checkpoint.storage import NO_SETTINGS, Headers, Settings, Storage, formats_of
 from layersweep.checkpoint.storage.four_bit import FourBit
+from layersweep.checkpoint.storage.settings import is_of_activations
 from layersweep.checkpoint.strict_json import TOKENIZER_VALUES, UnusableJson, parse_json
 from layersweep.checkpoint.weights import Checkpoint, Weight
 from layersweep.collector import collector_paused
@@ -246,7 +247,7 @@ class Layout:
             if self._is_idle_bias(tensor):
                 self.headers.note("zeros that GPTQ's packer adds are not read", tensor)
                 continue
-            if self.headers.settings.ignores(name):
+            if is_of_activations(name):
                 self.headers.note(
                     "scales of activations are not used: only weights are quantized", tensor
                 )
