@@ -230,7 +230,7 @@ FORMATS = {
     "int4": Format(_packed(False, False), _INT4, "int4", "groups of 16"),
     "int4-zeros": Format(_packed(True, False), _INT4, "int4", "groups of 16, zero points"),
     "int4-sorted": Format(
-        _packed(True, True), _INT4, "int4", "groups of 16, zero points, sorted columns"
+        _packed(True, True), _INT4, "int4", "groups of 16, zero points, indexed columns"
     ),
     "awq": Format(
         _awq, {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True,
@@ -238,11 +238,11 @@ FORMATS = {
     ),
     "gptq": Format(
         _gptq(1, sorted_columns=False), {**_GPTQ, "desc_act": False},
-        "gptq", "groups of 16, zero points, sorted columns",
+        "gptq", "groups of 16, zero points, indexed columns",
     ),
     "gptq-sorted": Format(
         _gptq(0, sorted_columns=True), {**_GPTQ, "checkpoint_format": "gptq_v2"},
-        "gptq", "groups of 16, zero points, sorted columns",
+        "gptq", "groups of 16, zero points, indexed columns",
     ),
 }  # fmt: skip
 
