@@ -104,6 +104,16 @@ def test_tensors_that_do_not_fit_are_named(
     assert storage is None and any(sentence in one for one in problems), problems
 
 
+@pytest.mark.parametrize("name", ["int4", "nvfp4-packed", "awq", "gptq"])
+def test_a_weight_that_is_there_twice_is_refused(name: str) -> None:
+    found, _ = FORMATS[name].draw(32, 96, np.random.default_rng(8), False)
+    tensors = {"x.weight": torch.ones(32, 96), **{f"x.{end}": one for end, one in found.items()}}
+    storage, problems = matched(tensors, (32, 96), FORMATS[name].settings)
+    assert storage is None and len(problems) == 1
+    packed = "qweight" if name in ("awq", "gptq") else "weight_packed"
+    assert f"x.weight: found F32 [32, 96], and x.{packed}, needed one of them" in problems[0]
+
+
 def test_packed_words_without_a_method_are_refused() -> None:
     found, _ = FORMATS["awq"].draw(32, 96, np.random.default_rng(8), False)
     storage, problems = matched({f"x.{end}": part for end, part in found.items()}, (32, 96))
