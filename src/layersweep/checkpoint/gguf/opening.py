@@ -25,6 +25,7 @@ from layersweep.checkpoint.shards import Shards, together
 from layersweep.checkpoint.storage.floats import Floats
 from layersweep.checkpoint.storage.ggml import Ggml
 from layersweep.checkpoint.weights import Checkpoint, Weight
+from layersweep.families.fields import HINT as CONFIG_HINT
 from layersweep.families.names import Names
 from layersweep.families.registry import Description, describe
 from layersweep.families.spec import Decoder
@@ -149,7 +150,11 @@ def _describe(meta: Metadata, files: GgufFiles) -> Description:
         config |= _frequencies(meta, files, config)
     if meta.problems:
         return Description(None, None, meta.problems)
-    return describe(config, meta.file)
+    found = describe(config, meta.file)
+    problems = [
+        replace(one, hint=_DISAGREE) if one.hint == CONFIG_HINT else one for one in found.problems
+    ]
+    return replace(found, problems=problems)
 
 
 def _tokenizer_note(fields: Mapping[str, Value], decoder: Decoder) -> Iterator[str]:
