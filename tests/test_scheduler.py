@@ -28,8 +28,8 @@ from layersweep.sweep.loop import run_sweep
 from layersweep.sweep.model import Model, load
 from layersweep.sweep.running import RunningCaches, Text, capacity_for
 
-LENGTHS = (1, 5, 40, 64, 40)  # one token, equal ones, and one that fills its row
-NEW = 12
+LENGTHS = (1, 40, 60, 40)  # one token, equal ones, one that outgrows its row
+NEW = 8
 
 
 def requests(
@@ -124,14 +124,14 @@ def test_an_arm_gives_the_tokens_of_its_cache_in_transformers(
 
 @pytest.mark.parametrize("kv", ["exact", "K3V2", "lloyd:K3V2@window=4"])
 def test_company_and_being_set_back_change_no_token(kv: str, model: Model) -> None:
-    asked = requests(model.decoder.vocab_size, parse(kv, growing=True), new=40, lengths=(1, 70, 30))
+    asked = requests(model.decoder.vocab_size, parse(kv, growing=True), new=24, lengths=(1, 70, 45))
     with Scheduler(model, most=8, longest=256) as scheduler:
         together = tokens(drive(scheduler, asked))
         alone = [tokens(drive(scheduler, [request])) for request in asked]
         assert scheduler.counts.set_back == 0
     assert {name: made for one in alone for name, made in one.items()} == together
     with Scheduler(model, most=8, longest=256) as scheduler:
-        kept = running.row_bytes(model.decoder, 280, 4)  # until the last needs a longer row
+        kept = running.row_bytes(model.decoder, 262, 4)  # until the last needs a longer row
         scheduler.room = replace(scheduler.room, kept_bytes=kept, host_bytes=10 * kept)
         assert tokens(drive(scheduler, asked)) == together
         assert scheduler.counts.set_back > 0
@@ -164,7 +164,9 @@ def test_a_streamed_model_gives_the_tokens_of_a_resident_one(tmp_path: Path) -> 
     with Scheduler(streamed, most=8, longest=128) as scheduler:
         assert scheduler.room.plan.host == "disk"
         assert tokens(drive(scheduler, asked)) == resident
-        assert scheduler.counts.weight_bytes_read > 11 * sum(s.stored_bytes for s in model.specs)
+        assert scheduler.counts.weight_bytes_read > (NEW - 1) * sum(
+            s.stored_bytes for s in model.specs
+        )
 
 
 def test_requests_come_and_go(model: Model) -> None:
