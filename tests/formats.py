@@ -67,7 +67,10 @@ def _fp8(shape_of: Callable[[int, int], tuple[int, int]], suffix: str, dtype: to
         scale = scales_of(grid, columns, rng, edges).to(dtype)
         spread = scale.float().numpy().repeat(height, 0).repeat(width, 1)[:rows, :columns]
         dense = data.float() * torch.from_numpy(spread)
-        return {"weight": data, f"weight{suffix}": scale}, dense
+        found = {"weight": data, f"weight{suffix}": scale}
+        if suffix == "_scale":
+            found["input_scale"] = torch.ones(1)  # of activations
+        return found, dense
 
     return draw
 
@@ -131,9 +134,10 @@ def words_of(numbers: Ints, order: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 7)) -
     return torch.from_numpy(np.asarray(words, np.uint64).astype(np.uint32).view(np.int32))
 
 
-def _integers(rows: int, columns: int, rng: Rng) -> tuple[Ints, Ints]:
-    """Numbers [rows, columns] and zero points [rows, groups]."""
-    return rng.integers(0, 16, (rows, columns)), rng.integers(4, 12, (rows, columns // GROUP))
+def _integers(rows: int, columns: int, rng: Rng, edges: bool, least: int = 0) -> tuple[Ints, Ints]:
+    """Numbers [rows, columns] and zero points [rows, groups]; with `edges`, from `least` on."""
+    low, high = (least, least + 16) if edges else (4, 12)
+    return rng.integers(0, 16, (rows, columns)), rng.integers(low, high, (rows, columns // GROUP))
 
 
 def _dense(numbers: Ints, zeros: Ints, scale: Tensor, group: Ints) -> Tensor:
@@ -144,7 +148,7 @@ def _dense(numbers: Ints, zeros: Ints, scale: Tensor, group: Ints) -> Tensor:
 
 def _packed(zero_points: bool, sorted_columns: bool) -> Any:
     def draw(rows: int, columns: int, rng: Rng, edges: bool) -> Drawn:
-        numbers, zeros = _integers(rows, columns, rng)
+        numbers, zeros = _integers(rows, columns, rng, edges)
         group = np.arange(columns) // GROUP
         scale = scales_of(zeros.shape, columns, rng, edges).bfloat16()
         found = {"weight_packed": words_of(numbers), "weight_scale": scale}
@@ -160,7 +164,7 @@ def _packed(zero_points: bool, sorted_columns: bool) -> Any:
 
 
 def _awq(rows: int, columns: int, rng: Rng, edges: bool) -> Drawn:
-    numbers, zeros = _integers(rows, columns, rng)
+    numbers, zeros = _integers(rows, columns, rng, edges)
     scale = scales_of(zeros.shape, columns, rng, edges).half()
     order = (0, 2, 4, 6, 1, 3, 5, 7)
     found = {
@@ -172,7 +176,7 @@ def _awq(rows: int, columns: int, rng: Rng, edges: bool) -> Drawn:
 
 def _gptq(less: int, sorted_columns: bool) -> Any:
     def draw(rows: int, columns: int, rng: Rng, edges: bool) -> Drawn:
-        numbers, zeros = _integers(rows, columns, rng)
+        numbers, zeros = _integers(rows, columns, rng, edges, less)
         scale = scales_of(zeros.shape, columns, rng, edges).half()
         group = np.arange(columns) // GROUP
         group = rng.permutation(group) if sorted_columns else group
@@ -226,7 +230,7 @@ FORMATS = {
     "int4": Format(_packed(False, False), _INT4, "int4", "groups of 16"),
     "int4-zeros": Format(_packed(True, False), _INT4, "int4", "groups of 16, zero points"),
     "int4-sorted": Format(
-        _packed(True, True), _INT4, "int4", "groups of 16, zero points, sorted columns"
+        _packed(True, True), _INT4, "int4", "groups of 16, zero points, indexed columns"
     ),
     "awq": Format(
         _awq, {"quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True,
@@ -234,11 +238,11 @@ FORMATS = {
     ),
     "gptq": Format(
         _gptq(1, sorted_columns=False), {**_GPTQ, "desc_act": False},
-        "gptq", "groups of 16, zero points, sorted columns",
+        "gptq", "groups of 16, zero points, indexed columns",
     ),
     "gptq-sorted": Format(
         _gptq(0, sorted_columns=True), {**_GPTQ, "checkpoint_format": "gptq_v2"},
-        "gptq", "groups of 16, zero points, sorted columns",
+        "gptq", "groups of 16, zero points, indexed columns",
     ),
 }  # fmt: skip
 

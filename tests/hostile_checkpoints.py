@@ -564,7 +564,7 @@ FUSED_EXPERTS = {
             tensor_of(F_ABSMAX, b"\0" * 12, "U8", [12]),
             tensor_of(F_OUTER, floats([1.0]), "F32", [1]),
         ),
-        *(SINGLE, FUSED, "4-bit blocks of 4096 elements", "divides the 6144 elements"),
+        *(SINGLE, FUSED, "nf4 blocks of 4096 elements", "divides the 6144 elements"),
     ),
     "fused-nested-scale-nan": case(
         value(F_OUTER, math.nan), SINGLE, f"{F_OUTER}[", "found nan", seen="values"

@@ -161,7 +161,7 @@ def test_blocks_that_reach_into_the_next_expert_are_refused(tmp_path: Path, tens
     checkpoint, problems = scan_checkpoint(str(tmp_path))
     assert checkpoint is None
     assert [problem.sentence() for problem in problems] == [
-        f"{tmp_path}/model.safetensors: {name}: found 4-bit blocks of 4096 elements that reach "
+        f"{tmp_path}/model.safetensors: {name}: found nf4 blocks of 4096 elements that reach "
         "from one expert's weight into the next, needed a block size that divides the 6144 "
         "elements of each"
     ]

@@ -14,8 +14,10 @@ from formats import FORMATS, draw_mxfp4, fp8_by_transformers, repack, repack_mxf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_checks import exactly
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from layersweep.checkpoint.layout import scan_checkpoint
 from layersweep.cli.app import run
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -145,3 +147,18 @@ def test_gpt_oss_as_published_scores_as_transformers_does(
     assert (found - wanted).abs().max() < 1e-4
     experts = model.checkpoint.weights["layers.2.experts.7.gate_up_proj"]
     assert (experts.kind, experts.nbytes) == ("mxfp4", 2 * 96 * 64 * 17 // 32)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_biases_of_zeros_that_a_packer_added_are_passed_over(
+    value: float, published: dict[str, Path], tmp_path: Path
+) -> None:
+    repack(published["llama"], tmp_path, FORMATS["gptq"], seed=7)
+    file, name = tmp_path / "model.safetensors", "model.layers.0.mlp.up_proj.bias"
+    save_file({**load_file(file), name: torch.full((96,), value)}, file)
+    checkpoint, problems = scan_checkpoint(str(tmp_path))
+    if value:
+        assert [one.tensor for one in problems] == [name]
+    else:
+        assert checkpoint is not None
+        assert checkpoint.notes == (f"{name}: zeros that GPTQ's packer adds are not read",)

@@ -10,6 +10,7 @@ from formats import FORMATS, draw_mxfp4
 from torch import Tensor
 
 from layersweep.checkpoint.storage import Storage, read_settings
+from layersweep.checkpoint.storage.settings import is_of_activations
 from layersweep.errors import CheckpointError
 
 
@@ -28,7 +29,7 @@ def compressed(changed: dict[str, object], **weights: object) -> dict[str, objec
          'checkpoint_format = "marlin"', '"gptq" or "gptq_v2" or nothing'),
         ({"quant_method": "awq", "version": "gemv"}, 'version = "gemv"', '"gemm" or'),
         ({"quant_method": "awq", "zero_point": False}, "zero_point = false", "true"),
-        ({"quant_method": "fp8", "fmt": "e5m2"}, 'fmt = "e5m2"', '"e4m3" or nothing'),
+        ({"quant_method": "fp8", "fmt": "e5m2"}, 'fmt = "e5m2"', '"e4m3" or "float8'),
         ({"quant_method": "fp8", "weight_block_size": [128, 100]},
          "weight_block_size = [128, 100]", "two multiples of 8"),
         ({"quant_method": "fp8", "rotated": True}, "rotated = true", "no such field"),
@@ -60,8 +61,8 @@ def test_what_is_stated_and_not_done_is_noted() -> None:
     assert problems == [] and [one.split(" ")[0] for one in found.notes] == [
         *("weights", "kv_cache_scheme")
     ]
-    assert found.ignores("model.layers.0.self_attn.k_scale")
-    assert not found.ignores("model.layers.0.self_attn.k_proj.weight_scale")
+    assert is_of_activations("model.layers.0.self_attn.k_scale")
+    assert not is_of_activations("model.layers.0.self_attn.k_proj.weight_scale")
     assert read_settings({"quantization_config": compressed({})}, "c")[0].notes == ()
 
 
@@ -101,6 +102,16 @@ def test_tensors_that_do_not_fit_are_named(
     tensors = {f"x.{end}": part for end, part in (found | changed).items() if part is not None}
     storage, problems = matched(tensors, (32, 96), FORMATS[name].settings)
     assert storage is None and any(sentence in one for one in problems), problems
+
+
+@pytest.mark.parametrize("name", ["int4", "nvfp4-packed", "awq", "gptq"])
+def test_a_weight_that_is_there_twice_is_refused(name: str) -> None:
+    found, _ = FORMATS[name].draw(32, 96, np.random.default_rng(8), False)
+    tensors = {"x.weight": torch.ones(32, 96), **{f"x.{end}": one for end, one in found.items()}}
+    storage, problems = matched(tensors, (32, 96), FORMATS[name].settings)
+    assert storage is None and len(problems) == 1
+    packed = "qweight" if name in ("awq", "gptq") else "weight_packed"
+    assert f"x.weight: found F32 [32, 96], and x.{packed}, needed one of them" in problems[0]
 
 
 def test_packed_words_without_a_method_are_refused() -> None:

@@ -18,6 +18,7 @@ from layersweep.checkpoint.header import StoredTensor
 from layersweep.checkpoint.shards import Shards, open_shards
 from layersweep.checkpoint.storage import NO_SETTINGS, Headers, Settings, Storage, formats_of
 from layersweep.checkpoint.storage.four_bit import FourBit
+from layersweep.checkpoint.storage.settings import is_of_activations
 from layersweep.checkpoint.strict_json import TOKENIZER_VALUES, UnusableJson, parse_json
 from layersweep.checkpoint.weights import Checkpoint, Weight
 from layersweep.collector import collector_paused
@@ -228,7 +229,7 @@ class Layout:
             return
         if elements := straddled_elements(fused, storage):
             found = (
-                f"4-bit blocks of {storage.block} elements that reach from one expert's "
+                f"{storage.kind} blocks of {storage.block} elements that reach from one expert's "
                 "weight into the next"
             )
             needed = f"a block size that divides the {elements} elements of each"
@@ -243,7 +244,10 @@ class Layout:
         for name, tensor in self.tensors.items():
             if name in self.used or self.names.ignores(name) or name.startswith(drafts):
                 continue
-            if self.headers.settings.ignores(name):
+            if self._is_idle_bias(tensor):
+                self.headers.note("zeros that GPTQ's packer adds are not read", tensor)
+                continue
+            if is_of_activations(name):
                 self.headers.note(
                     "scales of activations are not used: only weights are quantized", tensor
                 )
@@ -255,6 +259,12 @@ class Layout:
             self.problems.append(
                 Problem(str(tensor.file), tensor.name, found, needed, self.place.disagree)
             )
+
+    def _is_idle_bias(self, tensor: StoredTensor) -> bool:
+        """A bias that the architecture does not have; AutoGPTQ gave one to every linear layer."""
+        if self.headers.settings.method != "gptq" or not tensor.name.endswith(".bias"):
+            return False
+        return self.headers.read is None or not any(self.headers.read(tensor))
 
     def _draft_layers(self) -> tuple[str, ...]:
         """How names of layers for multi-token prediction begin."""

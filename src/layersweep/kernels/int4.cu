@@ -16,6 +16,10 @@ struct Groups {
     __device__ __forceinline__ int of(int column) const {
         return index ? index[column] : column / group;
     }
+    // Of a column behind one of group `before`, in the same word: groups in order hold whole words.
+    __device__ __forceinline__ int next(int column, int before) const {
+        return !index && before >= 0 ? before : of(column);
+    }
     __device__ __forceinline__ float scale(i64 at) const { return scale_at(scales, at, kind); }
     __device__ __forceinline__ int zero(i64 word, int place) const {
         return zeros ? (int)(zeros[word] >> (4 * place) & 15u) + less : MIDDLE;
@@ -51,13 +55,14 @@ extern "C" __global__ void __launch_bounds__(256) int4_rows(
         const u32 row = eight / across, word = words[eight];
         const int column = (int)(eight - row * across) * 8;
         float value[8], scale = 0.0f;
-        int zero = 0;
+        int zero = 0, before = -1;
 #pragma unroll
         for (int k = 0; k < 8; ++k) {
-            if (k == 0 || index) {  // groups in order hold whole words
-                const int at = own.of(column + k);
+            const int at = own.next(column + k, before);
+            if (at != before) {
                 scale = own.scale((i64)row * groups + at);
                 zero = own.zero((i64)(row / 8) * groups + at, row % 8);
+                before = at;
             }
             value[k] = value_of(word, k, zero, scale);
         }
@@ -95,13 +100,14 @@ extern "C" __global__ void __launch_bounds__(256) int4_gptq(
         if (row0 + row >= rows || column0 + column >= columns) continue;
         const u32 word = words[(i64)(column0 + column) / 8 * rows + row0 + row];
         float scale = 0.0f;
-        int zero = 0;
+        int zero = 0, before = -1;
 #pragma unroll
         for (int k = 0; k < 8; ++k) {
-            if (k == 0 || index) {
-                const i64 at = own.of(column0 + column + k);
-                scale = own.scale(at * rows + row0 + row);
-                zero = own.zero(at * (rows / 8) + (row0 + row) / 8, row % 8);
+            const int at = own.next(column0 + column + k, before);
+            if (at != before) {
+                scale = own.scale((i64)at * rows + row0 + row);
+                zero = own.zero((i64)at * (rows / 8) + (row0 + row) / 8, row % 8);
+                before = at;
             }
             tile[row][column + k] = from_float(value_of(word, k, zero, scale));
         }

@@ -106,6 +106,8 @@ def companions(base: str) -> tuple[str, ...]:
 def match(headers: Headers, base: str, shape: tuple[int, ...]) -> Storage | None:
     data, scale, zeros, index = map(headers.tensors.get, companions(base))
     assert data is not None
+    if not headers.alone(base, data):
+        return None
     stated = headers.settings.method
     method: Method | None = "awq" if stated == "awq" else "gptq" if stated == "gptq" else None
     if method is None:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from layersweep.kernels.weights import Alike
 
 SUFFIXES = ("_scale_inv", "_scale")
+EIGHT = 8  # columns that a kernel takes at once
 _PIECE = 1 << 20  # elements that are decoded at once on the CPU
 
 
@@ -135,6 +136,9 @@ def match(headers: Headers, base: str, shape: tuple[int, ...]) -> Storage | None
         return None
     if data.shape != shape or len(shape) != 2:
         headers.problem(data, data.describe(), f"F8_E4M3 {list(shape)}, by config.json")
+        return None
+    if shape[1] % EIGHT:
+        headers.problem(data, data.describe(), f"FP8 with a multiple of {EIGHT} columns")
         return None
     scale = headers.tensors[there[0]]
     tile = _tile_of(scale, shape, headers.settings.block)

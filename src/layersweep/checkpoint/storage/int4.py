@@ -51,7 +51,7 @@ class Int4(Storage):
     @property
     def words(self) -> str:
         zeros = "" if self.zeros is None else ", zero points"
-        return f"groups of {self.group}{zeros}{', sorted columns' if self.index else ''}"
+        return f"groups of {self.group}{zeros}{', indexed columns' if self.index else ''}"
 
     @property
     def layout(self) -> tuple[object, ...]:

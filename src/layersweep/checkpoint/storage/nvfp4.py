@@ -130,6 +130,8 @@ def match(headers: Headers, base: str, shape: tuple[int, ...]) -> Storage | None
         needed = ", ".join(base + name for name in names) + " in one of the shards"
         headers.problem(there, "NVFP4 with one of its tensors missing", needed)
         return None
+    if divides and not headers.alone(base, data):
+        return None
     if len(shape) != 2 or shape[1] % GROUP or data.shape != (shape[0], shape[1] // 2):
         needed = f"U8 {[*shape[:-1], shape[-1] // 2]} for {list(shape)}, by config.json"
         headers.problem(data, data.describe(), needed)

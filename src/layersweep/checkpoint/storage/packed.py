@@ -99,6 +99,8 @@ def match(headers: Headers, base: str, shape: tuple[int, ...]) -> Storage | None
     find = headers.tensors.get
     data, zeros, index, stated = (find(base + name) for name in (DATA, ZEROS, INDEX, SHAPE))
     assert data is not None
+    if not headers.alone(base, data):
+        return None
     scale = find(base + SCALE)
     if scale is None:
         headers.problem(

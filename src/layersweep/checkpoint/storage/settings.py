@@ -41,9 +41,9 @@ _GROUPS: Mapping[str, Rule] = {"config_groups": EACH_GROUP, "ignore": ANY, "kv_c
 METHODS: Mapping[str, Mapping[str, Rule] | None] = {
     "bitsandbytes": None,  # its tensors say all
     "fp8": {
-        "fmt": ("e4m3", None), "activation_scheme": ("dynamic", "static"), "dequantize": ANY,
+        "fmt": ("e4m3", "float8_e4m3fn", None), "activation_scheme": ("dynamic", "static"),
         "weight_block_size": SIZES, "scale_fmt": ("float", "ue8m0", None),
-        "expert_dtype": ("fp8", None), **_LEFT_OUT,
+        "expert_dtype": ("fp8", None), "dequantize": ANY, "kv_cache_scheme": ANY, **_LEFT_OUT,
     },
     "fbgemm_fp8": {"activation_scale_ub": ANY, **_LEFT_OUT},
     "mxfp4": {"dequantize": ANY, **_LEFT_OUT},
@@ -57,6 +57,7 @@ METHODS: Mapping[str, Mapping[str, Rule] | None] = {
         "bits": (4,), "checkpoint_format": ("gptq", "gptq_v2", None),
         "format": ("gptq", "gptq_v2", None), "pack_dtype": ("int32", None),
         "is_marlin_format": (False, None), "rotation": (None,), "adapter": (None,),
+        "method": ("gptq", None), "mock_quantization": (False, None),
         **dict.fromkeys(
             (
                 *("group_size", "desc_act", "static_groups", "sym", "lm_head", "dynamic", "meta"),
@@ -65,13 +66,14 @@ METHODS: Mapping[str, Mapping[str, Rule] | None] = {
                 *("dataset", "tokenizer", "batch_size", "block_name_to_quantize", "model_seqlen"),
                 *("cache_block_outputs", "max_input_length", "pad_token_id", "use_cuda_fp16"),
                 *("module_name_preceding_first_block", "modules_in_block_to_quantize"),
-                *("disable_exllama", "use_exllama", "exllama_config"),
+                *("disable_exllama", "use_exllama", "exllama_config", "gptaq", "v2", "hyb_act"),
+                *("fallback", "failsafe", "offload_to_disk", "offload_to_disk_path", "pack_impl"),
             ),
             ANY,
         ),
     },
     "compressed-tensors": {
-        **_GROUPS, "format": _PACKINGS, "quantization_status": ("compressed", None),
+        **_GROUPS, "format": _PACKINGS, "quantization_status": ("compressed", "frozen", None),
         "sparsity_config": ({}, None, {"format": "dense"}), "transform_config": ({}, None),
         **dict.fromkeys(("global_compression_ratio", "version"), ANY),
     },
@@ -107,12 +109,13 @@ class Settings:
     zeros_less: int = 0
     notes: tuple[str, ...] = ()
 
-    def ignores(self, name: str) -> bool:
-        """Whether a tensor belongs to activations or a cache: both are computed as they are."""
-        return bool(self.method) and name.endswith(_NOT_OF_WEIGHTS)
-
 
 NO_SETTINGS = Settings()
+
+
+def is_of_activations(name: str) -> bool:
+    """Whether a tensor belongs to activations or a cache, which are computed as they are."""
+    return name.endswith(_NOT_OF_WEIGHTS)
 
 
 def read_settings(fields: Mapping[str, object], file: str) -> tuple[Settings, list[Problem]]:

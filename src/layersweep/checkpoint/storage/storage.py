@@ -56,6 +56,14 @@ class Headers:
             self.problem(tensor, tensor.describe(), f"{dtype} [{count}]")
         return fits
 
+    def alone(self, base: str, data: StoredTensor) -> bool:
+        """Whether a weight whose data has another name is not there as `base`, too; else that is a
+        problem."""
+        dense = self.tensors.get(base)
+        if dense is not None:
+            self.problem(dense, f"{dense.describe()}, and {data.name}", "one of them")
+        return dense is None
+
     def note(self, text: str, tensor: StoredTensor) -> None:
         """An oddity that was read, told once for all tensors that have it."""
         self.notes.setdefault(text, []).append(tensor.name)
