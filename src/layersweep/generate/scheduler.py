@@ -10,7 +10,7 @@ is no room for that either, its text is read anew, which changes nothing for the
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 
@@ -20,25 +20,18 @@ from torch import Tensor
 from layersweep.errors import Fallback, InputError
 from layersweep.generate.config import GenerationConfig
 from layersweep.generate.request import Finish, Output, Request
-from layersweep.generate.room import MOST, make_room
+from layersweep.generate.room import MOST, check_arm, make_room, text_bytes
 from layersweep.generate.sampling import Sampler, check_sampling
+from layersweep.generate.walk import Rider, walk
 from layersweep.kv.arms import Arm
-from layersweep.kv.codec import check_stream
-from layersweep.sweep.loop import run_sweep
 from layersweep.sweep.model import Model
-from layersweep.sweep.record import Pieces, Progress
-from layersweep.sweep.running import RunningCaches, Text, capacity_for, row_bytes
-from layersweep.sweep.sequences import Branch, BranchedSequence, Tile
+from layersweep.sweep.record import Progress
+from layersweep.sweep.running import RunningCaches, Text
 from layersweep.sweep.shapes import can_fit
-from layersweep.sweep.streams import every_stream
 from layersweep.text.bos import resolve_bos
 from layersweep.text.reference import with_reference
 from layersweep.text.streaming import TextStream
 from layersweep.text.tokenizer import TextTokenizer
-
-TILE = 20  # prompts of a tile at most
-TILE_ROWS = 4096  # and tokens of all of them
-SPARE = 1.15  # shelves have rows that nobody uses
 
 
 @dataclass(eq=False)
@@ -154,12 +147,8 @@ class Scheduler:
     def _check_arm(self, arm: Arm) -> None:
         if arm in self._known:
             return
-        decoder, compute = self.model.decoder, self.model.compute
-        arm.check_model(decoder.num_hidden_layers, self.model.checkpoint.fingerprint)
-        for codec in arm.codecs:
-            for stream in every_stream(decoder):
-                check_stream(codec, stream, compute.device, compute.dtype)
-        if arm.fits and can_fit(decoder) and not self.model.reference:
+        check_arm(self.model, arm)
+        if arm.fits and can_fit(self.model.decoder) and not self.model.reference:
             self._say(
                 Fallback(
                     f"arm {arm.name}", "coordinates that are fitted to the reference text",
@@ -200,10 +189,8 @@ class Scheduler:
         return [self._end(run, "cancelled") for run in gone]
 
     def _cost(self, run: _Run, tokens: int) -> float:
-        """Bytes that a text of so many tokens takes on the device."""
-        element = self.model.machine.element
-        row = row_bytes(self.model.decoder, capacity_for(tokens, run.text.reach), element)
-        return SPARE * row + run.text.packed_bytes
+        """Bytes that its text takes on the device with so many tokens."""
+        return text_bytes(self.model, run.text, tokens)
 
     def _set_back(self) -> None:
         """Requests from the newest on, until all others have room for their next tokens."""
@@ -254,47 +241,25 @@ class Scheduler:
     # -- a walk --------------------------------------------------------------------------------
 
     def _walk(self) -> list[Output]:
-        for run in self._running:
-            self._caches.make_room(run.text, run.text.end + run.rides)
-        of = {run.text: run for run in self._running}
-        order = [of[text] for text in self._caches.in_order(list(of))]
-        tiles = [_tile(runs, first) for first, runs in enumerate(_together(order))]
-        riders = {tile.first: runs for tile, runs in tiles}
-        self._caches.ride([(tile, [run.text for run in runs]) for tile, runs in tiles])
-        read: list[tuple[list[_Run], Tensor]] = []
-
-        def keep(tile: Tile, number: int, sequence: BranchedSequence, pieces: Pieces) -> None:
-            for _, logits in pieces:
-                read.append((riders[tile.first], torch.cat(logits)))
-
-        record = run_sweep(
-            self._engine, [tile for tile, _ in tiles], keep, caches=self._caches,
-            progress=self._progress,
-        )  # fmt: skip
+        riders = {
+            Rider(run.text, tuple(run.ids[run.text.end : run.text.end + run.rides])): run
+            for run in self._running
+        }
+        walked = walk(self._engine, self._caches, list(riders), self._progress)
         self.counts.walks += 1
         self.counts.weight_bytes_read = self._engine.store.bytes_read
-        bad = {(tile, row): layer for (tile, row, _), layer in record.nonfinite.items()}
-        broken = {tiles[at][1][row]: layer for (at, row), layer in bad.items()}
-        for run in self._running:
-            run.text.end += run.rides
+        broken = {riders[rider]: layer for rider, layer in walked.broken.items()}
         outputs = [
             self._end(run, "error", error=f"non-finite numbers from layer {layer} on")
             for run, layer in broken.items()
         ]
-        return outputs + self._choose(read, broken)
+        read = [(riders[rider], logits) for rider, logits in walked.logits.items()]
+        ready = [(run, row) for run, row in read if not run.unread and run not in broken]
+        return outputs + self._choose(ready) if ready else outputs
 
-    def _choose(
-        self, read: Sequence[tuple[list[_Run], Tensor]], broken: Collection[_Run]
-    ) -> list[Output]:
-        ready = [
-            (run, row)
-            for runs, logits in read
-            for run, row in zip(runs, logits, strict=True)
-            if not run.unread and run not in broken
-        ]
-        if not ready:
-            return []
-        logits = torch.stack([row for _, row in ready])
+    def _choose(self, ready: Sequence[tuple[_Run, Tensor]]) -> list[Output]:
+        """The next token of each, from its logits [1, V]."""
+        logits = torch.cat([row for _, row in ready])
         chosen = self._sampler.choose(logits, [run.slot for run, _ in ready])
         every = zip(
             ready, chosen.broken.tolist(), chosen.ids.tolist(), chosen.logprobs.tolist(),
@@ -337,31 +302,3 @@ class Scheduler:
         last = last or Output(run.request.id)
         rest = "" if run.stream is None or error else run.stream.finish()
         return replace(last, text=last.text + rest, finish=finish, error=error)
-
-
-def _together(order: Sequence[_Run]) -> Iterator[list[_Run]]:
-    """Requests of a tile each: all that get their next token, then those that are read, a few
-    together."""
-    steps = [run for run in order if run.rides == 1]
-    if steps:
-        yield steps
-    some: list[_Run] = []
-    for run in sorted((r for r in order if r.rides > 1), key=lambda r: (r.text.arm.name, r.rides)):
-        if some and (len(some) == TILE or sum(r.rides for r in some) + run.rides > TILE_ROWS):
-            yield some
-            some = []
-        some.append(run)
-    if some:
-        yield some
-
-
-def _tile(runs: list[_Run], first: int) -> tuple[Tile, list[_Run]]:
-    return Tile("running", tuple(map(_sequence, runs)), first), runs
-
-
-def _sequence(run: _Run) -> BranchedSequence:
-    """The tokens of a request that ride, of which the last one's logits are read."""
-    ids = tuple(run.ids[run.text.end : run.text.end + run.rides])
-    return BranchedSequence(
-        (), (Branch(run.text.arm, ids, (len(ids) - 1, len(ids))),), run.text.end
-    )
