@@ -101,13 +101,20 @@ def test_every_kind_of_attention_gives_the_tokens_of_transformers(
     assert found == {request.id: greedy(oracle, request.ids, NEW) for request in asked}
 
 
-@pytest.mark.parametrize("kv", ["lloyd:K3V2", "lloyd:K4V4@window=6@sink=2", "fp8", "kivi:K2V16",
-                                "lloyd:K2V16", "lloyd:K3V2@layers=1"])  # fmt: skip
+@pytest.mark.parametrize(
+    "kv",
+    [
+        *("lloyd:K3V2", "lloyd:K4V4@window=6@sink=2", "lloyd:K2V16", "lloyd:K3V2@layers=1"),
+        *("fp8", "kivi:K2V16", "trellis:K4V2", "K3V2@fit=0"),
+    ],
+)
 def test_an_arm_gives_the_tokens_of_its_cache_in_transformers(
     kv: str, tiny: Path, model: Model
 ) -> None:
-    asked, oracle = requests(model.decoder.vocab_size, parse(kv)), oracle_model(tiny)
-    with Scheduler(model, most=8, longest=128) as scheduler:
+    arm, oracle = parse(kv, growing=True), oracle_model(tiny)
+    lengths = (170, 145) if arm.block else LENGTHS  # a block is coded from 128 tokens on
+    asked = requests(model.decoder.vocab_size, arm, lengths)
+    with Scheduler(model, most=8, longest=256) as scheduler:
         found = tokens(drive(scheduler, asked))
     assert found == {request.id: greedy(oracle, request.ids, NEW, kv) for request in asked}
     exact = {request.id: greedy(oracle, request.ids, NEW) for request in asked}

@@ -36,7 +36,10 @@ from transformers.cache_utils import (
 )
 
 from layersweep.errors import InputError
+from layersweep.families.registry import describe
 from layersweep.kv.arms import Arm, parse
+from layersweep.kv.basis import Basis, key_basis
+from layersweep.kv.codec import wants_basis
 from layersweep.kv.methods import FIRST_BLOCK
 from layersweep.kv.size import KvSize
 from layersweep.kv.store import KvStore
@@ -50,7 +53,8 @@ def cache_for(model: Any, kv: str) -> Cache:
     Full and sliding-window attention and latents (MLA) go through the arm. Linear attention,
     convolutions and Mamba keep transformers' own state, exact; cache_size counts it apart.
 
-    What @fit=1 takes from a sweep is not there: a note says so, and the arm is that of @fit=0.
+    Keys are coded in the coordinates that follow from the layer's weights, as in a sweep. What
+    @fit=1 takes from a sweep is not there: a note says so, and the arm is that of @fit=0.
 
     Raises InputError for an unknown arm, for a model without one rotary table in the usual place,
     and for layers that keep something else. What the arm's codec cannot take is refused with the
@@ -74,12 +78,14 @@ def cache_for(model: Any, kv: str) -> Cache:
     arm.check_model(len(theirs))
     kinds = getattr(config, "layer_types", None) or [None] * len(theirs)
     rotated = getattr(config, "no_rope_layers", None) or [1] * len(theirs)
+    bases = _bases(config, decoder) if arm.codec and wants_basis(arm.codec) else {}
     layers: list[Any] = []
     for index, layer in enumerate(theirs):
         if isinstance(layer, CacheLayerMixin):
             rope = Rope.of(decoder.rotary_emb, kinds[index]) if rotated[index] else None
             window = _window(layer, type(model).__name__)
-            layer = CodedLayer(arm, rope, _latent(config), window, index, len(theirs))
+            latent, place = _latent(config), (index, len(theirs))
+            layer = CodedLayer(arm, rope, latent, window, place, bases.get(index))
         layers.append(layer)
     if not any(isinstance(layer, CodedLayer) for layer in layers):
         raise InputError(f"{type(model).__name__}: found no layer that keeps keys, needed one")
@@ -97,6 +103,23 @@ def cache_size(cache: Cache) -> KvSize:
         elements=sum(store.elements(0) for store in stores),
         state_bytes=sum(part.nbytes for part in states),
     )
+
+
+def _bases(config: Any, decoder: Any) -> dict[int, Basis]:
+    """Coordinates of keys by layer, where they follow from the weights of modules with the usual
+    names."""
+    described = describe(config.to_dict(), "config").decoder
+    modules = getattr(decoder, "layers", ())
+    if described is None or len(modules) != len(described.layers):
+        return {}
+    found = {}
+    for index, (layer, module) in enumerate(zip(described.layers, modules, strict=True)):
+        named = dict(module.named_parameters())
+        names = ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "input_layernorm.weight")
+        if layer.projects_keys and named.keys() >= {*names}:
+            q, k, norm = (named[name].detach().float() for name in names)
+            found[index] = key_basis(q, k, norm, layer.attention.head_dim)
+    return found
 
 
 def _state_tensors(layer: Any) -> list[Tensor]:
@@ -136,12 +159,12 @@ class CodedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers has no 
 
     def __init__(
         self, arm: Arm, rope: Rotation | None, latent: tuple[int, int] | None,
-        window: int | None, layer: int, num_layers: int,
+        window: int | None, place: tuple[int, int], basis: Basis | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.arm, self.rope, self.latent = arm, rope, latent
         self.window, self.is_sliding = window, window is not None
-        self.place, self.sequences = (layer, num_layers), 0
+        self.place, self.basis, self.sequences = place, basis, 0
         self.streams: tuple[Stream, Stream] | None = None
         self.store: KvStore | None = None
 
@@ -164,7 +187,7 @@ class CodedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers has no 
             else replace(stream, rotation=self.rope if stream.rope else None)
             for stream in streams
         )
-        self.streams = (keys, values)
+        self.streams = (replace(keys, basis=self.basis), values)
         self.store = KvStore.empty([(self.arm, self.streams)], *self.place, FIRST_BLOCK)
         self.is_initialized = True
 
