@@ -37,6 +37,7 @@ from transformers.cache_utils import (
 
 from layersweep.errors import InputError
 from layersweep.families.registry import describe
+from layersweep.integrations.transformers.rope import Rope
 from layersweep.kv.arms import Arm, parse
 from layersweep.kv.basis import Basis, key_basis
 from layersweep.kv.codec import wants_basis
