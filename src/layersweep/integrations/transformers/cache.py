@@ -38,6 +38,7 @@ from transformers.cache_utils import (
 from layersweep.errors import InputError
 from layersweep.families.registry import describe
 from layersweep.integrations.transformers.rope import Rope
+from layersweep.integrations.transformers.texts import SweptCache
 from layersweep.kv.arms import Arm, parse
 from layersweep.kv.basis import Basis, key_basis
 from layersweep.kv.codec import wants_basis
@@ -94,7 +95,10 @@ def cache_for(model: Any, kv: str) -> Cache:
 
 
 def cache_size(cache: Cache) -> KvSize:
-    """Measured: what all sequences in a cache of `cache_for` take together, and their tokens."""
+    """What all sequences in a cache take together, and their tokens: measured in one of
+    `cache_for`, by arithmetic in one of a swept model."""
+    if isinstance(cache, SweptCache):
+        return cache.size
     coded = [layer for layer in cache.layers if isinstance(layer, CodedLayer)]
     stores = [layer.store for layer in coded if layer.store is not None]
     states = (part for layer in cache.layers for part in _state_tensors(layer))
