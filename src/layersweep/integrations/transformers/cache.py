@@ -156,6 +156,10 @@ class CodedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers has no 
     gone through the codec, the newest token included, except what `@sink`, `@window`, `@pb`,
     `@layers` and 16 bits keep exact.
 
+    What attention reads of a coded stream stays beside it, so that a token which leaves nothing to
+    be coded decodes nothing: under a bare arm that is 15 of 16. In a layer that drops tokens, each
+    token decodes what the window holds.
+
     With a `window` W it holds what DynamicSlidingWindowLayer holds, the last W - 1 tokens, and
     returns these and the new ones.
     """
@@ -172,6 +176,7 @@ class CodedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers has no 
         self.place, self.basis, self.sequences = place, basis, 0
         self.streams: tuple[Stream, Stream] | None = None
         self.store: KvStore | None = None
+        self.seen: list[Tensor | None] = [None, None]  # what attention reads of each stream
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """The layer's streams, from the first tokens that come."""
@@ -204,9 +209,21 @@ class CodedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers has no 
         if self.store is None:
             self.lazy_initialization(key_states, value_states)
         assert self.store is not None and self.streams is not None
-        store = self.store.appended((key_states, value_states))
-        keys, values = store.decoded(0)
-        store = store.since(self.streams[0].first_held(store.end))
+        new, before = (key_states, value_states), self.store.arms[0]
+        store = self.store.appended(new)
+        keys, values = seen = [
+            torch.cat((held, x), dim=2)
+            if held is not None and stream.middle is old.middle
+            else stream.decoded()
+            for stream, old, held, x in zip(store.arms[0], before, self.seen, new, strict=True)
+        ]
+        first = self.streams[0].first_held(store.end)
+        stays = first <= store.arms[0][0].first
+        self.seen = [
+            x if stays and stream.middle else None
+            for stream, x in zip(store.arms[0], seen, strict=True)
+        ]
+        store = store.since(first)
         # exact tokens are views: a copy lets go of the others
         self.store = store.moved(torch.clone) if key_states.shape[2] > 1 else store
         return keys, values
@@ -229,7 +246,7 @@ class CodedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers has no 
         return self.get_max_length()
 
     def reset(self) -> None:
-        self.store, self.is_initialized = None, False
+        self.store, self.seen, self.is_initialized = None, [None, None], False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         raise InputError(
