@@ -13,6 +13,10 @@ from checkpoint_builders import dequantized_state_dict
 from torch import Tensor
 from transformers import DynamicCache, MixtralConfig, MixtralForCausalLM
 
+from layersweep.kv import parse
+from layersweep.kv.store import KvStore
+from layersweep.kv.stream import keys_and_values
+
 
 def oracle_model(folder: Path) -> MixtralForCausalLM:
     """The checkpoint in `folder`, dequantized by the tests' own code, in transformers."""
@@ -42,6 +46,19 @@ def rope_tables(theta: float, dim: int, tokens: int) -> tuple[Tensor, Tensor]:
 
 
 Through = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
+
+
+def codec_of(name: str, layers: int) -> Through:
+    """decode(encode) of a layer's keys (before RoPE) and values, without the sweep."""
+    arm = parse(name)
+
+    def through(keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        streams = keys_and_values(keys.shape[1], keys.shape[3])
+        store = KvStore.empty([(arm, streams)], layer, layers).appended((keys, values))
+        decoded_keys, decoded_values = store.decoded(0)
+        return decoded_keys, decoded_values
+
+    return through
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from layersweep.kv.arms import Arm
 from layersweep.sweep.caches import KeptCaches
-from layersweep.sweep.loop import Engine, run_sweep
+from layersweep.sweep.engine import Engine
+from layersweep.sweep.loop import run_sweep
 from layersweep.sweep.record import Pieces, joined
 from layersweep.sweep.sequences import Branch, BranchedSequence, Tile
 

@@ -16,7 +16,8 @@ from builders_tokenizer import MARKED_TEMPLATE, load_kind
 from rich.console import Console
 
 from layersweep.cli.app import run
-from layersweep.cli.chat import Terminal, printable, sampling_of
+from layersweep.cli.chat import Terminal, printable
+from layersweep.cli.steps import SamplingOptions
 from layersweep.errors import InputError
 from layersweep.generate.conversation import Conversation
 from layersweep.generate.request import Output, Request, Sampling
@@ -183,7 +184,7 @@ def test_a_talk_that_is_too_long_can_be_reset(capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ({}, Sampling(do_sample=True, temperature=0.6, top_p=0.9)),
+        ({}, Sampling(temperature=0.6, top_p=0.9)),
         ({"temperature": 1.5, "top_k": 3}, Sampling(20, True, 1.5, 3, 0.9)),
         (
             {"temperature": 0.0, "repetition_penalty": 1.2},
@@ -194,7 +195,8 @@ def test_a_talk_that_is_too_long_can_be_reset(capsys: pytest.CaptureFixture[str]
 def test_options_go_before_the_models_own_sampling(
     given: dict[str, float], expected: Sampling
 ) -> None:
-    assert sampling_of(Sampling(temperature=0.6, top_p=0.9), given) == expected
+    own = Sampling(temperature=0.6, top_p=0.9)
+    assert SamplingOptions(**given).over(own) == expected  # type: ignore[arg-type]
 
 
 def press() -> None:

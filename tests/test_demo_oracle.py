@@ -10,13 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from oracle_models import Prefilled, oracle_model, prefilled, scored_with_cache
+from oracle_models import Prefilled, codec_of, oracle_model, prefilled, scored_with_cache
 from studies import needle_of, perplexity_of
 from torch import Tensor
 
-from layersweep.kv import parse
-from layersweep.kv.store import KvStore
-from layersweep.kv.stream import keys_and_values
 from layersweep.study.run import run_study
 from layersweep.study.study import Study, prepare_study
 from layersweep.sweep.model import load
@@ -69,19 +66,6 @@ def windows(study: Study, oracle: object) -> list[Asked]:
 def needle(study: Study, oracle: object) -> Asked:
     trial = needle_of(study).trials[0]
     return Asked.of(oracle, trial.prefix_ids, trial.branch_ids)
-
-
-def codec_of(name: str, layers: int) -> object:
-    """decode(encode) of a layer's keys (before RoPE) and values, without the sweep."""
-    arm = parse(name)
-
-    def through(keys: Tensor, values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        streams = keys_and_values(keys.shape[1], keys.shape[3])
-        store = KvStore.empty([(arm, streams)], layer, layers).appended((keys, values))
-        decoded_keys, decoded_values = store.decoded(0)
-        return decoded_keys, decoded_values
-
-    return through
 
 
 def test_baseline_nll_of_every_window_equals_transformers(study: Study, oracle: object) -> None:

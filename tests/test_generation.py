@@ -38,7 +38,8 @@ from layersweep.study.run import TimeLimit
 from layersweep.study.shrink import shrink
 from layersweep.study.study import prepare_study
 from layersweep.sweep.caches import KeptCaches, cache_memory
-from layersweep.sweep.loop import Engine, run_sweep
+from layersweep.sweep.engine import Engine
+from layersweep.sweep.loop import run_sweep
 from layersweep.sweep.model import Model, load
 from layersweep.sweep.record import SweepRecord
 from layersweep.sweep.sequences import Branch, BranchedSequence, Tile, tiles_of

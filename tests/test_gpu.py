@@ -40,7 +40,8 @@ from layersweep.stream.store import BlockStore
 from layersweep.study.run import Outcome, StudyRun, run_study
 from layersweep.study.study import Study, prepare_study
 from layersweep.sweep.caches import KeptCaches, cache_memory
-from layersweep.sweep.loop import Engine, run_sweep
+from layersweep.sweep.engine import Engine
+from layersweep.sweep.loop import run_sweep
 from layersweep.sweep.model import Model, load
 from layersweep.sweep.record import Pieces, joined
 from layersweep.sweep.sequences import Branch, BranchedSequence, Tile, tiles_of

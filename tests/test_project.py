@@ -28,7 +28,8 @@ ORDER = (
     *("errors", "problems", "units", "notebook", "progress", "environment", "demo", "kernels"),
     *("families", "checkpoint", "stream", "probes", "model", "kv", "sweep", "text"),
     *("statistics", "tasks", "runs"),
-    *("generate", "study", "report", "api", "integrations", "bench", "kaggle", "cli", "__main__"),
+    *("generate", "study", "report", "api", "integrations", "bench", "kaggle", "serve"),
+    *("cli", "__main__"),
 )
 
 
@@ -368,7 +369,7 @@ def test_the_two_commands_are_in_the_readme_and_in_the_makefile() -> None:
         assert f"make {target}" in README
 
 
-NAMES = ("reproduce", "kaggle", "notebooks", "cluster")
+NAMES = ("reproduce", "kaggle", "notebooks", "cluster", "lm-eval", "serve")
 PAGES = ["README.md", *(f"docs/{name}.md" for name in NAMES)]
 
 

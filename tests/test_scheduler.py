@@ -151,16 +151,19 @@ def test_prompts_beyond_a_walk_are_read_in_pieces(tiny: Path, model: Model) -> N
     assert found == {request.id: greedy(oracle, request.ids, NEW) for request in asked}
 
 
-def test_a_streamed_model_gives_the_tokens_of_a_resident_one(model: Model) -> None:
+def test_a_streamed_model_gives_the_tokens_of_a_resident_one(tmp_path: Path) -> None:
+    make(TINY["llama"], tmp_path)
+    model = load(str(tmp_path), device="cpu")
     asked = requests(model.decoder.vocab_size)
     with Scheduler(model, most=8, longest=128) as scheduler:
         resident = tokens(drive(scheduler, asked))
-        assert scheduler.room.plan.host == "resident"
+        assert (scheduler.room.plan.host, scheduler.room.keeps_dense) == ("resident", True)
         least = scheduler.room.plan.placement.host_ring
     streamed = replace(model, ram=Budget(least + 2**10, "test"))
     with Scheduler(streamed, most=8, longest=128) as scheduler:
-        assert scheduler.room.plan.host != "resident"
+        assert scheduler.room.plan.host == "disk"
         assert tokens(drive(scheduler, asked)) == resident
+        assert scheduler.counts.weight_bytes_read > 11 * sum(s.stored_bytes for s in model.specs)
 
 
 def test_requests_come_and_go(model: Model) -> None:

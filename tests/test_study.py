@@ -156,7 +156,7 @@ def test_a_slow_search_is_announced(tiny: Model, monkeypatch: pytest.MonkeyPatch
     settings = replace(SMALL, kv="K3V2,e8:K3V2", tasks=("ppl",), gate="off")
     assert "encoder" not in str(prepare_study(tiny, settings).fallbacks)
     monkeypatch.setattr("layersweep.kv.trellis.encoder_name", lambda: "torch")
-    monkeypatch.setattr("layersweep.study.study.numba_refusal", lambda: "numba is not installed")
+    monkeypatch.setattr("layersweep.study.fitting.numba_refusal", lambda: "numba is not installed")
     found = [f for f in prepare_study(tiny, settings).fallbacks if "encoder" in f.what]
     assert [(f.what, f.used, f.why) for f in found] == [
         (f"encoder of {BARE}", "plain torch, slower", "numba is not installed")

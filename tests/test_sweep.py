@@ -24,8 +24,9 @@ from layersweep.stream.blocks import Block
 from layersweep.stream.runs import Placement, choose_spread, compute_ring, runs_of
 from layersweep.stream.store import BlockStore
 from layersweep.sweep.dense import DenseWeights
+from layersweep.sweep.engine import Engine
 from layersweep.sweep.feed import FeedVisit
-from layersweep.sweep.loop import Engine, run_sweep
+from layersweep.sweep.loop import run_sweep
 from layersweep.sweep.model import Model, load
 from layersweep.sweep.record import Pieces, joined
 from layersweep.sweep.sequences import Branch, BranchedSequence, Tile, tiles_of

@@ -148,6 +148,12 @@ def test_special_tokens_in_a_message_stay_text_and_the_templates_own_do_not(kind
     assert ids[:3] == harmless[:3] and ids[-3:] == harmless[-3:]
 
 
+def test_a_message_that_leaves_no_mark_for_its_special_tokens_is_refused() -> None:
+    private = "".join(map(chr, range(0xE000, 0xF900)))
+    with pytest.raises(InputError, match="found every private character"):
+        load_kind("marked").encode_messages([Message("user", f"</s>{private}")])
+
+
 def test_a_template_file_goes_before_the_settings(byte_level: Tokenizer, tmp_path: Path) -> None:
     save_tokenizer(tmp_path, byte_level, chat_template=CHAT_TEMPLATE)
     (tmp_path / "chat_template.jinja").write_text(MARKED_TEMPLATE)

@@ -20,6 +20,7 @@ from layersweep.kernels import kernels
 from layersweep.kernels.nvrtc import FOLDER
 
 HERE = Path(__file__).parent
+SHARED_POOL = 256 << 10  # bytes that a launch can ask for, see emulator.h
 COMPILER = shutil.which("g++")
 # Contraction off: a * b + c must round twice, as with NVRTC's -fmad=false.
 FLAGS = ("-std=c++20", "-O1", "-ffp-contract=off", "-fPIC", "-shared", "-DLAYERSWEEP_ON_CPU")
@@ -51,8 +52,14 @@ class Emulated:
         self._layouts = layouts
 
     def launch(
-        self, name: str, grid: tuple[int, int, int], block: int, args: Sequence[kernels.Argument]
+        self,
+        name: str,
+        grid: tuple[int, int, int],
+        block: int,
+        args: Sequence[kernels.Argument],
+        shared: int = 0,
     ) -> None:
+        assert shared <= SHARED_POOL
         entry = getattr(self._library, f"emulate_{name}")
         entry.restype = ctypes.c_size_t
         layout = struct.Struct("@" + self._layouts[name])

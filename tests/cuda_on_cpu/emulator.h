@@ -12,7 +12,7 @@
 #define __device__
 #define __global__
 #define __forceinline__ inline
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 #define __shared__ static  // blocks run one after another
 
 struct Extent {
@@ -20,6 +20,12 @@ struct Extent {
 };
 struct alignas(16) uint4 {
     unsigned x, y, z, w;
+};
+struct alignas(8) uint2 {
+    unsigned x, y;
+};
+struct alignas(8) float2 {
+    float x, y;
 };
 struct alignas(16) float4 {
     float x, y, z, w;
@@ -122,6 +128,20 @@ V __shfl_xor_sync(unsigned, V value, int mask) {
     __syncwarp();
     return value;
 }
+template <class V>
+V __shfl_sync(unsigned, V value, int from) {
+    const unsigned warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    std::memcpy(&emulator::slots[warp][lane], &value, sizeof(V));
+    __syncwarp();
+    std::memcpy(&value, &emulator::slots[warp][from], sizeof(V));
+    __syncwarp();
+    return value;
+}
+inline bool __any_sync(unsigned, bool value) {
+    unsigned any = value;
+    for (int step = 16; step; step /= 2) any |= __shfl_xor_sync(0, any, step);
+    return any;
+}
 inline int atomicMin(int* at, int value) {
     const int old = *at;
     if (value < old) *at = value;
@@ -183,3 +203,27 @@ inline unsigned less_two(unsigned a, unsigned b) {
 }
 inline unsigned low_twice(unsigned word) { return (word & 0xffff) * 0x10001u; }
 inline unsigned high_twice(unsigned word) { return (word >> 16) * 0x10001u; }
+inline void expect(const void*) {}
+inline unsigned lane_id() { return threadIdx.x % 32; }
+inline unsigned from_bit(unsigned low, unsigned high, int shift) {
+    return (unsigned)(((unsigned long long)high << 32 | low) >> shift);
+}
+// As in common.cuh: every lane shows what it holds, and sums its own elements.
+inline void add_product(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+    static unsigned shown[32][32][6];
+    const unsigned lane = threadIdx.x % 32;
+    auto& all = shown[threadIdx.x / 32];
+    const unsigned own[6] = {a[0], a[1], a[2], a[3], b0, b1};
+    std::memcpy(all[lane], own, sizeof(own));
+    __syncwarp();
+    for (unsigned i = 0; i < 2; ++i)
+        for (unsigned j = 0; j < 2; ++j)
+            for (unsigned k = 0; k < 16; ++k) {
+                const unsigned from = k % 8 / 2, shift = k % 2 * 16;
+                const unsigned left = all[lane / 4 * 4 + from][k / 8 * 2 + i] >> shift & 0xffff;
+                const unsigned right = all[(lane % 4 * 2 + j) * 4 + from][4 + k / 8] >> shift & 0xffff;
+                c[2 * i + j] += half_to_float(left) * half_to_float(right);
+            }
+    __syncwarp();
+}
+#define SHARED_POOL static uint4 pool[1 << 14]  // 256 KiB, of one block at a time

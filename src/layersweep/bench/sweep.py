@@ -17,7 +17,8 @@ from layersweep.kv.arms import EXACT
 from layersweep.stream.plan import host_ring_bytes, place
 from layersweep.stream.runs import runs_of
 from layersweep.stream.shapes import tile_flops
-from layersweep.sweep.loop import Engine, run_sweep
+from layersweep.sweep.engine import Engine
+from layersweep.sweep.loop import run_sweep
 from layersweep.sweep.model import Model
 from layersweep.sweep.record import Pieces
 from layersweep.sweep.sequences import Branch, BranchedSequence, Tile, tiles_of

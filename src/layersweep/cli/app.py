@@ -20,11 +20,13 @@ from layersweep.cli.exits import exit_code, fail, print_any_name
 from layersweep.cli.generate import generate
 from layersweep.cli.inspect import inspect
 from layersweep.cli.kaggle import kaggle
+from layersweep.cli.lm_eval import lm_eval
 from layersweep.cli.merge import merge
 from layersweep.cli.plan import plan
 from layersweep.cli.quantize import quantize
 from layersweep.cli.report import compare, report
 from layersweep.cli.sensitivity import calibrate
+from layersweep.cli.serve import serve
 from layersweep.cli.synth import synth
 from layersweep.notebook import in_notebook_shell
 
@@ -44,6 +46,7 @@ app = typer.Typer(
 app.command("eval")(evaluate)
 app.command("chat")(chat)
 app.command("generate")(generate)
+app.command("serve")(serve)
 app.command("inspect")(inspect)
 app.command("plan")(plan)
 app.command("doctor")(doctor)
@@ -54,6 +57,7 @@ app.command("synth")(synth)
 app.command("quantize")(quantize)
 app.command("calibrate")(calibrate)
 app.command("kaggle")(kaggle)
+app.command("lm-eval")(lm_eval)
 app.add_typer(bench)
 app.add_typer(codec)
 

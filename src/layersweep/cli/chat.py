@@ -6,7 +6,6 @@ import io
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,12 +13,13 @@ import typer
 from rich.console import Console
 
 from layersweep.cli.exits import fail
+from layersweep.cli.job import MachineOptions
+from layersweep.cli.steps import Prepared, SamplingOptions, prepare, scheduled
 from layersweep.errors import InputError
 from layersweep.units import format_bytes
 
 if TYPE_CHECKING:
     from layersweep.generate.conversation import Answer, Conversation
-    from layersweep.generate.request import Sampling
     from layersweep.kv.arms import Arm
     from layersweep.sweep.model import Model
 
@@ -59,59 +59,27 @@ def chat(
     from layersweep.kv.arms import parse
 
     arm = parse(kv, growing=True)  # the cheapest refusal first: no torch yet
-    from layersweep.sweep.model import load
-
-    loaded = load(
-        model, revision=revision, vram=vram, ram=ram, device=device, dtype=dtype, weights=weights
+    options = SamplingOptions(
+        max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed
     )
-    given = {
-        "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k,
-        "top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty, "seed": seed,
-    }  # fmt: skip
-    _talk(loaded, arm, system, {n: v for n, v in given.items() if v is not None}, max_length)
+    machine = MachineOptions(revision, vram, ram, device, dtype, weights, "float32", None)
+    _talk(prepare(model, machine, options), arm, system, max_length)
 
 
-def _talk(
-    model: Model, arm: Arm, system: str | None, given: dict[str, float], longest: int | None
-) -> None:
-    from layersweep.generate.config import GenerationConfig
+def _talk(ready: Prepared, arm: Arm, system: str | None, longest: int | None) -> None:
     from layersweep.generate.conversation import Conversation
-    from layersweep.generate.scheduler import Scheduler
     from layersweep.kv.arms import parse
-    from layersweep.text.bos import resolve_bos
     from layersweep.text.chat import Message
-    from layersweep.text.reference import with_reference
-    from layersweep.text.tokenizer import TextTokenizer
 
-    folder = model.checkpoint.folder
-    tokenizer = TextTokenizer.load(folder)
     lead = [] if system is None else [Message("system", system)]
-    tokenizer.render_chat([*lead, Message("user", "hello")])  # refused before a weight is read
-    sampling = sampling_of(GenerationConfig.read(folder).sampling, given)
+    ready.tokenizer.render_chat([*lead, Message("user", "hello")])  # before a weight is read
     arms = [arm, parse("K3V2", growing=True)]  # which /kv may ask for at any time
-    model = with_reference(model, arms, tokenizer, resolve_bos(tokenizer, "auto"))
-
     console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
-    for note in (*model.checkpoint.notes, *tokenizer.notes):
-        console.print(f"note: {note}")
-    for fallback in model.compute.fallbacks:
-        console.print(f"fallback: {fallback}")
-    with Scheduler(
-        model, tokenizer, most=1, longest=longest,
-        say=lambda fallback: console.print(f"fallback: {fallback}"),
-    ) as steps:  # fmt: skip
-        conversation = Conversation(steps, tokenizer, sampling, arm, system)
-        terminal = Terminal(conversation, lambda arm: _cache(arm, model), console, _reader())
+    with scheduled(ready, arms, console, most=1, longest=longest, brief=True) as steps:
+        conversation = Conversation(steps, ready.tokenizer, ready.sampling, arm, system)
+        terminal = Terminal(conversation, lambda arm: _cache(arm, ready.model), console, _reader())
         console.print(f"{terminal.cache()}. /help says what you can type.")
         terminal.run()
-
-
-def sampling_of(own: Sampling, given: dict[str, float]) -> Sampling:
-    """The model's, with what was given in its place; a temperature of 0 samples nothing."""
-    greedy = given.get("temperature") == 0
-    if greedy:
-        given = {name: value for name, value in given.items() if name != "temperature"}
-    return replace(own, do_sample=not greedy, **given)  # type: ignore[arg-type]
 
 
 def _cache(arm: Arm, model: Model) -> str:

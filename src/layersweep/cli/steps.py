@@ -59,9 +59,11 @@ class Prepared:
 def prepare(source: str, machine: MachineOptions, options: SamplingOptions) -> Prepared:
     """Raises what load and TextTokenizer.load raise."""
     from layersweep.generate.config import GenerationConfig
+    from layersweep.sweep.choices import generation_dtype
     from layersweep.sweep.model import load
     from layersweep.text.tokenizer import TextTokenizer
 
+    machine = replace(machine, dtype=generation_dtype(machine.dtype, machine.device))
     model = load(source, **asdict(machine))
     folder = model.checkpoint.folder
     sampling = options.over(GenerationConfig.read(folder).sampling)
@@ -70,9 +72,11 @@ def prepare(source: str, machine: MachineOptions, options: SamplingOptions) -> P
 
 @contextmanager
 def scheduled(
-    ready: Prepared, arms: Sequence[Arm], console: Console, *, most: int, longest: int | None
-) -> Iterator[Scheduler]:
-    """A scheduler for texts under `arms`; tells of the model, its paths and its memory."""
+    ready: Prepared, arms: Sequence[Arm], console: Console, *, most: int, longest: int | None,
+    brief: bool = False,
+) -> Iterator[Scheduler]:  # fmt: skip
+    """A scheduler for texts under `arms`; tells of the model, its paths and its memory, or, if it
+    shall be brief, of notes and fallbacks alone."""
     from layersweep.cli.events import layout_line, paths_line, versions_line
     from layersweep.generate.scheduler import Scheduler
 
@@ -87,10 +91,15 @@ def scheduled(
         model, ready.tokenizer, arms=arms, most=most, longest=longest, say=tell
     ) as scheduler:
         room = scheduler.room
-        say(layout_line(model.checkpoint))
         for note in (*model.checkpoint.notes, *ready.tokenizer.notes):
             say(f"note: {note}")
-        say(paths_line(model, room.plan.host))
+        for fallback in model.compute.fallbacks:
+            tell(fallback)
+        if brief:
+            yield scheduler
+            return
+        say(layout_line(model.checkpoint))
+        say(paths_line(model, room.host))
         say(
             f"[budget] vram {format_bytes(model.vram.bytes)} ({model.vram.source}), ram "
             f"{format_bytes(model.ram.bytes)} ({model.ram.source}); planned working set "
@@ -98,6 +107,4 @@ def scheduled(
             f"keys and values; at most {room.most} texts at once, of {room.longest} tokens at most"
         )
         say(versions_line())
-        for fallback in model.compute.fallbacks:
-            tell(fallback)
         yield scheduler

@@ -67,7 +67,8 @@ class Conversation:
         messages = [*self._system, *self.history, Message("user", said)]
         self._asked += 1
         ids = tuple(self.tokenizer.encode_messages(messages))
-        request = Request(f"chat-{self._asked}", ids, self.sampling, self.arm)
+        name = f"chat-{self._asked}"
+        request = Request(name, ids, self.sampling, self.arm, continues=False)
         self.steps.check(request)
         answer = Answer(len(ids))
         return answer, self._run(request, answer, said, stop)

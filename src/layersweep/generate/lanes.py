@@ -13,7 +13,8 @@ from layersweep.errors import Fallback
 from layersweep.generate.generation import Generation, Unit
 from layersweep.stream.pinned import HostBuffer
 from layersweep.sweep.caches import KeptCaches, cache_memory
-from layersweep.sweep.loop import Engine, run_sweep
+from layersweep.sweep.engine import Engine
+from layersweep.sweep.loop import run_sweep
 from layersweep.sweep.record import (
     LayerCheck,
     LogitsReader,

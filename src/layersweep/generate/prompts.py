@@ -34,16 +34,20 @@ TYPES: dict[str, tuple[type, ...]] = {
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is asked once, of every arm. `where` names it in messages."""
+    """What is asked once, of every arm. `where` names it in messages; `continues` as in Request."""
 
     id: str
     where: str
     ids: tuple[int, ...]
     sampling: Sampling
+    continues: bool = True
 
     def requests(self, arms: Sequence[Arm]) -> list[Request]:
         """One for each arm."""
-        return [Request(f"{self.id} {arm.name}", self.ids, self.sampling, arm) for arm in arms]
+        return [
+            Request(f"{self.id} {arm.name}", self.ids, self.sampling, arm, self.continues)
+            for arm in arms
+        ]
 
 
 @dataclass
@@ -147,7 +151,8 @@ def _prompt(
     name = given.get("id", id)
     if not isinstance(name, str | int) or isinstance(name, bool):
         raise _wrong(where, f"id {name!r}", "text or a number")
-    return Prompt(str(name), where, tuple(ids), _sampling(settings, where, sampling))
+    own = _sampling(settings, where, sampling)
+    return Prompt(str(name), where, tuple(ids), own, continues=kinds != ["messages"])
 
 
 def _ids(kind: str, value: Any, where: str, tokenizer: TextTokenizer, bos: str) -> Sequence[int]:

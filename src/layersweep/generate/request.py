@@ -36,12 +36,17 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt `ids` to continue, with the keys and values of the whole text kept as `arm`."""
+    """A prompt `ids` to continue, with the keys and values of the whole text kept as `arm`.
+
+    `continues`: the answer's text goes on from the prompt's, blank and all; else it is a text of
+    its own, as an answer in a chat is (SentencePiece puts a blank before a first word).
+    """
 
     id: str
     ids: tuple[int, ...]
     sampling: Sampling = field(default_factory=Sampling)
     arm: Arm = EXACT
+    continues: bool = True
 
 
 @dataclass(frozen=True)

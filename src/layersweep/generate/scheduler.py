@@ -91,7 +91,7 @@ class Scheduler:
         self.counts = Counts()
         self._known: set[Arm] = set()
         self._say, self._progress = say, progress
-        self._engine = model.open(self.room.plan, say, keeps_dense=self.room.keeps_dense)
+        self._engine = self.room.open(model, say)
         self._caches = RunningCaches(model.compute.device)
         self._sampler = Sampler(model.decoder.vocab_size, most, model.compute.device)
         self._slots = list(range(most - 1, -1, -1))
@@ -163,7 +163,8 @@ class Scheduler:
         text = Text(request.arm, reach, self.model.decoder.num_hidden_layers)
         stream = None
         if self.tokenizer is not None:
-            stream = TextStream(self.tokenizer, request.sampling.stop, request.ids)
+            before = request.ids if request.continues else ()
+            stream = TextStream(self.tokenizer, request.sampling.stop, before)
         self._waiting.append(_Run(request, text, stream, list(request.ids)))
 
     def cancel(self, request: str) -> None:
@@ -247,7 +248,7 @@ class Scheduler:
         }
         walked = walk(self._engine, self._caches, list(riders), self._progress)
         self.counts.walks += 1
-        self.counts.weight_bytes_read = self._engine.store.bytes_read
+        self.counts.weight_bytes_read = self._engine.bytes_read
         broken = {riders[rider]: layer for rider, layer in walked.broken.items()}
         outputs = [
             self._end(run, "error", error=f"non-finite numbers from layer {layer} on")

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from layersweep.sweep.loop import Engine, run_sweep
+from layersweep.sweep.engine import Engine
+from layersweep.sweep.loop import run_sweep
 from layersweep.sweep.record import Pieces, Progress
 from layersweep.sweep.running import RunningCaches, Text
 from layersweep.sweep.sequences import Branch, BranchedSequence, Tile
@@ -69,7 +70,7 @@ def walk(
         )  # fmt: skip
         for at, (some,) in pieces:
             kept[at] = some
-        logits.update(zip(seats[tile.first], kept.split(counts), strict=True))
+        logits.update(zip(seats[tile.first], torch.split(kept, counts), strict=True))
 
     record = run_sweep(engine, tiles, keep, caches=caches, progress=progress)
     for rider in riders:

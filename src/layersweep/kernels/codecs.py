@@ -43,7 +43,12 @@ class Launcher(Protocol):
     """Runs a kernel of one source; a Module on a GPU, an emulator in the tests."""
 
     def launch(
-        self, name: str, grid: tuple[int, int, int], block: int, args: Sequence[Argument]
+        self,
+        name: str,
+        grid: tuple[int, int, int],
+        block: int,
+        args: Sequence[Argument],
+        shared: int = 0,
     ) -> None: ...
 
 

@@ -49,6 +49,28 @@ __device__ __forceinline__ u32 high_twice(u32 word) {
     asm("{.reg .b16 low, high; mov.b32 {low, high}, %1; mov.b32 %0, {high, high};}" : "=r"(two) : "r"(word));
     return two;
 }
+// The compiler knows nothing of it, so an address that holds it is not taken apart.
+__device__ __forceinline__ u32 lane_id() {
+    u32 lane;
+    asm("mov.u32 %0, %%laneid;" : "=r"(lane));
+    return lane;
+}
+// What lies there will be read soon.
+__device__ __forceinline__ void expect(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
+// The 32 bits of high:low from bit `shift` on.
+__device__ __forceinline__ u32 from_bit(u32 low, u32 high, int shift) {
+    return __funnelshift_r(low, high, shift);
+}
+// c += a b in tensor cores (sm_80 on), by all lanes of a warp: a [16, 16] and b [16, 8] half numbers, two
+// to a word, c [16, 8]. With r = lane / 4 and q = 2 (lane % 4), a lane holds a[r + 8 i][q + 8 j, + 1] in
+// a[2 j + i], b[q + 8 j, + 1][r] in bj, and c[r + 8 i][q + j] in c[2 i + j].
+__device__ __forceinline__ void add_product(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+#define SHARED_POOL extern __shared__ uint4 pool[]  // as much as a launch asks for
 // torch divides by a host number as a product with its reciprocal on the GPU, not on the CPU.
 __device__ __forceinline__ float divide_by_number(float value, float number) {
     return __fmul_rn(value, 1.0f / number);

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from layersweep.kernels.codecs import CODEC_LAYOUTS, MAX_VECTOR, same
 from layersweep.kernels.nvrtc import KernelError, compile_cubin, read_source
+from layersweep.kernels.packed import PACKED_LAYOUTS, PackedKernels
 from layersweep.kernels.router import ROUTER_LAYOUTS, RouterKernels
 from layersweep.kernels.runtime import Argument, Module
 from layersweep.kernels.weights import WEIGHT_LAYOUTS
@@ -43,6 +44,7 @@ LAYOUTS: dict[str, dict[str, str]] = {
     },
     "capped": {"attend_capped": "6P12q4i2f"},
     **CODEC_LAYOUTS,
+    **PACKED_LAYOUTS,
 }
 NARROW, ROWS_OF_A_BLOCK = 256, 8  # numbers that a warp holds; rows or their parts, a warp each
 
@@ -78,7 +80,7 @@ def _cubin(name: str, capability: tuple[int, int], scalar: int, dim: int) -> byt
     return compile_cubin(read_source(name), capability, defines)
 
 
-class Kernels(RouterKernels):
+class Kernels(RouterKernels, PackedKernels):
     """Launches on the current stream of its device; arguments are asserted, not corrected.
 
     Rows are H or I elements long, multiples of 8, at 16-byte-aligned addresses. Tensors are

@@ -13,7 +13,10 @@ from pathlib import Path
 import torch
 
 FOLDER = Path(__file__).parent
-HEADERS = ("common.cuh", "rotation.cuh", "trellis_search.cuh")
+HEADERS = (
+    "common.cuh", "rotation.cuh", "trellis_search.cuh", "trellis_windows.cuh", "packed_levels.cuh",
+    "packed_scores.cuh", "packed_sums.cuh",
+)  # fmt: skip
 
 
 class KernelError(RuntimeError):

@@ -20,6 +20,7 @@ __all__ = ["Argument", "KernelError", "Module", "compile_cubin"]
 Argument = Tensor | int | float | None
 
 _BUFFER_POINTER, _BUFFER_SIZE = 1, 2  # CU_LAUNCH_PARAM_*
+_MAX_SHARED, _USUAL_SHARED = 8, 48 << 10  # CU_FUNC_ATTRIBUTE_..., what needs no leave
 _WRONG_CONTEXT = (201, 400)  # CUDA_ERROR_INVALID_CONTEXT, CUDA_ERROR_INVALID_HANDLE
 
 
@@ -29,6 +30,7 @@ class _Function:
     def __init__(self, handle: c_void_p, layout: str) -> None:
         self.handle = handle
         self.layout = struct.Struct("@" + layout)
+        self.shared = _USUAL_SHARED
         self.buffer = ctypes.create_string_buffer(self.layout.size)
         self._size = c_size_t(self.layout.size)
         self.extra = (c_void_p * 5)(
@@ -66,12 +68,15 @@ class Module:
         args: Sequence[Argument],
         shared: int = 0,
     ) -> None:
-        """Queue kernel `name` on the current stream of the device; returns at once."""
+        """Queue kernel `name` on the current stream of the device; returns at once. `shared`: bytes
+        of shared memory that it asks for. Raises KernelError, also where the device has less."""
         values = [
             one.data_ptr() if isinstance(one, Tensor) else 0 if one is None else one for one in args
         ]
         with self._lock:
             function = self._functions.get(name) or self._find(name)
+            if shared > function.shared:
+                self._allow(function, shared)
             function.layout.pack_into(function.buffer, 0, *values)
             sizes = (*grid, block, 1, 1, shared, _raw_stream(self._device.index))
             result = self._launch(function.handle, *sizes, None, function.extra)
@@ -87,6 +92,12 @@ class Module:
             _check(self._driver.cuModuleGetFunction(byref(handle), self._module, name.encode()))
         self._functions[name] = _Function(handle, self._layouts[name])
         return self._functions[name]
+
+    def _allow(self, function: _Function, shared: int) -> None:
+        """More shared memory than every kernel may have."""
+        with _Within(self._context):
+            _check(self._driver.cuFuncSetAttribute(function.handle, _MAX_SHARED, shared))
+        function.shared = shared
 
 
 class _Within:
@@ -119,6 +130,7 @@ def _driver() -> ctypes.CDLL:
     driver.cuModuleLoadDataEx.argtypes = [c_void_p, c_char_p, c_uint, c_void_p, c_void_p]
     driver.cuModuleGetFunction.argtypes = [c_void_p, c_void_p, c_char_p]
     driver.cuLaunchKernel.argtypes = [c_void_p, *[c_uint] * 7, c_void_p, c_void_p, c_void_p]
+    driver.cuFuncSetAttribute.argtypes = [c_void_p, c_int, c_int]
     driver.cuCtxPushCurrent_v2.argtypes = [c_void_p]
     driver.cuDevicePrimaryCtxRetain.argtypes = [c_void_p, c_int]
     return driver

@@ -145,6 +145,12 @@ def blocks_of(specs: Sequence[BlockSpec], layers: range) -> list[BlockSpec]:
     return [*(specs[:1] if ends[0] else []), *of, *(specs[-1:] if ends[1] else [])]
 
 
+def split_experts(specs: Sequence[BlockSpec]) -> tuple[list[BlockSpec], list[BlockSpec]]:
+    """What every token uses, and routed experts; each in sweep order."""
+    always = [spec for spec in specs if spec.role != "expert"]
+    return always, [spec for spec in specs if spec.role == "expert"]
+
+
 def read_bytes(weight: Weight) -> int:
     """Bytes read per visit: companions that were checked at opening are not read again."""
     return sum(tensor.nbytes for tensor in weight.stored)

@@ -12,6 +12,7 @@ from layersweep.runs.versions import METRICS_VERSION, SCHEMA
 from layersweep.stream.rates import planned_seconds
 from layersweep.study.run import Outcome
 from layersweep.study.study import Study, tile_key
+from layersweep.sweep.model import Model
 from layersweep.tasks.registry import TASKS
 
 Json = dict[str, Any]
@@ -31,14 +32,14 @@ def build_results(
         "schema": SCHEMA,
         "metrics_version": METRICS_VERSION,
         "status": status,
-        **verdict(status, study.record, study.done, measured, weights_of(study)),
+        **verdict(status, study.record, study.done, measured, weights_of(study.model)),
         "created": now(),
         "command": command,
         "versions": dict(versions()),
         "device": device_facts(str(study.model.compute.device)),
         "paths": _paths(study, outcome),
         "fallbacks": [fallback._asdict() for fallback in (*study.fallbacks, *outcome.fallbacks)],
-        "model": model_section(study),
+        "model": model_section(study.model),
         "protocol": _protocol(study),
         "gate": study.gate.report() if study.gate else None,
         **measured,
@@ -46,17 +47,17 @@ def build_results(
     }
 
 
-def weights_of(study: Study) -> str:
+def weights_of(model: Model) -> str:
     """What the weights are, in the words of results.json."""
-    checkpoint = study.model.checkpoint
+    checkpoint = model.checkpoint
     kind = checkpoint.weights_kind
-    if study.model.weights == "nf4" and kind != "nf4":
+    if model.weights == "nf4" and kind != "nf4":
         kind = f"nf4 made from {kind} while reading"
     return "synthetic" if checkpoint.decoder.synthetic else kind
 
 
-def model_section(study: Study) -> Json:
-    checkpoint = study.model.checkpoint
+def model_section(model: Model) -> Json:
+    checkpoint = model.checkpoint
     decoder = checkpoint.decoder
     return {
         "source": checkpoint.source,
@@ -66,7 +67,7 @@ def model_section(study: Study) -> Json:
         "layers": decoder.num_hidden_layers,
         "experts": decoder.num_experts,
         "experts_per_token": decoder.experts_per_token,
-        "weights": weights_of(study),
+        "weights": weights_of(model),
         "router": checkpoint.router_kind,
         "bytes": checkpoint.nbytes,
     }

@@ -20,7 +20,8 @@ from layersweep.runs.finished import FinishedSweep
 from layersweep.study.shrink import KEPT, of_the_host, out_of_memory, shrink
 from layersweep.study.sizing import gemm_rate
 from layersweep.study.study import Study, tile_key
-from layersweep.sweep.loop import Engine, run_sweep
+from layersweep.sweep.engine import Engine
+from layersweep.sweep.loop import run_sweep
 from layersweep.sweep.record import Pieces, Progress, SweepRecord
 from layersweep.sweep.sequences import BranchedSequence, Tile
 

@@ -18,21 +18,20 @@ from layersweep.errors import Fallback, InputError
 from layersweep.generate.generation import Generation
 from layersweep.generate.plan import plan_generation
 from layersweep.kv.arms import Arm, parse_arms
-from layersweep.kv.trellis_search import numba_refusal
 from layersweep.runs.finished import FinishedSweep
 from layersweep.runs.record import Record, TileKey
 from layersweep.runs.shard import WHOLE, Shard
 from layersweep.stream.plan import Plan
-from layersweep.study.fitting import fitting_arms
+from layersweep.study.fitting import arm_fallbacks, fitting_arms
 from layersweep.study.gate import COPY, Card, Gate
 from layersweep.study.gate_tokens import choose_tokens
 from layersweep.study.meter import Meter
 from layersweep.study.sizing import gemm_rate, sized_plan
+from layersweep.sweep.engine import Engine
 from layersweep.sweep.generic_limits import check_modules
-from layersweep.sweep.loop import Engine
 from layersweep.sweep.model import Model
 from layersweep.sweep.sequences import Tile
-from layersweep.sweep.shapes import can_fit, check_length, length_limit
+from layersweep.sweep.shapes import check_length, length_limit
 from layersweep.sweep.streams import every_stream
 from layersweep.tasks.registry import asked
 from layersweep.tasks.settings import SHORTEN, EvalSettings
@@ -42,8 +41,6 @@ from layersweep.text.encoding import EncodedText
 from layersweep.text.reference import with_reference
 from layersweep.text.source import SourceText, load_text
 from layersweep.text.tokenizer import TextTokenizer, check_ids
-
-SLOW_ON_GPU = "its kernels are for 1 to 4 bits and need NVRTC"
 
 
 @dataclass
@@ -203,23 +200,10 @@ class Study:
         notes = self.tokenizer.notes
         found = [Fallback("tokenizer", "tokenizer.json", "see why", note) for note in notes]
         found += [Fallback("text", "all of it", "its head", note) for note in self.text_notes]
-        device = self.model.compute.device
-        slow = [
-            arm.name
-            for arm in self.arms
-            if arm.method == "trellis" and arm.encoder_on(device) == "torch"
-        ]
-        if slow:
-            why = numba_refusal() if device.type == "cpu" else SLOW_ON_GPU
-            wanted, used = "a compiled search", "plain torch, slower"
-            found += [Fallback(f"encoder of {name}", wanted, used, why) for name in slow]
-        if not can_fit(self.model.decoder):
-            wanted, used = "those of the reference text", "those in which keys come"
-            why = "transformers' own layers, or latents, have no others"
-            fits = [arm.name for arm in self.arms if arm.fits]
-            found += [Fallback(f"coordinates of {name}", wanted, used, why) for name in fits]
+        model = self.model
+        found += arm_fallbacks(self.arms, model.decoder, model.compute.device)
         gate = self.gate.tokens.fallbacks if self.gate else ()
-        return [*self.left_out, *found, *gate, *self.model.compute.fallbacks]
+        return [*self.left_out, *found, *gate, *model.compute.fallbacks]
 
     def open(self, say: Callable[[Fallback], None] = lambda fallback: None) -> list[Engine]:
         """Take the memory of what comes next; close it when results are in place, since giving back

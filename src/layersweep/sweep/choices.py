@@ -48,6 +48,15 @@ def resolve_dtype(dtype: str, device: str) -> torch.dtype:
     return DTYPES["float16" if dtype == "auto" else dtype]
 
 
+def generation_dtype(dtype: str, device: str) -> str:
+    """What --dtype auto means where texts are made: bfloat16 on GPUs that compute with it (sm_80+),
+    since a text that goes on must not overflow. Studies compute in float16, see resolve_dtype."""
+    place = resolve_device(device)
+    if dtype != "auto" or place == "cpu":
+        return dtype
+    return "bfloat16" if torch.cuda.get_device_capability(place) >= (8, 0) else "float16"
+
+
 def resolve_capability(text: str | None, device: str) -> tuple[int, int] | None:
     """(7, 5) of "7.5". Raises InputError for a CPU, and for more than the device has."""
     if text is None:

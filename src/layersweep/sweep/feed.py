@@ -3,7 +3,7 @@ other or, where they are small, a few together. What is dense is used by all til
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -75,8 +75,11 @@ class FeedVisit:
         if first == last:
             return
         with self.scratch.frame():
-            rows = routing.rows[first:last]
-            ends = routing.ends[experts[0] : experts[-1] + 1]
+            rows, ends = routing.rows[first:last], routing.ends
+            if experts[-1] - experts[0] == len(experts) - 1:
+                ends = ends[experts[0] : experts[-1] + 1]
+            else:  # those between them have no rows
+                ends = ends[torch.tensor(experts, device=ends.device)]
             parts = Parts([(start - first, stop - first) for start, stop in spans], ends)
             y = self._experts(state, rows, weights, parts)
             self.compute.ops.add_places_(
@@ -157,6 +160,16 @@ def runs_within(spans: Sequence[Span], most: int) -> Iterator[slice]:
         if at == len(spans) or spans[at][1] - spans[first][0] > most:
             yield slice(first, at)
             first = at
+
+
+def experts_used(states: Iterable[TileState]) -> set[int]:
+    """Those that any row of these tiles goes to. Routing is settled."""
+    found: set[int] = set()
+    for routing in (state.routing for state in states):
+        if routing is not None:
+            start = routing.start
+            found.update(e for e in range(len(start) - 1) if start[e + 1] > start[e])
+    return found
 
 
 def leave_feed(state: TileState, layer: Layer, weights: DenseWeights, compute: Compute) -> None:

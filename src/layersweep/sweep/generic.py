@@ -27,10 +27,10 @@ from layersweep.stream.shapes import experts_at_once, positions_at_once
 from layersweep.stream.store import BlockStore
 from layersweep.sweep.clock import PhaseClock
 from layersweep.sweep.dense import Views
+from layersweep.sweep.engine import Engine
 from layersweep.sweep.feed import groups_of
 from layersweep.sweep.generic_experts import ExpertsVisit, joined
 from layersweep.sweep.generic_walking import Walking
-from layersweep.sweep.loop import Engine
 from layersweep.sweep.record import (
     LayerCheck,
     LayerHealth,

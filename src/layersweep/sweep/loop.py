@@ -9,9 +9,9 @@ device anyway: a broken model stops there.
 from __future__ import annotations
 
 import itertools
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -19,19 +19,17 @@ from torch import Tensor
 
 from layersweep.errors import InputError
 from layersweep.families.spec import Decoder
-from layersweep.families.weights import layer_blocks
+from layersweep.families.weights import BlockShape, layer_blocks
 from layersweep.kv.fit import Fit
-from layersweep.model.compute import Compute, Scratch
 from layersweep.model.routing import Routing
 from layersweep.stream.blocks import Block
 from layersweep.stream.shapes import experts_at_once, positions_at_once
-from layersweep.stream.store import BlockStore
 from layersweep.sweep.attention import visit_attention
 from layersweep.sweep.caches import KeptCaches
 from layersweep.sweep.clock import PhaseClock
 from layersweep.sweep.context import LayerContext, RopeTables
-from layersweep.sweep.dense import DenseWeights
-from layersweep.sweep.feed import FeedVisit, groups_of, leave_feed
+from layersweep.sweep.engine import Engine
+from layersweep.sweep.feed import FeedVisit, experts_used, groups_of, leave_feed
 from layersweep.sweep.head import Head
 from layersweep.sweep.record import (
     LayerCheck,
@@ -57,47 +55,6 @@ class _Left:
     layer: int
     experts_used: int | None
     largest_and_spread: Tensor
-
-
-class Engine:
-    """What sweeps of one model share: where blocks come from, and memory to compute in.
-
-    `layers`: those that this engine holds, all by default; the first one's has the embedding, too,
-    and the last one's the head. `reference`: tokens of the text that arms with @fit=1 take
-    their coordinates from; without it, these follow from the weights. `keeps_normed`: tiles keep
-    the rows that a layer's experts see, from which their products gather. `keeps_dense`: weights
-    are decoded in the first walk, and stay so.
-    """
-
-    def __init__(
-        self,
-        decoder: Decoder,
-        store: BlockStore,
-        compute: Compute,
-        scratch_bytes: int,
-        layers: range | None = None,
-        reference: tuple[int, ...] = (),
-        keeps_normed: bool = False,
-        keeps_dense: bool = False,
-    ) -> None:
-        self.decoder, self.store, self.compute = decoder, store, compute
-        self.reference, self.keeps_normed = reference, keeps_normed
-        self.layers = layers or range(decoder.num_hidden_layers)
-        self._visiting = threading.Lock()
-        self.weights = DenseWeights(decoder, compute, keeps=keeps_dense)
-        self.scratch = Scratch(scratch_bytes, compute.device)
-
-    @contextmanager
-    def visited(self) -> Iterator[None]:
-        """One walk over this engine's blocks; other sweeps wait until it is left."""
-        with self._visiting:
-            if not self.compute.cpu:
-                torch.cuda.set_device(self.compute.device)
-            with self.store.sweep():
-                yield
-
-    def close(self) -> None:
-        self.store.close()
 
 
 def run_sweep(
@@ -205,7 +162,7 @@ class _Sweep:
         self.visited, self.turn = visited, turn
         self.reference, self.watch = reference, watch
         self.decoder, self.store, self.compute = engine.decoder, engine.store, engine.compute
-        self.weights, self.scratch = engine.weights, engine.scratch
+        self.weights, self.scratch, self.experts = engine.weights, engine.scratch, engine.experts
         self.keeps_normed = engine.keeps_normed
         self.record, self.caches = record, caches
         # the first of them is attention's
@@ -238,10 +195,11 @@ class _Sweep:
         self, layer: int, lead: list[TileState], rest: list[TileState], check: LayerCheck | None
     ) -> None:
         attention, *feeds = self.of_layer[layer]
-        specs = [self.store.specs[number].shape for number in feeds]
+        shapes = self._shapes(feeds)
+        own = self.experts.shapes(layer) if self.experts else []
         described, compute = self.decoder.layers[layer], self.compute
         at_once = experts_at_once(self.decoder, described, compute.dtype.itemsize, cpu=compute.cpu)
-        self.weights.fill_attention(self._block(attention), specs, at_once)
+        self.weights.fill_attention(self._block(attention), [*shapes, *own], at_once)
         fit = None
         if lead:
             with self.clock.phase("gate"):
@@ -251,17 +209,23 @@ class _Sweep:
         with self.clock.phase("attention"):
             self._attend(layer, rest, self.caches, fit, self.visited, self.watch)
             self.store.release(attention)
-        first, *later = groups_of(feeds, specs, at_once)
+        groups = deque(groups_of(feeds, shapes, at_once))
+        few = isinstance(self.caches, RunningCaches)  # rows, so that not every expert has some
+        first = groups.popleft() if groups and not (few and shapes[0].role == "expert") else []
         with self.clock.phase("experts"):
-            self._fill(first)  # decoded while the host waits, in the one place of a layer
+            self._fill(first, first)  # decoded while the host waits, in the one place of a layer
             with self.turn.away():
                 Routing.settle([state.routing for state in (*lead, *rest) if state.routing])
         self.report(check)
         with self.clock.phase("experts"):
-            self._feed(first, layer, lead, rest)
-            for group in later:
-                self._fill(group)
-                self._feed(group, layer, lead, rest)
+            self._feed(self._shapes(first), layer, lead, rest)
+            for group in groups:
+                some = self._used(group, [*lead, *rest]) if few else group
+                self._fill(some, group)
+                self._feed(self._shapes(some), layer, lead, rest)
+            if own:
+                self._visit_experts(layer, at_once, lead, rest)
+            self.visited(len(feeds) + len(own))
             if lead:
                 with self.clock.phase("gate"):
                     self._leave(layer, lead)
@@ -271,27 +235,49 @@ class _Sweep:
         for state in (*lead, *rest):  # their memory is the next layer's
             state.routing = state.router_logits = None
 
-    def _fill(self, numbers: list[int]) -> None:
-        """Make one MLP, or a group of experts, dense."""
-        self.weights.fill_feeds([self._block(number) for number in numbers])
-        for number in numbers:
+    def _shapes(self, numbers: Sequence[int]) -> list[BlockShape]:
+        return [self.store.specs[number].shape for number in numbers]
+
+    def _used(self, numbers: list[int], states: Sequence[TileState]) -> list[int]:
+        """Of a group, the blocks that have rows."""
+        used = experts_used(states)
+        every = zip(numbers, self._shapes(numbers), strict=True)
+        return [number for number, one in every if one.role != "expert" or one.expert in used]
+
+    def _fill(self, numbers: list[int], every: list[int]) -> None:
+        """Make one MLP, or a group of experts, dense; of `every`, those that are needed."""
+        blocks = {number: self._block(number) for number in every}
+        if numbers:
+            self.weights.fill_feeds([blocks[number] for number in numbers])
+        for number in every:
             self.store.release(number)
 
+    def _visit_experts(
+        self, layer: int, at_once: int, lead: list[TileState], rest: list[TileState]
+    ) -> None:
+        """Those that are fetched by id, now that routing is known."""
+        experts = self.experts
+        assert experts is not None
+        keys = experts.chosen(layer, experts_used([*lead, *rest]))
+        for blocks in experts.visit(keys, at_once):
+            self.weights.fill_feeds(blocks)
+            self._feed([block.spec.shape for block in blocks], layer, lead, rest)
+
     def _feed(
-        self, numbers: list[int], layer: int, lead: list[TileState], rest: list[TileState]
+        self, blocks: Sequence[BlockShape], layer: int, lead: list[TileState], rest: list[TileState]
     ) -> None:
         """What is dense, with all tiles."""
+        if not blocks:
+            return
         visit = FeedVisit(
-            [self.store.specs[number].shape for number in numbers], self.decoder.layers[layer],
-            self.weights, self.compute, self.scratch,
-        )  # fmt: skip
+            blocks, self.decoder.layers[layer], self.weights, self.compute, self.scratch
+        )
         if lead:
             with self.clock.phase("gate"):
                 for state in lead:
                     visit(state)
         for state in rest:
             visit(state)
-        self.visited(len(numbers))
 
     def _block(self, index: int) -> Block:
         if not self.store.waits_for(index):  # the turn is not handed over for nothing

@@ -18,13 +18,15 @@ from layersweep.model.compute import Compute, choose_compute
 from layersweep.model.generic.memory import let_segments_grow
 from layersweep.model.ops import CudaOps
 from layersweep.model.refusal import check_attention
-from layersweep.stream.blocks import BlockSpec, block_specs, blocks_of
+from layersweep.stream.blocks import BlockSpec, block_specs, blocks_of, split_experts
+from layersweep.stream.experts import ExpertStore
 from layersweep.stream.plan import Plan, make_plan
 from layersweep.stream.shapes import Machine, TileShape, most_experts_at_once, tile_flops
 from layersweep.stream.store import BlockStore
 from layersweep.sweep.choices import one_of, resolve_capability, resolve_device, resolve_dtype
+from layersweep.sweep.engine import Engine
 from layersweep.sweep.generic_limits import float_fallbacks, module_fallbacks
-from layersweep.sweep.loop import Engine, run_sweep
+from layersweep.sweep.loop import run_sweep
 from layersweep.sweep.record import LogitsReader, Pieces, Progress, SweepRecord
 from layersweep.sweep.sequences import (
     Branch,
@@ -161,8 +163,12 @@ class Model:
         layers: range | None = None,
         *,
         keeps_dense: bool = False,
+        slots: int = 0,
+        home_bytes: int = 0,
     ) -> Engine:
-        """Take the memory of a plan; of the plan of some `layers`, where they are given.
+        """Take the memory of a plan; of the plan of some `layers`, where they are given. With
+        `slots`, the plan is of all but routed experts, which have that many places and
+        `home_bytes` of host memory (stream/experts.py).
 
         Fallbacks are told to `say` as they happen.
         """
@@ -170,8 +176,16 @@ class Model:
         if not self.cpu:  # memory that is free in torch's cache must not count towards the peak
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.compute.device)
+        specs = blocks_of(self.specs, layers)
+        experts = None
+        if slots:
+            specs, routed = split_experts(specs)
+            experts = ExpertStore(
+                routed, slots, self.compute.device, decode=self.compute.ops.decode,
+                home_bytes=home_bytes, say=say,
+            )  # fmt: skip
         store = BlockStore(
-            blocks_of(self.specs, layers),
+            specs,
             plan.placement,
             self.compute.device,
             decode=self.compute.ops.decode,
@@ -187,7 +201,7 @@ class Model:
             else:
                 engine = Engine(
                     decoder, store, self.compute, plan.scratch, layers, self.reference,
-                    plan.keeps_normed, keeps_dense,
+                    plan.keeps_normed, keeps_dense, experts,
                 )  # fmt: skip
             undo.pop_all()
         return engine
@@ -237,6 +251,7 @@ class Model:
                 some = [tiles[index] for index in sweep]
                 done = run_sweep(engine, some, read, progress=progress, watch=watch)
                 record.add(done, ahead=sweep[0])
+            record.sweeps, record.bytes_read = len(plan.sweeps), engine.store.bytes_read
         finally:
             engine.close()
         return record

@@ -35,7 +35,8 @@ class SweepRecord:
 
     `cache_bits[tile name, arm]` = [bits stored, elements]; `nonfinite` = (tile index, index of
     the sequence within the tile, branch or -1 for the prefix) -> first bad layer; `seconds` per
-    phase, by the device's own clock; `moved_bytes` of hidden states between devices.
+    phase, by the device's own clock; `moved_bytes` of hidden states between devices. `sweeps` and
+    `bytes_read` of weights: of all that `Model.run` did.
     """
 
     cache_bits: dict[tuple[str, str], list[float]] = field(default_factory=dict)
@@ -43,6 +44,8 @@ class SweepRecord:
     experts_used: list[int | None] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     moved_bytes: int = 0
+    sweeps: int = 0
+    bytes_read: int = 0
 
     def add(self, later: SweepRecord, ahead: int = 0) -> None:
         """Take over a later sweep of the same tiles, or of those after the first `ahead`."""

@@ -165,7 +165,13 @@ class TextTokenizer:
             return self.encode_chat(self.render_chat(messages))[0]
         # each is a number between two marks while the template is rendered
         used = said + (self.chat_template or "")
-        mark = next(char for char in map(chr, range(0xE000, 0xF900)) if char not in used)
+        mark = next((char for char in map(chr, range(0xE000, 0xF900)) if char not in used), None)
+        if mark is None:
+            raise InputError(
+                "messages: found every private character of Unicode (U+E000 to U+F8FF) and a "
+                "special token, needed one such character that is not there",
+                hint="leave out one of them, or the special token",
+            )
         any_spelled = re.compile("|".join(map(re.escape, reversed(spelled))))  # the longest first
 
         def hide(content: str) -> str:

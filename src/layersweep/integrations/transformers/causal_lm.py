@@ -59,7 +59,8 @@ def as_transformers(
     config = AutoConfig.from_pretrained(model.checkpoint.folder)
     # pipelines log an error for a class whose name is no architecture of transformers
     name = (config.architectures or [SweptForCausalLM.__name__])[0]
-    return type(name, (SweptForCausalLM,), {})(model, arm, config, most, longest)
+    kind: type[SweptForCausalLM] = type(name, (SweptForCausalLM,), {})
+    return kind(model, arm, config, most, longest)
 
 
 class SweptForCausalLM(GenerationMixin):  # type: ignore[misc]  # transformers has no types
@@ -81,7 +82,7 @@ class SweptForCausalLM(GenerationMixin):  # type: ignore[misc]  # transformers h
         self.room = make_room(model, most=most, longest=longest, every_row=True)
         self._fits: dict[int, Fit] = {}
         self._caches: weakref.WeakSet[SweptCache] = weakref.WeakSet()
-        self._engine = model.open(self.room.plan, model.say, keeps_dense=self.room.keeps_dense)
+        self._engine = self.room.open(model, model.say)
         self._closed = False
 
     def __repr__(self) -> str:

@@ -1,0 +1,78 @@
+"""What sweeps of one model share: where its weights come from, and memory to compute in."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from layersweep.families.spec import Decoder
+from layersweep.model.compute import Compute, Scratch
+from layersweep.stream.experts import ExpertStore
+from layersweep.stream.store import BlockStore
+from layersweep.sweep.dense import DenseWeights
+
+
+class Engine:
+    """What sweeps of one model share: where blocks come from, and memory to compute in.
+
+    `layers`: those that this engine holds, all by default; the first one's has the embedding, too,
+    and the last one's the head. `reference`: tokens of the text that arms with @fit=1 take
+    their coordinates from; without it, these follow from the weights. `keeps_normed`: tiles keep
+    the rows that a layer's experts see, from which their products gather. `keeps_dense`: weights
+    are decoded in the first walk, and stay so. `experts`: where routed experts are; by default they
+    are in `store`, like everything else.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        store: BlockStore,
+        compute: Compute,
+        scratch_bytes: int,
+        layers: range | None = None,
+        reference: tuple[int, ...] = (),
+        keeps_normed: bool = False,
+        keeps_dense: bool = False,
+        experts: ExpertStore | None = None,
+    ) -> None:
+        self.decoder, self.store, self.compute = decoder, store, compute
+        self.reference, self.keeps_normed = reference, keeps_normed
+        self.experts = experts
+        self.layers = layers or range(decoder.num_hidden_layers)
+        self._visiting = threading.Lock()
+        self.weights = DenseWeights(decoder, compute, keeps=keeps_dense)
+        self.scratch = Scratch(scratch_bytes, compute.device)
+
+    @contextmanager
+    def visited(self) -> Iterator[None]:
+        """One walk over this engine's blocks; other sweeps wait until it is left."""
+        with self._visiting:
+            if not self.compute.cpu:
+                torch.cuda.set_device(self.compute.device)
+            with self.store.sweep():
+                if self.experts is None:
+                    yield
+                    return
+                self.experts.begin()
+                try:
+                    yield
+                finally:
+                    self.experts.end()
+
+    @property
+    def bytes_read(self) -> int:
+        """From files so far."""
+        return self.store.bytes_read + (self.experts.bytes_read if self.experts else 0)
+
+    @property
+    def h2d_bytes(self) -> int:
+        """Copied to the device so far; 0 on the CPU."""
+        return self.store.h2d_bytes + (self.experts.h2d_bytes if self.experts else 0)
+
+    def close(self) -> None:
+        self.store.close()
+        if self.experts is not None:
+            self.experts.close()
