@@ -369,7 +369,7 @@ def test_the_two_commands_are_in_the_readme_and_in_the_makefile() -> None:
         assert f"make {target}" in README
 
 
-NAMES = ("reproduce", "kaggle", "notebooks", "cluster", "lm-eval", "serve")
+NAMES = ("reproduce", "kaggle", "notebooks", "cluster", "lm-eval", "serve", "generation")
 PAGES = ["README.md", *(f"docs/{name}.md" for name in NAMES)]
 
 

@@ -106,7 +106,7 @@ def make_room(
     else:
         kept = wanted
         plan, slots, home = _by_id(walk, kept)
-    peaks = {**plan.peaks, "keys and values": kept}
+    peaks = {**plan.peaks, "keys and values": kept, "tokens seen": walk.seen_bytes}
     if keeps_dense:
         peaks["weights decoded"] = dense
     if slots and not model.cpu:
@@ -148,6 +148,11 @@ class _Walk:
         return self.model.machine.element
 
     @property
+    def seen_bytes(self) -> int:
+        """What the sampler holds where a repetition penalty is asked for."""
+        return self.most * self.model.decoder.vocab_size
+
+    @property
     def slot_bytes(self) -> int:
         return slot_bytes(split_experts(self.model.specs)[1])
 
@@ -155,7 +160,7 @@ class _Walk:
         """Beside `kept` bytes of the device, of this walk and of more walks; of all weights, or of
         some blocks."""
         model, each = self.model, min(self.rows, self.longest)
-        machine = replace(model.machine, vram=model.machine.vram - kept)
+        machine = replace(model.machine, vram=model.machine.vram - kept - self.seen_bytes)
         read = Branch(EXACT, (0,) * each, (0 if self.every_row else each - 1, each))
         step = Branch(EXACT, (0,), (0, 1))
         prompts = (BranchedSequence((), (read,), self.longest - each),) * -(-self.rows // each)

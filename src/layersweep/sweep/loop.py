@@ -45,6 +45,7 @@ from layersweep.sweep.state import COLUMN_ALIGNMENT, TileState, read_rows
 from layersweep.sweep.turn import HostTurn
 from layersweep.sweep.watch import Watch
 
+MANY = 4  # rows of each expert, on average, from which on all of them have some
 Caches = KeptCaches | RunningCaches | None
 
 
@@ -256,10 +257,14 @@ class _Sweep:
         self, layer: int, at_once: int, lead: list[TileState], rest: list[TileState]
     ) -> None:
         """Those that are fetched by id, now that routing is known."""
-        experts = self.experts
-        assert experts is not None
+        experts, feed = self.experts, self.decoder.layers[layer].feed
+        assert experts is not None and feed.router is not None
         keys = experts.chosen(layer, experts_used([*lead, *rest]))
-        for blocks in experts.visit(keys, at_once):
+        rows = sum(state.tile.rows for state in (*lead, *rest))
+        many = rows * feed.router.top_k >= MANY * feed.experts
+        for number, blocks in enumerate(experts.visit(keys, at_once)):
+            if many and number == 0:  # the next layer will want all of its own
+                experts.want(experts.of_layer.get(layer + 1, []))
             self.weights.fill_feeds(blocks)
             self._feed([block.spec.shape for block in blocks], layer, lead, rest)
 
