@@ -20,9 +20,11 @@ from torch import Tensor
 from layersweep.environment import Budget
 from layersweep.errors import InputError
 from layersweep.generate.request import Output, Request, Sampling
+from layersweep.generate.room import make_room
 from layersweep.generate.scheduler import Scheduler
 from layersweep.integrations.transformers import cache_for
 from layersweep.kv.arms import EXACT, Arm, parse
+from layersweep.stream.shapes import positions_at_once
 from layersweep.sweep import running, running_attention
 from layersweep.sweep.model import Model, load
 from layersweep.sweep.running import RunningCaches, Text, capacity_for
@@ -164,6 +166,20 @@ def test_a_streamed_model_gives_the_tokens_of_a_resident_one(tmp_path: Path) -> 
         assert scheduler.room.plan.host == "disk"
         assert tokens(drive(scheduler, asked)) == resident
         assert scheduler.counts.weight_bytes_read > 11 * sum(s.stored_bytes for s in model.specs)
+
+
+def test_a_plan_has_memory_for_the_logits_that_are_read_together(model: Model) -> None:
+    """Of 48 requests, float32 over a vocabulary that outweighs all else; and of the 64 rows that
+    go through the head at once at least, where every row is wanted."""
+    decoder = replace(model.decoder, vocab_size=2**21)
+    checkpoint, vram = replace(model.checkpoint, decoder=decoder), Budget(2**36, "test")
+    wide = replace(model, checkpoint=checkpoint, vram=vram)
+    row = 4 * decoder.vocab_size
+    at_once = positions_at_once(1, decoder.vocab_size)
+    assert at_once == 64
+    for every_row, rows in ((False, 48), (True, 64)):
+        room = make_room(wide, most=48, longest=512, every_row=every_row)
+        assert rows * row < room.plan.scratch < (rows + 1) * row
 
 
 def test_requests_come_and_go(model: Model) -> None:
