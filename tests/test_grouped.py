@@ -18,7 +18,7 @@ from layersweep.kernels.launch_triton import Launcher
 from layersweep.model import compute
 from layersweep.model.ops import CudaOps, Parts, TorchOps
 from layersweep.stream import generic_shapes, shapes
-from layersweep.sweep import feed, generic, loop
+from layersweep.sweep import feed, generic, visits
 from layersweep.sweep.feed import FeedVisit, runs_within
 from layersweep.sweep.model import Model, load
 
@@ -38,7 +38,7 @@ def either(request: pytest.FixtureRequest) -> Model:
 
 
 # Where experts_at_once is asked; shapes of the plan must agree with the sweep.
-SIZED = (shapes, generic_shapes, loop, generic)
+SIZED = (shapes, generic_shapes, visits, generic)
 
 
 @pytest.mark.parametrize("ops", [TorchOps(), CudaOps(cast(Kernels, None), CPU)])

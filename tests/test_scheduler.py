@@ -26,6 +26,7 @@ from layersweep.integrations.transformers import cache_for
 from layersweep.kv.arms import EXACT, Arm, parse
 from layersweep.stream.shapes import positions_at_once
 from layersweep.sweep import running, running_attention
+from layersweep.sweep.loop import run_sweep
 from layersweep.sweep.model import Model, load
 from layersweep.sweep.running import RunningCaches, Text, capacity_for
 
@@ -228,6 +229,33 @@ def test_broken_numbers_of_one_request_end_that_request_alone(
             assert [output.token for output in found[name]] == expected[name]
         again = drive(scheduler, [Request("3", asked[0].ids, asked[0].sampling)])
         assert tokens(again)["3"] == expected["0"]  # its row was the broken one's
+
+
+@pytest.mark.parametrize("kv", ["exact", "lloyd:K3V2@window=4"])
+def test_memory_that_ends_in_a_walk_costs_no_token(
+    kv: str, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = requests(model.decoder.vocab_size, parse(kv), lengths=(5, 9, 12))
+    with Scheduler(model, most=4, longest=128) as scheduler:
+        expected, told = tokens(drive(scheduler, asked)), []
+        before = scheduler.room.kept_bytes
+        sweep, walks = run_sweep, 0
+
+        def fail_in_the_third(*args: object, **more: object) -> object:
+            nonlocal walks
+            walks += 1
+            if walks == 3:
+                sweep(*args, **more)  # type: ignore[arg-type]  # as far as it came
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+            return sweep(*args, **more)  # type: ignore[arg-type]
+
+        monkeypatch.setattr("layersweep.generate.walk.run_sweep", fail_in_the_third)
+        monkeypatch.setattr(scheduler, "_say", told.append)
+        found = tokens(drive(scheduler, asked))
+        assert found == expected or kv != "exact"
+        assert {len(made) for made in found.values()} == {NEW}
+        assert scheduler.room.kept_bytes < before
+        assert [fallback.why for fallback in told] == ["CUDA out of memory"]
 
 
 @pytest.mark.parametrize(

@@ -387,7 +387,7 @@ def test_experts_in_groups_give_the_same_numbers(
     monkeypatch.setattr(
         FeedVisit, "_together", lambda self, *rest: visited.append(together(self, *rest))
     )
-    for module in ("layersweep.sweep.loop", "layersweep.stream.shapes"):
+    for module in ("layersweep.sweep.visits", "layersweep.stream.shapes"):
         monkeypatch.setattr(f"{module}.experts_at_once", lambda *shape, cpu: count)
     grouped, _ = sweep_logits(model, tiles)
     assert len(visited) == 2 * 3 * {2: 2, 3: 1, 4: 1}[count]  # layers, tiles, groups

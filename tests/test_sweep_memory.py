@@ -19,7 +19,7 @@ from layersweep.model.attention import PlainAttention
 from layersweep.model.compute import Scratch, on_cpu
 from layersweep.model.ops import Parts, TorchOps
 from layersweep.stream import shapes
-from layersweep.sweep import loop
+from layersweep.sweep import loop, visits
 from layersweep.sweep.attention import visit_attention
 from layersweep.sweep.context import LayerContext
 from layersweep.sweep.dense import DenseWeights
@@ -112,7 +112,7 @@ def test_products_that_gather_kept_rows_change_no_number(
 ) -> None:
     """As on a GPU with grouped products: rows are normed once for the router and the experts."""
     folder = random_checkpoint(tmp_path, model_type, {**SMALL, **EXPERTS, "head_dim": 8})
-    for module in (loop, shapes):
+    for module in (visits, shapes):
         monkeypatch.setattr(module, "experts_at_once", lambda *args, cpu: 2)
     expected = losses(folder)
     product, gathered = TorchOps.products, []

@@ -21,6 +21,7 @@ from layersweep.sweep.clock import PhaseClock
 
 WARM_SECONDS = MEASURED_SECONDS = 2.0
 CPU_SECONDS = 0.3  # each, where no clock has to come down first
+MEMORY_BYTES = 256 * 2**20
 MOST_CACHED = 0.01  # share of a file that may still lie in memory for it to count as evicted
 
 
@@ -53,6 +54,22 @@ def gemm_ceiling(decoder: Decoder, device: torch.device, dtype: torch.dtype) -> 
 
     run(CPU_SECONDS if device.type == "cpu" else WARM_SECONDS)
     return run(CPU_SECONDS if device.type == "cpu" else MEASURED_SECONDS)
+
+
+def memory_rate(device: torch.device) -> float:
+    """Bytes per second that the memory of a device moves, of which a copy reads one half and writes
+    the other: the best of five copies of 256 MiB after one that warms up."""
+    source = torch.ones(MEMORY_BYTES, dtype=torch.uint8, device=device)
+    target, best = torch.empty_like(source), float("inf")
+    for _ in range(6):
+        clock = PhaseClock(device)
+        with clock.phase("copy"):
+            target.copy_(source)
+        best = min(best, clock.seconds()["copy"])
+    del source, target
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return 2 * MEMORY_BYTES / best
 
 
 def evict(files: Sequence[Path]) -> float:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import TracebackType
 
 import torch
@@ -19,53 +19,25 @@ from torch import Tensor
 
 from layersweep.errors import Fallback, InputError
 from layersweep.generate.config import GenerationConfig
+from layersweep.generate.counts import Counts, Rider
 from layersweep.generate.request import Finish, Output, Request
-from layersweep.generate.room import MOST, check_arm, make_room, text_bytes
+from layersweep.generate.room import MOST, SPARE, check_arm, make_room
+from layersweep.generate.run import Run
 from layersweep.generate.sampling import Sampler, check_sampling
-from layersweep.generate.walk import Rider, walk
+from layersweep.generate.walk import Passage, walk
 from layersweep.kv.arms import Arm
 from layersweep.sweep.model import Model
-from layersweep.sweep.record import Progress
-from layersweep.sweep.running import RunningCaches, Text
+from layersweep.sweep.record import Progress, SweepRecord
+from layersweep.sweep.running import RunningCaches, Text, capacity_for, row_bytes
 from layersweep.sweep.shapes import can_fit
+from layersweep.sweep.turn import HostTurn
 from layersweep.text.bos import resolve_bos
 from layersweep.text.reference import with_reference
 from layersweep.text.streaming import TextStream
 from layersweep.text.tokenizer import TextTokenizer
+from layersweep.units import format_bytes
 
-
-@dataclass(eq=False)
-class _Run:
-    """A request on its way. `ids`: its prompt and what has been chosen; `rides`: how many of them
-    the walk reads that is next."""
-
-    request: Request
-    text: Text
-    stream: TextStream | None
-    ids: list[int]
-    slot: int = -1
-    rides: int = 0
-    cancelled: bool = False
-
-    @property
-    def unread(self) -> int:
-        """Tokens whose keys are not kept yet."""
-        return len(self.ids) - self.text.end
-
-    @property
-    def made(self) -> int:
-        return len(self.ids) - len(self.request.ids)
-
-
-@dataclass
-class Counts:
-    """Since the start."""
-
-    walks: int = 0
-    prompt_tokens: int = 0
-    tokens: int = 0
-    set_back: int = 0
-    weight_bytes_read: int = 0
+LESS = 0.8  # of what was in use when memory ended
 
 
 class Scheduler:
@@ -89,14 +61,17 @@ class Scheduler:
         self.config = GenerationConfig.read(model.checkpoint.folder)
         self.room = make_room(model, most=most, longest=longest)
         self.counts = Counts()
+        self.rode: tuple[Rider, ...] = ()  # in the last walk
+        self._token_bytes = row_bytes(model.decoder, 1, model.machine.element)
         self._known: set[Arm] = set()
         self._say, self._progress = say, progress
+        self._turn = HostTurn()
         self._engine = self.room.open(model, say)
         self._caches = RunningCaches(model.compute.device)
         self._sampler = Sampler(model.decoder.vocab_size, most, model.compute.device)
         self._slots = list(range(most - 1, -1, -1))
-        self._waiting: deque[_Run] = deque()
-        self._running: list[_Run] = []
+        self._waiting: deque[Run] = deque()
+        self._running: list[Run] = []
 
     def __enter__(self) -> Scheduler:
         return self
@@ -110,6 +85,12 @@ class Scheduler:
     def close(self) -> None:
         """Let go of weights and memory. Requests that are not done are forgotten."""
         self._engine.close()
+
+    def measure_h2d(self) -> float | None:
+        """Bytes per second of a copy of weights to the device; None on the CPU. Before the first
+        step."""
+        assert self.counts.walks == 0, "memory that keeps weights would be overwritten"
+        return self._engine.store.measure_h2d()
 
     @property
     def running(self) -> int:
@@ -165,7 +146,7 @@ class Scheduler:
         if self.tokenizer is not None:
             before = request.ids if request.continues else ()
             stream = TextStream(self.tokenizer, request.sampling.stop, before)
-        self._waiting.append(_Run(request, text, stream, list(request.ids)))
+        self._waiting.append(Run(request, text, stream, list(request.ids)))
 
     def cancel(self, request: str) -> None:
         """The next step ends it as "cancelled"; nothing happens to an unknown one."""
@@ -183,15 +164,14 @@ class Scheduler:
             outputs += self._walk()
         return outputs
 
-    # -- who runs ------------------------------------------------------------------------------
-
     def _end_cancelled(self) -> list[Output]:
         gone = [run for run in (*self._running, *self._waiting) if run.cancelled]
         return [self._end(run, "cancelled") for run in gone]
 
-    def _cost(self, run: _Run, tokens: int) -> float:
-        """Bytes that its text takes on the device with so many tokens."""
-        return text_bytes(self.model, run.text, tokens)
+    def _cost(self, run: Run, tokens: int) -> float:
+        """Bytes that a text of so many tokens takes on the device."""
+        row = self._token_bytes * capacity_for(tokens, run.text.reach)
+        return SPARE * row + run.text.packed_bytes
 
     def _set_back(self) -> None:
         """Requests from the newest on, until all others have room for their next tokens."""
@@ -205,7 +185,7 @@ class Scheduler:
             self._waiting.appendleft(run)
             self.counts.set_back += 1
 
-    def _put_aside(self, run: _Run) -> None:
+    def _put_aside(self, run: Run) -> None:
         held = sum(one.text.aside_bytes for one in self._waiting)
         room = held + self._cost(run, max(run.text.end, 1)) <= self.room.host_bytes
         self._caches.leave(run.text, aside=room)
@@ -239,26 +219,59 @@ class Scheduler:
             self._running.append(run)
             rows, used = rows + rides, used + cost
 
-    # -- a walk --------------------------------------------------------------------------------
-
     def _walk(self) -> list[Output]:
-        riders = {
-            Rider(run.text, tuple(run.ids[run.text.end : run.text.end + run.rides])): run
+        for run in self._running:
+            self._caches.make_room(run.text, run.text.end + run.rides)
+        of = {
+            Passage(run.text, tuple(run.ids[run.text.end : run.text.end + run.rides])): run
             for run in self._running
         }
-        walked = walk(self._engine, self._caches, list(riders), self._progress)
-        self.counts.walks += 1
-        self.counts.weight_bytes_read = self._engine.bytes_read
-        broken = {riders[rider]: layer for rider, layer in walked.broken.items()}
+        rode = tuple(Rider(r.request.arm, r.text.end, r.rides) for r in self._running)
+        try:
+            walked = walk(self._engine, self._caches, list(of), self._progress, self._turn)
+        except torch.OutOfMemoryError as error:
+            return self._make_do(error)
+        self._count(rode, walked.record)
+        broken = {of[passage]: layer for passage, layer in walked.broken.items()}
         outputs = [
             self._end(run, "error", error=f"non-finite numbers from layer {layer} on")
             for run, layer in broken.items()
         ]
-        read = [(riders[rider], logits) for rider, logits in walked.logits.items()]
+        read = [(of[passage], logits) for passage, logits in walked.logits.items()]
         ready = [(run, row) for run, row in read if not run.unread and run not in broken]
         return outputs + self._choose(ready) if ready else outputs
 
-    def _choose(self, ready: Sequence[tuple[_Run, Tensor]]) -> list[Output]:
+    def _make_do(self, error: torch.OutOfMemoryError) -> list[Output]:
+        """Memory has ended in the middle of a walk: from here on less of it is for keys and values.
+        Rows are as they were; coded texts may have taken some tokens, and are read anew."""
+        torch.cuda.empty_cache()
+        if len(self._running) == 1:
+            return [self._end(self._running[0], "error", error="out of device memory")]
+        used = sum(self._cost(run, run.text.end + run.rides) for run in self._running)
+        less = int(LESS * min(used, self.room.kept_bytes))
+        wanted, found = format_bytes(self.room.kept_bytes), format_bytes(less)
+        self._say(Fallback("keys and values", wanted, found, str(error).split(". ")[0]))
+        self.room = replace(self.room, kept_bytes=less)
+        for run in self._running:
+            if run.request.arm.codec is not None:
+                self._caches.leave(run.text)
+                run.text.forget()
+        return []
+
+    def _count(self, rode: tuple[Rider, ...], record: SweepRecord) -> None:
+        """A walk, and who rode."""
+        counts, engine = self.counts, self._engine
+        self.rode = rode
+        counts.walks += 1
+        for run, rider in zip(self._running, rode, strict=True):
+            counts.prompt_tokens += max(0, min(rider.tokens, len(run.request.ids) - rider.past))
+        counts.weight_bytes_read, counts.weight_bytes_copied = engine.bytes_read, engine.h2d_bytes
+        counts.copy_s, counts.stall_s = engine.store.copy_s, engine.stall_s
+        counts.launch_s = self._turn.held_s
+        for phase, seconds in record.seconds.items():
+            counts.phases[phase] = counts.phases.get(phase, 0.0) + seconds
+
+    def _choose(self, ready: Sequence[tuple[Run, Tensor]]) -> list[Output]:
         """The next token of each, from its logits [1, V]."""
         logits = torch.cat([row for _, row in ready])
         chosen = self._sampler.choose(logits, [run.slot for run, _ in ready])
@@ -273,7 +286,7 @@ class Scheduler:
             for (run, _), broken, token, logprob, ids, logprobs in every
         ]
 
-    def _take(self, run: _Run, token: int, logprob: float, top: list[tuple[int, float]]) -> Output:
+    def _take(self, run: Run, token: int, logprob: float, top: list[tuple[int, float]]) -> Output:
         """One more token of a request."""
         sampling, text = run.request.sampling, ""
         finish: Finish | None = None
@@ -290,7 +303,7 @@ class Scheduler:
         return output if finish is None else self._end(run, finish, output)
 
     def _end(
-        self, run: _Run, finish: Finish, last: Output | None = None, error: str | None = None
+        self, run: Run, finish: Finish, last: Output | None = None, error: str | None = None
     ) -> Output:
         """Its last output: `last`, with what the text still holds back, or one without a token."""
         if run in self._running:

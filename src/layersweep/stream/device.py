@@ -67,6 +67,9 @@ class DeviceStage:
     def start(self) -> None:
         """Begin a sweep."""
         self._stop, self._failure = False, None
+        if len(self._filled) == len(self.runs):  # nothing is copied: no thread is needed
+            self._ready.extend(Landed(r, self._kept[r.index], None, False) for r in self.runs)
+            return
         self.host.start(skip=frozenset(self._filled))
         self._courier = threading.Thread(target=self._carry, name="run-courier", daemon=True)
         self._courier.start()
@@ -77,10 +80,12 @@ class DeviceStage:
         with self._changed:
             self._stop = True
             self._changed.notify_all()
+        if self._courier is None:
+            self._ready.clear()
+            return
         self.host.halt()
-        if self._courier is not None:
-            self._courier.join()
-            self._courier = None
+        self._courier.join()
+        self._courier = None
         torch.cuda.synchronize(self.device)
         self.host.stop()
         self.stall_s += seconds_between(self._waits)

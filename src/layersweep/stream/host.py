@@ -141,6 +141,9 @@ class HostStage:
         """Begin a sweep over all runs but `skip` (they are on the device)."""
         self._stop, self._failure = False, None
         order = [run for run in self.runs if run.index not in skip]
+        if all(self._waits_here(run) for run in order):  # nothing is read: no thread is needed
+            self._queue.extend(Arrival(r, self._kept[r.index].bytes, [], False) for r in order)
+            return
         self._feeder = threading.Thread(
             target=self._feed, args=(order,), name="run-feeder", daemon=True
         )
@@ -235,10 +238,10 @@ class HostStage:
 
     def _arrange(self, run: Run) -> Arrival | None:
         """Memory for a run and the reading that fills it; None once the sweep was stopped."""
+        if self._waits_here(run):
+            return Arrival(run, self._kept[run.index].bytes, [], in_ring=False)
         if run.index in self._filled:
             kept = self._kept[run.index]
-            if kept.pinned or not self.pinned:
-                return Arrival(run, kept.bytes, [], in_ring=False)
             target = self._ring_bytes(run)
             return None if target is None else self._copied(run, kept.bytes, target)
         if run.index in self.placement.host:
@@ -250,6 +253,12 @@ class HostStage:
         if target is None:
             return None
         return Arrival(run, target, self._read(run, target), in_ring=True)
+
+    def _waits_here(self, run: Run) -> bool:
+        """Whether it is used where it is kept."""
+        if run.index not in self._filled:
+            return False
+        return self._kept[run.index].pinned or not self.pinned
 
     def _read(self, run: Run, target: Tensor) -> list[Future[None]]:
         piece = self._readers.piece_bytes(run.nbytes)

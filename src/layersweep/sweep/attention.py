@@ -51,7 +51,7 @@ def visit_attention(state: TileState, context: LayerContext) -> None:
             with context.scratch.frame():
                 parts.append(_logits(state.hidden[rows], normed, context))
     if parts:
-        logits = torch.cat(parts)
+        logits = parts[0] if len(parts) == 1 else torch.cat(parts)
         del parts
         _route(state, logits, context)
 

@@ -39,6 +39,10 @@ class RopeTables:
     compute: Compute
     _made: dict[tuple[Rope, int], Table] = field(default_factory=dict)
 
+    def forget_lengths(self) -> None:
+        """Drop what was made for one length, which a sequence that grows has once."""
+        self._made = {at: made for at, made in self._made.items() if not at[0].depends_on_length}
+
     def of(self, rope: Rope, length: int) -> Table:
         """For a sequence of `length` tokens."""
         at = (rope, length if rope.depends_on_length else self.longest)

@@ -14,7 +14,7 @@ from layersweep.families.weights import BlockShape
 from layersweep.kernels.weights import Alike
 from layersweep.model.compute import Compute
 from layersweep.model.ops import CudaOps
-from layersweep.stream.blocks import Block
+from layersweep.stream.blocks import Block, BlockSpec
 from layersweep.stream.shapes import (
     VECTOR_ALIGNMENT,
     dense_bytes,
@@ -58,12 +58,30 @@ class DenseWeights:
         self.feeds: Views = {}
         self.head: Views = {}
 
+    def reuse(self, spec: BlockSpec) -> bool:
+        """Take what is kept of a block, or of the group that it begins; False where nothing is."""
+        if self._kept is None or (found := self._kept.get(id(spec))) is None:
+            return False
+        if spec.role == "attention":
+            self.attention = found
+        elif spec.role == "head":
+            self.head = found
+        else:
+            self.feeds = found
+        return True
+
+    @property
+    def keeps(self) -> bool:
+        """Whether a block that was filled once stays so."""
+        return self._kept is not None
+
     def fill_attention(
         self, block: Block, feeds: Iterable[BlockShape], experts_at_once: int = 1
     ) -> None:
         """Of a new layer, which the blocks `feeds` belong to, too."""
-        sizes = [self._size(feed) * slots(feed, experts_at_once) for feed in feeds]
-        self._attention_starts = max(sizes, default=0)
+        if self._kept is None:
+            sizes = [self._size(feed) * slots(feed, experts_at_once) for feed in feeds]
+            self._attention_starts = max(sizes, default=0)
         self.attention = self._filled(block, self._attention_starts)
 
     def fill_feeds(self, blocks: Sequence[Block]) -> None:
@@ -116,26 +134,23 @@ class DenseWeights:
         return block.dense("embed", self._memory.dtype, out=out)
 
     def _filled(self, block: Block, start: int) -> Views:
-        if self._kept is not None:
-            at = id(block.spec)
-            if at not in self._kept:
-                memory = self._memory.new_empty(self._size(block.spec.shape))
-                self._kept[at] = _views(block.spec.shape, memory)
-                self._fill(block, self._kept[at])
-            return self._kept[at]
-        views = self._at(block.spec.shape, start)
+        if self._kept is None:
+            views = self._at(block.spec.shape, start)
+        else:
+            memory = self._memory.new_empty(self._size(block.spec.shape))
+            views = self._kept[id(block.spec)] = _views(block.spec.shape, memory)
         self._fill(block, views)
         return views
 
     def _kept_feeds(self, blocks: Sequence[Block], step: int) -> Views:
         assert self._kept is not None
-        shape, at = blocks[0].spec.shape, id(blocks[0].spec)
-        if at not in self._kept:
-            memory = self._memory.new_empty(step * len(blocks))
-            for slot, block in enumerate(blocks):
-                self._fill(block, _views(shape, memory[slot * step :]))
-            self._kept[at] = _stacked(_views(shape, memory), len(blocks), step, memory.itemsize)
-        return self._kept[at]
+        first = blocks[0].spec
+        memory = self._memory.new_empty(step * len(blocks))
+        for slot, block in enumerate(blocks):
+            self._fill(block, _views(first.shape, memory[slot * step :]))
+        views = _stacked(_views(first.shape, memory), len(blocks), step, memory.itemsize)
+        self._kept[id(first)] = views
+        return views
 
     def _at(self, shape: BlockShape, start: int) -> Views:
         at = (start, shape.float32, *shape.weights.items())

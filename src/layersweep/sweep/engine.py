@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 
 import torch
 
@@ -12,7 +13,11 @@ from layersweep.families.spec import Decoder
 from layersweep.model.compute import Compute, Scratch
 from layersweep.stream.experts import ExpertStore
 from layersweep.stream.store import BlockStore
+from layersweep.sweep.context import RopeTables
 from layersweep.sweep.dense import DenseWeights
+from layersweep.sweep.visits import LayerBlocks, visits_of
+
+TABLE_STEP = 1024  # tokens; steps look at columns that are aligned
 
 
 class Engine:
@@ -43,6 +48,7 @@ class Engine:
         self.experts = experts
         self.layers = layers or range(decoder.num_hidden_layers)
         self._visiting = threading.Lock()
+        self._tables: RopeTables | None = None
         self.weights = DenseWeights(decoder, compute, keeps=keeps_dense)
         self.scratch = Scratch(scratch_bytes, compute.device)
 
@@ -62,6 +68,20 @@ class Engine:
                 finally:
                     self.experts.end()
 
+    @cached_property
+    def blocks(self) -> dict[int, LayerBlocks]:
+        """What is visited, by layer."""
+        fetched = self.experts.specs if self.experts else []
+        return visits_of(self.decoder, self.store.specs, fetched, self.compute)
+
+    def tables(self, longest: int) -> RopeTables:
+        """For texts that grow to `longest` tokens: made anew every TABLE_STEP tokens, not in every
+        walk."""
+        if self._tables is None or self._tables.longest < longest:
+            self._tables = RopeTables(-(-longest // TABLE_STEP) * TABLE_STEP, self.compute)
+        self._tables.forget_lengths()
+        return self._tables
+
     @property
     def bytes_read(self) -> int:
         """From files so far."""
@@ -71,6 +91,11 @@ class Engine:
     def h2d_bytes(self) -> int:
         """Copied to the device so far; 0 on the CPU."""
         return self.store.h2d_bytes + (self.experts.h2d_bytes if self.experts else 0)
+
+    @property
+    def stall_s(self) -> float:
+        """Seconds that computation waited for weights."""
+        return self.store.stall_s + (self.experts.stall_s if self.experts else 0.0)
 
     def close(self) -> None:
         self.store.close()

@@ -12,26 +12,24 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from layersweep.errors import InputError
-from layersweep.families.spec import Decoder
-from layersweep.families.weights import BlockShape, layer_blocks
+from layersweep.families.weights import BlockShape
 from layersweep.kv.fit import Fit
 from layersweep.model.routing import Routing
 from layersweep.stream.blocks import Block
-from layersweep.stream.shapes import experts_at_once, positions_at_once
+from layersweep.stream.shapes import positions_at_once
 from layersweep.sweep.attention import visit_attention
 from layersweep.sweep.caches import KeptCaches
 from layersweep.sweep.clock import PhaseClock
 from layersweep.sweep.context import LayerContext, RopeTables
 from layersweep.sweep.engine import Engine
-from layersweep.sweep.feed import FeedVisit, experts_used, groups_of, leave_feed
+from layersweep.sweep.feed import FeedVisit, experts_used, leave_feed
 from layersweep.sweep.head import Head
 from layersweep.sweep.record import (
+    HealthThere,
     LayerCheck,
     LayerHealth,
     LogitsReader,
@@ -41,21 +39,13 @@ from layersweep.sweep.record import (
 )
 from layersweep.sweep.running import RunningCaches
 from layersweep.sweep.sequences import Tile, reference_tile, want_reference
-from layersweep.sweep.state import COLUMN_ALIGNMENT, TileState, read_rows
+from layersweep.sweep.state import TileState, read_rows
 from layersweep.sweep.turn import HostTurn
+from layersweep.sweep.visits import FeedGroup, LayerBlocks, Visits
 from layersweep.sweep.watch import Watch
 
 MANY = 4  # rows of each expert, on average, from which on all of them have some
 Caches = KeptCaches | RunningCaches | None
-
-
-@dataclass(frozen=True)
-class _Left:
-    """LayerHealth that is still on the device: float32 [2], or [1] without a router."""
-
-    layer: int
-    experts_used: int | None
-    largest_and_spread: Tensor
 
 
 def run_sweep(
@@ -106,7 +96,8 @@ def run_sweep(
         reference = TileState(reference_tile(engine.reference), decoder.query_width)
         groups[0].append(reference)
     every = [*groups[0], *groups[1]]
-    visits = _Visits(progress, decoder, len(tiles))
+    layers = [blocks for stage in (engine, *then) for blocks in stage.blocks.values()]
+    visits = Visits(progress, layers, len(tiles))
     with torch.inference_mode(), engine.compute.numerics(), ExitStack() as leave:
         before = ExitStack()
         for stage in (engine, *then):
@@ -138,26 +129,11 @@ def run_sweep(
     return record
 
 
-class _Visits:
-    """Progress: a visit is a tile's attention, or an expert or MLP with all tiles."""
-
-    def __init__(self, progress: Progress, decoder: Decoder, tiles: int) -> None:
-        self.progress, self.done = progress, 0
-        self.total = decoder.num_hidden_layers * tiles + sum(
-            len(list(layer_blocks(decoder, index))) - 1
-            for index in range(decoder.num_hidden_layers)
-        )
-
-    def __call__(self, count: int = 1) -> None:
-        self.done += count
-        self.progress("sweep", self.done, self.total)
-
-
 class _Sweep:
     """One walk over an engine's blocks, which the store numbers in sweep order."""
 
     def __init__(
-        self, engine: Engine, record: SweepRecord, caches: Caches, visited: _Visits,
+        self, engine: Engine, record: SweepRecord, caches: Caches, visited: Visits,
         states: list[TileState], turn: HostTurn, reference: TileState | None, watch: Watch | None,
     ) -> None:  # fmt: skip
         self.visited, self.turn = visited, turn
@@ -166,17 +142,13 @@ class _Sweep:
         self.weights, self.scratch, self.experts = engine.weights, engine.scratch, engine.experts
         self.keeps_normed = engine.keeps_normed
         self.record, self.caches = record, caches
-        # the first of them is attention's
-        self.of_layer: dict[int | None, list[int]] = {}
-        for number, spec in enumerate(self.store.specs):
-            self.of_layer.setdefault(spec.layer, []).append(number)
+        self.blocks = engine.blocks
         self.clock = PhaseClock(self.compute.device)
-        self._left: _Left | None = None
+        self._left: HealthThere | None = None
         sequences = [sequence for state in states for sequence in state.tile.sequences]
         longest = max((sequence.longest for sequence in sequences), default=0)
-        # steps look at columns that are aligned
-        longest += -longest % COLUMN_ALIGNMENT if isinstance(caches, RunningCaches) else 0
-        self.tables = RopeTables(longest, self.compute)
+        growing = isinstance(caches, RunningCaches)
+        self.tables = engine.tables(longest) if growing else RopeTables(longest, self.compute)
 
     def embed(self, states: list[TileState]) -> None:
         device, dtype = self.compute.device, self.compute.dtype
@@ -184,23 +156,18 @@ class _Sweep:
         scale = torch.tensor(self.decoder.embedding_scale, dtype=dtype).item()
         ids = [torch.from_numpy(state.tile.ids()) for state in states]  # while the table is read
         with self.clock.phase("embedding"):
-            number = self.of_layer[None][0]
-            table = self.weights.embedding(self._block(number))
+            table = self.weights.embedding(self._block(0))
             for state, rows in zip(states, ids, strict=True):
                 hidden = table[rows.to(device)].to(dtype)
                 hidden = hidden if scale == 1.0 else hidden.mul_(scale)
                 state.start(hidden, self.keeps_normed)
-            self.store.release(number)
+            self.store.release(0)
 
     def visit_layer(
         self, layer: int, lead: list[TileState], rest: list[TileState], check: LayerCheck | None
     ) -> None:
-        attention, *feeds = self.of_layer[layer]
-        shapes = self._shapes(feeds)
-        own = self.experts.shapes(layer) if self.experts else []
-        described, compute = self.decoder.layers[layer], self.compute
-        at_once = experts_at_once(self.decoder, described, compute.dtype.itemsize, cpu=compute.cpu)
-        self.weights.fill_attention(self._block(attention), [*shapes, *own], at_once)
+        blocks = self.blocks[layer]
+        self._fill_attention(blocks)
         fit = None
         if lead:
             with self.clock.phase("gate"):
@@ -209,24 +176,27 @@ class _Sweep:
             fit = self.caches.fits.setdefault(layer, fit) if fit else self.caches.fits.get(layer)
         with self.clock.phase("attention"):
             self._attend(layer, rest, self.caches, fit, self.visited, self.watch)
-            self.store.release(attention)
-        groups = deque(groups_of(feeds, shapes, at_once))
+        groups = deque(blocks.groups)
         few = isinstance(self.caches, RunningCaches)  # rows, so that not every expert has some
-        first = groups.popleft() if groups and not (few and shapes[0].role == "expert") else []
+        first = groups.popleft() if groups and not (few and groups[0].routed) else None
         with self.clock.phase("experts"):
-            self._fill(first, first)  # decoded while the host waits, in the one place of a layer
+            if first:  # decoded while the host waits, in the one place of a layer
+                self._fill(first, first)
             with self.turn.away():
                 Routing.settle([state.routing for state in (*lead, *rest) if state.routing])
         self.report(check)
         with self.clock.phase("experts"):
-            self._feed(self._shapes(first), layer, lead, rest)
+            if first:
+                self._feed(first.shapes, layer, lead, rest)
+            used = experts_used([*lead, *rest]) if few else set()
             for group in groups:
-                some = self._used(group, [*lead, *rest]) if few else group
+                some = group.used_by(used, whole=self.weights.keeps) if few else group
                 self._fill(some, group)
-                self._feed(self._shapes(some), layer, lead, rest)
-            if own:
-                self._visit_experts(layer, at_once, lead, rest)
-            self.visited(len(feeds) + len(own))
+                if some:
+                    self._feed(some.shapes, layer, lead, rest)
+            if blocks.fetched:
+                self._visit_experts(layer, blocks.at_once, lead, rest)
+            self.visited(len(blocks.feeds))
             if lead:
                 with self.clock.phase("gate"):
                     self._leave(layer, lead)
@@ -236,21 +206,26 @@ class _Sweep:
         for state in (*lead, *rest):  # their memory is the next layer's
             state.routing = state.router_logits = None
 
-    def _shapes(self, numbers: Sequence[int]) -> list[BlockShape]:
-        return [self.store.specs[number].shape for number in numbers]
+    def _fill_attention(self, blocks: LayerBlocks) -> None:
+        number = blocks.attention
+        if self.weights.reuse(self.store.specs[number]):
+            return
+        block = self._block(number)
+        with self.clock.phase("dequantization"):
+            self.weights.fill_attention(block, blocks.feeds, blocks.at_once)
+        self.store.release(number)
 
-    def _used(self, numbers: list[int], states: Sequence[TileState]) -> list[int]:
-        """Of a group, the blocks that have rows."""
-        used = experts_used(states)
-        every = zip(numbers, self._shapes(numbers), strict=True)
-        return [number for number, one in every if one.role != "expert" or one.expert in used]
-
-    def _fill(self, numbers: list[int], every: list[int]) -> None:
-        """Make one MLP, or a group of experts, dense; of `every`, those that are needed."""
-        blocks = {number: self._block(number) for number in every}
-        if numbers:
-            self.weights.fill_feeds([blocks[number] for number in numbers])
-        for number in every:
+    def _fill(self, some: FeedGroup | None, every: FeedGroup) -> None:
+        """Make one MLP, or a group of experts, dense; of `every`, those that are needed. The store
+        brings all the same, in order, but where what is dense stays so and nothing streams."""
+        weights = self.weights
+        if weights.keeps and (some is None or weights.reuse(self.store.specs[some.numbers[0]])):
+            return
+        blocks = {number: self._block(number) for number in every.numbers}
+        if some:
+            with self.clock.phase("dequantization"):
+                self.weights.fill_feeds([blocks[number] for number in some.numbers])
+        for number in every.numbers:
             self.store.release(number)
 
     def _visit_experts(
@@ -265,15 +240,14 @@ class _Sweep:
         for number, blocks in enumerate(experts.visit(keys, at_once)):
             if many and number == 0:  # the next layer will want all of its own
                 experts.want(experts.of_layer.get(layer + 1, []))
-            self.weights.fill_feeds(blocks)
+            with self.clock.phase("dequantization"):
+                self.weights.fill_feeds(blocks)
             self._feed([block.spec.shape for block in blocks], layer, lead, rest)
 
     def _feed(
         self, blocks: Sequence[BlockShape], layer: int, lead: list[TileState], rest: list[TileState]
     ) -> None:
         """What is dense, with all tiles."""
-        if not blocks:
-            return
         visit = FeedVisit(
             blocks, self.decoder.layers[layer], self.weights, self.compute, self.scratch
         )
@@ -319,15 +293,15 @@ class _Sweep:
                 state.hidden, state.update, state.unit_of_row, state.first_bad_layer, layer
             )
 
-    def _look(self, layer: int, state: TileState) -> _Left:
+    def _look(self, layer: int, state: TileState) -> HealthThere:
         """What `report` will say; no wait."""
         largest = state.hidden.abs().max().float()
         if state.routing is None or state.router_logits is None:
-            return _Left(layer, None, largest[None])
+            return HealthThere(layer, None, largest[None])
         start = state.routing.start
         used = sum(start[e + 1] > start[e] for e in range(len(start) - 1))
         spread = state.router_logits.float().std(0).max()
-        return _Left(layer, used, torch.stack((largest, spread)))
+        return HealthThere(layer, used, torch.stack((largest, spread)))
 
     def report(self, check: LayerCheck | None) -> None:
         """Show the lead tile, as it left the layer before, to `check`. Waits for the device."""
@@ -346,13 +320,16 @@ class _Sweep:
         return head.in_a_row(state.hidden, list(itertools.chain.from_iterable(each)), at_once)
 
     def read_head(self, states: list[TileState], read_logits: LogitsReader) -> None:
-        (*_, index) = self.of_layer[None]
+        index = len(self.store.specs) - 1
         total = sum(len(state.tile.sequences) for state in states)
         done = 0
         with self.clock.phase("logits"):
-            self.weights.fill_head(self._block(index))
+            if not self.weights.reuse(self.store.specs[index]):
+                block = self._block(index)
+                with self.clock.phase("dequantization"):
+                    self.weights.fill_head(block)
+                self.store.release(index)
             head = Head(self.decoder, self.weights.head, self.compute, self.scratch)
-            self.store.release(index)
             if isinstance(self.caches, RunningCaches):
                 for state in states:
                     pieces = self._in_a_row(state, head)

@@ -22,6 +22,15 @@ class LayerHealth:
     router_spread: float | None
 
 
+@dataclass(frozen=True)
+class HealthThere:
+    """LayerHealth that is still on the device: float32 [2], or [1] without a router."""
+
+    layer: int
+    experts_used: int | None
+    largest_and_spread: Tensor
+
+
 Piece = tuple[slice, list[Tensor]]  # some of the positions that branches read: logits of each
 Pieces = Iterable[Piece]
 LogitsReader = Callable[[Tile, int, BranchedSequence, Pieces], None]

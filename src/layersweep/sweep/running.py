@@ -19,7 +19,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from layersweep.families.spec import Decoder
+from layersweep.families.spec import Decoder, Rope
 from layersweep.kv.arms import Arm
 from layersweep.kv.fit import Fit
 from layersweep.kv.store import KvStore
@@ -29,20 +29,26 @@ from layersweep.sweep.streams import streams_of
 
 SMALLEST = 64  # tokens of the smallest shelf; each is twice as long as the one before
 SPARE = 8  # texts for each row that a shelf may have too many
+# Tokens before RoPE, columns [first, last) of streams [1, heads, T, dim]: of a prompt, or one of
+# the new tokens of all texts of a step, which are copied at once.
+Waiting = tuple[tuple[Tensor, ...], int, int]
 
 
 @dataclass(eq=False)
 class Text:
-    """One that grows: `end` tokens are kept, at most `reach` will be. `stores` and `pending` have
-    an entry per layer: what is coded, and the tokens that are not in it yet. `aside`: by layer,
-    what its row had, while it has none."""
+    """One that grows: `end` tokens are kept, at most `reach` will be. `stores`, `coded` and
+    `pending` have an entry per layer: what is coded, up to which position, and the tokens that are
+    not in it yet. `packed_bytes`: of what is coded. `aside`: by layer, what its row had, while it
+    has none."""
 
     arm: Arm
     reach: int
     layers: int
     end: int = 0
     stores: list[KvStore | None] = field(init=False)
-    pending: list[list[tuple[Tensor, ...]]] = field(init=False)
+    coded: list[int] = field(init=False)
+    pending: list[list[Waiting]] = field(init=False)
+    packed_bytes: int = field(init=False)
     aside: dict[int, list[Tensor]] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -52,13 +58,15 @@ class Text:
         """Start anew."""
         self.end, self.aside = 0, {}
         self.stores = [None] * self.layers
+        self.coded = [0] * self.layers
         self.pending = [[] for _ in range(self.layers)]
+        self.packed_bytes = 0
 
-    @property
-    def packed_bytes(self) -> int:
-        """Bytes of what is coded."""
-        held = (store for store in self.stores if store is not None)
-        return sum(stream.held_bytes for store in held for stream in store.arms[0])
+    def keep(self, layer: int, store: KvStore, coded: int) -> None:
+        """In place of what was coded of a layer; up to position `coded`, and exactly beyond."""
+        before = self.stores[layer]
+        self.packed_bytes += _held_bytes(store) - (_held_bytes(before) if before else 0)
+        self.stores[layer], self.coded[layer] = store, coded
 
     @property
     def aside_bytes(self) -> int:
@@ -172,6 +180,8 @@ class Ride:
 
     texts: list[Text]
     device: torch.device
+    # cos and sin of `positions`, by RoPE and by which of the texts
+    turned: dict[tuple[Rope, int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @cached_property
     def positions(self) -> Tensor:
@@ -243,6 +253,10 @@ class RunningCaches:
         """Of all rows, and of what is coded."""
         views = (x for shelf in self.shelves.values() for of in shelf.layers.values() for x in of)
         return sum(x.nbytes for x in views) + sum(text.packed_bytes for text in self.at)
+
+
+def _held_bytes(store: KvStore) -> int:
+    return sum(stream.held_bytes for stream in store.arms[0])
 
 
 def capacity_for(tokens: int, reach: int) -> int:

@@ -12,13 +12,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from layersweep.families.spec import Rope
 from layersweep.kv.arms import EXACT, Arm
 from layersweep.kv.methods import FIRST_BLOCK
 from layersweep.kv.store import KvStore
 from layersweep.model.attention import attend_one
 from layersweep.sweep.context import LayerContext, Table
 from layersweep.sweep.heads import Projected, Streams, read, rotary_part
-from layersweep.sweep.running import Ride, Rows, RunningCaches, Text
+from layersweep.sweep.running import Ride, Rows, RunningCaches, Text, Waiting
 from layersweep.sweep.sequences import Group, Tile
 
 
@@ -66,29 +67,25 @@ def _step(
         _put(held, rows, [x[0, :, own].transpose(0, 1) for x in views])
         arm = _arm(texts[0].arm, context)
         if arm.codec is not None:
-            for index, text in enumerate(texts):
-                at = slice(own.start + index, own.start + index + 1)
-                new = tuple(x[:, :, at].clone() for x in streams)
-                _append(
-                    text,
-                    arm,
-                    new,
-                    text.end + 1,
-                    [view[row_of(rows, index)] for view in held],
-                    context,
-                )
+            new = tuple(x[:, :, own].clone() for x in streams)  # of all texts: copies are launches
+            for at, (text, row) in enumerate(zip(texts, rows.rows, strict=True)):
+                _append(text, arm, (new, at, at + 1), text.end + 1, held, row, context)
         out[own] = _attended(rows, q[0, :, own].transpose(0, 1), held, context)
 
 
-def row_of(rows: Rows, index: int) -> slice:
-    return slice(rows.rows[index], rows.rows[index] + 1)
-
-
 def _table_of_each(ride: Ride, some: slice, context: LayerContext) -> Table | None:
-    """A row of cos and sin for each text, of the position of its next token."""
+    """A row of cos and sin for each text, of the position of its next token; once for all layers
+    that turn alike."""
     rope = context.attention.rope
     if rope is None:
         return None
+    known = rope, some.start, some.stop
+    if known not in ride.turned:
+        ride.turned[known] = _turned(rope, ride, some, context)
+    return ride.turned[known]
+
+
+def _turned(rope: Rope, ride: Ride, some: slice, context: LayerContext) -> Table:
     if not rope.depends_on_length:
         cos, sin = context.tables.of(rope, context.tables.longest)
         at = ride.positions[some]
@@ -124,25 +121,27 @@ def _attended(rows: Rows, q_BQD: Tensor, held: Sequence[Tensor], context: LayerC
 
 
 def _append(
-    text: Text, arm: Arm, new: Streams, end: int, rows: Sequence[Tensor], context: LayerContext
-) -> None:
-    """Tokens up to `end`, before RoPE, behind what the text has. Where some leave the arm's window,
-    all that wait go to the store, and the text's row [1, H, capacity, D] shows what it gives."""
+    text: Text, arm: Arm, new: Waiting, end: int, held: Sequence[Tensor], row: int,
+    context: LayerContext,
+) -> None:  # fmt: skip
+    """Tokens up to `end` behind what the text has. Where some leave the arm's window, all that wait
+    go to the store, and the text's row of what is `held` shows what it gives."""
     index = context.index
     waiting, store = text.pending[index], text.stores[index]
     waiting.append(new)
-    coded = 0 if store is None else arm.coded_until(store.end)
-    if arm.coded_until(end) <= coded:
+    coded = arm.coded_until(end)
+    if coded <= text.coded[index]:
         return
     if store is None:
         layers = context.decoder.num_hidden_layers
         store = KvStore.empty([(arm, context.streams(arm))], index, layers, FIRST_BLOCK)
-    store = store.appended([torch.cat(parts, dim=2) for parts in zip(*waiting, strict=True)])
+    parts = ([x[:, :, first:last] for x in streams] for streams, first, last in waiting)
+    store = store.appended([torch.cat(of, dim=2) for of in zip(*parts, strict=True)])
     waiting.clear()
-    first = store.end - store.tokens
-    _show(store.decoded(0), first, rows, context)
+    rows = [view[row : row + 1] for view in held]
+    _show(store.decoded(0), store.end - store.tokens, rows, context)
     store = store.since(context.plain_streams[0].first_held(store.end))
-    text.stores[index] = store.moved(torch.clone)  # exact tokens are views of what goes
+    text.keep(index, store.moved(torch.clone), coded)  # exact tokens are views of what goes
 
 
 def _show(streams: Streams, first: int, rows: Sequence[Tensor], context: LayerContext) -> None:
@@ -175,12 +174,13 @@ def _pieces(
         for index, text in enumerate(texts):
             shelf = caches.at[text]
             row, one = shelf.texts.index(text), slice(index, index + 1)
-            rows = [view[row : row + 1] for view in shelf.views(context.index, streams)]
+            held = shelf.views(context.index, streams)
+            rows = [view[row : row + 1] for view in held]
             for view, x in zip(rows, views, strict=True):
                 view[:, :, past:end] = x[one]
             if arm.codec is not None:
                 new = tuple(x[one].clone() for x in streams)
-                _append(text, arm, new, end, rows, context)
+                _append(text, arm, (new, 0, tokens), end, held, row, context)
             elif not past and not latent:
                 continue
             seen = tuple(view[:, :, :end] for view in rows)

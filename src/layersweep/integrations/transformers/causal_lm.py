@@ -26,7 +26,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from layersweep.errors import BudgetError, InputError
 from layersweep.generate.room import MOST, check_arm, make_room, text_bytes
-from layersweep.generate.walk import Rider, walk
+from layersweep.generate.walk import Passage, walk
 from layersweep.integrations.transformers.texts import SweptCache
 from layersweep.kv.arms import Arm, parse
 from layersweep.kv.fit import Fit
@@ -151,24 +151,27 @@ class SweptForCausalLM(GenerationMixin):  # type: ignore[misc]  # transformers h
 
     __call__ = forward
 
+    @torch.inference_mode()
     def _read(self, held: SweptCache, ids: Sequence[Sequence[int]], logits: Tensor) -> None:
         """All texts read their `ids`, as many at a time as a walk takes; `logits` [B, kept, V]."""
         done, kept = [0] * len(ids), logits.shape[1]
         while any(end < len(own) for end, own in zip(done, ids, strict=True)):
-            riders, free = {}, self.room.rows
+            passages, free = {}, self.room.rows
             for row, own in enumerate(ids):
                 start, left = done[row], len(own) - done[row]
                 done[row] += min(left, free)
                 free -= done[row] - start
                 if done[row] > start:
                     wanted = max(done[row] - max(start, len(own) - kept), 0)
-                    rider = Rider(held.texts[row], tuple(own[start : done[row]]), wanted)
-                    riders[rider] = row
-            walked = walk(self._engine, held.running, list(riders))
-            for rider, found in walked.logits.items():
-                row = riders[rider]
+                    passage = Passage(held.texts[row], tuple(own[start : done[row]]), wanted)
+                    passages[passage] = row
+            for passage in passages:
+                held.running.make_room(passage.text, passage.text.end + len(passage.ids))
+            walked = walk(self._engine, held.running, list(passages))
+            for passage, found in walked.logits.items():
+                row = passages[passage]
                 stop = kept - (len(ids[row]) - done[row])
-                logits[row, max(stop - rider.wanted, 0) : max(stop, 0)] = found
+                logits[row, max(stop - passage.wanted, 0) : max(stop, 0)] = found
 
     def _cache(self, held: SweptCache | None, batch: int) -> SweptCache:
         """The one that was handed back, or an empty one."""
