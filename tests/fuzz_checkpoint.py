@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import resource
 import shutil
@@ -27,10 +28,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 import transformers.models.auto.configuration_auto  # noqa: F401  its import is not what is timed
 from checkpoint_builders import STATE, pack, tiny_config
+from formats import FORMATS, TILE
 from hostile_damages import CONFIG, FIRST, INDEX, SECOND, SINGLE, Shard
+from hostile_gguf import mutated, valid
 from safetensors.torch import save
 
 import layersweep.checkpoint
@@ -49,6 +53,7 @@ SLOW_S, HANGS_S, LARGE_MB = 1.0, 5.0, 200.0
 LONGEST_MESSAGE = 4000
 
 Files = dict[str, bytes]
+GGUF = "model.gguf"
 
 
 # --- inputs --------------------------------------------------------------------------------------
@@ -56,7 +61,8 @@ Files = dict[str, bytes]
 
 def seeds() -> list[Files]:
     """A Mixtral of 23 tensors in one file and in two: bf16, one NF4 weight with nested scales and
-    one with plain ones. A third with its experts fused, in NF4: 12 scales to two nested blocks."""
+    one with plain ones. A third with its experts fused, in NF4: 12 scales to two nested blocks. Two
+    in the formats of other quantizers. A Llama as GGUF."""
     hidden, inner, vocab = 16, 16, 8
     config = tiny_config() | {
         "vocab_size": vocab, "hidden_size": hidden, "intermediate_size": inner,
@@ -94,7 +100,35 @@ def seeds() -> list[Files]:
         small | {SINGLE: save(tensors, {"format": "pt"})},
         small | {SINGLE: save(fused, {"format": "pt"})},
         small | {FIRST: save(halves[0]), SECOND: save(halves[1]), INDEX: index},
+        {GGUF: valid().encode()},
+        *(_packed(config, shapes, names) for names in (COMPRESSED, ("gptq-sorted",))),
     ]
+
+
+COMPRESSED = ("int4-sorted", "fp8-blocks", "nvfp4-packed", "nvfp4-modelopt", "fp8-rows", "int4")
+
+
+def _packed(
+    config: dict[str, Any], shapes: dict[str, tuple[int, ...]], names: tuple[str, ...]
+) -> Files:
+    """The model with its linear layers in one format after the other, as the first one's config
+    says."""
+    rng, tensors = np.random.default_rng(0), dict[str, torch.Tensor]()
+    linear = [name for name in shapes if "_proj" in name or ".experts." in name]
+    for name, shape in shapes.items():
+        if name not in linear:
+            tensors[name] = torch.linspace(-1, 1, math.prod(shape)).view(shape).bfloat16()
+            continue
+        form = FORMATS[names[linear.index(name) % len(names)]]
+        found, _ = form.draw(shape[0], shape[1], rng, False)
+        module = name.removesuffix("weight")
+        tensors |= {f"{module}{end}": part.contiguous() for end, part in found.items()}
+    settings = {**FORMATS[names[0]].settings}
+    if "config_groups" in settings:
+        block = {"weights": {"num_bits": 8, "block_structure": [*TILE]}}
+        settings["config_groups"] = {**settings["config_groups"], "group_1": block}
+    fields = config | {"quantization_config": settings}
+    return {CONFIG: json.dumps(fields).encode(), SINGLE: save(tensors, {"format": "pt"})}
 
 
 # --- JSON with every key of an object, repeated ones too -----------------------------------------
@@ -209,7 +243,9 @@ def mutate(rng: random.Random, files: Files) -> Files:
     while True:
         name = rng.choice(sorted(files))
         kind = rng.random()
-        if kind < 0.03:
+        if name == GGUF:
+            files[name] = mutated(rng, files[name])
+        elif kind < 0.03:
             other = rng.choice(sorted(files))
             files[name], files[other] = files[other], files[name]
         elif kind < 0.05 and len(files) > 2:
@@ -276,7 +312,8 @@ def _mutate_state(rng: random.Random, raw: bytes) -> bytes:
 def meet(folder: Path) -> bool:
     """Whether the checkpoint is accepted; raises anything but a refusal."""
     try:
-        checkpoint, problems = scan_checkpoint(str(folder))
+        file = folder / GGUF
+        checkpoint, problems = scan_checkpoint(str(file if file.exists() else folder))
         if checkpoint is None:
             raise problems_error(problems)
         read_all(checkpoint)

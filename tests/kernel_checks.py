@@ -15,6 +15,8 @@ from half_search import half_search
 from torch import Tensor
 
 from layersweep.checkpoint import nf4
+from layersweep.checkpoint.storage.ggml import TYPES
+from layersweep.checkpoint.storage.ggml_blocks import Blocks
 from layersweep.families.spec import Activation, Rope
 from layersweep.kernels import Kernels
 from layersweep.kernels.codecs import TRELLIS_CODES
@@ -29,6 +31,7 @@ from layersweep.model.ops import TorchOps
 from layersweep.model.rope import rope_table
 from layersweep.model.routing import Routing, sort_by_expert
 
+EDGES = (0.0, -0.0, float("inf"), float("-inf"), float("nan"), 6e-8, -6e-8, 65504.0)
 INT32_MAX = 2**31 - 1
 _WORDS = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32}
 
@@ -118,6 +121,40 @@ def check_nf4_alike(
         assert found[-8:].eq(7).all()
     odd = Alike([0, 8], [0.0, 0.0], step)  # bytes that no vector load takes
     assert not kernels.nf4_dequantize_alike(first[0], first[1], scales, 64, code, out, odd)
+
+
+def ggml_bytes(kind: str, blocks: int, seed: int) -> Tensor:
+    """Any bytes as blocks, their scales often 0, infinite, NaN, tiny or huge: uint8 [blocks, B]."""
+    of, generator = TYPES[kind], torch.Generator().manual_seed(seed)
+    data = torch.randint(256, (blocks, of.nbytes), generator=generator, dtype=torch.uint8)
+    edges = torch.tensor(EDGES, dtype=torch.float16).view(torch.uint8).view(-1, 2)
+    for first in of.halves:
+        some = torch.randint(len(data), (len(data) // 2,), generator=generator)
+        drawn = torch.randint(len(edges), (len(some),), generator=generator)
+        data[some, first : first + 2] = edges[drawn]
+    return data
+
+
+def check_ggml(kernels: Kernels, device: torch.device, kind: str, seed: int, head: int = 0) -> None:
+    """A weight of two rows of blocks a column and more, alone and with others that lie alike."""
+    rows, columns = 24, 2 * TYPES[kind].elements
+    data = torch.stack([ggml_bytes(kind, 48, seed + part).view(-1) for part in range(3)])
+    arena = torch.zeros(3, data.shape[1] + 255 & ~255, dtype=torch.uint8, device=device)
+    arena[:, : data.shape[1]] = data
+    packed = [Blocks(one[: data.shape[1]], TYPES[kind], head) for one in arena]
+    step = rows * columns + 8
+    dense = torch.full((3, step), 7.0, dtype=kernels.dtype, device=device)
+    alike = Alike([at * arena.stride(0) for at in range(3)], [0.0] * 3, step)
+    alone = torch.empty(rows, columns, dtype=kernels.dtype, device=device)
+    assert packed[0].launch_alike(kernels, dense[0, :-8].view(rows, columns), alike)
+    for found, one in zip(dense, packed, strict=True):
+        wanted = torch.empty_like(alone)
+        one.decode(wanted)
+        one.launch(kernels, alone)
+        exactly(alone, wanted, seed)
+        exactly(found[:-8].view(rows, columns), wanted, seed)
+        assert found[-8:].eq(7).all()
+    assert not packed[0].launch_alike(kernels, alone, Alike([0, 8], [0.0] * 2, step))
 
 
 def check_rms_norm(

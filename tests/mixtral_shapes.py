@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 
 from layersweep.checkpoint.header import StoredTensor
-from layersweep.checkpoint.layout import Nested, Quant, Weight
+from layersweep.checkpoint.layout import Weight
+from layersweep.checkpoint.storage.floats import Floats
+from layersweep.checkpoint.storage.four_bit import FourBit, Nested
 from layersweep.checkpoint.synth_shapes import MIXTRAL_8X7B
 from layersweep.stream.blocks import BlockSpec, specs_of
 
@@ -35,17 +37,16 @@ def nf4(name: str, rows: int, columns: int) -> Weight:
     )
     absmax = stored(f"{name}.absmax", "U8", (blocks,), blocks)
     # quant_map 64 bytes; the JSON differs by the digits of its shape
-    quant = Quant("nf4", 64, absmax, nested, "U8", 64 + len(json_of(rows, columns)))
-    return Weight(
-        name, (rows, columns), stored(name, "U8", (elements // 2, 1), elements // 2), quant
-    )
+    data = stored(name, "U8", (elements // 2, 1), elements // 2)
+    checked = 64 + len(json_of(rows, columns))
+    return Weight(name, (rows, columns), FourBit("nf4", data, 64, absmax, nested, checked))
 
 
 def half(name: str, *shape: int) -> Weight:
     elements = 1
     for size in shape:
         elements *= size
-    return Weight(name, shape, stored(name, "F16", shape, 2 * elements), None)
+    return Weight(name, shape, Floats(stored(name, "F16", shape, 2 * elements)))
 
 
 PARTS = (("gate_proj", 14_336, 4096), ("up_proj", 14_336, 4096), ("down_proj", 4096, 14_336))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,12 +16,15 @@ import torch
 
 from layersweep.checkpoint import nf4
 from layersweep.checkpoint.header import ITEM_BYTES
-from layersweep.checkpoint.synth_shapes import QUANTIZATION, PublishedShape
+from layersweep.checkpoint.synth_shapes import SETTINGS, PublishedShape
 from layersweep.checkpoint.writer import header_bytes
+from layersweep.families.spec import Decoder
 from layersweep.families.weights import blocks
 
 SHARD_BYTES = 5_000_000_000
-FLOAT = {False: ("BF16", "bfloat16"), True: ("F16", "float16")}  # by whether it is quantized
+FLOAT = {"nf4": ("F16", "float16")}  # of what is not quantized; BF16 in all others
+FLOATS = ("BF16", "bfloat16")
+FP8_BLOCK = 128
 NAMES = {torch.uint8: "U8", torch.float32: "F32"}
 
 
@@ -39,11 +42,10 @@ class Row(NamedTuple):
 
 
 def write_sparse(
-    folder: Path, shape: PublishedShape, *, packed: bool, beside: Mapping[str, tuple[int, ...]] = {}
+    folder: Path, shape: PublishedShape, *, weights: str, beside: Iterable[Row] = ()
 ) -> int:
-    """The model with its published names, NF4 if `packed` and bfloat16 otherwise; its bytes.
-    `beside`: further tensors in bfloat16."""
-    rows = [*_rows(shape, packed), *(Row(name, "BF16", size) for name, size in beside.items())]
+    """The model with its published names; its bytes. `weights`: of SETTINGS, or "bf16"."""
+    rows = [*rows_of(shape, weights), *beside]
     total, shards = 0, dict[str, list[Row]]()
     for row in rows:
         name = f"model-{1 + total // SHARD_BYTES:05d}.safetensors"
@@ -52,22 +54,43 @@ def write_sparse(
     for name, shard in shards.items():
         _write(folder / name, shard)
     weight_map = {row.name: name for name, shard in shards.items() for row in shard}
-    config = dict(shape.fields) | {"torch_dtype": FLOAT[packed][1]}
-    if packed:
-        config["quantization_config"] = QUANTIZATION
+    config = dict(shape.fields) | {"torch_dtype": FLOAT.get(weights, FLOATS)[1]}
+    if weights in SETTINGS:
+        config["quantization_config"] = SETTINGS[weights]
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     (folder / "config.json").write_text(json.dumps(config))
     return total
 
 
-def _rows(shape: PublishedShape, packed: bool) -> Iterator[Row]:
+def rows_of(shape: PublishedShape, weights: str) -> Iterator[Row]:
     for block in blocks(shape.decoder):
+        if weights == "mxfp4" and block.role == "expert":
+            if block.expert == 0:
+                yield from _mxfp4(block.layer, block.weights, shape.decoder)
+            continue
         for key, size in block.weights.items():
             name = shape.stored_name(block, key)
-            if packed and shape.packs(block, key):
+            if weights == "nf4" and shape.packs(block, key):
                 yield from _packed(name, size)
+            elif weights == "fp8" and shape.packs(block, key):
+                yield Row(name, "F8_E4M3", size)
+                yield Row(f"{name}_scale_inv", "F32", tuple(-(-n // FP8_BLOCK) for n in size))
             else:
-                yield Row(name, FLOAT[packed][0], size)
+                exact = key == "router_correction" and weights == "fp8"
+                yield Row(name, "F32" if exact else FLOAT.get(weights, FLOATS)[0], size)
+
+
+def _mxfp4(
+    layer: int | None, weights: Mapping[str, tuple[int, ...]], decoder: Decoder
+) -> Iterator[Row]:
+    """All experts of a layer, as gpt-oss has them."""
+    experts = decoder.layers[0].feed.experts
+    for key in ("gate_up", "down"):
+        name = f"model.layers.{layer}.mlp.experts.{key}_proj"
+        rows, columns = weights[f"{key}_proj"]
+        yield Row(f"{name}_blocks", "U8", (experts, rows, columns // 32, 16))
+        yield Row(f"{name}_scales", "U8", (experts, rows, columns // 32))
+        yield Row(f"{name}_bias", "BF16", (experts, rows))
 
 
 def _packed(name: str, size: tuple[int, ...]) -> Iterator[Row]:

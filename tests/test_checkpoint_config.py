@@ -97,7 +97,7 @@ def test_optional_fields() -> None:
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types = ["),
         ({"model_type": "llama"}, 'model_type = "llama", needed "mixtral"'),
         ({"num_experts": 2}, "num_experts = 2, needed num_local_experts = 4, or nothing"),
-        ({"quantization_config": {"quant_method": "gptq"}}, 'quant_method = "gptq"'),
+        ({"quantization_config": {"quant_method": "aqlm"}}, 'quant_method = "aqlm"'),
         ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0, needed nothing"),
         ({"norm_topk_prob": False}, "norm_topk_prob = false, needed nothing or true"),
     ],

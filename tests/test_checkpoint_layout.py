@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from layersweep.checkpoint import Checkpoint, Weight, nf4, open_checkpoint, scan_checkpoint
+from layersweep.checkpoint.storage.four_bit import FourBit
 from layersweep.checkpoint.strict_json import MOST_VALUES
 from layersweep.errors import CheckpointError, InputError
 
@@ -50,9 +51,10 @@ def raw(tensor: Any) -> Tensor:
 
 def dense(weight: Weight) -> Tensor:
     """The weight in float32, from the byte ranges that the checkpoint gives."""
-    if weight.quant is None:
+    quant = weight.storage
+    if not isinstance(quant, FourBit):
         return raw(weight.data).float().view(weight.shape)
-    quant, scales = weight.quant, raw(weight.quant.absmax).reshape(-1)
+    scales = raw(quant.absmax).reshape(-1)
     if quant.nested:
         inner = quant.nested
         scales = nf4.expand_absmax(
@@ -155,9 +157,7 @@ def test_quant_storage_other_than_uint8(tmp_path: Path) -> None:
         (folder / "config.json").write_text(json.dumps(tiny_config()))
         checkpoint = open_checkpoint(str(folder))
         assert_reads(checkpoint, folder)
-        quant = checkpoint.weights["layers.0.q_proj"].quant
-        assert quant is not None
-        assert DTYPES[quant.stored_dtype] == storage
+        assert DTYPES[checkpoint.weights["layers.0.q_proj"].data.dtype] == storage
 
 
 def test_tied_embeddings(tmp_path: Path) -> None:

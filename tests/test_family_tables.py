@@ -91,7 +91,6 @@ REFUSED: list[tuple[str, Mapping[str, object], dict[str, object], str]] = [
     ("gemma3_text", SMALL, {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0"),
     ("gemma3_text", SMALL, {"rope_parameters": {"rope_theta": 1e4}}, "a RoPE for each type"),
     ("gpt_oss", SMALL, {"swiglu_alpha": 1.0}, "swiglu_alpha = 1.0, needed 1.702"),
-    ("gpt_oss", SMALL, {"quantization_config": {"quant_method": "mxfp4"}}, '"mxfp4"'),
     ("glm4_moe", GLM_MOE, {"n_group": 3}, "n_group = 3, needed a divisor of 4 experts"),
     ("glm4_moe", GLM_MOE, {"n_group": 4}, "n_group = 4, needed a divisor of 4 experts, 2 or more"),
     ("glm4_moe", GLM_MOE, {"topk_group": 2}, "topk_group = 2, needed up to 1 groups"),

@@ -10,7 +10,9 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 from fuzz_checkpoint import Fuzzer
@@ -22,7 +24,7 @@ from layersweep.checkpoint import header, strict_json
 from layersweep.checkpoint.strict_json import UnusableJson, parse_json
 from layersweep.cli.app import run
 from layersweep.errors import InputError
-from layersweep.text import chat
+from layersweep.text.chat import Message, render_chat
 
 RUNNER = Path(__file__).with_name("hostile_run.py")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -143,21 +145,25 @@ def test_strict_json_refuses_what_would_cost_too_much(raw: bytes, found: str) ->
         parse_json(raw)
 
 
+def render(template: str, said: str = "", tokens: Mapping[str, str] = MappingProxyType({})) -> str:
+    return render_chat(template, [Message("user", said)], tokens)
+
+
 def test_a_template_is_rendered_apart_and_ends_when_its_time_is_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # what the checkpoint's folder holds is not imported instead of a library
     (tmp_path / "jinja2.py").write_text(f"open({str(tmp_path / EXECUTED)!r}, 'w')")
     monkeypatch.chdir(tmp_path)
-    assert chat.render("{{ a }}{{ messages[0].content }}", "é\0", {"a": "<s>"}) == "<s>é\0"
+    assert render("{{ a }}{{ messages[0].content }}", "é\0", {"a": "<s>"}) == "<s>é\0"
     assert not (tmp_path / EXECUTED).exists()
     started = time.monotonic()
     loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     with pytest.raises(InputError, match="more than 1 s or 512 MiB"):
-        chat.render(loop, "", {})
+        render(loop)
     assert time.monotonic() - started < 10
     with pytest.raises(InputError, match="5000000 characters"):
-        chat.render("{{ 'a' * 5000000 }}", "", {})
+        render("{{ 'a' * 5000000 }}")
 
 
 # --- the fuzzer ----------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ PAIRS = [
     for pair in itertools.product(SCALARS.values(), CAPABILITIES)
 ]
 # One of trellis.cu takes 4 s, nearly all of it the search, which knows no SCALAR.
+SLOW = ("trellis", "capped", "router", "ggml", "int4", "packed")
 BY_DIM = [
     ("trellis", 0, (7, 5), 256),  # the 48 KB of shared memory that every card has must be enough
     ("trellis", 1, (8, 0), 64),
@@ -32,6 +33,10 @@ BY_DIM = [
     ("capped", 2, (9, 0), 80),
     ("router", 0, (7, 5), 512),
     ("router", 1, (9, 0), 60),
+    ("ggml", 0, (7, 5), 0),  # 13 kernels: 2 s
+    pytest.param("ggml", 2, (9, 0), 0, marks=pytest.mark.slow),
+    ("int4", 1, (8, 0), 0),
+    pytest.param("int4", 0, (7, 5), 0, marks=pytest.mark.slow),
     # 10 s each; products in tensor cores, which sm_75 does not have
     pytest.param("packed", 0, (8, 0), 128, marks=pytest.mark.slow),
     pytest.param("packed", 1, (9, 0), 256, marks=pytest.mark.slow),
@@ -39,9 +44,7 @@ BY_DIM = [
 
 
 @pytest.mark.parametrize(("scalar", "capability"), PAIRS, ids=str)
-@pytest.mark.parametrize(
-    "name", [name for name in LAYOUTS if name not in ("trellis", "capped", "router", "packed")]
-)
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if name not in SLOW])
 def test_source_compiles(name: str, scalar: int, capability: tuple[int, int]) -> None:
     holds_kernels(name, compile_cubin(read_source(name), capability, {"SCALAR": scalar}))
 

@@ -14,11 +14,13 @@ import torch
 from capped_checks import check_capped
 from checkpoint_builders import tiny_checkpoint
 from cuda_on_cpu.emulated import COMPILER, Workshop
+from format_checks import NAMES, check_format
 from half_search import half_search
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from layersweep.checkpoint.storage.ggml import DECODED
 from layersweep.kernels import KernelError, Kernels, load_kernels
 from layersweep.kernels.codecs import Launcher
 from layersweep.kernels.runtime import Argument
@@ -130,6 +132,20 @@ def test_a_group_of_experts_is_decoded_by_one_launch_for_each_key(
             assert all(torch.equal(together[key], plain[key]) for key in plain)
     engine.close()
     assert launches == ["nf4_alike"] * 3  # of the group; the store decodes what comes alone
+
+
+@pytest.mark.parametrize("kind", DECODED)
+def test_ggml(workshop: Workshop, kind: str, seed: int) -> None:
+    kernels = workshop.kernels(torch.float16)  # one source of 13 kernels takes 3 s to compile
+    check.check_ggml(kernels, CPU, kind, seed)
+    check.check_ggml(kernels, CPU, kind, seed, head=8)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("rows", "columns"), [(72, 96), (8, 224)])
+def test_format(workshop: Workshop, name: str, rows: int, columns: int, seed: int) -> None:
+    kernels = workshop.kernels(torch.float16)  # each dtype of three sources takes 3 s to compile
+    check_format(kernels, CPU, name, rows, columns, seed)
 
 
 @pytest.mark.parametrize("width", [8, 248, 256, 1032, 2304])

@@ -11,9 +11,11 @@ import pytest
 import router_checks
 import torch
 from capped_checks import check_capped
+from format_checks import NAMES, check_format
 from grouped_checks import check_gathered_rows, check_grouped, check_rows_are_their_own
 from half_search import half_search
 
+from layersweep.checkpoint.storage.ggml import DECODED
 from layersweep.families.spec import Router
 from layersweep.kernels import Kernels, load_kernels
 from layersweep.kv import lloyd, trellis
@@ -58,6 +60,18 @@ def test_nf4_of_any_block_size_and_alignment(
 @pytest.mark.parametrize("parts", [16, 5, 40])
 def test_nf4_of_weights_that_lie_alike(kernels: Kernels, parts: int, seed: int) -> None:
     check.check_nf4_alike(kernels, DEVICE, (1536, 2048), parts, seed)
+
+
+@pytest.mark.parametrize("kind", DECODED)
+def test_ggml(kernels: Kernels, kind: str, seed: int) -> None:
+    check.check_ggml(kernels, DEVICE, kind, seed)
+    check.check_ggml(kernels, DEVICE, kind, seed, head=8)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("rows", "columns"), [(1032, 4096), (8, 224)])
+def test_format(kernels: Kernels, name: str, rows: int, columns: int, seed: int) -> None:
+    check_format(kernels, DEVICE, name, rows, columns, seed)
 
 
 @pytest.mark.parametrize("width", [256, 4096, 8])

@@ -66,7 +66,8 @@ def source(dense: LlamaForCausalLM) -> tool.Source:
         "context_length": 512,
     }  # fmt: skip
     fields = {f"llama.{name}": value for name, value in settings.items()}
-    kinds = [tool.CONTROL] * 3 + [1] * (len(TOKENS) - 3)
+    kinds = [3] * 3 + [1] * (len(TOKENS) - 3)
+    fields |= {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "smollm"}
     fields |= {"tokenizer.ggml.tokens": TOKENS, "tokenizer.ggml.merges": MERGES}
     fields |= {"tokenizer.ggml.token_type": kinds, "tokenizer.ggml.add_bos_token": False}
     for name, token in (("bos", 1), ("eos", 2), ("unknown", 0), ("padding", 2)):

@@ -26,7 +26,7 @@ SOURCE = PROJECT / "src/layersweep"
 # Data flows from left to right; nothing imports from its right.
 ORDER = (
     *("errors", "problems", "units", "notebook", "progress", "environment", "demo", "kernels"),
-    *("families", "checkpoint", "stream", "probes", "model", "kv", "sweep", "text"),
+    *("collector", "families", "checkpoint", "stream", "probes", "model", "kv", "sweep", "text"),
     *("statistics", "tasks", "runs"),
     *("generate", "study", "report", "api", "integrations", "bench", "kaggle", "serve"),
     *("cli", "__main__"),

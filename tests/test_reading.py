@@ -14,15 +14,18 @@ import numpy as np
 import pytest
 import torch
 from checkpoint_builders import tiny_checkpoint
+from hostile_gguf import valid
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layersweep.checkpoint.header import StoredTensor
 from layersweep.checkpoint.layout import open_checkpoint
+from layersweep.checkpoint.storage.floats import Floats
 from layersweep.checkpoint.weights import Weight
 from layersweep.errors import CheckpointError, MachineError
 from layersweep.families.weights import BlockShape
 from layersweep.stream import preadv as preadv_module
+from layersweep.stream import scales
 from layersweep.stream.blocks import BlockSpec, PlacedWeight, Slot, block_specs
 from layersweep.stream.preadv import MOST_VECTORS
 from layersweep.stream.reader import PIECE_BYTES, RunReader
@@ -52,8 +55,9 @@ def scattered(file: Path, sizes: list[int], gaps: list[int], seed: int) -> tuple
     placed, place = {}, 0
     for source in random.Random(seed).sample(sources, len(sources)):
         place += GUARD
-        weight = Weight(source.name, source.shape, source, None)
-        placed[source.name] = PlacedWeight(weight, Slot(source, place, source.nbytes))
+        weight = Weight(source.name, source.shape, Floats(source))
+        slot = Slot(source, place, source.nbytes)
+        placed[source.name] = PlacedWeight(weight, weight.storage, (slot,))
         place += source.nbytes
     shape = BlockShape("mlp", 0, {name: (1,) for name in placed})
     spec = BlockSpec(shape, placed, place + GUARD, sum(sizes))
@@ -62,7 +66,7 @@ def scattered(file: Path, sizes: list[int], gaps: list[int], seed: int) -> tuple
 
 def expected(spec: BlockSpec) -> bytes:
     memory = bytearray([UNTOUCHED]) * spec.nbytes
-    sources = [(placed.weight.data, placed.data.offset) for placed in spec.weights.values()]
+    sources = [(placed.weight.data, placed.slots[0].offset) for placed in spec.weights.values()]
     content = sources[0][0].file.read_bytes()
     for source, place in sources:
         found = content[source.offset : source.offset + source.nbytes]
@@ -217,13 +221,11 @@ def test_a_bad_number_at_either_end_of_any_tensor_of_scales_is_found_and_named(
     reader, named = RunReader(specs), set()
     for block, start in zip(run.blocks, run.offsets, strict=True):
         for placed in specs[block].weights.values():
-            if placed.weight.quant is None:
+            if not placed.packed:
                 continue
-            looked = (placed.nested_absmax or placed.absmax, placed.nested_quant_map)
+            looked = placed.slots[2:] or placed.slots[1:]
             values = ([float("nan"), -1.0], [float("inf"), float("nan")])
-            for slot, bad in zip(looked, values, strict=True):
-                if slot is None:
-                    continue
+            for slot, bad in zip(looked, values, strict=False):
                 scales = target[start + slot.offset :][: slot.nbytes].view(torch.float32)
                 for index, value in zip((0, -1), bad, strict=True):
                     held = scales[index].item()
@@ -235,7 +237,7 @@ def test_a_bad_number_at_either_end_of_any_tensor_of_scales_is_found_and_named(
                     named.add(slot.source.name)
                     scales[index] = held
     reader.check(run, target)
-    nested = specs[run.first].weights["q_proj"].nested_absmax is not None
+    nested = len(specs[run.first].weights["q_proj"].slots) == 4
     weights = 4 + 1 + 3 * 4  # of attention, a router, four experts
     assert len(named) == weights * (2 if nested else 1)
 
@@ -244,6 +246,28 @@ def test_equal_weights_of_equal_blocks_are_checked_by_one_look(
     quantized: tuple[list[BlockSpec], Run, torch.Tensor],
 ) -> None:
     specs, run, _ = quantized
-    nested = specs[run.first].weights["q_proj"].nested_absmax is not None
+    nested = len(specs[run.first].weights["q_proj"].slots) == 4
     experts = [look for look in RunReader(specs)._scales(run).floats if look.shape[0] == 4]
     assert [look.shape[:2] for look in experts] == [(4, 3)] * (2 if nested else 1)
+
+
+def test_a_check_that_takes_long_is_made_by_whoever_ends_the_reading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scales, "MANY", 10)
+    path = tmp_path / "model.gguf"
+    whole = valid()
+    path.write_bytes(whole.encode())
+    specs = block_specs(open_checkpoint(str(path)))
+    run = next(run for run in runs_of(specs) if any(specs[at].role == "mlp" for at in run.blocks))
+    reader, target = RunReader(specs), torch.zeros(run.nbytes, dtype=torch.uint8)
+    assert reader.checks_itself(run)
+    checked: list[Run] = []
+    monkeypatch.setattr(reader, "check", lambda run, target: checked.append(run))
+    tasks = reader.tasks(run, target, 1 << 10)
+    for task in tasks[1:]:
+        task()
+    assert len(tasks) > 2 and checked == []
+    tasks[0]()
+    assert checked == [run]
+    reader.close()

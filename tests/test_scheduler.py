@@ -24,14 +24,16 @@ from layersweep.generate.room import make_room
 from layersweep.generate.scheduler import Scheduler
 from layersweep.integrations.transformers import cache_for
 from layersweep.kv.arms import EXACT, Arm, parse
+from layersweep.model.compute import Compute
 from layersweep.stream.shapes import positions_at_once
-from layersweep.sweep import running, running_attention
+from layersweep.sweep import engine, running, running_attention
+from layersweep.sweep.context import RopeTables
 from layersweep.sweep.loop import run_sweep
 from layersweep.sweep.model import Model, load
 from layersweep.sweep.running import RunningCaches, Text, capacity_for
 
-LENGTHS = (1, 5, 40, 64, 40)  # one token, equal ones, and one that fills its row
-NEW = 12
+LENGTHS = (1, 40, 60, 40)  # one token, equal ones, one that outgrows its row
+NEW = 8
 
 
 def requests(
@@ -100,7 +102,8 @@ def test_every_kind_of_attention_gives_the_tokens_of_transformers(
     asked = requests(loaded.decoder.vocab_size)
     with Scheduler(loaded, most=8, longest=128) as scheduler:
         found = tokens(drive(scheduler, asked))
-    assert scheduler.counts.walks == NEW
+    counts = scheduler.counts
+    assert (counts.walks, counts.prompt_tokens, counts.tokens) == (NEW, sum(LENGTHS), 5 * NEW)
     assert found == {request.id: greedy(oracle, request.ids, NEW) for request in asked}
 
 
@@ -126,14 +129,14 @@ def test_an_arm_gives_the_tokens_of_its_cache_in_transformers(
 
 @pytest.mark.parametrize("kv", ["exact", "K3V2", "lloyd:K3V2@window=4"])
 def test_company_and_being_set_back_change_no_token(kv: str, model: Model) -> None:
-    asked = requests(model.decoder.vocab_size, parse(kv, growing=True), new=40, lengths=(1, 70, 30))
+    asked = requests(model.decoder.vocab_size, parse(kv, growing=True), new=24, lengths=(1, 70, 45))
     with Scheduler(model, most=8, longest=256) as scheduler:
         together = tokens(drive(scheduler, asked))
         alone = [tokens(drive(scheduler, [request])) for request in asked]
         assert scheduler.counts.set_back == 0
     assert {name: made for one in alone for name, made in one.items()} == together
     with Scheduler(model, most=8, longest=256) as scheduler:
-        kept = running.row_bytes(model.decoder, 280, 4)  # until the last needs a longer row
+        kept = running.row_bytes(model.decoder, 262, 4)  # until the last needs a longer row
         scheduler.room = replace(scheduler.room, kept_bytes=kept, host_bytes=10 * kept)
         assert tokens(drive(scheduler, asked)) == together
         assert scheduler.counts.set_back > 0
@@ -166,7 +169,42 @@ def test_a_streamed_model_gives_the_tokens_of_a_resident_one(tmp_path: Path) -> 
     with Scheduler(streamed, most=8, longest=128) as scheduler:
         assert scheduler.room.plan.host == "disk"
         assert tokens(drive(scheduler, asked)) == resident
-        assert scheduler.counts.weight_bytes_read > 11 * sum(s.stored_bytes for s in model.specs)
+        assert scheduler.counts.weight_bytes_read > (NEW - 1) * sum(
+            s.stored_bytes for s in model.specs
+        )
+
+
+@pytest.mark.parametrize("together", [2, 3, 4])
+def test_experts_that_are_decoded_together_stay_who_they_are(
+    together: int, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A group whose first expert has rows again, but others beside it than before."""
+    asked = requests(model.decoder.vocab_size, lengths=(1, 3), new=24)
+    with Scheduler(model, most=8, longest=128) as scheduler:
+        expected = tokens(drive(scheduler, asked))
+    for module in ("layersweep.sweep.visits", "layersweep.stream.shapes"):
+        monkeypatch.setattr(f"{module}.experts_at_once", lambda *layer, cpu: together)
+    with Scheduler(model, most=8, longest=128) as scheduler:
+        assert scheduler.room.keeps_dense
+        assert tokens(drive(scheduler, asked)) == expected
+
+
+def test_tables_of_rope_that_are_made_anew_change_no_token(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, made = requests(model.decoder.vocab_size, lengths=(5, 9), new=30), list[int]()
+    with Scheduler(model, most=8, longest=128) as scheduler:
+        expected = tokens(drive(scheduler, asked))
+
+    def counted(longest: int, compute: Compute) -> RopeTables:
+        made.append(longest)
+        return RopeTables(longest, compute)
+
+    monkeypatch.setattr(engine, "TABLE_STEP", 16)
+    monkeypatch.setattr(engine, "RopeTables", counted)
+    with Scheduler(model, most=8, longest=128) as scheduler:
+        assert tokens(drive(scheduler, asked)) == expected
+    assert made == [16, 32, 48]
 
 
 def test_a_plan_has_memory_for_the_logits_that_are_read_together(model: Model) -> None:

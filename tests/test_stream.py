@@ -20,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from layersweep.checkpoint.header import StoredTensor
+from layersweep.checkpoint.storage.floats import Floats
 from layersweep.checkpoint.weights import Weight
 from layersweep.errors import CheckpointError, Fallback
 from layersweep.families.weights import BlockShape
@@ -93,8 +94,8 @@ def a_file(folder: Path, sizes: list[int]) -> tuple[list[BlockSpec], list[bytes]
             stream.write(data)
             contents.append(data)
             source = StoredTensor(f"t{index}", file, "F16", (size // 2,), offset, size)
-            weight = Weight(f"t{index}", (size // 2,), source, None)
-            placed = PlacedWeight(weight, Slot(source, 0, size))
+            weight = Weight(f"t{index}", (size // 2,), Floats(source))
+            placed = PlacedWeight(weight, weight.storage, (Slot(source, 0, size),))
             shape = BlockShape("mlp", index // 3, {"w": (size // 2,)})
             specs.append(BlockSpec(shape, {"w": placed}, size, size))
             offset += size
@@ -140,6 +141,43 @@ def test_a_block_that_stays_is_made_once(tmp_path: Path) -> None:
     kept = placed(specs, 80_000_000).host
     assert sum(same) == 2 == sum(len(store.runs[index].blocks) for index in kept)
     store.close()
+
+
+def test_a_sweep_over_what_stays_takes_no_thread(
+    tmp_path: Path, instant_device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the CPU, and on a device that keeps everything; blocks that nobody asks for do no harm."""
+    specs, contents = a_file(tmp_path, [40_000_000] * 6)
+    runs, reader = runs_of(specs), RunReader(specs)
+    every = frozenset(run.index for run in runs)
+    store = BlockStore(specs, placed(specs, 10**9), torch.device("cpu"))
+    host = HostStage(runs, reader, placed(specs), pin=False, say=lambda fallback: None)
+    stage = DeviceStage(host, runs, replace(placed(specs), device=every), instant_device)
+    monkeypatch.setattr("layersweep.stream.device.mark", lambda *device, **timed: Instant())
+    with store.sweep():
+        for index in range(6):
+            store.get(index)
+            store.release(index)
+    stage.start()
+    for _ in runs:
+        stage.release(stage.take())
+    stage.stop()
+    monkeypatch.setattr(threading.Thread, "start", lambda thread: pytest.fail(thread.name))
+    for wanted in (range(6), (0, 5), (0, 4, 5)):
+        with store.sweep():
+            for index in wanted:
+                assert bytes(store.get(index).arena.numpy()) == contents[index]
+                store.release(index)
+        stage.start()
+        for run in runs[:2]:
+            landed = stage.take()
+            assert bytes(landed.bytes.numpy()) == b"".join(contents[index] for index in run.blocks)
+            stage.release(landed)
+        stage.stop()
+    monkeypatch.undo()
+    store.close()
+    stage.close()
+    reader.close()
 
 
 def test_memory_for_weights_stays_within_the_ring(tmp_path: Path) -> None:

@@ -223,7 +223,7 @@ def test_one_read_of_the_weights_whatever_the_number_of_arms(tiny: Path) -> None
     for arms in ([EXACT], [EXACT, *(parse(f"K{k}V{v}") for k in (2, 3, 4) for v in (2, 4))]):
         _, store = sweep_logits(model, tiles_of("t", windows(model, 3, arms), 20))
         reads.append(store.bytes_read)
-    companions = sum(w.quant.other_nbytes for w in model.checkpoint.weights.values() if w.quant)
+    companions = sum(w.storage.other_nbytes for w in model.checkpoint.weights.values())
     assert reads == [model.checkpoint.nbytes - companions] * 2
 
 

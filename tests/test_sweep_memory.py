@@ -19,6 +19,7 @@ from layersweep.model.attention import PlainAttention
 from layersweep.model.compute import Scratch, on_cpu
 from layersweep.model.ops import Parts, TorchOps
 from layersweep.stream import shapes
+from layersweep.sweep import engine as engine_module
 from layersweep.sweep import loop, visits
 from layersweep.sweep.attention import visit_attention
 from layersweep.sweep.context import LayerContext
@@ -89,7 +90,7 @@ def test_one_buffer_of_planned_size_is_enough(
     folder = random_checkpoint(tmp_path, model_type, {**FAMILIES[model_type], **WIDE[wide]})
     expected = losses(folder)
     assert expected.isfinite().all()
-    monkeypatch.setattr(loop, "Scratch", Buffered)
+    monkeypatch.setattr(engine_module, "Scratch", Buffered)
     assert torch.equal(losses(folder), expected)
 
 
@@ -102,7 +103,7 @@ def test_keys_of_many_branches_that_turn_at_once_fit_the_plan(
     arms = *ARMS, *(parse(f"lloyd:K{bits}V{bits}@sink=3") for bits in (2, 3, 4, 5))
     expected = losses(folder, arms)
     monkeypatch.setattr(PlainAttention, "reads_past", True)
-    monkeypatch.setattr(loop, "Scratch", Buffered)
+    monkeypatch.setattr(engine_module, "Scratch", Buffered)
     assert torch.equal(losses(folder, arms), expected)
 
 
@@ -127,7 +128,7 @@ def test_products_that_gather_kept_rows_change_no_number(
 
     monkeypatch.setattr(TorchOps, "products", spy)
     monkeypatch.setattr(TorchOps, "grouped", lambda *args: None)
-    monkeypatch.setattr(loop, "Scratch", Buffered)
+    monkeypatch.setattr(engine_module, "Scratch", Buffered)
     assert torch.equal(losses(folder), expected)
     layers = load(folder, device="cpu").decoder.num_hidden_layers
     assert gathered == [20 + 3 * 10] * 2 * layers + [3 * 30] * 2 * layers  # rows of either tile

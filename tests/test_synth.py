@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small_shapes import small_shape
 
 from layersweep.checkpoint import nf4, open_checkpoint
-from layersweep.checkpoint.synth import LEVELS_STD, synthetic_bytes, write_synthetic
-from layersweep.checkpoint.synth_shapes import MIXTRAL_8X7B
+from layersweep.checkpoint.synth import synthetic_bytes, write_synthetic
+from layersweep.checkpoint.synth_formats import LEVELS_STD
+from layersweep.checkpoint.synth_shapes import MIXTRAL_8X7B, Weights
 from layersweep.cli.app import run
 from layersweep.errors import InputError
 from layersweep.study.run import run_study
@@ -43,7 +46,7 @@ def test_it_is_read_as_published_nested_nf4_with_a_packed_router(folder: Path) -
     assert (checkpoint.weights_kind, checkpoint.router_kind) == ("nf4", "nf4")
     assert checkpoint.decoder == SMALL.decoder
     assert checkpoint.decoder.synthetic
-    assert checkpoint.weights["layers.31.experts.7.down_proj"].quant.nested is not None
+    assert checkpoint.weights["layers.31.experts.7.down_proj"].storage.nested is not None
     assert len(checkpoint.files) >= 2
 
 
@@ -99,6 +102,46 @@ def test_bytes_are_spread_as_meant(folder: Path) -> None:
     levels = torch.tensor(nf4.NF4_CODE)[torch.cat((packed >> 4, packed & 15))]
     assert abs(levels.mean().item()) < 0.01
     assert levels.std().item() == pytest.approx(LEVELS_STD, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "key", "stored"),
+    [
+        ("gpt-oss-20b", "mxfp4", "layers.1.experts.7.down_proj", 64 * 96 * 17 // 32),
+        ("glm-4.5-air", "fp8", "layers.1.experts.15.down_proj", 64 * 32 + 4),
+    ],
+)
+def test_other_formats_are_written_as_published(
+    name: str, weights: Weights, key: str, stored: int, tmp_path: Path
+) -> None:
+    shape = small_shape(name).with_layers(2).with_weights(weights)
+    size = write_synthetic(tmp_path / "model", shape, threads=1)
+    assert size == pytest.approx(synthetic_bytes(shape), rel=0.03)  # biases and rest of blocks
+    checkpoint = open_checkpoint(str(tmp_path / "model"))
+    assert checkpoint.nbytes == size and checkpoint.decoder.synthetic
+    weight = checkpoint.weights[key]
+    assert (weight.kind, weight.nbytes) == (weights, stored)
+    parts = [
+        torch.from_numpy(np.fromfile(one.file, np.uint8, one.nbytes, offset=one.offset))
+        for one in weight.stored
+    ]
+    dense = torch.empty(weight.shape)
+    weight.storage.packed(parts, weight.shape).decode(dense)
+    wanted = (2 * 2 * weight.shape[1]) ** -0.5  # of 2 layers, each writing twice
+    assert dense.std().item() == pytest.approx(wanted, rel=0.05)
+    assert abs(dense.mean().item()) < 0.05 * wanted
+
+
+def test_formats_that_a_family_is_not_published_in_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for shape, weights, needed in (
+        ("mixtral-8x7b", "mxfp4", "needed nf4 or fp8"),
+        ("gpt-oss-20b", "fp8", "needed nf4 or mxfp4"),
+        ("gpt-oss-20b", "q4", "needed one of nf4, fp8, mxfp4"),
+    ):
+        assert run(["synth", str(tmp_path / "a"), "--shape", shape, "--weights", weights]) == 2
+        assert needed in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("failure", [KeyboardInterrupt, OSError(28, "No space left on device")])

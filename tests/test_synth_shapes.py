@@ -24,7 +24,7 @@ from layersweep.tasks.kv_bytes import kv_bytes
 PUBLISHED = {
     "llama-3.1-8b": 8.03e9, "qwen3-30b-a3b": 30.53e9, "gpt-oss-20b": 20.91e9,
     "gpt-oss-120b": 116.83e9, "glm-4.5-air": 106.85e9, "deepseek-v2-lite": 15.71e9,
-    "mixtral-8x7b": 46.70e9, "mixtral-8x22b": 140.63e9,
+    "deepseek-v3": 671.03e9, "mixtral-8x7b": 46.70e9, "mixtral-8x22b": 140.63e9,
 }  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from builders_tokenizer import CHAT_TEMPLATE, save_tokenizer, train_byte_level, train_sentencepiece
+from test_gguf_tokenizer import tokenizer_file
 
 from layersweep.text.bos import resolve_bos
 from layersweep.text.chat import Message
@@ -255,3 +256,19 @@ def test_without_tokenizer_json_transformers_converts_and_it_is_noted(tmp_path: 
         "tokenizer: no tokenizer.json, converted from vocab.json by transformers",
     )
     assert found.decode(found.encode("def encode(self):")) == "def encode(self):"
+
+
+SPLIT_TEXT = (
+    "I'll say it's DON'T we'Ve 1234567 a12b3\tif x:\n\n    return (a+b)//2;  // \r\n\r\n  end   \n"
+    "été naïve 日本語です。 ½ ٢٣٤ ǅx \U0001f600\u200d!? ...!!\n/path/x"
+)
+
+
+@pytest.mark.parametrize("pre", ["llama-bpe", "qwen2", "gpt-4o"])
+def test_bytes_of_a_gguf_file_are_split_as_transformers_splits_them(
+    pre: str, theirs: Callable[..., Any], tmp_path: Path
+) -> None:
+    path = tokenizer_file(tmp_path / "model.gguf", train_byte_level(), "gpt2", ggml__pre=pre)
+    expected = theirs(tmp_path, gguf_file=path.name)
+    found = TextTokenizer.load(path).encode(SPLIT_TEXT)
+    assert found == expected(SPLIT_TEXT, add_special_tokens=False).input_ids

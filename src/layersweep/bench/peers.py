@@ -119,7 +119,7 @@ def measure_cpu_offload(
         )
     order = {"config": dict(config), "device": device, "layers": layers, "tokens": tokens,
              "vram_cap": vram_cap}  # fmt: skip
-    answer = _ask_child(json.dumps(order))
+    answer = ask_child("offload_peer", OPPONENT, order)
     seconds = answer["seconds"]
     nbytes = answer["layer_bytes"]
     assert isinstance(seconds, list) and isinstance(nbytes, int)
@@ -135,22 +135,22 @@ def measure_cpu_offload(
     )
 
 
-def _ask_child(order: str) -> dict[str, object]:
-    """What `offload_peer` printed last, as JSON."""
-    command = [sys.executable, "-m", "layersweep.bench.offload_peer", order]
+def ask_child(module: str, name: str, order: Mapping[str, object]) -> dict[str, object]:
+    """What the module that measures the peer `name` printed last, as JSON."""
+    command = [sys.executable, "-m", f"layersweep.bench.{module}", json.dumps(order)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=CHILD_LIMIT_S)
     except subprocess.TimeoutExpired as failure:
         raise LayersweepError(
-            f"{OPPONENT}: no answer in {CHILD_LIMIT_S:.0f} s", hint="measure fewer layers"
+            f"{name}: no answer in {CHILD_LIMIT_S:.0f} s", hint="measure less of it"
         ) from failure
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines:
         words = done.stderr.strip().splitlines() or ["nothing was said"]
         said = next((line for line in reversed(words) if "Error" in line), words[-1])
         raise LayersweepError(
-            f"{OPPONENT}: the child process ended with {done.returncode}: {said}",
-            hint="measure fewer layers, or check that the installed versions work together",
+            f"{name}: the child process ended with {done.returncode}: {said}",
+            hint="measure less of it, or check that the installed versions work together",
         )
     answer: dict[str, object] = json.loads(lines[-1])
     return answer

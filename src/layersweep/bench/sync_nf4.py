@@ -18,78 +18,50 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from layersweep.checkpoint import Checkpoint, StoredTensor, Weight
-from layersweep.checkpoint.nf4 import CODES, dequantize, expand_absmax
+from layersweep.checkpoint.nf4 import CODES, QuantizedTensor
 from layersweep.errors import InputError
 from layersweep.model import maths
 from layersweep.model.rope import rope_table
 from layersweep.model.routing import choose_experts
 
-TORCH_DTYPES = {
-    **{"U8": torch.uint8, "I8": torch.int8, "F16": torch.float16, "BF16": torch.bfloat16},
-    **{"F32": torch.float32, "F64": torch.float64},
-}
-
 
 @dataclass(frozen=True)
 class LoadedWeight:
-    """A weight's stored tensors, in host memory or on a device; quantized if it has scales."""
+    """A weight's stored tensors (uint8), in host memory or on a device, as `storage` has them."""
 
     weight: Weight
-    data: Tensor
-    absmax: Tensor | None = None
-    nested_absmax: Tensor | None = None
-    nested_map: Tensor | None = None
+    parts: tuple[Tensor, ...]
 
     @classmethod
     def read(cls, weight: Weight) -> LoadedWeight:
-        quant = weight.quant
-        if quant is None:
-            return cls(weight, read_tensor(weight.data).view(weight.shape))
-        data, absmax = read_tensor(weight.data).view(torch.uint8), read_tensor(quant.absmax)
-        if quant.nested is None:
-            return cls(weight, data, absmax)
-        nested, offset = quant.nested, quant.nested.offset
-        outer, table = read_tensor(nested.absmax), read_tensor(nested.quant_map)
-        if nested.skip:  # no kernel starts inside a nested block
-            scales = expand_absmax(absmax, outer, table, nested.blocksize, offset, nested.skip)
-            return cls(weight, data, scales)
-        return cls(weight, data, absmax, outer, table)
+        pieces = weight.storage.pieces
+        parts = tuple(torch.empty(piece.nbytes, dtype=torch.uint8) for piece in pieces)
+        for piece, part in zip(pieces, parts, strict=True):
+            if piece.source is not None:
+                part.copy_(read_tensor(piece.source))
+        if any(piece.source is None for piece in pieces):
+            weight.storage.make(read_tensor, parts, weight.shape)
+        return cls(weight, parts)
 
     @property
     def nbytes(self) -> int:
-        parts = (self.data, self.absmax, self.nested_absmax, self.nested_map)
-        return sum(part.nbytes for part in parts if part is not None)
+        return sum(part.nbytes for part in self.parts)
 
     def to(self, device: torch.device) -> LoadedWeight:
         """Copied with plain `.to`, which waits: this is how it is usually done."""
-
-        def move(part: Tensor | None) -> Tensor | None:
-            return None if part is None else part.to(device)
-
-        return LoadedWeight(
-            self.weight, self.data.to(device), move(self.absmax), move(self.nested_absmax),
-            move(self.nested_map),
-        )  # fmt: skip
+        return LoadedWeight(self.weight, tuple(part.to(device) for part in self.parts))
 
     def dense(self, dtype: torch.dtype, bitsandbytes: bool) -> Tensor:
-        quant = self.weight.quant
-        if quant is None or self.absmax is None:
-            return self.data.to(dtype)
-        if bitsandbytes:
-            return dequantize_bitsandbytes(self, dtype)
-        scales = self.absmax
-        if self.nested_absmax is not None:
-            assert quant.nested is not None and self.nested_map is not None
-            scales = expand_absmax(
-                scales, self.nested_absmax, self.nested_map,
-                quant.nested.blocksize, quant.nested.offset,
-            )  # fmt: skip
-        code = CODES[quant.kind]
-        return dequantize(self.data, scales, quant.blocksize, self.weight.shape, dtype, code=code)
+        packed = self.weight.storage.packed(self.parts, self.weight.shape)
+        if bitsandbytes and isinstance(packed, QuantizedTensor):
+            return dequantize_bitsandbytes(packed, self.weight.shape, dtype)
+        out = torch.empty(self.weight.shape, dtype=dtype, device=self.parts[0].device)
+        packed.decode(out)
+        return out
 
 
 def read_tensor(stored: StoredTensor) -> Tensor:
-    """A flat tensor of `stored`'s dtype in ordinary (pageable) host memory."""
+    """The bytes of a tensor (uint8) in ordinary (pageable) host memory."""
     raw = torch.empty(stored.nbytes, dtype=torch.uint8)
     with stored.file.open("rb") as file:
         file.seek(stored.offset)
@@ -99,29 +71,28 @@ def read_tensor(stored: StoredTensor) -> Tensor:
                 f"{stored.nbytes} bytes",
                 hint="the file was changed while it was read",
             )
-    return raw.view(TORCH_DTYPES[stored.dtype])
+    return raw
 
 
-def dequantize_bitsandbytes(loaded: LoadedWeight, dtype: torch.dtype) -> Tensor:
+def dequantize_bitsandbytes(
+    packed: QuantizedTensor, shape: tuple[int, ...], dtype: torch.dtype
+) -> Tensor:
     """By that library's kernel, from the same tensors. Packed bytes stay a column: it returns
     the transpose of a row."""
     functional: Any = import_module("bitsandbytes.functional")
-    quant = loaded.weight.quant
-    assert quant is not None and loaded.absmax is not None
-    offset = inner = None
-    if loaded.nested_absmax is not None:
-        assert quant.nested is not None
-        offset = torch.tensor(quant.nested.offset, device=loaded.data.device)
+    device, offset, inner = packed.packed.device, None, None
+    if packed.nested is not None:
+        offset = torch.tensor(packed.nested.offset, device=device)
         inner = functional.QuantState(
-            absmax=loaded.nested_absmax, code=loaded.nested_map,
-            blocksize=quant.nested.blocksize, dtype=torch.float32,
+            absmax=packed.nested.absmax, code=packed.nested.quant_map,
+            blocksize=packed.nested.blocksize, dtype=torch.float32,
         )  # fmt: skip
-    code = torch.tensor(CODES[quant.kind], device=loaded.data.device)
+    code = torch.tensor(CODES[packed.kind], device=device)
     state = functional.QuantState(
-        absmax=loaded.absmax, shape=torch.Size(loaded.weight.shape), code=code,
-        blocksize=quant.blocksize, quant_type=quant.kind, dtype=dtype, offset=offset, state2=inner,
+        absmax=packed.absmax, shape=torch.Size(shape), code=code, blocksize=packed.blocksize,
+        quant_type=packed.kind, dtype=dtype, offset=offset, state2=inner,
     )  # fmt: skip
-    dense: Tensor = functional.dequantize_4bit(loaded.data.view(-1, 1), state)
+    dense: Tensor = functional.dequantize_4bit(packed.packed.view(-1, 1), state)
     return dense
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
+from layersweep.checkpoint.storage import NO_SETTINGS, Settings, read_settings
 from layersweep.checkpoint.strict_json import UnusableJson, parse_json
 from layersweep.errors import CheckpointError
 from layersweep.families.fields import HINT
@@ -28,18 +30,27 @@ def read_config(folder_or_json: Path | str) -> Decoder:
     return described.decoder
 
 
-def parse_config(raw: bytes, file: str, *, generic: bool = False) -> Description:
-    """The decoder in the bytes of config.json, or everything that is wrong with them. `generic`:
-    see families/registry.describe."""
+@dataclass(frozen=True)
+class Config(Description):
+    """What config.json describes, and what it says of how the weights are stored."""
+
+    settings: Settings = NO_SETTINGS
+
+
+def parse_config(raw: bytes, file: str, *, generic: bool = False) -> Config:
+    """What the bytes of config.json say, or everything that is wrong with them. `generic`: see
+    families/registry.describe."""
     try:
         fields, repeated = parse_json(raw)
     except UnusableJson as error:
-        return Description(None, None, [Problem(file, None, str(error), "a JSON object", HINT)])
+        return Config(None, None, [Problem(file, None, str(error), "a JSON object", HINT)])
     if not isinstance(fields, dict):
         found = "JSON that is no object"
-        return Description(None, None, [Problem(file, None, found, "a JSON object", HINT)])
-    twice = [Problem(file, key, *TWICE, HINT) for key in repeated]
+        return Config(None, None, [Problem(file, None, found, "a JSON object", HINT)])
+    problems = [Problem(file, key, *TWICE, HINT) for key in repeated]
     described = describe(fields, file, generic=generic)
-    if not twice:
-        return described
-    return Description(None, None, [*twice, *described.problems])
+    settings, refused = read_settings(fields, file)
+    problems += [*described.problems, *refused]
+    if problems:
+        return Config(None, None, problems)
+    return Config(described.decoder, described.names, [], described.unused, settings)

@@ -8,15 +8,14 @@ from pathlib import Path
 from layersweep.checkpoint.files import LocalFolder
 from layersweep.checkpoint.header import StoredTensor
 from layersweep.checkpoint.reading import scan_folder
-from layersweep.checkpoint.weights import Checkpoint, Nested, Quant, Weight
+from layersweep.checkpoint.storage.ggml import SUFFIX
+from layersweep.checkpoint.weights import Checkpoint, Weight
 from layersweep.errors import InputError
 from layersweep.problems import Problem, printable, problems_error
 
 __all__ = [
     "Checkpoint",
-    "Nested",
     "Problem",
-    "Quant",
     "StoredTensor",
     "Weight",
     "open_checkpoint",
@@ -68,6 +67,16 @@ def scan_checkpoint(
             hint="a local folder and demo have one revision: leave --revision out",
         )
     folder = demo_folder() if source == DEMO else Path(source).expanduser()
+    if folder.suffix == SUFFIX and folder.is_file():
+        if generic:
+            raise InputError(
+                f"{printable(source)}: found a GGUF file, needed a folder with config.json for "
+                "transformers' own layers",
+                hint="leave out --program generic",
+            )
+        from layersweep.checkpoint.gguf.opening import scan_gguf_checkpoint
+
+        return scan_gguf_checkpoint(source, folder)
     opened = LocalFolder.at(folder)
     snapshot = opened.root.name
     in_cache = opened.root.parent.name == "snapshots" and _COMMIT.fullmatch(snapshot)

@@ -17,12 +17,17 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from layersweep.checkpoint.tables import CODES, FP4_CODE, NF4_CODE
 from layersweep.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from layersweep.kernels.kernels import Kernels
+    from layersweep.kernels.weights import Alike, Nested
 
 __all__ = [
     "CODES",
@@ -32,7 +37,6 @@ __all__ = [
     "QuantizedTensor",
     "check_products",
     "check_scales",
-    "decode",
     "dequantize",
     "dynamic_map",
     "expand_absmax",
@@ -68,6 +72,7 @@ class QuantizedTensor:
     absmax: Tensor
     blocksize: int
     nested: NestedScales | None
+    kind: Literal["nf4", "fp4"] = "nf4"
 
     def scales(self) -> Tensor:
         """absmax as f32 [blocks], expanded where it is nested."""
@@ -77,6 +82,29 @@ class QuantizedTensor:
         return expand_absmax(
             self.absmax, parts.absmax, parts.quant_map, parts.blocksize, parts.offset
         )
+
+    def decode(self, out: Tensor) -> None:
+        """Fill `out` (dense shape and dtype)."""
+        dequantize(
+            self.packed, self.scales(), self.blocksize, out.shape, out.dtype, out=out,
+            code=CODES[self.kind],
+        )  # fmt: skip
+
+    def launch(self, kernels: Kernels, out: Tensor) -> None:
+        """The same by a CUDA kernel, bit for bit."""
+        kernels.nf4_dequantize(*self._pointers(), out)
+
+    def launch_alike(self, kernels: Kernels, out: Tensor, alike: Alike) -> bool:
+        """The same for weights that lie alike; False where the fast kernel cannot."""
+        return kernels.nf4_dequantize_alike(*self._pointers(), out, alike)
+
+    def _pointers(self) -> tuple[Tensor, Tensor, Nested | None, int, Tensor]:
+        """As the kernels take them."""
+        scales, nested = None, self.nested
+        if nested is not None:
+            scales = (nested.absmax, nested.quant_map, nested.blocksize, nested.offset)
+        code = _code_on(self.kind, self.packed.device)
+        return self.packed, self.absmax, scales, self.blocksize, code
 
 
 def expand_absmax(
@@ -97,14 +125,6 @@ def expand_absmax(
     levels = nested_quant_map.index_select(0, absmax_u8.reshape(-1).int())
     outer = nested_absmax.repeat_interleave(nested_blocksize)[skip : skip + blocks]
     return levels.mul_(outer).add_(offset)
-
-
-def decode(quantized: QuantizedTensor, kind: str, out: Tensor) -> None:
-    """Fill `out` (dense shape and dtype) from a quantized weight; `kind`: "nf4" or "fp4"."""
-    dequantize(
-        quantized.packed, quantized.scales(), quantized.blocksize, out.shape, out.dtype, out=out,
-        code=CODES[kind],
-    )  # fmt: skip
 
 
 def dequantize(
@@ -290,6 +310,12 @@ def _quantize_scales(differences: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     codes = torch.bucketize(snapped, (table[:-1] + table[1:]) / 2, out_int32=True)
     codes[(outer == 0).repeat_interleave(NESTED_BLOCKSIZE)[:count]] = 0
     return codes.to(torch.uint8), outer, table
+
+
+@lru_cache(maxsize=32)
+def _code_on(kind: str, device: torch.device) -> Tensor:
+    """The 16 levels, float32."""
+    return torch.tensor(CODES[kind], dtype=torch.float32, device=device)
 
 
 @lru_cache(maxsize=8)

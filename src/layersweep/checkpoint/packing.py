@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from layersweep.checkpoint import nf4
-from layersweep.checkpoint.companions import STATE
 from layersweep.checkpoint.header import FLOAT_NAMES, ITEM_BYTES, StoredTensor
 from layersweep.checkpoint.linear import Planned
 from layersweep.checkpoint.nf4_numba import pack_blocks
 from layersweep.checkpoint.shard_file import Row, ShardFile
+from layersweep.checkpoint.storage.bitsandbytes import STATE
 from layersweep.checkpoint.writer import DTYPE_NAMES, bytes_of
 from layersweep.problems import DOWNLOAD_AGAIN, FileProblem, Problem
 

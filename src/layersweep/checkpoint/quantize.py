@@ -16,12 +16,12 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from layersweep.checkpoint.companions import BLOCKSIZES
 from layersweep.checkpoint.header import FLOAT_NAMES
 from layersweep.checkpoint.linear import FLOATS, Planned, plan_tensors, unpacked_modules
 from layersweep.checkpoint.packing import Format, Job, copy, pack
 from layersweep.checkpoint.shard_file import ShardFile
 from layersweep.checkpoint.shards import INDEX, SINGLE
+from layersweep.checkpoint.storage.bitsandbytes import BLOCKSIZES
 from layersweep.checkpoint.unquantized import CONFIG, Source, copy_beside, open_source
 from layersweep.checkpoint.writer import REPORT_EVERY_S, make_folder
 from layersweep.errors import InputError, MachineError

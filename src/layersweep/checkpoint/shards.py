@@ -41,7 +41,7 @@ def open_shards(folder: Folder, problems: list[Problem], notes: list[str]) -> Sh
             problems.append(Problem(path, None, str(error), "a readable file", DOWNLOAD_AGAIN))
     for header in headers.values():
         problems.extend(header.problems)
-    tensors = _together(headers, problems)
+    tensors = together(headers, problems)
     _check_index(folder, weight_map, headers, problems, notes)
     return Shards(sources, headers, tensors)
 
@@ -103,7 +103,8 @@ def _unindexed(folder: Folder, problems: list[Problem]) -> list[str]:
     return []
 
 
-def _together(headers: dict[str, Header], problems: list[Problem]) -> dict[str, StoredTensor]:
+def together(headers: dict[str, Header], problems: list[Problem]) -> dict[str, StoredTensor]:
+    """Every tensor of all files by name; a name that two have is a problem."""
     tensors: dict[str, StoredTensor] = {}
     for header in headers.values():
         for name, tensor in header.tensors.items():

@@ -1,4 +1,4 @@
-"""Synthetic checkpoints: random weights in the published NF4 layout, at full size and disk speed.
+"""Synthetic checkpoints: random weights in a published layout, at full size and disk speed.
 
 For measuring speed and memory where no real checkpoint can be had. config.json carries
 `layersweep_synthetic`, so no result of such a model is ever called publishable.
@@ -6,9 +6,7 @@ For measuring speed and memory where no real checkpoint can be had. config.json 
 Scales: a matrix with n inputs has standard deviation 1 / sqrt(n), those that write into the
 residual stream 1 / sqrt(2 L n) for L layers, so hidden states stay near 1 in fp16 whatever the
 depth; router logits get a standard deviation of about 1, so that tokens go to all experts.
-The levels of NF4 are drawn so that their mean is 0. Equally likely levels have a mean of 0.023:
-in a matrix of 4096 columns that is a rank-one part larger than all the noise, every token is
-pulled into its direction, and from layer 14 on two experts get them all.
+How the numbers of a weight are drawn is in synth_formats.py.
 
 Every tensor is planned first, shape and place in the pool, and then written from where its bytes
 lie: 24 GB pass through no memory but the page cache.
@@ -21,19 +19,21 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from layersweep.checkpoint import nf4
 from layersweep.checkpoint.layout import demo_folder
+from layersweep.checkpoint.synth_formats import (
+    Pool,
+    fp8_tensors,
+    mxfp4_tensors,
+    nf4_tensors,
+    normal,
+)
 from layersweep.checkpoint.synth_shapes import PublishedShape
 from layersweep.checkpoint.writer import (
-    Pieces,
     PlannedTensor,
-    bytes_of,
     cut_shards,
     make_folder,
     write_shards,
@@ -41,74 +41,14 @@ from layersweep.checkpoint.writer import (
 from layersweep.errors import InputError
 from layersweep.families.weights import BlockShape, blocks
 
-POOL_BYTES = 64 * 2**20
-NORMAL_PIECE = 2**20  # values drawn at once
 SHARD_BYTES = 4_900_000_000
 SMALL = 0.02  # standard deviation of biases, sinks and corrections
-NESTED_SPREAD = 0.1  # scales of a weight vary by up to this share
+BYTES_OF = {"nf4": 0.516, "mxfp4": 0.53125, "fp8": 1.00025}  # of an element, with its scales
 
 BESIDE = (
     *("tokenizer.json", "tokenizer_config.json"),
     *("model.safetensors.index.json", "config.json"),
 )
-
-
-def _level_counts() -> list[int]:
-    """How many of 256 random bytes become each level: p ~ exp(-tilt x level), whose mean is 0."""
-    levels = np.array(nf4.NF4_CODE)
-    low, high = 0.0, 10.0
-    for _ in range(60):
-        tilt = (low + high) / 2
-        share = np.exp(-tilt * levels)
-        low, high = (tilt, high) if (share * levels).sum() > 0 else (low, tilt)
-    ends = np.round(256 * np.cumsum(share) / share.sum()).astype(int)
-    return [int(count) for count in np.diff(ends, prepend=0)]
-
-
-LEVEL_COUNTS = _level_counts()
-LEVELS_STD = math.sqrt(
-    sum(n * x * x for n, x in zip(LEVEL_COUNTS, nf4.NF4_CODE, strict=True)) / 256
-)
-
-
-@dataclass(frozen=True)
-class Pool:
-    """Random bytes, cut at random places: drawing 24 GB afresh would take longer than writing."""
-
-    data: memoryview
-    generator: torch.Generator
-
-    @classmethod
-    def draw(cls, seed: int) -> Pool:
-        generator = torch.Generator().manual_seed(seed)
-        words = torch.randint(
-            torch.iinfo(torch.int64).min, torch.iinfo(torch.int64).max, (POOL_BYTES // 4,),
-            generator=generator,
-        )  # fmt: skip
-        level = np.repeat(np.arange(16, dtype=np.uint8), LEVEL_COUNTS)
-        pairs = (level[:, None] << 4 | level).reshape(-1)  # two random bytes -> two nibbles
-        packed = pairs[words.numpy().view(np.uint16)]
-        return cls(packed.data, generator)
-
-    def seed(self) -> int:
-        """For a generator of its own, of what is drawn while it is written."""
-        return int(torch.randint(2**62, (1,), generator=self.generator))
-
-    def take(self, count: int) -> Pieces:
-        """`count` bytes: the pool from a random place on, around as often as it takes.
-
-        The place is drawn now, so that it does not depend on who writes when; nothing is copied.
-        """
-        first = int(torch.randint(POOL_BYTES, (1,), generator=self.generator))
-
-        def pieces() -> Iterator[memoryview]:
-            start, left = first, count
-            while left:
-                piece = self.data[start : start + left]
-                yield piece
-                start, left = 0, left - len(piece)
-
-        return pieces
 
 
 def write_synthetic(
@@ -124,7 +64,7 @@ def write_synthetic(
     """
     hint = "name a folder on a larger disk, or fewer --layers"
     make_folder(folder, synthetic_bytes(shape), hint)
-    shards = cut_shards(_tensors(shape, Pool.draw(seed)), shard_bytes)
+    shards = cut_shards(_tensors(shape, Pool.draw(seed, shape.weights)), shard_bytes)
     files = {f"model-{number:05d}.safetensors": shard for number, shard in enumerate(shards, 1)}
     total = sum(tensor.like.nbytes for shard in shards for tensor in shard)
     parts = shape.decoder.num_hidden_layers + 1
@@ -158,7 +98,7 @@ def _write_beside(
 
 
 def synthetic_bytes(shape: PublishedShape) -> int:
-    """About the bytes that will be written: half a byte per packed element and 3 % of scales."""
+    """About the bytes that will be written."""
     packed = float_elements = 0
     for block in blocks(shape.decoder):
         for key, size in block.weights.items():
@@ -166,13 +106,17 @@ def synthetic_bytes(shape: PublishedShape) -> int:
                 packed += math.prod(size)
             elif key != "lm_head" or not shape.decoder.tie_word_embeddings:
                 float_elements += math.prod(size)
-    return int(0.516 * packed) + 2 * float_elements
+    return int(BYTES_OF[shape.weights] * packed) + 2 * float_elements
 
 
 def _tensors(shape: PublishedShape, pool: Pool) -> Iterator[PlannedTensor]:
     """Every tensor in the order of layers, then embedding, norm and head."""
     found = list(blocks(shape.decoder))
     for block in [*found[1:-1], found[0], found[-1]]:
+        if shape.weights == "mxfp4" and block.role == "expert":
+            if block.expert == 0:
+                yield from _experts(shape, block, pool)
+            continue
         for key, size in block.weights.items():
             if key == "lm_head" and shape.decoder.tie_word_embeddings:
                 continue
@@ -183,48 +127,35 @@ def _weight(
     shape: PublishedShape, block: BlockShape, key: str, size: tuple[int, ...], pool: Pool
 ) -> Iterator[PlannedTensor]:
     """A matrix as its file has it; norms that scale by 1; biases and the like small."""
-    name, decoder = shape.stored_name(block, key), shape.decoder
-    into_residual = key in ("o_proj", "down_proj")
-    gain = 1.0 / math.sqrt(2 * decoder.num_hidden_layers) if into_residual else 1.0
+    name, gain = shape.stored_name(block, key), _gain(shape, key)
     if shape.packs(block, key):
         rows, columns = size
-        yield from _packed(name, rows, columns, gain, pool)
+        tensors = fp8_tensors if shape.weights == "fp8" else nf4_tensors
+        yield from tensors(name, rows, columns, gain, pool)
         return
-    like = torch.empty(size, dtype=torch.float16, device="meta")
+    like = torch.empty(size, dtype=shape.dtype, device="meta")
     if key.endswith("norm"):
         weight = torch.full(size, shape.norm_weight(block, key), dtype=like.dtype)
         yield PlannedTensor.of(name, weight)
         return
     std = SMALL if len(size) == 1 else 1.0 if key == "embed" else gain / math.sqrt(size[-1])
-    yield PlannedTensor(name, like, _normal(like.numel(), std, pool.seed()))
+    yield PlannedTensor(name, like, normal(like, std, pool.seed()))
 
 
-def _normal(count: int, std: float, seed: int) -> Pieces:
-    """Normal values in float16, drawn a piece at a time by a generator of this tensor's own."""
-
-    def pieces() -> Iterator[memoryview]:
-        generator = torch.Generator().manual_seed(seed)
-        for start in range(0, count, NORMAL_PIECE):
-            size = min(NORMAL_PIECE, count - start)
-            yield bytes_of(torch.randn(size, generator=generator).mul_(std).to(torch.float16))
-
-    return pieces
-
-
-def _packed(name: str, rows: int, columns: int, gain: float, pool: Pool) -> Iterator[PlannedTensor]:
-    """The published tensors of a random matrix with standard deviation gain / sqrt(columns)."""
-    elements = rows * columns
-    blocks = -(-elements // 64)
-    scale = gain / math.sqrt(columns) / LEVELS_STD
-    groups = -(-blocks // nf4.NESTED_BLOCKSIZE)
-    nested = nf4.NestedScales(
-        torch.full((groups,), NESTED_SPREAD * scale), nf4.dynamic_map(), nf4.NESTED_BLOCKSIZE, scale
-    )
-    sizes = ((elements + 1) // 2, blocks)
-    packed, absmax = (torch.empty(size, dtype=torch.uint8, device="meta") for size in sizes)
-    quantized = nf4.QuantizedTensor(packed, absmax, 64, nested)
-    for part, tensor in nf4.to_tensors(name, quantized, torch.float16, (rows, columns)).items():
-        if tensor.is_meta:
-            yield PlannedTensor(part, tensor, pool.take(tensor.nbytes))
+def _experts(shape: PublishedShape, block: BlockShape, pool: Pool) -> Iterator[PlannedTensor]:
+    """All experts of a layer, in a tensor for each of their weights; `block`: any of them."""
+    assert block.layer is not None
+    experts = shape.decoder.layers[block.layer].feed.experts
+    for key, size in block.weights.items():
+        name = shape.fused_name(block, key)
+        if shape.packs(block, key):
+            rows, columns = size
+            yield from mxfp4_tensors(name, (experts, rows, columns), _gain(shape, key), pool)
         else:
-            yield PlannedTensor.of(part, tensor)
+            like = torch.empty(experts, *size, dtype=shape.dtype, device="meta")
+            yield PlannedTensor(name, like, normal(like, SMALL, pool.seed()))
+
+
+def _gain(shape: PublishedShape, key: str) -> float:
+    into_residual = key in ("o_proj", "down_proj")
+    return 1.0 / math.sqrt(2 * shape.decoder.num_hidden_layers) if into_residual else 1.0

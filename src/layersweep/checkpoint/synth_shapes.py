@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from layersweep.families.names import Names
+from layersweep.errors import InputError
+from layersweep.families.names import LAYERS, Names
 from layersweep.families.registry import describe
 from layersweep.families.spec import Decoder
 from layersweep.families.weights import BlockShape
 
+if TYPE_CHECKING:
+    import torch
+
+Weights = Literal["nf4", "mxfp4", "fp8"]
 QUANTIZATION = {
     "quant_method": "bitsandbytes",
     "load_in_4bit": True,
@@ -21,13 +26,27 @@ QUANTIZATION = {
 }
 
 
+SETTINGS: Mapping[Weights, Mapping[str, object]] = {
+    "nf4": QUANTIZATION,
+    "fp8": {
+        "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic",
+        "weight_block_size": [128, 128],
+    },
+    "mxfp4": {
+        "quant_method": "mxfp4",
+        "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router"],
+    },
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class PublishedShape:
     """`fields`: of config.json, as published. `packed_router`: NF4, as linear layers are, where
-    the family's router was one when the model was quantized."""
+    the family's router was one when the model was quantized. `weights`: how they are stored."""
 
     fields: Mapping[str, Any]
     packed_router: bool = False
+    weights: Weights = "nf4"
 
     def with_layers(self, layers: int) -> PublishedShape:
         """The same with fewer layers."""
@@ -40,10 +59,29 @@ class PublishedShape:
         """The same with other values for some fields of config.json."""
         return replace(self, fields={**self.fields, **changed})
 
+    def with_weights(self, weights: Weights) -> PublishedShape:
+        """The same, stored so. Raises InputError where no model of the family is."""
+        family = str(self.fields["model_type"])
+        if (weights == "mxfp4") and family != "gpt_oss":
+            raise InputError(f"--weights: found mxfp4 for {family}, needed nf4 or fp8",
+                             hint="gpt-oss is published in MXFP4: --shape gpt-oss-20b")  # fmt: skip
+        if weights == "fp8" and family == "gpt_oss":
+            raise InputError("--weights: found fp8 for gpt_oss, needed nf4 or mxfp4",
+                             hint="--weights mxfp4, as it is published")  # fmt: skip
+        return replace(self, weights=weights)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what is not quantized."""
+        import torch
+
+        return torch.float16 if self.weights == "nf4" else torch.bfloat16
+
     def config_json(self) -> dict[str, Any]:
         return {
-            **self.fields, "layersweep_synthetic": True, "torch_dtype": "float16",
-            "quantization_config": QUANTIZATION,
+            **self.fields, "layersweep_synthetic": True,
+            "torch_dtype": str(self.dtype).removeprefix("torch."),
+            "quantization_config": SETTINGS[self.weights],
         }  # fmt: skip
 
     @cached_property
@@ -60,10 +98,19 @@ class PublishedShape:
         """The name that a published file has for a weight."""
         return self._described[1].bases(block, key)[0]
 
+    def fused_name(self, block: BlockShape, key: str) -> str:
+        """The name of the tensor that holds this weight of all experts of a layer."""
+        wholes = (one for one in self._described[1].wholes if one.keys == (key,))
+        whole = next(one for one in wholes if not one.transposed)
+        return f"{LAYERS}{block.layer}.{whole.spellings[0]}"
+
     def packs(self, block: BlockShape, key: str) -> bool:
-        """Whether a weight is stored in 4 bits: what was a linear layer, but the head."""
+        """Whether a weight is quantized: what was a linear layer, but the head; in MXFP4, experts
+        alone."""
         if key == "router":
-            return self.packed_router
+            return self.packed_router and self.weights == "nf4"
+        if self.weights == "mxfp4" and block.role != "expert":
+            return False
         return key.endswith("_proj")
 
     def norm_weight(self, block: BlockShape, key: str) -> float:
@@ -175,6 +222,26 @@ DEEPSEEK_V2_LITE = PublishedShape(
         "bos_token_id": 100_000, "eos_token_id": 100_001,
     },
 )  # fmt: skip
+DEEPSEEK_V3 = PublishedShape(
+    {
+        "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3",
+        "vocab_size": 129_280, "hidden_size": 7168, "intermediate_size": 18_432,
+        "moe_intermediate_size": 2048, "num_hidden_layers": 61, "num_attention_heads": 128,
+        "num_key_value_heads": 128, "q_lora_rank": 1536, "kv_lora_rank": 512,
+        "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+        "n_routed_experts": 256, "n_shared_experts": 1, "num_experts_per_tok": 8, "n_group": 8,
+        "topk_group": 4, "topk_method": "noaux_tc", "scoring_func": "sigmoid",
+        "norm_topk_prob": True, "routed_scaling_factor": 2.5, "first_k_dense_replace": 3,
+        "moe_layer_freq": 1, "num_nextn_predict_layers": 0, "hidden_act": "silu",
+        "rms_norm_eps": 1e-6, "rope_theta": 10_000,
+        "rope_scaling": {
+            "type": "yarn", "factor": 40, "beta_fast": 32, "beta_slow": 1, "mscale": 1.0,
+            "mscale_all_dim": 1.0, "original_max_position_embeddings": 4096,
+        },
+        "attention_bias": False, "max_position_embeddings": 163_840, "tie_word_embeddings": False,
+        "bos_token_id": 0, "eos_token_id": 1,
+    },
+)  # fmt: skip
 SHAPES = {
     "mixtral-8x7b": MIXTRAL_8X7B,
     "mixtral-8x22b": MIXTRAL_8X22B,
@@ -184,4 +251,5 @@ SHAPES = {
     "gpt-oss-120b": GPT_OSS_120B,
     "glm-4.5-air": GLM_4_5_AIR,
     "deepseek-v2-lite": DEEPSEEK_V2_LITE,
+    "deepseek-v3": DEEPSEEK_V3,
 }

@@ -9,10 +9,10 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from layersweep.checkpoint.companions import SUFFIXES
 from layersweep.checkpoint.files import LocalFolder, read_small
 from layersweep.checkpoint.header import StoredTensor
 from layersweep.checkpoint.shards import open_shards
+from layersweep.checkpoint.storage.bitsandbytes import SUFFIXES
 from layersweep.checkpoint.strict_json import UnusableJson, parse_json
 from layersweep.errors import CheckpointError
 from layersweep.problems import (

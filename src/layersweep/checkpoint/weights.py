@@ -1,86 +1,49 @@
-"""What an opened checkpoint is: named weights, each a stored tensor and perhaps its scales."""
+"""What an opened checkpoint is: named weights, each with the tensors that it lies in."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-from layersweep.checkpoint.header import FLOAT_NAMES, StoredTensor
+from layersweep.checkpoint.header import StoredTensor
+from layersweep.checkpoint.storage.storage import Storage
 from layersweep.families.spec import Decoder
 
 SHORT_NAMES = {"bfloat16": "bf16"}
 
 
 @dataclass(frozen=True)
-class Nested:
-    """Scales of the scales: absmax F32 [ceil((skip + blocks) / blocksize)], quant_map F32 [256].
-
-    `skip`: scales in the first nested block that belong to the weight before this one, where both
-    are slices of fused experts.
-    """
-
-    absmax: StoredTensor
-    quant_map: StoredTensor
-    blocksize: int
-    offset: float
-    skip: int = 0
-
-
-@dataclass(frozen=True)
-class Quant:
-    """4-bit storage. absmax: F32 [blocks], or U8 [blocks] where `nested`.
-
-    `stored_dtype` is the dtype under which the packed bytes lie in the file (usually "U8").
-    `other_nbytes` counts companions that are checked at opening and never read again.
-    """
-
-    kind: Literal["nf4", "fp4"]
-    blocksize: int
-    absmax: StoredTensor
-    nested: Nested | None
-    stored_dtype: str
-    other_nbytes: int
-
-
-@dataclass(frozen=True)
 class Weight:
-    """One weight under its canonical name; `shape` is the dense one, `data` as stored.
-    `transposed`: the file has columns of the matrix where it has rows (floats only)."""
+    """One weight under its canonical name; `shape` is the dense one."""
 
     name: str
     shape: tuple[int, ...]
-    data: StoredTensor
-    quant: Quant | None
-    transposed: bool = False
+    storage: Storage
 
     @property
     def kind(self) -> str:
-        """ "nf4", "fp4", "bfloat16", "float16" or "float32"."""
-        return self.quant.kind if self.quant else FLOAT_NAMES[self.data.dtype]
+        """ "nf4", "bfloat16", ..."""
+        return self.storage.kind
+
+    @property
+    def data(self) -> StoredTensor:
+        return self.storage.stored[0]
 
     @property
     def stored(self) -> tuple[StoredTensor, ...]:
         """What is read whenever the weight is: its data, then its scales."""
-        quant = self.quant
-        if quant is None:
-            return (self.data,)
-        if quant.nested is None:
-            return (self.data, quant.absmax)
-        return (self.data, quant.absmax, quant.nested.absmax, quant.nested.quant_map)
+        return self.storage.stored
 
     @property
     def nbytes(self) -> int:
         """All bytes in the file, companions included. Slices of fused experts each count the
         scales of scales that they share."""
-        checked_once = self.quant.other_nbytes if self.quant else 0
-        return sum(tensor.nbytes for tensor in self.stored) + checked_once
+        return sum(tensor.nbytes for tensor in self.stored) + self.storage.other_nbytes
 
     def describe(self) -> str:
         """ "nf4 1x16384" (packed bytes) or "float16 8x4096"."""
-        shape = (1, self.data.nbytes) if self.quant else self.shape
+        shape = (1, self.data.nbytes) if self.storage.block > 1 else self.shape
         return f"{self.kind} {'x'.join(map(str, shape))}"
 
 
@@ -119,17 +82,22 @@ class Checkpoint:
         return f"{self.weights_kind}{router}"
 
     @property
+    def kinds(self) -> dict[str, tuple[int, int]]:
+        """{"q4_k": (weights, bytes), ...} of all weights but a tied head, the most bytes first."""
+        found: dict[str, tuple[int, int]] = {}
+        distinct = {weight.storage: weight for weight in self.weights.values()}
+        for weight in distinct.values():
+            count, nbytes = found.get(weight.kind, (0, 0))
+            found[weight.kind] = count + 1, nbytes + weight.nbytes
+        return dict(sorted(found.items(), key=lambda item: -item[1][1]))
+
+    @property
     def weights_kind(self) -> str:
         """How projections are stored: "nf4", "bf16", "float16", "float32", "mixed"."""
         matrices = {name: one for name, one in self.weights.items() if len(one.shape) == 2}
         named = [one.kind for name, one in matrices.items() if name.endswith("_proj")]
         kind = _one(named or [one.kind for one in matrices.values()])
         return SHORT_NAMES.get(kind, kind)
-
-
-def packed_bytes(shape: tuple[int, ...]) -> int:
-    """Bytes of a 4-bit weight: two elements each, the last one padded."""
-    return (math.prod(shape) + 1) // 2
 
 
 def _one(kinds: Iterable[str]) -> str:

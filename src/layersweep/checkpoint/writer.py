@@ -20,7 +20,10 @@ from layersweep.units import format_bytes
 
 REPORT_EVERY_S = 0.2
 WRITE_BUFFER = 2**20  # small tensors are gathered; larger pieces go past it uncopied
-DTYPE_NAMES = {torch.uint8: "U8", torch.float16: "F16", torch.float32: "F32"}
+DTYPE_NAMES = {
+    torch.uint8: "U8", torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32",
+    torch.float8_e4m3fn: "F8_E4M3",
+}  # fmt: skip
 
 Pieces = Callable[[], Iterator[memoryview]]
 

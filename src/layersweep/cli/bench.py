@@ -7,20 +7,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
+from layersweep.cli.bench_generation import batch, decode
+from layersweep.cli.bench_line import load_for_bench, print_line, say
 from layersweep.errors import InputError
-from layersweep.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from layersweep.bench.peers import PeerResult
-    from layersweep.sweep.model import Model
 
 CODEC_ARMS = (
     ",".join(
@@ -40,6 +38,9 @@ bench = typer.Typer(
     name="bench", help="Speeds against the ceilings of this machine, and what codecs lose.",
     no_args_is_help=True, rich_markup_mode=None,
 )  # fmt: skip
+
+bench.command("decode")(decode)
+bench.command("batch")(batch)
 
 Checkpoint = Annotated[str, typer.Argument(metavar="MODEL", help="Folder; see `synth`.")]
 Vram = Annotated[str, typer.Option(help="Device budget, enforced in torch's allocator.")]
@@ -84,13 +85,13 @@ def study(
                 hint="--device cuda:0: all devices share one disk",
             )
         rows = bench_devices(
-            Place(model, vram, ram, assume_capability), device.split(","), settings, _say
+            Place(model, vram, ram, assume_capability), device.split(","), settings, say
         )
-        first = _load(model, vram, ram, device.split(",")[0], assume_capability)
-        _print("study", first, rows)
+        first = load_for_bench(model, vram, ram, device.split(",")[0], assume_capability)
+        print_line("study", first, rows)
         return
-    loaded = _load(model, vram, ram, device, assume_capability)
-    _print("study", loaded, bench_study(loaded, settings, cold=evict, say=_say))
+    loaded = load_for_bench(model, vram, ram, device, assume_capability)
+    print_line("study", loaded, bench_study(loaded, settings, cold=evict, say=say))
 
 
 @bench.command("sweep")
@@ -104,8 +105,8 @@ def sweep(
     """One sweep of 64 tokens, bound by the bus, and one of 204,800, bound by arithmetic."""
     from layersweep.bench.sweep import bench_sweep
 
-    loaded = _load(model, vram, ram, device, assume_capability)
-    _print("sweep", loaded, bench_sweep(loaded, say=_say))
+    loaded = load_for_bench(model, vram, ram, device, assume_capability)
+    print_line("sweep", loaded, bench_sweep(loaded, say=say))
 
 
 @bench.command("peers")
@@ -121,7 +122,7 @@ def peers(
     from layersweep.sweep.choices import resolve_device
     from layersweep.units import parse_size
 
-    loaded = _load(model, vram, "auto", device, None)
+    loaded = load_for_bench(model, vram, "auto", device, None)
     place, cap = resolve_device(device), parse_size(vram, option="--vram")
     checkpoint = loaded.checkpoint
 
@@ -129,22 +130,25 @@ def peers(
         return measure_sync_nf4(model, place, layers, tokens, cap)
 
     def cpu_offload() -> PeerResult:
-        config = json.loads((checkpoint.folder / "config.json").read_text("utf-8"))
+        path = checkpoint.folder / "config.json"
+        if not path.is_file():
+            raise InputError(f"{checkpoint.folder}: found a GGUF file, needed a config.json")
+        config = json.loads(path.read_text("utf-8"))
         return measure_cpu_offload(config, checkpoint.decoder, place, layers, tokens, cap)
 
     peers = {"per-layer synchronous NF4": sync_nf4, "transformers with CPU offload": cpu_offload}
-    _print("peers", loaded, [measured_peer(name, measure) for name, measure in peers.items()])
+    print_line("peers", loaded, [measured_peer(name, measure) for name, measure in peers.items()])
 
 
 def measured_peer(name: str, measure: Callable[[], PeerResult]) -> dict[str, Any]:
     """A peer's row, or why it is left out."""
     from dataclasses import asdict
 
-    _say(name)
+    say(name)
     try:
         result = measure()
     except InputError as why:
-        _say(f"left out: {why}")
+        say(f"left out: {why}")
         return {"job": name, "name": name, "left_out": str(why)}
     return {"job": result.name, **asdict(result)}
 
@@ -184,7 +188,7 @@ def codec(
     from layersweep.sweep.choices import resolve_device
 
     place = resolve_device(device)
-    rows = bench_codecs(parse_arms(kv or CODEC_ARMS), Bench(dim, vectors, seed, place), _say)
+    rows = bench_codecs(parse_arms(kv or CODEC_ARMS), Bench(dim, vectors, seed, place), say)
     table = Table(box=None, pad_edge=False)
     for name in ("arm", "bits", "MSE", "before gain", "key KL", "encoded/s", "decoded/s"):
         table.add_column(name, justify="left" if name == "arm" else "right")
@@ -200,77 +204,3 @@ def codec(
     line = {"bench": "codec", "dim": dim, "vectors": vectors, "seed": seed, "rows": rows,
             "device": device_facts(place), "versions": dict(versions())}  # fmt: skip
     typer.echo(json.dumps(line, allow_nan=False))
-
-
-def _load(model: str, vram: str, ram: str, device: str, capability: str | None) -> Model:
-    """The model with its budget enforced by torch's own allocator."""
-    import torch
-
-    from layersweep.sweep.model import load
-
-    loaded = load(model, vram=vram, ram=ram, device=device, assume_capability=capability)
-    if loaded.cpu:
-        raise InputError(
-            f"--device {device}: found the CPU, needed a GPU to measure its bus and its products",
-            hint="on the CPU, time `layersweep eval demo`",
-        )
-    place = loaded.compute.device
-    total = torch.cuda.get_device_properties(place).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, loaded.vram.bytes / total), place)
-    for fallback in loaded.compute.fallbacks:
-        _say(f"fallback: {fallback.what}: wanted {fallback.wanted}, used {fallback.used}: "
-             f"{fallback.why}")  # fmt: skip
-    return loaded
-
-
-def _say(line: str) -> None:
-    Console(stderr=True).print(line, highlight=False, markup=False, soft_wrap=True)
-
-
-def _print(name: str, model: Model, rows: list[dict[str, Any]]) -> None:
-    """A table for people on stderr, one JSON line on stdout."""
-    from dataclasses import asdict
-
-    from layersweep.environment import device_facts, versions
-
-    table = Table(box=None, pad_edge=False, show_header=False)
-    for row in rows:
-        table.add_row(Text(str(row["job"]), "bold"), Text(_headline(row)))
-    Console(stderr=True).print(table)
-    line = {
-        "bench": name,
-        "rows": rows,
-        "device": device_facts(str(model.compute.device)),
-        "capability": model.compute.capability,
-        "paths": asdict(model.paths),
-        "model": {"source": Path(model.checkpoint.source).name, "bytes": model.checkpoint.nbytes,
-                  "layers": model.checkpoint.decoder.num_hidden_layers},
-        "vram_budget": model.vram.bytes,
-        "ram_budget": model.ram.bytes,
-        "versions": dict(versions()),
-    }  # fmt: skip
-    typer.echo(json.dumps(line, allow_nan=False))
-
-
-def _headline(row: dict[str, Any]) -> str:
-    """A row's main figures."""
-    if "left_out" in row:
-        return f"left out: {row['left_out']}"
-    if "seconds_per_pass" in row:
-        return (
-            f"{format_seconds(row['seconds_per_pass'])} per forward pass of {row['layers']} layers"
-        )
-    words = [format_seconds(row["wall_s"])]
-    if "speedup" in row:
-        words.append(f"{row['speedup']:.2f} x as fast as one")
-        words.append("same numbers" if row["same_numbers"] else "DIFFERENT NUMBERS")
-    if "ratio" in row:
-        words.append(f"{row['ratio']:.3f} x its floor of {format_seconds(row['floor_s'])}")
-        words.append(f"stalled {row['compute_stall_fraction']:.2%}")
-        peak, planned = row["peak_device_bytes"], row["planned_device_bytes"]
-        words.append(f"peak {format_bytes(peak)}, planned {format_bytes(planned)}")
-    if "share_of_pinned_rate" in row:
-        words.append(f"{row['share_of_pinned_rate']:.1%} of {row['pinned_gbps']:.1f} GB/s pinned")
-    if "share_of_gemm_rate" in row:
-        words.append(f"{row['share_of_gemm_rate']:.1%} of {row['gemm_ceiling_tflops']:.0f} TFLOP/s")
-    return ", ".join(words)

@@ -127,10 +127,7 @@ def versions_line() -> str:
 
 
 def _describe(weight: Weight) -> str:
-    companions = 0
-    if weight.quant is not None:
-        companions = 2 if weight.quant.nested is None else 4
-    stored = weight.data
+    stored, companions = weight.data, weight.storage.companions
     shape = "x".join(str(size) for size in weight.shape)
     extra = f" + {companions} companions" if companions else ""
     return f"{stored.name} {weight.describe()} ({shape}){extra}"

@@ -65,6 +65,12 @@ def _show(console: Console, checkpoint: Checkpoint) -> None:
         f"weights {checkpoint.storage}, {format_bytes(checkpoint.nbytes)} in {files}",
         soft_wrap=True,
     )
+    if "mixed" in checkpoint.storage:
+        each = (
+            f"{count} x {kind} {format_bytes(nbytes)}"
+            for kind, (count, nbytes) in checkpoint.kinds.items()
+        )
+        console.print(f"mixed: {', '.join(each)}", soft_wrap=True)
     console.print(f"fingerprint {checkpoint.fingerprint}", soft_wrap=True)
     for words in layer_lines(decoder):
         console.print(words, soft_wrap=True)
@@ -158,12 +164,7 @@ def _storage(weight: Weight) -> tuple[object, ...]:
 
 
 def _scales(weight: Weight) -> str:
-    quant = weight.quant
-    if quant is None:
-        return ""
-    kind = "nested" if quant.nested else "plain"
-    stored = "" if quant.stored_dtype == "U8" else f", packed in {quant.stored_dtype}"
-    return f"{kind}, blocks of {quant.blocksize}{stored}"
+    return weight.storage.words
 
 
 def _ranges(numbers: list[int]) -> str:

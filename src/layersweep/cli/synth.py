@@ -15,7 +15,7 @@ from layersweep.units import format_bytes, format_seconds
 
 SHAPE_HELP = (  # their table is not imported for --help
     "mixtral-8x7b, mixtral-8x22b, llama-3.1-8b, qwen3-30b-a3b, gpt-oss-20b, gpt-oss-120b, "
-    "glm-4.5-air or deepseek-v2-lite."
+    "glm-4.5-air, deepseek-v2-lite or deepseek-v3."
 )
 
 
@@ -23,11 +23,12 @@ def synth(
     folder: Annotated[Path, typer.Argument(metavar="DST", help="Folder to write; must be new.")],
     shape: Annotated[str, typer.Option(help=SHAPE_HELP)] = "mixtral-8x7b",
     layers: Annotated[int | None, typer.Option(help="Layers instead of the shape's.")] = None,
+    weights: Annotated[str, typer.Option(help="nf4, mxfp4 (gpt-oss) or fp8 (others).")] = "nf4",
     seed: Annotated[int, typer.Option(help="Seed of the weights.")] = 0,
 ) -> None:
-    """Write a checkpoint with random NF4 weights under published names, marked as synthetic."""
+    """Write a checkpoint with random weights under published names, marked as synthetic."""
     from layersweep.checkpoint.synth import write_synthetic
-    from layersweep.checkpoint.synth_shapes import SHAPES
+    from layersweep.checkpoint.synth_shapes import SETTINGS, SHAPES
     from layersweep.progress import SweepProgress
 
     if shape not in SHAPES:
@@ -36,7 +37,10 @@ def synth(
             f"--shape: found '{shape}', needed one of {', '.join(SHAPES)}",
             hint=f"did you mean {close[0]}?" if close else "--shape mixtral-8x7b",
         )
-    published = SHAPES[shape]
+    kind = next((one for one in SETTINGS if one == weights), None)
+    if kind is None:
+        raise InputError(f"--weights: found '{weights}', needed one of {', '.join(SETTINGS)}")
+    published = SHAPES[shape].with_weights(kind)
     if layers is not None:
         there = published.decoder.num_hidden_layers
         if not 1 <= layers <= there:

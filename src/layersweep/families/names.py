@@ -90,7 +90,7 @@ class Names:
             bases = _bases(whole, index)
             members = [block for block in found if block.role == whole.role]
             keys_there = members and all(key in members[0].weights for key in whole.keys)
-            if keys_there and any(base in there for base in bases):
+            if keys_there and (whole.role, whole.keys[0]) not in taken and there.keys() & bases:
                 fused.append(_fused(whole, members, bases))
                 taken |= {(whole.role, key) for key in whole.keys}
         single = [

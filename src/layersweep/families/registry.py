@@ -59,6 +59,7 @@ def describe(fields: Mapping[str, object], file: str, *, generic: bool = False) 
     decoder = family.read(f)
     _check_aliases(f)
     _check_foreign(f)
+    f.ignore("quantization_config")  # of how weights are stored, which checkpoint/ reads
     if f.problems:
         return Description(None, None, f.problems)
     decoder = replace(decoder, architecture=family.architecture, model_type=family.model_type)
@@ -68,7 +69,7 @@ def describe(fields: Mapping[str, object], file: str, *, generic: bool = False) 
 
 def _by_modules(fields: Mapping[str, object], f: Fields) -> Description:
     """As transformers computes it, if that knows it and it can run layer by layer."""
-    kind, before = fields.get("model_type"), len(f.problems)
+    kind = fields.get("model_type")
     if f.problems and kind in FAMILIES:  # whose architecture is another one
         return Description(None, None, f.problems)
     if f.fields.get("auto_map") is not None or not isinstance(kind, str):
@@ -81,9 +82,6 @@ def _by_modules(fields: Mapping[str, object], f: Fields) -> Description:
     from layersweep.families.generic.describe import describe_modules
     from layersweep.families.generic.interfaces import Unsupported
 
-    _check_quantization(f)
-    if f.problems[before:]:
-        return Description(None, None, f.problems[before:])
     try:
         decoder, names = describe_modules(fields)
     except Unsupported as why:
@@ -145,11 +143,3 @@ def _check_foreign(f: Fields) -> None:
     types = [] if "layer_types" in f.read else f.get("layer_types") or []
     if not isinstance(types, list) or any(kind != "full_attention" for kind in types):
         f.problem("layer_types", types, 'nothing, or "full_attention" for all')
-    _check_quantization(f)
-
-
-def _check_quantization(f: Fields) -> None:
-    quantization = f.get("quantization_config") or {}  # the tensors say how they are stored
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-    if method not in (None, "bitsandbytes"):
-        f.problem("quantization_config.quant_method", method, '"bitsandbytes"')

@@ -1,4 +1,5 @@
-"""generation_config.json: the tokens that end a text, and how its model wants to be sampled."""
+"""generation_config.json, or metadata of GGUF: the tokens that end a text, and how its model wants
+to be sampled."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from layersweep.checkpoint.gguf.opening import read_files
 from layersweep.checkpoint.strict_json import UnusableJson, parse_json
 from layersweep.errors import InputError
 from layersweep.generate.request import Sampling
@@ -24,7 +26,10 @@ class GenerationConfig:
     @classmethod
     def read(cls, folder: Path) -> GenerationConfig:
         """Of a checkpoint's folder; end tokens of config.json where there is no file, as in
-        transformers. Raises InputError that names the file and the field."""
+        transformers. `folder` may be a GGUF file. Raises InputError that names the file and the
+        field."""
+        if folder.is_file():
+            return cls._of_gguf(folder)
         fields = _fields(folder / FILE)
         if not fields:
             config = _fields(folder / "config.json")
@@ -47,6 +52,27 @@ class GenerationConfig:
             repetition_penalty=number("repetition_penalty", own.repetition_penalty),
         )
         return cls(_ids(fields.get("eos_token_id"), file), sampling)
+
+    @classmethod
+    def _of_gguf(cls, path: Path) -> GenerationConfig:
+        """Ends of a text, of a turn and of a message; settings where the file recommends some."""
+        fields, own = read_files(path).fields, Sampling()
+        ends = (fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
+
+        def number(name: str, default: float) -> float:
+            key = f"general.sampling.{name}"
+            value = fields.get(key)
+            return default if value is None else _number(value, key, path)
+
+        sampling = Sampling(
+            do_sample=number("temp", 0.0) > 0,
+            temperature=number("temp", own.temperature),
+            top_k=int(number("top_k", own.top_k)),
+            top_p=number("top_p", own.top_p),
+            min_p=number("min_p", own.min_p),
+            repetition_penalty=number("penalty_repeat", own.repetition_penalty),
+        )
+        return cls(_ids([one for one in ends if one is not None], path), sampling)
 
 
 def _fields(path: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from math import ceil
 
 from layersweep.errors import BudgetError, Fallback, InputError
 from layersweep.kv.arms import EXACT, Arm
@@ -100,7 +101,7 @@ def make_room(
     all_fit = walk.plan(wanted).host == "resident" and here + wanted <= free
     keeps_dense = all_fit and here + dense + wanted <= free
     if all_fit:
-        kept = min(most * row, free - here - (dense if keeps_dense else 0))
+        kept = min(ceil(SPARE * most * row), free - here - (dense if keeps_dense else 0))
         plan = walk.plan(kept + (dense if keeps_dense else 0))
         slots = home = 0
     else:

@@ -15,7 +15,7 @@ import torch
 FOLDER = Path(__file__).parent
 HEADERS = (
     "common.cuh", "rotation.cuh", "trellis_search.cuh", "trellis_windows.cuh", "packed_levels.cuh",
-    "packed_scores.cuh", "packed_sums.cuh",
+    "packed_scores.cuh", "packed_sums.cuh", "weights.cuh",
 )  # fmt: skip
 
 

@@ -1,40 +1,36 @@
-"""Kernels that make weights dense: NF4 and FP4, one weight or several of equal layout."""
+"""Kernels that make weights dense, one or several of equal layout: NF4, FP4 and GGML's types."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from layersweep.kernels.codecs import CodecKernels, same
+from layersweep.kernels.codecs import same
 from layersweep.kernels.runtime import Argument
+from layersweep.kernels.scaled import ALIKE, SCALED_LAYOUTS, Alike, ScaledKernels
 
-ALIKE = 32  # weights that one launch decodes together, as in nf4.cu
+__all__ = ["GGML_KINDS", "WEIGHT_LAYOUTS", "Alike", "Nested", "WeightKernels"]
+
+GGML_KINDS = (
+    *("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k"),
+    *("iq4_nl", "iq4_xs", "mxfp4"),
+)
 WEIGHT_LAYOUTS = {
     "nf4": {
         "nf4_wide": "6Pq2if",
         "nf4_alike": f"6Pq2iq{ALIKE}q{ALIKE}f",
         "nf4_any": "6P3qf",
     },
+    "ggml": {f"ggml_{kind}": f"2P2qiq{ALIKE}q" for kind in GGML_KINDS},
+    **SCALED_LAYOUTS,
 }
 _NF4_WIDE = 256 * 8 * 4
+_GGML_EIGHTS = 256 * 8 * 2
 
 Nested = tuple[Tensor, Tensor, int, float]
 
 
-@dataclass(frozen=True)
-class Alike:
-    """Quantized weights that lie as a first one does, `shifts` bytes after it, with the nested
-    `offsets` of each (0 where there are none); dense they lie `step` elements apart."""
-
-    shifts: Sequence[int]
-    offsets: Sequence[float]
-    step: int
-
-
-class WeightKernels(CodecKernels):
+class WeightKernels(ScaledKernels):
     """The part of `Kernels` that serves stream/. T: the module's compute dtype."""
 
     def nf4_dequantize(
@@ -87,6 +83,31 @@ class WeightKernels(CodecKernels):
             args = (*args, *shifts, *unused, *offsets, *unused)
             self._module("nf4").launch("nf4_alike", grid, 256, args)
         return True
+
+    def ggml_dequantize(
+        self, data: Tensor, kind: str, out: Tensor, head: int = 0, alike: Alike | None = None
+    ) -> None:
+        """Fill `out` (T, [rows, columns] or flat) as checkpoint.storage.ggml_blocks does, bit for
+        bit, and what lies `alike`, if it is given.
+
+        data uint8, whole blocks of `kind` ("q4_k"). `head`: rows of a head whose RoPE pairs lie
+        side by side, 0 for rows in order. Addresses and shifts are multiples of 16.
+        """
+        same(data, torch.uint8)
+        same(out, self.dtype)
+        assert data.data_ptr() % 16 == 0 and out.data_ptr() % 16 == 0 and out.numel() % 32 == 0
+        assert head % 2 == 0 and (not head or out.shape[0] % head == 0)
+        count, columns = out.numel(), out[0].numel() if out.dim() > 1 else out.numel()
+        if count == 0:
+            return
+        step, shifts = (alike.step, alike.shifts) if alike else (0, [0])
+        for first in range(0, len(shifts), ALIKE):
+            some = [*shifts[first : first + ALIKE]]
+            start = out.data_ptr() + first * step * out.itemsize
+            unused = [0] * (ALIKE - len(some))
+            args: list[Argument] = [data, start, count, columns, head, step, *some, *unused]
+            grid = -(-count // _GGML_EIGHTS), len(some), 1
+            self._module("ggml").launch(f"ggml_{kind}", grid, 256, args)
 
     def _nf4(
         self,

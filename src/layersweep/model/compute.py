@@ -158,8 +158,8 @@ def _decodes_like_torch(ops: CudaOps, device: torch.device, dtype: torch.dtype) 
         made.packed.to(device), made.absmax.to(device), made.blocksize, nested
     )
     found, expected = (torch.empty(24, 1000, dtype=dtype, device=device) for _ in range(2))
-    ops.decode(moved, "nf4", found)
-    nf4.decode(moved, "nf4", expected)
+    ops.decode(moved, found)
+    moved.decode(expected)
     return bool(torch.equal(found, expected))
 
 

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from layersweep.checkpoint import nf4
+from layersweep.checkpoint.storage import Packed
 from layersweep.families.spec import Activation, Router
 from layersweep.model import maths, routing
 from layersweep.model.routing import Routing
 
 if TYPE_CHECKING:
     from layersweep.kernels import Kernels
-    from layersweep.kernels.weights import Alike, Nested
+    from layersweep.kernels.weights import Alike
 
 NEVER = torch.iinfo(torch.int32).max  # "no bad layer": smaller numbers win
 
@@ -48,9 +48,9 @@ class TorchOps:
     name = "torch"
     grouped: GroupedProducts | None = None
 
-    def decode(self, quantized: nf4.QuantizedTensor, kind: str, out: Tensor) -> None:
+    def decode(self, packed: Packed, out: Tensor) -> None:
         """Fill `out` with the dense weight."""
-        nf4.decode(quantized, kind, out)
+        packed.decode(out)
 
     def linear(
         self,
@@ -200,29 +200,13 @@ class CudaOps(TorchOps):
         self, kernels: Kernels, device: torch.device, grouped: GroupedProducts | None = None
     ) -> None:
         self.kernels, self.grouped = kernels, grouped
-        self._codes = {
-            kind: torch.tensor(code, dtype=torch.float32, device=device)
-            for kind, code in nf4.CODES.items()
-        }
 
-    def decode(self, quantized: nf4.QuantizedTensor, kind: str, out: Tensor) -> None:
-        self.kernels.nf4_dequantize(*self._packed(quantized, kind), out)
+    def decode(self, packed: Packed, out: Tensor) -> None:
+        packed.launch(self.kernels, out)
 
-    def decode_alike(
-        self, quantized: nf4.QuantizedTensor, kind: str, out: Tensor, alike: Alike
-    ) -> bool:
+    def decode_alike(self, packed: Packed, out: Tensor, alike: Alike) -> bool:
         """Decode several weights in one launch; False where that cannot be, and nothing is done."""
-        return self.kernels.nf4_dequantize_alike(*self._packed(quantized, kind), out, alike)
-
-    def _packed(
-        self, quantized: nf4.QuantizedTensor, kind: str
-    ) -> tuple[Tensor, Tensor, Nested | None, int, Tensor]:
-        nested = quantized.nested
-        scales = None
-        if nested is not None:
-            scales = (nested.absmax, nested.quant_map, nested.blocksize, nested.offset)
-        code = self._codes[kind]
-        return quantized.packed, quantized.absmax, scales, quantized.blocksize, code
+        return packed.launch_alike(self.kernels, out, alike)
 
     def linear(
         self,

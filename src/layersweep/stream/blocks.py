@@ -10,28 +10,28 @@ device and is dequantized there.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from layersweep.checkpoint import nf4
 from layersweep.checkpoint.header import StoredTensor
 from layersweep.checkpoint.layout import Checkpoint, Weight
+from layersweep.checkpoint.storage import Packed, Storage
+from layersweep.checkpoint.storage.floats import Floats, Values
+from layersweep.checkpoint.storage.four_bit import MadeNf4
+from layersweep.collector import collector_paused
 from layersweep.families.spec import Decoder
 from layersweep.families.weights import BlockShape, Role, blocks
 
 ALIGNMENT = 256
-# (quantized, "nf4" or "fp4", out): fills `out` with the dense weight
-Decode = Callable[[nf4.QuantizedTensor, str, Tensor], None]
-STORED_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+Decode = Callable[[Packed, Tensor], None]  # fills the second with the dense weight
 
 
-@dataclass(frozen=True)
-class Slot:
+class Slot(NamedTuple):  # of which a model has 100,000
     """A byte range of an arena. `source` is None where the bytes are made while reading."""
 
     source: StoredTensor | None
@@ -41,44 +41,26 @@ class Slot:
 
 @dataclass(frozen=True)
 class PlacedWeight:
-    """One weight inside a block's arena.
-
-    `absmax` and the nested slots exist for quantized weights. Two things are made while reading:
-    `quantize` marks a float weight that becomes plain NF4 (blocks of 64, float32 absmax), and
-    nested scales that start inside a nested block, which no kernel takes, become plain ones.
-    """
+    """One weight inside a block's arena. `storage`: how it lies there, in `slots`; not always as in
+    the file, since floats may become NF4 while they are read."""
 
     weight: Weight
-    data: Slot
-    absmax: Slot | None = None
-    nested_absmax: Slot | None = None
-    nested_quant_map: Slot | None = None
-    quantize: bool = False
-
-    @property
-    def slots(self) -> list[Slot]:
-        slots = [self.data, self.absmax, self.nested_absmax, self.nested_quant_map]
-        return [slot for slot in slots if slot is not None]
-
-    @property
-    def nested_offset(self) -> float:
-        """Of quantized scales; 0 where they are plain."""
-        quant = self.weight.quant
-        return quant.nested.offset if quant and quant.nested and self.nested_absmax else 0.0
+    storage: Storage
+    slots: tuple[Slot, ...]
 
     @property
     def layout(self) -> tuple[object, ...]:
         """See BlockSpec.layout."""
-        weight, quant = self.weight, self.weight.quant
-        nested = quant.nested if quant else None
         places = tuple((slot.offset, slot.nbytes) for slot in self.slots)
-        codes = (quant.kind, quant.blocksize) if quant else ()
-        sizes = weight.shape, weight.data.dtype, weight.transposed
-        return *sizes, places, codes, nested.blocksize if nested else 0, self.quantize
+        return self.weight.shape, places, self.storage.layout
 
     @property
     def packed(self) -> bool:
-        return self.quantize or self.weight.quant is not None
+        return not self.storage.plain
+
+    def views(self, arena: Tensor) -> list[Tensor]:
+        """Its pieces in the arena (uint8)."""
+        return [arena[slot.offset : slot.offset + slot.nbytes] for slot in self.slots]
 
 
 @dataclass(frozen=True)
@@ -119,6 +101,7 @@ def block_specs(checkpoint: Checkpoint, *, quantize: bool = False) -> list[Block
     return specs_of(checkpoint.decoder, checkpoint.weights, quantize=quantize)
 
 
+@collector_paused()
 def specs_of(
     decoder: Decoder, weights: Mapping[str, Weight], *, quantize: bool = False
 ) -> list[BlockSpec]:
@@ -130,8 +113,10 @@ def _spec(block: BlockShape, weights: Mapping[str, Weight], quantize: bool) -> B
     placed, end = {}, 0
     for key in block.weights:
         weight = weights[block.canonical(key)]
-        to_nf4 = quantize and weight.quant is None and block.packs(key)
-        placed[key], end = _place(weight, end, to_nf4)
+        storage = weight.storage
+        if quantize and block.packs(key) and isinstance(storage, Floats):
+            storage = MadeNf4(storage)
+        placed[key], end = _place(weight, storage, end)
     stored = sum(read_bytes(p.weight) for p in placed.values())
     return BlockSpec(block, placed, end, stored)
 
@@ -156,73 +141,38 @@ def read_bytes(weight: Weight) -> int:
     return sum(tensor.nbytes for tensor in weight.stored)
 
 
-def _place(weight: Weight, end: int, quantize: bool) -> tuple[PlacedWeight, int]:
-    def slot(source: StoredTensor | None, nbytes: int) -> Slot:
-        nonlocal end
-        taken = Slot(source, end, nbytes)
-        end += -(-nbytes // ALIGNMENT) * ALIGNMENT
-        return taken
+def _place(weight: Weight, storage: Storage, end: int) -> tuple[PlacedWeight, int]:
+    slots: list[Slot] = []
+    for piece in storage.pieces:
+        slots.append(Slot(piece.source, end, piece.nbytes))
+        end += -(-piece.nbytes // ALIGNMENT) * ALIGNMENT
+    return PlacedWeight(weight, storage, tuple(slots)), end
 
-    if quantize:
-        elements = torch.Size(weight.shape).numel()
-        data = slot(None, -(-elements // 2))
-        absmax = slot(None, 4 * -(-elements // 64))
-        return PlacedWeight(weight, data, absmax, quantize=True), end
-    data = slot(weight.data, weight.data.nbytes)
-    if weight.quant is None:
-        return PlacedWeight(weight, data), end
-    quant, nested = weight.quant, weight.quant.nested
-    if nested is not None and nested.skip:
-        absmax = slot(None, 4 * math.prod(quant.absmax.shape))
-        return PlacedWeight(weight, data, absmax), end
-    absmax = slot(quant.absmax, quant.absmax.nbytes)
-    if nested is None:
-        return PlacedWeight(weight, data, absmax), end
-    nested_absmax = slot(nested.absmax, nested.absmax.nbytes)
-    quant_map = slot(nested.quant_map, nested.quant_map.nbytes)
-    return PlacedWeight(weight, data, absmax, nested_absmax, quant_map), end
+
+def decode_plainly(packed: Packed, out: Tensor) -> None:
+    """In plain torch."""
+    packed.decode(out)
 
 
 class Block:
     """A block whose bytes have arrived in `arena` (uint8, on the compute device)."""
 
-    def __init__(self, spec: BlockSpec, arena: Tensor, decode: Decode = nf4.decode) -> None:
+    def __init__(self, spec: BlockSpec, arena: Tensor, decode: Decode = decode_plainly) -> None:
         self.spec, self.arena, self._decode = spec, arena, decode
-        self._packed: dict[str, nf4.QuantizedTensor] = {}
+        self._packed: dict[str, Packed] = {}
 
-    def _view(self, slot: Slot, dtype: torch.dtype) -> Tensor:
-        return self.arena[slot.offset : slot.offset + slot.nbytes].view(dtype)
-
-    def packed(self, key: str) -> nf4.QuantizedTensor:
-        """A quantized weight as it lies in the arena (views, made once)."""
+    def packed(self, key: str) -> Packed:
+        """A weight as it lies in the arena (views, made once)."""
         if key not in self._packed:
-            self._packed[key] = self._found(self.spec.weights[key])
+            placed = self.spec.weights[key]
+            self._packed[key] = placed.storage.packed(placed.views(self.arena), placed.weight.shape)
         return self._packed[key]
-
-    def _found(self, placed: PlacedWeight) -> nf4.QuantizedTensor:
-        quant = placed.weight.quant
-        assert placed.absmax is not None
-        data = self._view(placed.data, torch.uint8)
-        blocksize = 64 if quant is None else quant.blocksize
-        if placed.nested_absmax is None:
-            absmax = self._view(placed.absmax, torch.float32)
-            return nf4.QuantizedTensor(data, absmax, blocksize, None)
-        assert quant is not None and quant.nested is not None
-        assert placed.nested_quant_map is not None
-        nested = nf4.NestedScales(
-            self._view(placed.nested_absmax, torch.float32),
-            self._view(placed.nested_quant_map, torch.float32),
-            quant.nested.blocksize,
-            quant.nested.offset,
-        )
-        return nf4.QuantizedTensor(data, self._view(placed.absmax, torch.uint8), blocksize, nested)
 
     def stored(self, key: str) -> Tensor:
         """A float weight as it lies in the file (a view: dtype of the file)."""
-        weight = self.spec.weights[key].weight
-        dtype = STORED_DTYPES[weight.data.dtype]
-        found = self._view(self.spec.weights[key].data, dtype)
-        return found.view(weight.shape[::-1]).t() if weight.transposed else found.view(weight.shape)
+        packed = self.packed(key)
+        assert isinstance(packed, Values) and not self.spec.weights[key].packed
+        return packed.values
 
     def dense(self, key: str, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         """The weight in `dtype`, in memory of its own: `out` (same shape and dtype) if given."""
@@ -232,6 +182,5 @@ class Block:
         if not placed.packed:
             # always a copy: the arena is reused as soon as the block is released
             return out.copy_(self.stored(key))
-        quant = placed.weight.quant
-        self._decode(self.packed(key), "nf4" if quant is None else quant.kind, out)
+        self._decode(self.packed(key), out)
         return out

@@ -186,7 +186,8 @@ class HostStage:
             self._queue.popleft()
             self._changed.notify_all()
         if arrival.reads:
-            self.reader.check(arrival.run, arrival.bytes)
+            if not self.reader.checks_itself(arrival.run):
+                self.reader.check(arrival.run, arrival.bytes)
             self.bytes_read += arrival.run.stored_bytes
             self._keep(arrival.run)
             for file in self._last_uses.get(arrival.run.index, ()):

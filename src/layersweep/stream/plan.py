@@ -124,7 +124,7 @@ def make_plan(
     On the CPU both budgets are host memory and `vram` bounds the working set alone. Raises
     BudgetError with needed, available and what would fit.
     """
-    args = decoder, specs, tiles, machine, at_least, units, further, reference
+    args = decoder, runs_of(specs), tiles, machine, at_least, units, further, reference
     plain = _planned(*args, keeps_normed=False)
     if not (machine.grouped and _groups_normed(decoder, machine)):
         return plain
@@ -144,14 +144,13 @@ def _groups_normed(decoder: Decoder, machine: Machine) -> bool:
 
 
 def _planned(
-    decoder: Decoder, specs: Sequence[BlockSpec], tiles: Sequence[TileShape], machine: Machine,
+    decoder: Decoder, runs: Sequence[Run], tiles: Sequence[TileShape], machine: Machine,
     at_least: int, units: Sequence[Sequence[int]] | None, further: int,
     reference: TileShape | None, *, keeps_normed: bool,
 ) -> Plan:  # fmt: skip
     def held_by(tile: TileShape) -> int:
         return tile_bytes(decoder, tile, machine.element, keeps_normed=keeps_normed)
 
-    runs = runs_of(specs)
     whole = sum(run.nbytes for run in runs)
     host_ring = host_ring_bytes(runs, machine)
     peaks = _peaks(decoder, runs, [*tiles, *([reference] if reference else [])], machine)

@@ -1,6 +1,7 @@
 """Reads runs from a checkpoint's files, each byte range straight into its place.
 
-tasks(run, target) -> small pieces of work, any order, any thread; then check(run, target)
+tasks(run, target) -> small pieces of work, any order, any thread
+then check(run, target), unless it checks_itself(run)
 """
 
 from __future__ import annotations
@@ -15,10 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from layersweep.checkpoint import nf4
 from layersweep.checkpoint.header import StoredTensor
 from layersweep.errors import CheckpointError, MachineError
-from layersweep.stream.blocks import STORED_DTYPES, BlockSpec, PlacedWeight
+from layersweep.stream.blocks import BlockSpec, PlacedWeight
 from layersweep.stream.preadv import preadv, remaining
 from layersweep.stream.reading_plan import (
     Call,
@@ -28,7 +28,7 @@ from layersweep.stream.reading_plan import (
     ranges_of,
 )
 from layersweep.stream.runs import Run
-from layersweep.stream.scales import ScaleCheck, check_nested, check_weight, plan_check
+from layersweep.stream.scales import ScaleCheck, plan_check
 
 # Large enough that a disk streams and that few steps of Python are taken: each of them may hold up
 # the thread that launches kernels.
@@ -60,11 +60,24 @@ class RunReader:
             self._scales(run)
 
     def tasks(self, run: Run, target: Tensor, piece: int = PIECE_BYTES) -> list[Task]:
-        """The work that fills `target` (uint8, CPU, run.nbytes): up to `piece` bytes each."""
+        """The work that fills `target` (uint8, CPU, run.nbytes): up to `piece` bytes each. A check
+        that takes long is part of it, see `checks_itself`."""
         assert target.numel() == run.nbytes  # addresses are not checked again
         reading = self._reading(run, piece)
         made = [partial(self._make, placed, target[start:]) for placed, start in reading.made]
-        return [*made, *(partial(self._fill_all, calls, target) for calls in reading.calls)]
+        found: list[Task] = [
+            *made,
+            *(partial(self._fill_all, calls, target) for calls in reading.calls),
+        ]
+        if not self.checks_itself(run):
+            return found
+        countdown = _Countdown(len(found), partial(self.check, run, target))
+        return [partial(countdown.run, task) for task in found]
+
+    def checks_itself(self, run: Run) -> bool:
+        """Whether the last task of a run to end looks at its scales: of GGML's types there is one
+        in 18 bytes, and the thread that copies to the device would take longer than the copy."""
+        return self._scales(run).long
 
     def check(self, run: Run, target: Tensor) -> None:
         """Scales of a run whose tasks are done. Raises CheckpointError for NaN or infinity, which
@@ -73,8 +86,7 @@ class RunReader:
             return
         for block, start in zip(run.blocks, run.offsets, strict=True):
             for placed in self.specs[block].weights.values():
-                if placed.weight.quant is not None:
-                    check_weight(placed, target[start:])
+                placed.storage.check(placed.views(target[start:]))
 
     def _reading(self, run: Run, piece: int) -> Reading:
         if (run, piece) not in self._readings:
@@ -138,44 +150,14 @@ class RunReader:
             vectors = remaining(vectors, count)
 
     def _make(self, placed: PlacedWeight, arena: Tensor) -> int:
-        if placed.quantize:
-            return self._read_quantized(placed, arena)
-        return self._read_nested_scales(placed, arena)
+        return placed.storage.make(self._whole, placed.views(arena), placed.weight.shape)
 
-    def _read_quantized(self, placed: PlacedWeight, arena: Tensor) -> int:
-        source = placed.weight.data
+    def _whole(self, source: StoredTensor) -> Tensor:
+        """All bytes of a tensor, in memory of their own."""
         raw = torch.empty(source.nbytes, dtype=torch.uint8)
-        self._read_whole(source, raw)
-        shape = placed.weight.shape
-        weight = raw.view(STORED_DTYPES[source.dtype])
-        weight = weight.view(shape[::-1]).t() if placed.weight.transposed else weight.view(shape)
-        quantized = nf4.quantize(weight, blocksize=64, nested=False)
-        assert placed.absmax is not None
-        for slot, made in ((placed.data, quantized.packed), (placed.absmax, quantized.absmax)):
-            bytes_made = made.reshape(-1).view(torch.uint8)
-            arena[slot.offset : slot.offset + slot.nbytes].copy_(bytes_made)
-        return source.nbytes
-
-    def _read_nested_scales(self, placed: PlacedWeight, arena: Tensor) -> int:
-        """Scales whose first lies inside a nested block, expanded to plain ones and checked."""
-        quant, slot = placed.weight.quant, placed.absmax
-        assert quant is not None and quant.nested is not None and slot is not None
-        sources = (quant.absmax, quant.nested.absmax, quant.nested.quant_map)
-        absmax, outer, table = (torch.empty(source.nbytes, dtype=torch.uint8) for source in sources)
-        for source, raw in zip(sources, (absmax, outer, table), strict=True):
-            self._read_whole(source, raw)
-        outer, table = outer.view(torch.float32), table.view(torch.float32)
-        check_nested(quant.nested, outer, table)
-        nested = quant.nested
-        scales = nf4.expand_absmax(
-            absmax, outer, table, nested.blocksize, nested.offset, nested.skip
-        )
-        arena[slot.offset : slot.offset + slot.nbytes].copy_(scales.view(torch.uint8))
-        return sum(source.nbytes for source in sources)
-
-    def _read_whole(self, source: StoredTensor, raw: Tensor) -> None:
         for call in calls_for(ranges_of(source, 0, source.nbytes), source.nbytes):
             self._fill(call, raw)
+        return raw
 
     def _handle(self, file: Path) -> int:
         with self._lock:
@@ -208,6 +190,23 @@ class RunReader:
                 os.close(handle)
             self._handles.clear()
             self._opened.clear()
+
+
+class _Countdown:
+    """Tasks of which the last one to end goes on with `then`; none does where one fails."""
+
+    def __init__(self, count: int, then: Callable[[], None]) -> None:
+        self._left, self._then = count, then
+        self._lock = threading.Lock()
+
+    def run(self, task: Task) -> int:
+        nbytes = task()
+        with self._lock:
+            self._left -= 1
+            last = not self._left
+        if last:
+            self._then()
+        return nbytes
 
 
 def _state(handle: int) -> tuple[int, int]:

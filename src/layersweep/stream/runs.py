@@ -13,6 +13,7 @@ from layersweep.stream.blocks import BlockSpec
 
 RUN_BYTES = 64 * 2**20
 RUNS_AHEAD = 2
+LAYER_BYTES = 3 * 2**30  # of a layer in a ring: more than a bus brings while attention is computed
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,11 @@ def layer_bytes(runs: Sequence[Run]) -> int:
 
 
 def compute_ring(runs: Sequence[Run]) -> int:
-    """Bytes of the ring where a sweep computes: one whole layer, so that copies go on while
-    attention is computed, two runs ahead of it, and a third run's bytes that may be lost at the
-    ring's end."""
+    """Bytes of the ring where a sweep computes: one layer, or LAYER_BYTES of it, so that copies go
+    on while attention is computed, two runs ahead of it, and a third run's bytes that may be lost
+    at the ring's end."""
     largest = max((run.nbytes for run in runs if run.layer is not None), default=0)
-    in_use = layer_bytes(runs) + (RUNS_AHEAD + 1) * largest
+    in_use = min(layer_bytes(runs), LAYER_BYTES) + (RUNS_AHEAD + 1) * largest
     return max(in_use, max(run.nbytes for run in runs))
 
 

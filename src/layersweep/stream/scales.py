@@ -6,40 +6,46 @@ one is needed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import groupby
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from layersweep.checkpoint import nf4
-from layersweep.checkpoint.weights import Nested
-from layersweep.stream.blocks import BlockSpec, PlacedWeight, Slot
+from layersweep.checkpoint.storage.storage import PLAUSIBLE, Look
+from layersweep.stream.blocks import BlockSpec
 from layersweep.stream.runs import Run
 
-# Scales of scales, entries of their table and offsets are all far below this in a whole file, and
-# no product of them overflows.
-PLAUSIBLE = 1e18
+# Halves are looked at as integers, which takes numpy a third of the time: without their signs,
+# infinity is the least of those that are not finite.
+HALVES = {"f2": (np.uint16, np.uint16(0x7FFF)), "2f2": (np.uint32, np.uint32(0x7FFF7FFF))}
+HALF_INFINITY = 0x7C00
+MANY = 100_000  # numbers of a run that whoever has read it looks at: 1 ms
 
 
 @dataclass(frozen=True)
 class Floats:
-    """Float32 values of equal tensors of equal blocks, the first at byte `start` of the run.
-    shape: [blocks, tensors of one, values of one]; strides, in bytes, of the same."""
+    """Numbers of equal tensors of equal blocks, the first at byte `start` of the run; `look` says
+    how they lie in each. shape: [blocks, tensors of one, numbers of one]; strides in bytes."""
 
     start: int
     shape: tuple[int, int, int]
     strides: tuple[int, int, int]
-    least: float
+    look: Look
 
     def plausible(self, memory: NDArray[np.uint8]) -> bool:
-        """Whether all are in [least, PLAUSIBLE); NaN is not."""
-        values = np.ndarray(self.shape, np.float32, memory, self.start, self.strides)
+        """Whether all are in [least, below), NaN is not; of halves, whether they are finite."""
+        if self.look.dtype in HALVES:
+            dtype, magnitudes = HALVES[self.look.dtype]
+            words = np.ndarray(self.shape, dtype, memory, self.start, self.strides)
+            return bool((words & magnitudes).view(np.uint16).max(initial=0) < HALF_INFINITY)
+        values = np.ndarray(self.shape, self.look.dtype, memory, self.start, self.strides)
         lowest, highest = np.minimum.reduce(values, axis=None), np.maximum.reduce(values, axis=None)
-        return bool(lowest >= self.least and highest < PLAUSIBLE)
+        return float(lowest) >= self.look.least and float(highest) < self.look.below
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,11 @@ class ScaleCheck:
 
     floats: tuple[Floats, ...]
     offsets_plausible: bool
+
+    @cached_property
+    def long(self) -> bool:
+        """Whether a glance takes so long that it must not hold up copies to the device."""
+        return sum(math.prod(one.shape) for one in self.floats) > MANY
 
     def plausible(self, target: Tensor) -> bool:
         """Whether no scale needs a closer look: one at each weight takes 100 us."""
@@ -62,30 +73,28 @@ def plan_check(specs: Sequence[BlockSpec], run: Run) -> ScaleCheck:
     for _, group in groupby(run.blocks, lambda block: specs[block].layout):
         blocks = [specs[block] for block in group]
         size = blocks[0].nbytes
-        for (values, least), places in _scales_of(blocks[0]).items():
+        for look, places in _looks_of(blocks[0]).items():
             floats += (
-                Floats(start + first, (len(blocks), tensors, values), (size, step, 4), least)
-                for first, tensors, step in _evenly_spaced(places)
+                Floats(
+                    start + at, (len(blocks), tensors, look.count), (size, step, look.step), look
+                )
+                for at, tensors, step in _evenly_spaced(places)
             )
         start += len(blocks) * size
     offsets = [
-        placed.nested_offset for block in run.blocks for placed in specs[block].weights.values()
+        placed.storage.offset for block in run.blocks for placed in specs[block].weights.values()
     ]
     return ScaleCheck(tuple(floats), all(abs(offset) < PLAUSIBLE for offset in offsets))
 
 
-def _scales_of(spec: BlockSpec) -> dict[tuple[int, float], list[int]]:
-    """{(how many float32 scales, the least that one may be): places of tensors in the block}."""
-    found: dict[tuple[int, float], list[int]] = {}
+def _looks_of(spec: BlockSpec) -> dict[Look, list[int]]:
+    """{what is looked at alike: places of the first numbers in the block}."""
+    found: dict[Look, list[int]] = {}
     for placed in spec.weights.values():
-        looks: list[tuple[Slot | None, float]] = []
-        if placed.nested_absmax is not None:
-            looks = [(placed.nested_absmax, 0.0), (placed.nested_quant_map, -PLAUSIBLE)]
-        elif placed.weight.quant is not None and placed.weight.quant.nested is None:
-            looks = [(placed.absmax, 0.0)]
-        for slot, least in looks:
-            if slot is not None and slot.nbytes:
-                found.setdefault((slot.nbytes // 4, least), []).append(slot.offset)
+        for look in placed.storage.looks:
+            if look.count:
+                place = placed.slots[look.piece].offset + look.first
+                found.setdefault(replace(look, piece=0, first=0), []).append(place)
     return found
 
 
@@ -100,31 +109,3 @@ def _evenly_spaced(places: Sequence[int]) -> Iterator[tuple[int, int, int]]:
             end += 1
         yield places[first], end - first, step
         first = end
-
-
-def _values(slot: Slot, arena: Tensor) -> Tensor:
-    return arena[slot.offset : slot.offset + slot.nbytes].view(torch.float32)
-
-
-def check_weight(placed: PlacedWeight, arena: Tensor) -> None:
-    quant = placed.weight.quant
-    assert quant is not None and placed.absmax is not None
-    if quant.nested is None:
-        source = quant.absmax
-        scales = _values(placed.absmax, arena)
-        nf4.check_scales(scales, file=source.file.name, tensor=source.name, signed=False)
-    elif placed.nested_absmax is not None and placed.nested_quant_map is not None:
-        outer = _values(placed.nested_absmax, arena)
-        table = _values(placed.nested_quant_map, arena)
-        check_nested(quant.nested, outer, table)
-
-
-def check_nested(nested: Nested, outer: Tensor, table: Tensor) -> None:
-    """Raises CheckpointError for values that are not finite, or whose product is not."""
-    for source, values, signed in (
-        (nested.absmax, outer, False),
-        (nested.quant_map, table, True),
-    ):
-        nf4.check_scales(values, file=source.file.name, tensor=source.name, signed=signed)
-    source = nested.absmax
-    nf4.check_products(outer, table, nested.offset, file=source.file.name, tensor=source.name)

@@ -313,8 +313,11 @@ def dense_bytes(decoder: Decoder, element: int, *, cpu: bool = False) -> int:
     head."""
     attention: dict[int | None, int] = {}
     feed: dict[int | None, int] = {}
-    most = 0
+    most, before = 0, None
     for block in blocks(decoder):
+        if before and block.weights is before.weights:  # one expert of a layer is like the others
+            continue
+        before = block
         if block.layer is None:
             most = max(most, dense_elements(block, element))
         else:

@@ -17,9 +17,8 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor
 
-from layersweep.checkpoint import nf4
 from layersweep.errors import BudgetError, Fallback
-from layersweep.stream.blocks import Block, BlockSpec, Decode
+from layersweep.stream.blocks import Block, BlockSpec, Decode, decode_plainly
 from layersweep.stream.device import DeviceStage, Landed
 from layersweep.stream.host import Arrival, HostStage
 from layersweep.stream.reader import RunReader
@@ -30,8 +29,8 @@ from layersweep.units import format_bytes
 class BlockStore:
     """Blocks of a checkpoint for one or more sweeps.
 
-    `decode` fills dense weights from NF4 on `device`. Fallbacks are collected in `fallbacks` and
-    told to `say` as they happen. Raises BudgetError when a ring cannot hold what one layer needs.
+    `decode` makes packed weights dense on `device`. Fallbacks are collected in `fallbacks` and told
+    to `say` as they happen. Raises BudgetError when a ring cannot hold what one layer needs.
     """
 
     def __init__(
@@ -40,7 +39,7 @@ class BlockStore:
         placement: Placement,
         device: torch.device,
         *,
-        decode: Decode = nf4.decode,
+        decode: Decode = decode_plainly,
         say: Callable[[Fallback], None] = lambda fallback: None,
     ) -> None:
         self.specs, self.runs, self.decode = list(specs), runs_of(specs), decode

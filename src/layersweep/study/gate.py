@@ -61,6 +61,8 @@ class Card:
     @classmethod
     def beside(cls, folder: Path) -> Card | None:
         """The bundled model's; None where there is none, or a file of that name is somebody's."""
+        if not folder.is_dir():  # a GGUF file
+            return None
         try:
             gate = parse_json(read_small(LocalFolder.at(folder), "card.json"))[0]["gate"]
             return cls(str(gate["tokens_sha"]), float(gate["nll"]), float(gate["nll_repeated"]))

@@ -112,10 +112,9 @@ class DenseWeights:
         for key, placed in first.spec.weights.items():
             if not placed.packed or views[key].dtype != self._memory.dtype:
                 continue
-            offsets = [block.spec.weights[key].nested_offset for block in blocks]
-            kind = placed.weight.quant.kind if placed.weight.quant else "nf4"
+            offsets = [block.spec.weights[key].storage.offset for block in blocks]
             alike = Alike(shifts, offsets, step)
-            if ops.decode_alike(first.packed(key), kind, views[key], alike):
+            if ops.decode_alike(first.packed(key), views[key], alike):
                 done.add(key)
         return frozenset(done)
 

@@ -15,6 +15,7 @@ import numpy as np
 from tokenizers import AddedToken, Encoding, Tokenizer
 from tokenizers.models import Unigram
 
+from layersweep.checkpoint.storage.ggml import SUFFIX
 from layersweep.errors import InputError
 from layersweep.text.added_tokens import TokensBeside
 from layersweep.text.chat import Message, render_chat
@@ -44,12 +45,12 @@ class TextTokenizer:
 
     @classmethod
     def load(cls, folder: Path) -> TextTokenizer:
-        """Read the tokenizer of a checkpoint folder.
+        """Read the tokenizer of a checkpoint: of a folder, or in a GGUF file.
 
         Raises InputError, naming the file, where one is missing or damaged.
         """
-        files = TokenizerFiles.read(folder)
-        path = folder / "tokenizer.json"
+        files = read_tokenizer_files(folder)
+        path = files.path
         tokenizer = _build(files.data, path, parse_special=False)
         own = tokenizer.get_added_tokens_decoder()
         beside = TokensBeside.of(files.settings, files.special_map, files.added, own)
@@ -184,6 +185,15 @@ class TextTokenizer:
         return ids
 
 
+def read_tokenizer_files(place: Path) -> TokenizerFiles:
+    """Raises InputError, naming file or key, where one is missing or damaged."""
+    if place.suffix == SUFFIX and place.is_file():
+        from layersweep.text.gguf import read_gguf_tokenizer
+
+        return read_gguf_tokenizer(place)
+    return TokenizerFiles.read(place)
+
+
 def check_ids(ids: Iterable[int], vocab_size: int) -> None:
     """Raise InputError if the text has a token that the model has no embedding for."""
     largest = max(ids, default=0)
@@ -256,7 +266,7 @@ def _find_bos(
     if bos_id is None:
         configured = files.config.get("bos_token_id")
         bos_id = configured if isinstance(configured, int) else None
-    with _library_errors(files.folder / "tokenizer.json"):
+    with _library_errors(files.path):
         called = tokenizer.encode("a", add_special_tokens=True)
     puts_first = bool(called.ids) and called.special_tokens_mask[0] == 1
     if bos_id is None and puts_first:

@@ -24,8 +24,8 @@ NAMED_TEMPLATES = "additional_chat_templates"
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """`data`: tokenizer.json's bytes, the file's or, if `converted`, made by transformers, which
-    then has read all other files, too. Absent files are empty. `notes`: fallbacks taken."""
+    """`data`: tokenizer.json's bytes, the file's or, if `converted`, made of all that other files
+    say. Absent files are empty. `notes`: fallbacks taken. `folder`: or a GGUF file."""
 
     folder: Path
     data: bytes
@@ -36,6 +36,11 @@ class TokenizerFiles:
     config: dict[str, Any]
     template: str | None
     notes: tuple[str, ...]
+
+    @property
+    def path(self) -> Path:
+        """The file that messages name."""
+        return self.folder if self.folder.is_file() else self.folder / "tokenizer.json"
 
     @staticmethod
     def read(folder: Path) -> TokenizerFiles:

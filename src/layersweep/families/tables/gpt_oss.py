@@ -51,7 +51,10 @@ GPT_OSS = Family(
                 for part, end in (("proj", "weight"), ("bias", "bias"))
             },
         },
-        # all experts of a layer in one tensor, matrices transposed: gate and up take turns
+        # all experts of a layer in one tensor, in 4 bits as published
+        Whole("expert", ("gate_up_proj",), (f"{EXPERTS}.gate_up_proj_blocks",)),
+        Whole("expert", ("down_proj",), (f"{EXPERTS}.down_proj_blocks",)),
+        # or as transformers has them in memory, matrices transposed: gate and up take turns
         Whole("expert", ("gate_up_proj",), (f"{EXPERTS}.gate_up_proj",), transposed=True),
         Whole("expert", ("down_proj",), (f"{EXPERTS}.down_proj",), transposed=True),
         Whole("expert", ("gate_up_bias",), (f"{EXPERTS}.gate_up_proj_bias",)),

@@ -1,31 +1,32 @@
-"""Quantized or float: decided for each tensor by what is stored, never by names or flags.
+"""Floats, and NF4 and FP4 as bitsandbytes writes them: which of them a tensor is.
 
 A weight is quantized iff its dtype and shape are packed AND its quant_state JSON is there; it is
 float iff it has a floating dtype, the config's shape and no companion. Anything else is a problem
-that names both facts. One exception is read and announced: packed with plain absmax and a
-quant_map equal to the NF4 table, but no JSON.
+that names both facts. Names and flags decide nothing. One exception is read and announced: packed
+with plain absmax and a quant_map equal to the NF4 table, but no JSON.
 """
 
 from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from layersweep.checkpoint.header import StoredTensor
+from layersweep.checkpoint.storage.floats import FLOATS, Floats
+from layersweep.checkpoint.storage.four_bit import FourBit, Nested
+from layersweep.checkpoint.storage.storage import Headers, Storage
 from layersweep.checkpoint.strict_json import UnusableJson, parse_json
 from layersweep.checkpoint.tables import CODES
-from layersweep.checkpoint.weights import Nested, Quant, Weight, packed_bytes
-from layersweep.problems import DOWNLOAD_AGAIN, TWICE, Problem, show
+from layersweep.problems import TWICE, show
 
 Kind = Literal["nf4", "fp4"]
 KINDS: tuple[Kind, ...] = ("nf4", "fp4")
 STATE = "quant_state.bitsandbytes__"
 SCALES = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 SUFFIXES = (*SCALES, *(STATE + kind for kind in KINDS))
-FLOATS = ("F16", "BF16", "F32")
 STORAGE = {"U8": 1, "I8": 1, "F16": 2, "BF16": 2, "F32": 4}
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 POSSIBLE_BLOCKS = tuple(1 << power for power in range(1, 21))
@@ -34,50 +35,48 @@ LONGEST_STATE = 1 << 16
 KNOWN_DTYPES = {"dtype": ("float16", "bfloat16", "float32"), "nested_dtype": ("float32",)}
 
 Tensors = Mapping[str, StoredTensor]
-ReadValues = Callable[[StoredTensor], bytes]
+
+
+def base(tensor: StoredTensor) -> str | None:
+    return tensor.name
+
+
+def companions(base: str) -> tuple[str, ...]:
+    return tuple(f"{base}.{suffix}" for suffix in SUFFIXES)
+
+
+def match(headers: Headers, base: str, shape: tuple[int, ...]) -> Storage | None:
+    """Floats, or a packed weight with its scales."""
+    data = headers.tensors[base]
+    named = ((suffix, headers.tensors.get(f"{base}.{suffix}")) for suffix in SUFFIXES)
+    there = {suffix: tensor for suffix, tensor in named if tensor is not None}
+    state = next((kind for kind in KINDS if STATE + kind in there), None)
+    row = len(shape) == 1 and data.shape == (1, *shape)  # a vector may be stored as one
+    float_shaped = data.dtype in FLOATS and (data.shape == shape or row)
+    if float_shaped and not there:
+        return Floats(data)
+    matching = _Matching(headers)
+    if not is_packed(data, shape):
+        matching.not_packed(data, shape, there, float_shaped)
+        return None
+    before = len(headers.problems)
+    if state is None:
+        found = matching.from_counts(data, shape, there)
+    else:
+        found = matching.from_state(data, shape, there, state)
+    return found if len(headers.problems) == before else None
 
 
 @dataclass(frozen=True)
-class Classifier:
-    """Turns stored tensors into weights; `problems` and `notes` are filled on the way.
+class _Matching:
+    """Makes sense of a packed weight and its companions."""
 
-    `read` gives the bytes of a small tensor, or is None where only headers may be read.
-    """
-
-    tensors: Tensors
-    read: ReadValues | None
-    problems: list[Problem]
-    notes: dict[str, list[str]]
-
-    def weight(self, name: str, base: str, shape: tuple[int, ...]) -> Weight | None:
-        """Weight `name` of dense `shape`, stored as tensor `base`; None where it has a problem."""
-        data = self.tensors[base]
-        companions = self._companions(base)
-        state = next((kind for kind in KINDS if STATE + kind in companions), None)
-        row = len(shape) == 1 and data.shape == (1, *shape)  # a vector may be stored as one
-        float_shaped = data.dtype in FLOATS and (data.shape == shape or row)
-        if float_shaped and not companions:
-            return Weight(name, shape, data, None)
-        if not is_packed(data, shape):
-            self._not_packed(data, shape, companions, float_shaped)
-            return None
-        before = len(self.problems)
-        quant = (
-            self._quant_from_counts(data, shape, companions)
-            if state is None
-            else self._quant_from_state(data, shape, companions, state)
-        )
-        return Weight(name, shape, data, quant) if len(self.problems) == before else None
-
-    def _companions(self, base: str) -> dict[str, StoredTensor]:
-        named = ((suffix, self.tensors.get(f"{base}.{suffix}")) for suffix in SUFFIXES)
-        return {suffix: tensor for suffix, tensor in named if tensor is not None}
+    headers: Headers
 
     def _problem(self, tensor: StoredTensor, found: str, needed: str, hint: str = "") -> None:
-        file = str(tensor.file)
-        self.problems.append(Problem(file, tensor.name, found, needed, hint or DOWNLOAD_AGAIN))
+        self.headers.problem(tensor, found, needed, hint)
 
-    def _not_packed(
+    def not_packed(
         self, data: StoredTensor, shape: tuple[int, ...], companions: Tensors, float_shaped: bool
     ) -> None:
         packed = f"packed U8 [{packed_bytes(shape)}, 1] with quant_state"
@@ -91,9 +90,9 @@ class Classifier:
         hint = "config.json and the tensors disagree; take both from the same model"
         self._problem(data, found, f"float {list(shape)} or {packed}", hint)
 
-    def _quant_from_state(
+    def from_state(
         self, data: StoredTensor, shape: tuple[int, ...], companions: Tensors, kind: Kind
-    ) -> Quant | None:
+    ) -> FourBit | None:
         missing = [suffix for suffix in ("absmax", "quant_map") if suffix not in companions]
         other = next((item for item in KINDS if item != kind and STATE + item in companions), None)
         if missing:
@@ -115,9 +114,9 @@ class Classifier:
         blocks = -(-math.prod(shape) // blocksize)
         nested = self._nested(data, companions, state, blocks)
         scale_dtype = "U8" if state.nested(companions) else "F32"
-        self._expect(companions["absmax"], scale_dtype, blocks)
+        self.headers.expect(companions["absmax"], scale_dtype, blocks)
         rest = companions[STATE + kind].nbytes + companions["quant_map"].nbytes
-        return Quant(kind, blocksize, companions["absmax"], nested, data.dtype, rest)
+        return FourBit(kind, data, blocksize, companions["absmax"], nested, rest)
 
     def _nested(
         self, data: StoredTensor, companions: Tensors, state: _State, blocks: int
@@ -135,14 +134,14 @@ class Classifier:
             self._problem(data, f"nested scales without {' and '.join(missing)}", needed)
             return None
         size = state.nested_blocksize or 256
-        self._expect(companions["nested_absmax"], "F32", -(-blocks // size))
-        self._expect(companions["nested_quant_map"], "F32", 256)
+        self.headers.expect(companions["nested_absmax"], "F32", -(-blocks // size))
+        self.headers.expect(companions["nested_quant_map"], "F32", 256)
         absmax, quant_map = companions["nested_absmax"], companions["nested_quant_map"]
         return Nested(absmax, quant_map, size, state.offset or 0.0)
 
-    def _quant_from_counts(
+    def from_counts(
         self, data: StoredTensor, shape: tuple[int, ...], companions: Tensors
-    ) -> Quant | None:
+    ) -> FourBit | None:
         """Packed without quant_state: readable if absmax is plain and the table is NF4's."""
         needed = f"{data.name}.{STATE}nf4 in one of the shards"
         if not {"absmax", "quant_map"} <= set(companions):
@@ -157,12 +156,12 @@ class Classifier:
         blocksize = self._blocksize_from_counts(companions["absmax"], shape)
         if blocksize is None:
             return None
-        self._expect(companions["absmax"], "F32", -(-math.prod(shape) // blocksize))
-        self.notes.setdefault(
-            "packed without quant_state, read as NF4 because quant_map is the NF4 table", []
-        ).append(data.name)
+        self.headers.expect(companions["absmax"], "F32", -(-math.prod(shape) // blocksize))
+        self.headers.note(
+            "packed without quant_state, read as NF4 because quant_map is the NF4 table", data
+        )
         rest = companions["quant_map"].nbytes
-        return Quant("nf4", blocksize, companions["absmax"], None, data.dtype, rest)
+        return FourBit("nf4", data, blocksize, companions["absmax"], None, rest)
 
     def _blocksize_from_counts(self, absmax: StoredTensor, shape: tuple[int, ...]) -> int | None:
         count, scales = math.prod(shape), math.prod(absmax.shape)
@@ -174,20 +173,14 @@ class Classifier:
         return max(fitting)  # several fit only where all make one block of everything
 
     def _check_code(self, quant_map: StoredTensor, kind: Kind) -> None:
-        if not self._expect(quant_map, "F32", 16) or self.read is None:
+        if not self.headers.expect(quant_map, "F32", 16) or self.headers.read is None:
             return
-        values = struct.unpack("<16f", self.read(quant_map))
+        values = struct.unpack("<16f", self.headers.read(quant_map))
         table = struct.unpack("<16f", struct.pack("<16f", *CODES[kind]))
         if values != table:
             differing = next(index for index in range(16) if values[index] != table[index])
             found = f"{values[differing]} at index {differing}"
             self._problem(quant_map, found, f"{table[differing]}, the {kind.upper()} table")
-
-    def _expect(self, tensor: StoredTensor, dtype: str, count: int) -> bool:
-        fits = tensor.dtype == dtype and math.prod(tensor.shape) == count
-        if not fits:
-            self._problem(tensor, tensor.describe(), f"{dtype} [{count}]")
-        return fits
 
     def _read_state(
         self, tensor: StoredTensor, kind: Kind, shape: tuple[int, ...]
@@ -195,10 +188,10 @@ class Classifier:
         if tensor.dtype != "U8" or tensor.nbytes > LONGEST_STATE:
             self._problem(tensor, tensor.describe(), "a few hundred bytes of JSON as U8")
             return None
-        if self.read is None:
+        if self.headers.read is None:
             return _State(None, None, None)
         try:
-            fields, repeated = parse_json(self.read(tensor))
+            fields, repeated = parse_json(self.headers.read(tensor))
         except UnusableJson as error:
             self._problem(tensor, str(error), "UTF-8 JSON of quant_state")
             return None
@@ -213,7 +206,7 @@ class Classifier:
     def _parse_state(
         self, tensor: StoredTensor, fields: Mapping[str, object], kind: Kind, shape: tuple[int, ...]
     ) -> _State | None:
-        before = len(self.problems)
+        before = len(self.headers.problems)
         if fields.get("quant_type", kind) != kind:
             self._problem(tensor, f"quant_type {show(fields['quant_type'])}", repr(kind))
         if fields.get("shape", list(shape)) != list(shape):
@@ -235,7 +228,7 @@ class Classifier:
             self._problem(tensor, f"{found} alone", "nested_blocksize and nested_offset")
         elif offset is not None and not _is_finite(offset):
             self._problem(tensor, f"nested_offset {show(offset)}", "a finite number")
-        if len(self.problems) != before:
+        if len(self.headers.problems) != before:
             return None
         assert isinstance(blocksize, int)
         number = float(offset) if isinstance(offset, int | float) else None
@@ -266,6 +259,11 @@ def is_packed(data: StoredTensor, shape: tuple[int, ...]) -> bool:
         and 1 <= len(data.shape) <= 2
         and data.shape != shape
     )
+
+
+def packed_bytes(shape: tuple[int, ...]) -> int:
+    """Bytes of a 4-bit weight: two elements each, the last one padded."""
+    return (math.prod(shape) + 1) // 2
 
 
 def _is_finite(value: object) -> bool:
