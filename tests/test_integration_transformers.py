@@ -18,6 +18,7 @@ from layersweep.errors import InputError, LayersweepWarning
 from layersweep.integrations.transformers import cache_for, cache_size
 from layersweep.kv import parse
 from layersweep.kv.size import kv_size
+from layersweep.kv.stored import StoredStream
 from layersweep.kv.stream import State
 from layersweep.sweep.model import load
 from layersweep.sweep.sequences import Branch, BranchedSequence, Tile
@@ -106,6 +107,34 @@ def test_exact_tokens_stay_as_they_came_to_the_bit() -> None:
         kept[3:35] = False
         assert torch.equal(found[:, :, kept], given[:, :, kept])
         assert not torch.equal(found[:, :, 3:35], given[:, :, 3:35])
+
+
+def test_only_a_token_that_has_others_coded_decodes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 40 tokens behind 150, those that fill a block of 16; to the bit what decoding for each
+    gives."""
+    model, name = cached_model("llama"), "lloyd:K3V2@window=8@block=16@fine=96"
+    decoded, count = StoredStream.decoded, 0
+
+    def counted(self: StoredStream) -> Tensor:
+        nonlocal count
+        count += 1
+        return decoded(self)
+
+    monkeypatch.setattr(StoredStream, "decoded", counted)
+    ids = torch.tensor([random_ids(190, 96, 8)])
+    found: list[Tensor] = []
+    for anew in (False, True):
+        cache, count = cache_for(model, name), 0
+        with torch.inference_mode():
+            logits = [model(ids[:, :150], cache=cache).logits[:, -1]]
+            for at in range(150, 190):
+                for layer in cache.layers if anew else ():
+                    layer.seen = [None, None]
+                logits.append(model(ids[:, at : at + 1], cache=cache).logits[:, -1])
+        found.append(torch.stack(logits))
+        # 4 layers of 2 streams; 142 tokens have left the window at first, 182 at last
+        assert count == 8 * (41 if anew else 1 + 182 // 16 - 142 // 16)
+    assert torch.equal(*found)
 
 
 # --- families ------------------------------------------------------------------------------------

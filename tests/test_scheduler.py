@@ -20,10 +20,12 @@ from torch import Tensor
 from layersweep.environment import Budget
 from layersweep.errors import InputError
 from layersweep.generate.request import Output, Request, Sampling
+from layersweep.generate.room import make_room
 from layersweep.generate.scheduler import Scheduler
 from layersweep.integrations.transformers import cache_for
 from layersweep.kv.arms import EXACT, Arm, parse
 from layersweep.model.compute import Compute
+from layersweep.stream.shapes import positions_at_once
 from layersweep.sweep import engine, running, running_attention
 from layersweep.sweep.context import RopeTables
 from layersweep.sweep.loop import run_sweep
@@ -206,6 +208,20 @@ def test_tables_of_rope_that_are_made_anew_change_no_token(
     assert made == [16, 32, 48]
 
 
+def test_a_plan_has_memory_for_the_logits_that_are_read_together(model: Model) -> None:
+    """Of 48 requests, float32 over a vocabulary that outweighs all else; and of the 64 rows that
+    go through the head at once at least, where every row is wanted."""
+    decoder = replace(model.decoder, vocab_size=2**21)
+    checkpoint, vram = replace(model.checkpoint, decoder=decoder), Budget(2**36, "test")
+    wide = replace(model, checkpoint=checkpoint, vram=vram)
+    row = 4 * decoder.vocab_size
+    at_once = positions_at_once(1, decoder.vocab_size)
+    assert at_once == 64
+    for every_row, rows in ((False, 48), (True, 64)):
+        room = make_room(wide, most=48, longest=512, every_row=every_row)
+        assert rows * row < room.plan.scratch < (rows + 1) * row
+
+
 def test_requests_come_and_go(model: Model) -> None:
     first, second, third = requests(model.decoder.vocab_size, lengths=(5, 9, 12))
     with Scheduler(model, most=2, longest=128) as scheduler:
@@ -272,7 +288,7 @@ def test_memory_that_ends_in_a_walk_costs_no_token(
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
             return sweep(*args, **more)  # type: ignore[arg-type]
 
-        monkeypatch.setattr("layersweep.generate.scheduler.run_sweep", fail_in_the_third)
+        monkeypatch.setattr("layersweep.generate.walk.run_sweep", fail_in_the_third)
         monkeypatch.setattr(scheduler, "_say", told.append)
         found = tokens(drive(scheduler, asked))
         assert found == expected or kv != "exact"

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 
-from layersweep.errors import BudgetError, InputError
-from layersweep.kv.arms import EXACT
+from layersweep.errors import BudgetError, Fallback, InputError
+from layersweep.kv.arms import EXACT, Arm
+from layersweep.kv.codec import check_stream
 from layersweep.stream.blocks import BlockSpec, split_experts
 from layersweep.stream.experts import slot_bytes
 from layersweep.stream.plan import Plan, make_plan
 from layersweep.stream.shapes import dense_total, most_experts_at_once
+from layersweep.sweep.engine import Engine
 from layersweep.sweep.generic_limits import KEEPS_NOTHING
 from layersweep.sweep.model import Model
-from layersweep.sweep.running import capacity_for, row_bytes
+from layersweep.sweep.running import Text, capacity_for, row_bytes
 from layersweep.sweep.sequences import Branch, BranchedSequence, Tile
 from layersweep.sweep.shapes import length_limit
+from layersweep.sweep.streams import every_stream
 from layersweep.units import format_bytes
 
 MOST = 256  # requests that run at once
@@ -50,14 +53,24 @@ class Room:
             return f"{self.plan.host}, {self.slots} experts at a time, by id"
         return self.plan.host
 
+    def open(self, model: Model, say: Callable[[Fallback], None]) -> Engine:
+        """Take the memory of the plan, but for keys and values."""
+        return model.open(
+            self.plan, say, keeps_dense=self.keeps_dense, slots=self.slots,
+            home_bytes=self.home_bytes,
+        )  # fmt: skip
 
-def make_room(model: Model, *, most: int = MOST, longest: int | None = None) -> Room:
+
+def make_room(
+    model: Model, *, most: int = MOST, longest: int | None = None, every_row: bool = False
+) -> Room:
     """Where a model's weights and the texts that run go.
 
     Weights stay on the device as far as they fit beside `most` texts of `longest` tokens (the
     model's limit by default), or half of what is free; what is left then is for more texts. Where
-    they do not all fit, routed experts are fetched by id. Raises InputError for a decoder that
-    transformers' own layers compute, BudgetError for what cannot fit.
+    they do not all fit, routed experts are fetched by id. `every_row`: logits of all tokens may be
+    wanted, not of each text's last alone. Raises InputError for a decoder that transformers' own
+    layers compute, BudgetError for what cannot fit.
     """
     decoder = model.decoder
     if decoder.generic:
@@ -74,7 +87,7 @@ def make_room(model: Model, *, most: int = MOST, longest: int | None = None) -> 
             "in config.json)"
         )
     row = row_bytes(decoder, capacity_for(longest, longest), model.machine.element)
-    walk, free = _walk(model, most, longest, row)
+    walk, free = _walk(model, most, longest, row, every_row)
     if free < row:
         raise BudgetError(
             f"--vram: available {format_bytes(max(free, 0))} for keys and values, needed "
@@ -104,15 +117,31 @@ def make_room(model: Model, *, most: int = MOST, longest: int | None = None) -> 
     return Room(plan, keeps_dense, slots, home, kept, host, most, walk.rows, longest)
 
 
+def text_bytes(model: Model, text: Text, tokens: int) -> float:
+    """What a text takes on the device with so many tokens."""
+    row = row_bytes(model.decoder, capacity_for(tokens, text.reach), model.machine.element)
+    return SPARE * row + text.packed_bytes
+
+
+def check_arm(model: Model, arm: Arm) -> None:
+    """Raises InputError for an arm that cannot keep the model's keys and values."""
+    compute = model.compute
+    arm.check_model(model.decoder.num_hidden_layers, model.checkpoint.fingerprint)
+    for codec in arm.codecs:
+        for stream in every_stream(model.decoder):
+            check_stream(codec, stream, compute.device, compute.dtype)
+
+
 @dataclass(frozen=True)
 class _Walk:
     """What a walk over the weights computes with: it reads `rows` tokens and gives `most` texts a
-    token each."""
+    token each. `every_row`: see make_room."""
 
     model: Model
     most: int
     rows: int
     longest: int
+    every_row: bool
 
     @property
     def element(self) -> int:
@@ -132,13 +161,15 @@ class _Walk:
         some blocks."""
         model, each = self.model, min(self.rows, self.longest)
         machine = replace(model.machine, vram=model.machine.vram - kept - self.seen_bytes)
-        read = Branch(EXACT, (0,) * each, (each - 1, each))
+        read = Branch(EXACT, (0,) * each, (0 if self.every_row else each - 1, each))
         step = Branch(EXACT, (0,), (0, 1))
         prompts = (BranchedSequence((), (read,), self.longest - each),) * -(-self.rows // each)
         steps = (BranchedSequence((), (step,), self.longest - 1),) * self.most
         tiles = [model.shape(Tile("prompts", prompts)), model.shape(Tile("steps", steps))]
+        # what the texts of a tile read is read together
+        shapes = [replace(tile, read_each=tile.read_rows) for tile in tiles]
         plan = make_plan(
-            model.decoder, specs or model.specs, tiles, machine, further=1,
+            model.decoder, specs or model.specs, shapes, machine, further=1,
             reference=model.reference_shape,
         )  # fmt: skip
         if len(plan.sweeps) > 1:
@@ -150,12 +181,12 @@ class _Walk:
         return plan
 
 
-def _walk(model: Model, most: int, longest: int, row: int) -> tuple[_Walk, int]:
+def _walk(model: Model, most: int, longest: int, row: int, every_row: bool) -> tuple[_Walk, int]:
     """As many rows in a walk as leave room for a text of `row` bytes, and the bytes that are free
     beside it and no weights."""
     rows = ROWS
     while True:
-        walk = _Walk(model, most, rows, longest)
+        walk = _Walk(model, most, rows, longest, every_row)
         try:
             base = walk.plan(0)
             free = base.vram - (base.device_bytes - base.peaks.get("weights kept", 0))

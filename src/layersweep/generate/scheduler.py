@@ -10,7 +10,7 @@ is no room for that either, its text is read anew, which changes nothing for the
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import TracebackType
 
@@ -21,18 +21,15 @@ from layersweep.errors import Fallback, InputError
 from layersweep.generate.config import GenerationConfig
 from layersweep.generate.counts import Counts, Rider
 from layersweep.generate.request import Finish, Output, Request
-from layersweep.generate.ride import Run, tile_of, together
-from layersweep.generate.room import MOST, SPARE, make_room
+from layersweep.generate.room import MOST, SPARE, check_arm, make_room
+from layersweep.generate.run import Run
 from layersweep.generate.sampling import Sampler, check_sampling
+from layersweep.generate.walk import Passage, walk
 from layersweep.kv.arms import Arm
-from layersweep.kv.codec import check_stream
-from layersweep.sweep.loop import run_sweep
 from layersweep.sweep.model import Model
-from layersweep.sweep.record import Pieces, Progress, SweepRecord
+from layersweep.sweep.record import Progress, SweepRecord
 from layersweep.sweep.running import RunningCaches, Text, capacity_for, row_bytes
-from layersweep.sweep.sequences import BranchedSequence, Tile
 from layersweep.sweep.shapes import can_fit
-from layersweep.sweep.streams import every_stream
 from layersweep.sweep.turn import HostTurn
 from layersweep.text.bos import resolve_bos
 from layersweep.text.reference import with_reference
@@ -69,10 +66,7 @@ class Scheduler:
         self._known: set[Arm] = set()
         self._say, self._progress = say, progress
         self._turn = HostTurn()
-        self._engine = model.open(
-            self.room.plan, say, keeps_dense=self.room.keeps_dense, slots=self.room.slots,
-            home_bytes=self.room.home_bytes,
-        )  # fmt: skip
+        self._engine = self.room.open(model, say)
         self._caches = RunningCaches(model.compute.device)
         self._sampler = Sampler(model.decoder.vocab_size, most, model.compute.device)
         self._slots = list(range(most - 1, -1, -1))
@@ -134,12 +128,8 @@ class Scheduler:
     def _check_arm(self, arm: Arm) -> None:
         if arm in self._known:
             return
-        decoder, compute = self.model.decoder, self.model.compute
-        arm.check_model(decoder.num_hidden_layers, self.model.checkpoint.fingerprint)
-        for codec in arm.codecs:
-            for stream in every_stream(decoder):
-                check_stream(codec, stream, compute.device, compute.dtype)
-        if arm.fits and can_fit(decoder) and not self.model.reference:
+        check_arm(self.model, arm)
+        if arm.fits and can_fit(self.model.decoder) and not self.model.reference:
             self._say(
                 Fallback(
                     f"arm {arm.name}", "coordinates that are fitted to the reference text",
@@ -232,34 +222,24 @@ class Scheduler:
     def _walk(self) -> list[Output]:
         for run in self._running:
             self._caches.make_room(run.text, run.text.end + run.rides)
-        of = {run.text: run for run in self._running}
-        order = [of[text] for text in self._caches.in_order(list(of))]
-        tiles = [tile_of(runs, first) for first, runs in enumerate(together(order))]
-        riders = {tile.first: runs for tile, runs in tiles}
-        self._caches.ride([(tile, [run.text for run in runs]) for tile, runs in tiles])
-        read: list[tuple[list[Run], Tensor]] = []
-
-        def keep(tile: Tile, number: int, sequence: BranchedSequence, pieces: Pieces) -> None:
-            for _, logits in pieces:
-                read.append((riders[tile.first], torch.cat(logits)))
-
+        of = {
+            Passage(run.text, tuple(run.ids[run.text.end : run.text.end + run.rides])): run
+            for run in self._running
+        }
+        rode = tuple(Rider(r.request.arm, r.text.end, r.rides) for r in self._running)
         try:
-            record = run_sweep(
-                self._engine, [tile for tile, _ in tiles], keep, caches=self._caches,
-                progress=self._progress, turn=self._turn,
-            )  # fmt: skip
+            walked = walk(self._engine, self._caches, list(of), self._progress, self._turn)
         except torch.OutOfMemoryError as error:
             return self._make_do(error)
-        self._count(record)
-        bad = {(tile, row): layer for (tile, row, _), layer in record.nonfinite.items()}
-        broken = {tiles[at][1][row]: layer for (at, row), layer in bad.items()}
-        for run in self._running:
-            run.text.end += run.rides
+        self._count(rode, walked.record)
+        broken = {of[passage]: layer for passage, layer in walked.broken.items()}
         outputs = [
             self._end(run, "error", error=f"non-finite numbers from layer {layer} on")
             for run, layer in broken.items()
         ]
-        return outputs + self._choose(read, broken)
+        read = [(of[passage], logits) for passage, logits in walked.logits.items()]
+        ready = [(run, row) for run, row in read if not run.unread and run not in broken]
+        return outputs + self._choose(ready) if ready else outputs
 
     def _make_do(self, error: torch.OutOfMemoryError) -> list[Output]:
         """Memory has ended in the middle of a walk: from here on less of it is for keys and values.
@@ -278,31 +258,22 @@ class Scheduler:
                 run.text.forget()
         return []
 
-    def _count(self, record: SweepRecord) -> None:
-        """A walk, before its texts have grown."""
+    def _count(self, rode: tuple[Rider, ...], record: SweepRecord) -> None:
+        """A walk, and who rode."""
         counts, engine = self.counts, self._engine
-        self.rode = tuple(Rider(r.request.arm, r.text.end, r.rides) for r in self._running)
+        self.rode = rode
         counts.walks += 1
-        for run in self._running:
-            counts.prompt_tokens += max(0, min(run.rides, len(run.request.ids) - run.text.end))
+        for run, rider in zip(self._running, rode, strict=True):
+            counts.prompt_tokens += max(0, min(rider.tokens, len(run.request.ids) - rider.past))
         counts.weight_bytes_read, counts.weight_bytes_copied = engine.bytes_read, engine.h2d_bytes
         counts.copy_s, counts.stall_s = engine.store.copy_s, engine.stall_s
         counts.launch_s = self._turn.held_s
         for phase, seconds in record.seconds.items():
             counts.phases[phase] = counts.phases.get(phase, 0.0) + seconds
 
-    def _choose(
-        self, read: Sequence[tuple[list[Run], Tensor]], broken: Collection[Run]
-    ) -> list[Output]:
-        ready = [
-            (run, row)
-            for runs, logits in read
-            for run, row in zip(runs, logits, strict=True)
-            if not run.unread and run not in broken
-        ]
-        if not ready:
-            return []
-        logits = torch.stack([row for _, row in ready])
+    def _choose(self, ready: Sequence[tuple[Run, Tensor]]) -> list[Output]:
+        """The next token of each, from its logits [1, V]."""
+        logits = torch.cat([row for _, row in ready])
         chosen = self._sampler.choose(logits, [run.slot for run, _ in ready])
         every = zip(
             ready, chosen.broken.tolist(), chosen.ids.tolist(), chosen.logprobs.tolist(),

@@ -69,7 +69,7 @@ def run_sweep(
     [rows, V] float32 per branch), gone when the next piece is asked for. `check` sees the lead
     tile of each layer, once the next one's attention is done, and may raise. With `caches`, keys
     and values of `tiles` (of one name) are kept between sweeps; with RunningCaches,
-    `read_logits` is called once per tile, with the last row of each sequence as a branch. Sweeps
+    `read_logits` is called once per tile, with what its sequences read in a row. Sweeps
     that run at once, each in a thread, share one `turn`. `watch` sees the attention of each group
     of `tiles` in each layer;
     transformers' own layers show nothing.
@@ -311,10 +311,13 @@ class _Sweep:
             self.record.experts_used.append(left.experts_used)
             check(LayerHealth(left.layer, largest, left.experts_used, *(spread or [None])))
 
-    def _last(self, state: TileState, head: Head) -> Pieces:
-        """Logits of the last row of each sequence, as if they were branches of one."""
-        starts = itertools.accumulate(s.rows for s in state.tile.sequences)
-        return head.pieces(state.hidden, [(stop - 1, stop) for stop in starts], 1)
+    def _in_a_row(self, state: TileState, head: Head) -> Pieces:
+        """Logits of what all sequences read, as if they were one with one branch."""
+        sequences = state.tile.sequences
+        starts = itertools.accumulate((one.rows for one in sequences), initial=0)
+        each = map(read_rows, sequences, starts)
+        at_once = positions_at_once(1, self.decoder.vocab_size)
+        return head.in_a_row(state.hidden, list(itertools.chain.from_iterable(each)), at_once)
 
     def read_head(self, states: list[TileState], read_logits: LogitsReader) -> None:
         index = len(self.store.specs) - 1
@@ -329,7 +332,8 @@ class _Sweep:
             head = Head(self.decoder, self.weights.head, self.compute, self.scratch)
             if isinstance(self.caches, RunningCaches):
                 for state in states:
-                    read_logits(state.tile, 0, state.tile.sequences[0], self._last(state, head))
+                    pieces = self._in_a_row(state, head)
+                    read_logits(state.tile, 0, state.tile.sequences[0], pieces)
                 return
             for state in states:
                 start, at_once = 0, positions_at_once(state.tile.branches, self.decoder.vocab_size)

@@ -102,3 +102,20 @@ def pieces_of(ranges: list[Rows], at_once: int) -> Iterator[tuple[slice, list[Ro
     for start in range(0, max(last - first for first, last in ranges), at_once):
         cut = [(first + start, min(first + start + at_once, last)) for first, last in ranges]
         yield slice(start, start + at_once), [(min(rows), rows[1]) for rows in cut]
+
+
+def lots_of(ranges: list[Rows], at_once: int) -> Iterator[list[Rows]]:
+    """`ranges` in order, in lots of at most `at_once` rows."""
+    lot: list[Rows] = []
+    free = at_once
+    for first, last in ranges:
+        while first < last:
+            stop = min(last, first + free)
+            lot.append((first, stop))
+            free -= stop - first
+            first = stop
+            if not free:
+                yield lot
+                lot, free = [], at_once
+    if lot:
+        yield lot

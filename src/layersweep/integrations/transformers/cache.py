@@ -22,10 +22,7 @@ codec does not see the keys as the projection made them.
 
 from __future__ import annotations
 
-import inspect
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -40,6 +37,8 @@ from transformers.cache_utils import (
 
 from layersweep.errors import InputError
 from layersweep.families.registry import describe
+from layersweep.integrations.transformers.rope import Rope
+from layersweep.integrations.transformers.texts import SweptCache
 from layersweep.kv.arms import Arm, parse
 from layersweep.kv.basis import Basis, key_basis
 from layersweep.kv.codec import wants_basis
@@ -96,7 +95,10 @@ def cache_for(model: Any, kv: str) -> Cache:
 
 
 def cache_size(cache: Cache) -> KvSize:
-    """Measured: what all sequences in a cache of `cache_for` take together, and their tokens."""
+    """What all sequences in a cache take together, and their tokens: measured in one of
+    `cache_for`, by arithmetic in one of a swept model."""
+    if isinstance(cache, SweptCache):
+        return cache.size
     coded = [layer for layer in cache.layers if isinstance(layer, CodedLayer)]
     stores = [layer.store for layer in coded if layer.store is not None]
     states = (part for layer in cache.layers for part in _state_tensors(layer))
@@ -149,74 +151,14 @@ def _latent(config: Any) -> tuple[int, int] | None:
     return (latent, rotary) if latent and rotary else None
 
 
-@dataclass(frozen=True)
-class Rope:
-    """kv.stream.Rotation by a model's rotary module and the function of its file that applies it.
-
-    `arguments`: what the module needs besides x and positions, where it has a table for each type
-    of layer. `apply`: (x, cos, sin) -> x rotated; None where tables are complex. `size`: how many
-    of a vector's first numbers are rotated.
-    """
-
-    rotary: Any
-    arguments: tuple[str, ...]
-    apply: Callable[[Tensor, Tensor, Tensor], Tensor] | None
-    size: int
-
-    @classmethod
-    def of(cls, rotary: Any, layer_type: str | None) -> Rope:
-        by_type = "layer_type" in inspect.signature(rotary.forward).parameters
-        arguments = (layer_type,) if by_type and layer_type else ()
-        name = "_".join((*arguments, "inv_freq"))
-        frequencies = getattr(rotary, name, None)
-        if frequencies is None:
-            raise InputError(
-                f"{type(rotary).__name__}: found no table {name}, needed it to undo RoPE",
-                hint="run this model with transformers' own cache",
-            )
-        start = torch.zeros(1, 1, dtype=torch.long, device=frequencies.device)
-        is_complex = isinstance(rotary(frequencies, start, *arguments), Tensor)
-        apply = None if is_complex else _applied_by(sys.modules[type(rotary).__module__])
-        return cls(rotary, arguments, apply, 2 * frequencies.numel())
-
-    def undo(self, x_BHTD: Tensor, positions: Tensor) -> Tensor:
-        return self._turned(x_BHTD, positions, back=True)
-
-    def redo(self, x_BHTD: Tensor, positions: Tensor) -> Tensor:
-        return self._turned(x_BHTD, positions, back=False)
-
-    def _turned(self, x_BHTD: Tensor, positions: Tensor, *, back: bool) -> Tensor:
-        table = self.rotary(x_BHTD, positions[:1], *self.arguments)
-        if self.apply is None:  # complex [1, T, D / 2], for pairs of neighbours
-            pairs = torch.view_as_complex(x_BHTD.reshape(*x_BHTD.shape[:-1], -1, 2))
-            factor = table.unsqueeze(1)
-            return torch.view_as_real(pairs / factor if back else pairs * factor).flatten(3)
-        cos, sin = (part.float() for part in table)  # [1, T, R], or R / 2 in some models
-        turned = self.apply(x_BHTD[..., : self.size], cos, -sin if back else sin)
-        if back:  # the inverse of a rotation that some models scale
-            square = (cos * cos + sin * sin).unsqueeze(1)
-            turned = turned / square.repeat(1, 1, 1, self.size // square.shape[3])
-        rest = x_BHTD[..., self.size :]
-        return torch.cat((turned, rest), dim=3) if rest.shape[3] else turned
-
-
-def _applied_by(module: Any) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """See Rope.apply. Of what applies RoPE to a query and a key, or to one of them."""
-    function = getattr(module, "apply_rotary_pos_emb", None)
-    names = list(inspect.signature(function).parameters) if function else []
-    if names[1:3] == ["cos", "sin"]:
-        return lambda x, cos, sin: function(x, cos, sin)  # type: ignore[misc]
-    if names[2:4] == ["cos", "sin"]:
-        return lambda x, cos, sin: function(x[:1, :1], x, cos, sin)[1]  # type: ignore[misc]
-    raise InputError(
-        f"{module.__name__}: found no apply_rotary_pos_emb(q, k, cos, sin), needed it to undo RoPE"
-    )
-
-
 class CodedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers has no types
     """One layer's keys and values, or its latent, as an arm keeps them. Everything that is read has
     gone through the codec, the newest token included, except what `@sink`, `@window`, `@pb`,
     `@layers` and 16 bits keep exact.
+
+    What attention reads of a coded stream stays beside it, so that a token which leaves nothing to
+    be coded decodes nothing: under a bare arm that is 15 of 16. In a layer that drops tokens, each
+    token decodes what the window holds.
 
     With a `window` W it holds what DynamicSlidingWindowLayer holds, the last W - 1 tokens, and
     returns these and the new ones.
@@ -234,6 +176,7 @@ class CodedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers has no 
         self.place, self.basis, self.sequences = place, basis, 0
         self.streams: tuple[Stream, Stream] | None = None
         self.store: KvStore | None = None
+        self.seen: list[Tensor | None] = [None, None]  # what attention reads of each stream
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """The layer's streams, from the first tokens that come."""
@@ -266,9 +209,21 @@ class CodedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers has no 
         if self.store is None:
             self.lazy_initialization(key_states, value_states)
         assert self.store is not None and self.streams is not None
-        store = self.store.appended((key_states, value_states))
-        keys, values = store.decoded(0)
-        store = store.since(self.streams[0].first_held(store.end))
+        new, before = (key_states, value_states), self.store.arms[0]
+        store = self.store.appended(new)
+        keys, values = seen = [
+            torch.cat((held, x), dim=2)
+            if held is not None and stream.middle is old.middle
+            else stream.decoded()
+            for stream, old, held, x in zip(store.arms[0], before, self.seen, new, strict=True)
+        ]
+        first = self.streams[0].first_held(store.end)
+        stays = first <= store.arms[0][0].first
+        self.seen = [
+            x if stays and stream.middle else None
+            for stream, x in zip(store.arms[0], seen, strict=True)
+        ]
+        store = store.since(first)
         # exact tokens are views: a copy lets go of the others
         self.store = store.moved(torch.clone) if key_states.shape[2] > 1 else store
         return keys, values
@@ -291,7 +246,7 @@ class CodedLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers has no 
         return self.get_max_length()
 
     def reset(self) -> None:
-        self.store, self.is_initialized = None, False
+        self.store, self.seen, self.is_initialized = None, [None, None], False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         raise InputError(
