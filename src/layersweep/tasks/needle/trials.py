@@ -32,8 +32,7 @@ from layersweep.text.bos import BosMode, resolve_bos
 from layersweep.text.chat import Message
 from layersweep.text.encoding import SMALL_TEXT, EncodedText
 
-FILL_TOLERANCE = 32
-"""A trial has context - 32 to context tokens, its answer included."""
+FILL_TOLERANCE = 32  # a trial has context - 32 to context tokens, its answer included
 
 _FILL_TARGET = 8  # aim this far below the context: re-tokenizing moves the count by a few
 _FILL_ATTEMPTS = 12
