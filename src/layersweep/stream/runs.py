@@ -36,18 +36,24 @@ class Run:
 def runs_of(specs: Sequence[BlockSpec], least: int = RUN_BYTES) -> list[Run]:
     """Cut blocks into runs of at least `least` bytes; the last of a layer may be smaller."""
     runs: list[Run] = []
-    first = 0
-    while first < len(specs):
-        offsets: list[int] = []
-        nbytes = stored = 0
-        index = first
-        while index < len(specs) and specs[index].layer == specs[first].layer and nbytes < least:
-            offsets.append(nbytes)
-            nbytes += specs[index].nbytes
-            stored += specs[index].stored_bytes
-            index += 1
-        runs.append(Run(len(runs), specs[first].layer, first, tuple(offsets), nbytes, stored))
-        first = index
+    offsets: list[int] = []
+    first = nbytes = stored = 0
+    layer = specs[0].layer if specs else None
+
+    def cut() -> None:
+        if offsets:
+            runs.append(Run(len(runs), layer, first, tuple(offsets), nbytes, stored))
+
+    for index, spec in enumerate(specs):  # 15,000 in the largest models
+        of_layer = spec.layer
+        if nbytes >= least or of_layer != layer:
+            cut()
+            first, layer, nbytes, stored = index, of_layer, 0, 0
+            offsets.clear()
+        offsets.append(nbytes)
+        nbytes += spec.nbytes
+        stored += spec.stored_bytes
+    cut()
     return runs
 
 
