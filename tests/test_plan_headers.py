@@ -100,8 +100,8 @@ def test_models_of_120_and_671_billion_are_planned_in_seconds(
 ) -> None:  # fmt: skip
     started = time.process_time()
     found = planned(capsys, str(large[name]), "--for", machine)["forecast"]
-    # of 91,991 tensors: 2 s alone, imports apart; a core that others use too is slower
-    assert time.process_time() - started < 5
+    # of 91,991 tensors: 2.4 s alone; a core that others use, too, may take twice as long
+    assert time.process_time() - started < 8
     assert (found["sweeps"], found["plan"]["vram"]) == (sweeps, MACHINES[machine].vram)
     assert found["read_bytes"] == pytest.approx(read, rel=0.001)
     assert found["plan"]["device_bytes"] / GIB == pytest.approx(peak, rel=0.01)
