@@ -119,7 +119,9 @@ class Shelf:
             for view in views:
                 if last < len(view):
                     view[row] = view[last]
-                view[min(last, len(view) - 1)] = 0
+                    view[last] = 0
+                else:  # the last one came for this walk, and what it has is put aside
+                    view[row] = 0
         self.texts[row] = self.texts[last]
         self.texts.pop()
         if text in self.arriving:
