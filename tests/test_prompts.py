@@ -114,6 +114,7 @@ def test_seeds_count_on_from_line_to_line(tmp_path: Path, tokenizer: TextTokeniz
         (["--prompts", "nowhere.jsonl"], "--prompts nowhere.jsonl: found no readable file"),
         (["--prompt", "a", "--chat"], "found no chat template"),
         (["--prompt", "a", "--bos", "perhaps"], "--bos: found 'perhaps'"),
+        (["--prompt", "a", "--chat", "--bos", "always"], "--bos always: found --chat"),
         (["--prompt", "a", "--max-length", "99999"], "found texts of 99999 tokens"),
     ],
 )
@@ -132,3 +133,14 @@ def test_one_prompt_streams_to_stdout(capsys: pytest.CaptureFixture[str]) -> Non
     assert told.out.strip()
     assert "[paths] device cpu, float32" in told.err
     assert ", 5 made, " in told.err
+
+
+def test_one_prompt_with_log_probabilities_is_a_json_object(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ["generate", "demo", "--prompt", "The task", "--kv", " lloyd:K3V2, exact", "--device",
+             "cpu", "--ignore-eos", "--max-new-tokens", "2", "--logprobs", "1"]  # fmt: skip
+    assert run(words) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert sorted(one["kv"] for one in found) == ["exact", "lloyd:K3V2"]
+    assert [len(one["top_logprobs"]) for one in found] == [2, 2]

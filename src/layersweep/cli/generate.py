@@ -70,9 +70,9 @@ def generate(
     go to --out (or stdout), a JSON object as each finishes."""
     from layersweep.kv.arms import EXACT, parse_arms
 
-    arms = [EXACT] if "exact" in kv.lower().split(",") else []
+    arms = [EXACT] if "exact" in [name.strip().lower() for name in kv.split(",")] else []
     arms += parse_arms(kv, growing=True)
-    _check_asked(prompt, prompts, out, resume, chat)
+    _check_asked(prompt, prompts, out, resume, chat, bos)
     options = SamplingOptions(
         max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed,
         tuple(stop) if stop else None, ignore_eos or None, logprobs,
@@ -96,14 +96,15 @@ def generate(
         _answers_file(out, resume) as (file, done),
         scheduled(ready, arms, console, most=most, longest=longest) as scheduler,
     ):
-        if prompt is not None and out is None and len(arms) == 1:
+        streams = prompt is not None and out is None and len(arms) == 1
+        if streams and logprobs is None:  # text alone; a JSON object has the log-probabilities
             _stream(scheduler, asked[0], arms[0], console)
         else:
             _write(scheduler, asked, arms, file, done, console)
 
 
 def _check_asked(
-    prompt: str | None, prompts: Path | None, out: Path | None, resume: bool, chat: bool
+    prompt: str | None, prompts: Path | None, out: Path | None, resume: bool, chat: bool, bos: str
 ) -> None:
     if (prompt is None) == (prompts is None):
         found = "none" if prompt is None else "both"
@@ -113,6 +114,11 @@ def _check_asked(
         )
     if resume and out is None:
         raise InputError("--resume: found no --out, needed the file to go on with")
+    if chat and bos != "auto":
+        raise InputError(
+            f"--bos {bos}: found --chat, needed a plain prompt: a chat template has its own",
+            hint="leave --bos out",
+        )
     if chat and prompts is not None:
         raise InputError(
             "--chat: found --prompts, needed --prompt",
